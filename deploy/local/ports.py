@@ -1,0 +1,30 @@
+"""Owns the choice of loopback ports for what only the stack itself talks to."""
+
+import random
+import socket
+
+# Below the range that Linux takes for outgoing connections (32768 up), so that nothing grabs the port of a process that
+# is being restarted.
+_FIRST, _LAST = 15_000, 32_000
+
+
+def free_port() -> int:
+    """Returns a port of 127.0.0.1 that nothing listens on."""
+    numbers = random.SystemRandom()
+    for _ in range(1000):
+        port = numbers.randint(_FIRST, _LAST)
+        if is_free("127.0.0.1", port):
+            return port
+    raise RuntimeError("no free port between 15000 and 32000 on 127.0.0.1")
+
+
+def is_free(host: str, port: int) -> bool:
+    """Says whether a server could listen on host:port now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind((host, port))
+        except OSError:
+            return False
+    return True

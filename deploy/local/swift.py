@@ -1,0 +1,207 @@
+"""Owns the embedded object store: OpenStack Swift with its S3 API, all four servers in one process of its own.
+
+    ESD_LISTEN=127.0.0.1:PORT ESD_SWIFT_DIR=... ESD_S3_SECRET_KEY_FILE=... python -m deploy.local.swift
+
+The proxy listens on ESD_LISTEN and checks signatures. The object, container and account servers know no authentication,
+so they listen on Unix sockets in a folder that only this user can enter; the ring's addresses are mere names for them.
+
+This file is only ever run: eventlet patches the whole process, so nothing of ours may import it.
+"""
+
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import eventlet
+
+eventlet.monkey_patch()
+
+import logging  # noqa: E402 - after the patch, like everything that uses threads or sockets
+import socket  # noqa: E402
+
+from eventlet import wsgi  # noqa: E402
+from swift.common import bufferedhttp  # noqa: E402
+from swift.common import wsgi as swift_wsgi  # noqa: E402
+from swift.common.ring import RingBuilder  # noqa: E402
+from swift.common.utils import set_swift_dir  # noqa: E402
+
+# The ring wants an address per server; these "ports" are names that connect() below maps to sockets.
+_INTERNAL = {"object": 6200, "container": 6201, "account": 6202}
+_BACKLOG = 512
+_REQUESTS_AT_ONCE = 1024
+
+_SERVER_CONF = """\
+[DEFAULT]
+swift_dir = {etc}
+devices = {node}
+mount_check = false
+log_level = ERROR
+fallocate_reserve = 0
+[pipeline:main]
+pipeline = {kind}-server
+[app:{kind}-server]
+use = egg:swift#{kind}
+"""
+
+_PROXY_CONF = """\
+[DEFAULT]
+swift_dir = {etc}
+log_level = ERROR
+cors_allow_origin = *
+cors_expose_headers = etag
+[pipeline:main]
+pipeline = catch_errors gatekeeper cache listing_formats bulk s3api tempauth copy slo dlo versioned_writes symlink \
+proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+allow_account_management = true
+account_autocreate = true
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:gatekeeper]
+use = egg:swift#gatekeeper
+# No memcached runs here: port 1 refuses at once.
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:1
+[filter:listing_formats]
+use = egg:swift#listing_formats
+[filter:bulk]
+use = egg:swift#bulk
+[filter:copy]
+use = egg:swift#copy
+[filter:slo]
+use = egg:swift#slo
+[filter:dlo]
+use = egg:swift#dlo
+[filter:versioned_writes]
+use = egg:swift#versioned_writes
+allow_object_versioning = true
+[filter:symlink]
+use = egg:swift#symlink
+[filter:s3api]
+use = egg:swift#s3api
+location = {region}
+check_bucket_owner = false
+cors_preflight_allow_origin = *
+[filter:tempauth]
+use = egg:swift#tempauth
+user_{account}_{user} = {secret} .admin
+"""
+
+
+def main() -> None:
+    """Serves until it is killed; writes are durable, so that needs no farewell."""
+    host, _, port = _setting("ESD_LISTEN").rpartition(":")
+    root = Path(_setting("ESD_SWIFT_DIR")).resolve()
+    _check_xattrs(root)
+    etc = _configure(root)
+    set_swift_dir(str(etc))
+    logging.disable(logging.INFO)
+
+    # Relative socket names, because a socket's path ends at 107 bytes and the folder may be anywhere.
+    sockets = root / "sockets"
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    os.chdir(sockets)
+    _connect_through_sockets()
+    for kind in _INTERNAL:
+        Path(f"{kind}.sock").unlink(missing_ok=True)
+        listener = eventlet.listen(f"{kind}.sock", family=socket.AF_UNIX, backlog=_BACKLOG)
+        eventlet.spawn(_serve, listener, etc / f"{kind}-server.conf")
+    listener = eventlet.listen((host.strip("[]"), int(port)), backlog=_BACKLOG)
+    _serve(listener, etc / "proxy-server.conf")
+
+
+def _serve(listener: Any, conf: Path) -> None:
+    app = swift_wsgi.loadapp(str(conf), global_conf={"log_name": conf.stem})
+    wsgi.server(
+        listener,
+        app,
+        log_output=False,
+        custom_pool=eventlet.GreenPool(_REQUESTS_AT_ONCE),
+        protocol=swift_wsgi.SwiftHttpProtocol,
+        debug=False,
+        socket_timeout=60,
+        capitalize_response_headers=False,  # else metadata keys change case
+    )
+
+
+def _connect_through_sockets() -> None:
+    """Makes Swift's internal connections go to the sockets in the working directory."""
+    names = {port: f"{kind}.sock" for kind, port in _INTERNAL.items()}
+
+    def connect(connection: Any) -> None:
+        connection._connected_time = 0.0  # read by a debug message
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(names[connection.port])
+
+    bufferedhttp.BufferedHTTPConnection.connect = connect
+
+
+def _configure(root: Path) -> Path:
+    """Writes the configuration anew, except what data depends on: the hash suffix and the rings. Returns its folder."""
+    etc, node = root / "etc", root / "node"
+    etc.mkdir(mode=0o700, exist_ok=True)
+    (node / "d1").mkdir(parents=True, exist_ok=True)
+    if not (etc / "swift.conf").exists():
+        suffix = secrets.token_hex(16)
+        policy = "[storage-policy:0]\nname = one\ndefault = yes\n"
+        _write(etc / "swift.conf", f"[swift-hash]\nswift_hash_path_suffix = {suffix}\n{policy}")
+    for kind, port in _INTERNAL.items():
+        ring = etc / f"{kind}.ring.gz"
+        if not ring.exists():
+            _make_ring(ring, port)
+        _write(etc / f"{kind}-server.conf", _SERVER_CONF.format(etc=etc, node=node, kind=kind))
+    account, _, user = _setting("ESD_S3_ACCESS_KEY").partition(":")
+    secret = Path(_setting("ESD_S3_SECRET_KEY_FILE")).read_text().strip()
+    region = os.environ.get("ESD_S3_REGION", "us-east-1")
+    proxy = _PROXY_CONF.format(etc=etc, account=account, user=user, secret=secret, region=region)
+    _write(etc / "proxy-server.conf", proxy)
+    return etc
+
+
+def _make_ring(file: Path, port: int) -> None:
+    builder = RingBuilder(part_power=6, replicas=1, min_part_hours=0)
+    address = {"ip": "127.0.0.1", "port": port, "replication_ip": "127.0.0.1", "replication_port": port}
+    builder.add_dev({"id": 0, "region": 1, "zone": 1, "device": "d1", "weight": 1.0, "meta": "", **address})
+    builder.rebalance()
+    part = file.with_suffix(".new")
+    builder.get_ring().save(str(part))
+    part.rename(file)
+
+
+def _write(file: Path, text: str) -> None:
+    """Replaces the file at once and keeps it to this user: the proxy's holds the secret key."""
+    part = file.with_suffix(".new")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
+        output.write(text)
+    part.rename(file)
+
+
+def _check_xattrs(root: Path) -> None:
+    """Swift keeps metadata in extended attributes; exits with a sentence where the file system has none."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    probe = root / ".xattr-probe"
+    probe.touch()
+    try:
+        os.setxattr(probe, "user.swift.metadata", b"x" * 1024)
+    except OSError as error:
+        sys.exit(
+            f"the file system of ESD_HOME ({root}) keeps no extended attributes ({error.strerror}), which the object "
+            "store needs: put ESD_HOME on a local disk with ext4, xfs or btrfs, not on NFS"
+        )
+    finally:
+        probe.unlink()
+
+
+def _setting(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        sys.exit(f"{name} is not set")
+    return value
+
+
+if __name__ == "__main__":
+    main()

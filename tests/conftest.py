@@ -1,0 +1,94 @@
+"""Owns the real parts that tests share: one PostgreSQL and one object store per session, fresh databases.
+
+database_url   postgresql+psycopg://… of an empty database of this test's own
+make_database  the same as a function, for tests that want several
+s3             S3Access: endpoint, keys and a bucket of this test module's own
+"""
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
+from deploy.local.ports import free_port
+from deploy.local.postgres import Postgres
+from deploy.local.store import Store, process_environment
+from tests.processes import running
+
+_ROLE = "tests"
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """What a test needs to reach the object store."""
+
+    endpoint_url: str
+    bucket: str
+    region: str
+    access_key: str
+    secret_key_file: Path
+    store: Store
+
+    def client(self, endpoint_url: str | None = None) -> object:
+        """Returns a boto3 client."""
+        return self.store.client(endpoint_url)
+
+
+@pytest.fixture(scope="session")
+def esd_home() -> Iterator[Home]:
+    """An ESD_HOME of this session. Not under tmp_path, which root's PostgreSQL user could not enter."""
+    folder = Path(tempfile.mkdtemp(prefix="esd-test-"))
+    folder.chmod(0o711)
+    yield Home(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres(esd_home: Home) -> Iterator[Postgres]:
+    """A running PostgreSQL."""
+    server = Postgres(esd_home, free_port())
+    server.prepare()
+    with running(server.command(), process_environment()):
+        server.wait_until_up()
+        server.bootstrap([_ROLE])
+        yield server
+
+
+@pytest.fixture
+def make_database(postgres: Postgres) -> Callable[[], str]:
+    """Makes a fresh database at each call and returns its URL."""
+
+    def make() -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        postgres.create_database(name, owner=_ROLE)
+        return postgres.url(_ROLE, name)
+
+    return make
+
+
+@pytest.fixture
+def database_url(make_database: Callable[[], str]) -> str:
+    """The URL of a fresh, empty database."""
+    return make_database()
+
+
+@pytest.fixture(scope="session")
+def swift(esd_home: Home) -> Iterator[Store]:
+    """A running object store."""
+    store = Store(esd_home, free_port())
+    with running(store.command(), process_environment() | store.environment()):
+        store.wait_until_up()
+        yield store
+
+
+@pytest.fixture(scope="module")
+def s3(swift: Store, esd_home: Home) -> S3Access:
+    """The object store with a fresh bucket."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    swift.bootstrap(bucket)
+    return S3Access(swift.url, bucket, S3_REGION, S3_ACCESS_KEY, esd_home.s3_secret_key_file, swift)

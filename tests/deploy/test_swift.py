@@ -1,0 +1,110 @@
+"""The embedded object store: signatures are checked, data lasts, browsers may upload."""
+
+import signal
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from deploy.local.home import S3_BUCKET, Home
+from deploy.local.ports import free_port
+from deploy.local.store import Store, process_environment
+from tests.conftest import S3Access
+from tests.processes import running
+
+PUBLIC = "http://images.example:8080"  # the address of the gateway, which passes Host on unchanged
+FORBIDDEN = HTTPStatus.FORBIDDEN
+
+
+def presign(s3: S3Access, operation: str, key: str, seconds: int = 300, **more: object) -> str:
+    client = s3.store.client(PUBLIC)
+    url: str = client.generate_presigned_url(operation, {"Bucket": s3.bucket, "Key": key, **more}, ExpiresIn=seconds)
+    return url
+
+
+def send(s3: S3Access, method: str, url: str, content: bytes | None = None, **headers: str) -> httpx.Response:
+    """Sends what a client would send to the public address, as the gateway hands it on."""
+    parts = urlsplit(url)
+    target = f"{s3.endpoint_url}{parts.path}?{parts.query}"
+    return httpx.request(method, target, content=content, headers={"host": parts.netloc, **headers})
+
+
+def test_presigned_put_and_get_work_for_the_public_host(s3: S3Access) -> None:
+    assert send(s3, "PUT", presign(s3, "put_object", "a/b c.txt"), b"hello").status_code == 200
+    got = send(s3, "GET", presign(s3, "get_object", "a/b c.txt"))
+    assert (got.status_code, got.content) == (200, b"hello")
+    part = send(s3, "GET", presign(s3, "get_object", "a/b c.txt"), range="bytes=1-2")
+    assert (part.status_code, part.content) == (206, b"el")
+
+
+def test_a_large_file_goes_up_in_presigned_parts(s3: S3Access) -> None:
+    client = s3.store.client()
+    parts = [b"x" * (5 << 20), b"end"]
+    upload = client.create_multipart_upload(Bucket=s3.bucket, Key="large")["UploadId"]
+    etags = []
+    for number, content in enumerate(parts, start=1):
+        answer = send(s3, "PUT", presign(s3, "upload_part", "large", UploadId=upload, PartNumber=number), content)
+        assert answer.status_code == 200
+        etags.append({"PartNumber": number, "ETag": answer.headers["etag"]})
+    client.complete_multipart_upload(Bucket=s3.bucket, Key="large", UploadId=upload, MultipartUpload={"Parts": etags})
+    assert client.head_object(Bucket=s3.bucket, Key="large")["ContentLength"] == sum(map(len, parts))
+
+
+def test_urls_that_were_not_signed_so_are_refused(s3: S3Access) -> None:
+    url = presign(s3, "put_object", "mine")
+    assert send(s3, "PUT", url[:-4] + "0000", b"x").status_code == FORBIDDEN
+    assert send(s3, "PUT", url.replace("/mine?", "/yours?"), b"x").status_code == FORBIDDEN
+    assert send(s3, "GET", url).status_code == FORBIDDEN
+    assert send(s3, "PUT", url.replace("X-Amz-Expires=300", "X-Amz-Expires=3000"), b"x").status_code == FORBIDDEN
+
+
+def test_expired_urls_are_refused(s3: S3Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    monkeypatch.setattr("botocore.auth.get_current_datetime", lambda *_: yesterday)
+    assert send(s3, "PUT", presign(s3, "put_object", "late"), b"x").status_code == FORBIDDEN
+
+
+def test_a_wrong_secret_key_is_refused(s3: S3Access, tmp_path: Path) -> None:
+    stranger = Store(Home(tmp_path), s3.store.port)  # another home has another secret
+    url = stranger.client().generate_presigned_url("get_object", {"Bucket": s3.bucket, "Key": "a"})
+    assert send(s3, "GET", url).status_code == FORBIDDEN
+
+
+def test_browsers_may_upload_parts_from_any_origin(s3: S3Access) -> None:
+    url = presign(s3, "put_object", "from-browser")
+    asked = {"origin": "http://webui.example", "access-control-request-method": "PUT"}
+    preflight = send(s3, "OPTIONS", url, **asked, **{"access-control-request-headers": "content-type"})
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] in {"*", asked["origin"]}
+    assert "PUT" in preflight.headers["access-control-allow-methods"]
+    assert "content-type" in preflight.headers["access-control-allow-headers"]
+    answer = send(s3, "PUT", url, b"x", origin=asked["origin"])
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] in {"*", asked["origin"]}
+    assert "etag" in answer.headers["access-control-expose-headers"].lower()
+
+
+@pytest.fixture
+def store_home(esd_home: Home) -> Home:
+    return Home(esd_home.path / "store")
+
+
+def test_objects_and_their_metadata_survive_a_kill(store_home: Home) -> None:
+    store = Store(store_home, free_port())
+    environment = process_environment()
+    with running(store.command(), environment | store.environment()) as process:
+        store.wait_until_up()
+        store.bootstrap(S3_BUCKET)
+        put = store.client().put_object(Bucket=S3_BUCKET, Key="kept", Body=b"123", Metadata={"sha256": "abc"})
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    again = Store(store_home, free_port())
+    with running(again.command(), environment | again.environment()):
+        again.wait_until_up()
+        again.bootstrap(S3_BUCKET)  # and twice is once
+        got = again.client().get_object(Bucket=S3_BUCKET, Key="kept")
+        assert got["Body"].read() == b"123"
+        assert (got["ETag"], got["Metadata"]) == (put["ETag"], {"sha256": "abc"})

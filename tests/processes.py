@@ -1,0 +1,25 @@
+"""Owns the processes that tests start."""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class running:  # noqa: N801 - read as a phrase: with running(command)
+    """A process that runs during the block."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._command, self._environment = command, environment
+
+    def __enter__(self) -> "subprocess.Popen[bytes]":
+        self.process = subprocess.Popen(self._command, env=self._environment, cwd=ROOT)
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

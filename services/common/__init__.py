@@ -1,0 +1,1 @@
+"""Code that at least two services share. It knows no word of their domains."""

@@ -1,0 +1,179 @@
+"""Tokens: who is asking, and whether they may.
+
+A token is a JWT signed by identity with EdDSA. Users' tokens are made by the gateway's ext_authz call and live for
+seconds; services, workers and trainers trade their secret for one of five minutes. Every service verifies locally.
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from services.common.errors import PermissionDenied, Unauthenticated
+
+TOKEN_METADATA = "x-esd-token"  # noqa: S105 - a header's name
+AUDIENCE_SERVICES = "esd"
+_ISSUER = "esd"
+_PEM_END = "-----END PUBLIC KEY-----"
+
+
+class Kind(StrEnum):
+    """The kind of process or person behind a token."""
+
+    USER = "user"
+    SERVICE = "service"
+    WORKER = "worker"
+    TRAINER = "trainer"
+
+
+class Profile(StrEnum):
+    """The client profile of the gateway's listener (contract 0.15)."""
+
+    DOCUMENT = "document"
+    WEBUI = "webui"
+
+
+class UsernameStatus(StrEnum):
+    """What the request said about who acts."""
+
+    NAMED = "named"  # an existing user whom the key may act for
+    ABSENT = "absent"  # nobody: the key's owner acts, where the RPC and the profile allow it
+    UNKNOWN = "unknown"  # a user who does not exist
+    FOREIGN = "foreign"  # a user whom the key may not act for
+
+
+class Absence(StrEnum):
+    """What an RPC allows a request that names no user (`WithoutUsername` in options.proto)."""
+
+    REFUSED_IN_WEBUI = "refused_in_webui"
+    OWNER = "owner"
+    ALLOWED = "allowed"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is asking, as the token says. For users, `name` is the acting user, whose roles and permissions these are."""
+
+    kind: Kind
+    name: str
+    roles: list[str] = field(default_factory=list)
+    permissions: list[str] = field(default_factory=list)
+    profile: Profile = Profile.DOCUMENT
+    username_status: UsernameStatus = UsernameStatus.NAMED
+    impersonate: bool = False
+    key_owner: str = ""
+
+    def may(self, *permissions: str) -> bool:
+        """Whether the caller holds one of the permissions."""
+        return any(permission in self.permissions for permission in permissions)
+
+    @property
+    def is_webui(self) -> bool:
+        """Whether the request came through the webui listener."""
+        return self.profile == Profile.WEBUI
+
+    @property
+    def is_anonymous_webui(self) -> bool:
+        """Whether this is the WebUI client's habit of naming nobody, with a key that may act for anybody."""
+        return self.is_webui and self.impersonate and self.username_status == UsernameStatus.ABSENT
+
+    def enforce(self, permissions: list[str], absence: Absence = Absence.REFUSED_IN_WEBUI) -> None:
+        """Refuses a user who is not known, not allowed to be named, or without all of the permissions.
+
+        Raises:
+            Unauthenticated, PermissionDenied.
+        """
+        if self.username_status == UsernameStatus.UNKNOWN:
+            raise Unauthenticated("Unauthorized")
+        if self.username_status == UsernameStatus.FOREIGN:
+            raise PermissionDenied(f"the API key of {self.key_owner} may not act for {self.name}")
+        if self.username_status == UsernameStatus.ABSENT and self.is_webui:
+            if absence == Absence.ALLOWED and self.impersonate:
+                return
+            if absence == Absence.REFUSED_IN_WEBUI:
+                raise Unauthenticated("Unauthorized")
+        if permissions and not self.may(*permissions):
+            raise PermissionDenied(f"User {self.name} has no permissions: {permissions!r}")
+
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def current_caller() -> Caller:
+    """The caller of the RPC that this task serves."""
+    return _caller.get()
+
+
+def set_caller(caller: Caller) -> None:
+    """Remembers the caller for this task; the server's interceptor does so before the servicer runs."""
+    _caller.set(caller)
+
+
+class Signer:
+    """Signs tokens; only identity has one."""
+
+    def __init__(self, private_key_pem: bytes) -> None:
+        key = load_pem_private_key(private_key_pem, password=None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise SystemExit("the signing key is not an Ed25519 private key")
+        self._key = key
+        self._key_id = _key_id(key.public_key())
+
+    def sign(self, caller: Caller, audience: str, lifetime_seconds: int) -> str:
+        """A token for the caller that the audience accepts for so long."""
+        now = int(time.time())
+        claims: dict[str, Any] = {key: value for key, value in asdict(caller).items() if key != "name"}
+        claims |= {"iss": _ISSUER, "aud": audience, "sub": caller.name, "iat": now, "exp": now + lifetime_seconds}
+        return jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": self._key_id})
+
+
+class Verifier:
+    """Verifies tokens with identity's public keys: a PEM file with one key, or several while they rotate."""
+
+    def __init__(self, public_keys_pem: str, audience: str = AUDIENCE_SERVICES) -> None:
+        self._audience = [AUDIENCE_SERVICES, audience]
+        self._keys: dict[str, Ed25519PublicKey] = {}
+        for pem in public_keys_pem.split(_PEM_END)[:-1]:
+            key = load_pem_public_key((pem + _PEM_END).strip().encode())
+            if not isinstance(key, Ed25519PublicKey):
+                raise SystemExit("a verifying key is not an Ed25519 public key")
+            self._keys[_key_id(key)] = key
+
+    @classmethod
+    def from_file(cls, path: Path, audience: str = AUDIENCE_SERVICES) -> Verifier:
+        """Reads the keys; `audience` is accepted beside that of users and services."""
+        return cls(path.read_text(), audience)
+
+    def verify(self, token: str) -> Caller:
+        """Who the token is for.
+
+        Raises:
+            Unauthenticated: it is not one of identity's, not for this service, or over.
+        """
+        try:
+            key = self._keys[jwt.get_unverified_header(token)["kid"]]
+            claims = jwt.decode(token, key, algorithms=["EdDSA"], audience=self._audience, issuer=_ISSUER)
+            return Caller(
+                kind=Kind(claims["kind"]),
+                name=claims["sub"],
+                roles=claims["roles"],
+                permissions=claims["permissions"],
+                profile=Profile(claims["profile"]),
+                username_status=UsernameStatus(claims["username_status"]),
+                impersonate=claims["impersonate"],
+                key_owner=claims["key_owner"],
+            )
+        except (jwt.InvalidTokenError, KeyError, ValueError):
+            raise Unauthenticated("the token is not valid") from None
+
+
+def _key_id(key: Ed25519PublicKey) -> str:
+    return key.public_bytes_raw().hex()[:16]

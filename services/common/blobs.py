@@ -1,0 +1,177 @@
+"""The object store: boto3 in threads, one bucket, URLs presigned for the address that clients use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import boto3
+from botocore.client import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from services.common.settings import BlobSettings, read_secret
+
+HOUR = 3600
+DAY = 24 * HOUR
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What the store knows of an object. `etag` is without its quotes."""
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+class BlobNotFound(NotFound):
+    """There is no object under the key."""
+
+
+class Blobs:
+    """One bucket. Methods that talk to the store are coroutines; presigning is local arithmetic and is not."""
+
+    def __init__(self, settings: BlobSettings) -> None:
+        self.bucket = settings.bucket
+        self._client = _client(settings, settings.endpoint_url)
+        self._signer = _client(settings, settings.public_url or settings.endpoint_url)
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="blobs")
+
+    def url(self, key: str) -> str:
+        """`s3://<bucket>/<key>`."""
+        return f"s3://{self.bucket}/{key}"
+
+    def presign_get(self, key: str, seconds: int = HOUR) -> str:
+        """A URL that reads the object."""
+        return self._presign("get_object", {"Key": key}, seconds)
+
+    def presign_put(self, key: str, seconds: int = HOUR) -> str:
+        """A URL that writes the object, with whatever headers the client sends."""
+        return self._presign("put_object", {"Key": key}, seconds)
+
+    def presign_part(self, key: str, upload_id: str, part_number: int, seconds: int = DAY) -> str:
+        """A URL that writes one part of a multipart upload."""
+        return self._presign("upload_part", {"Key": key, "UploadId": upload_id, "PartNumber": part_number}, seconds)
+
+    async def head(self, key: str) -> Blob:
+        """Size and ETag of an object.
+
+        Raises:
+            BlobNotFound: there is none.
+        """
+        answer = await self._run(self._client.head_object, Key=key)
+        return Blob(key, answer["ContentLength"], answer["ETag"].strip('"'))
+
+    async def get(self, key: str, first: int | None = None, last: int | None = None) -> bytes:
+        """The object's bytes, or those from `first` to `last`, both included."""
+        ranged = {} if first is None else {"Range": f"bytes={first}-{'' if last is None else last}"}
+        content: bytes = await self._run(
+            lambda **names: self._client.get_object(**names)["Body"].read(), Key=key, **ranged
+        )
+        return content
+
+    async def read(self, key: str, consume: Callable[[Any], T]) -> T:
+        """Runs `consume(body)` on the object's stream in a thread; `body.read(n)` gives bytes."""
+        result: T = await self._run(lambda **names: consume(self._client.get_object(**names)["Body"]), Key=key)
+        return result
+
+    async def put(self, key: str, content: bytes) -> None:
+        """Writes an object."""
+        await self._run(self._client.put_object, Key=key, Body=content)
+
+    async def delete(self, key: str) -> None:
+        """Deletes an object, if there is one."""
+        await self._run(self._client.delete_object, Key=key)
+
+    async def find(self, prefix: str) -> list[Blob]:
+        """All objects below a prefix."""
+        blobs: list[Blob] = await self._run(self._find, prefix=prefix)
+        return blobs
+
+    async def delete_prefix(self, prefix: str) -> int:
+        """Deletes all objects below a prefix and answers how many there were."""
+        found = await self.find(prefix)
+        for blob in found:
+            await self.delete(blob.key)
+        return len(found)
+
+    async def create_multipart(self, key: str) -> str:
+        """Opens a multipart upload and answers its id."""
+        answer: dict[str, str] = await self._run(self._client.create_multipart_upload, Key=key)
+        return answer["UploadId"]
+
+    async def complete_multipart(self, key: str, upload_id: str, parts: list[tuple[int, str]]) -> None:
+        """Completes an upload from (part number, ETag) pairs in order.
+
+        Raises:
+            InvalidArgument: the store does not have such a part. BlobNotFound: there is no such upload.
+        """
+        listed = [{"PartNumber": number, "ETag": etag} for number, etag in parts]
+        await self._run(
+            self._client.complete_multipart_upload, Key=key, UploadId=upload_id, MultipartUpload={"Parts": listed}
+        )
+
+    async def abort_multipart(self, key: str, upload_id: str) -> None:
+        """Gives up an upload and its parts; one that is gone already is fine."""
+        try:
+            await self._run(self._client.abort_multipart_upload, Key=key, UploadId=upload_id)
+        except BlobNotFound:
+            return
+
+    def _presign(self, operation: str, names: dict[str, Any], seconds: int) -> str:
+        url: str = self._signer.generate_presigned_url(
+            operation, Params={"Bucket": self.bucket, **names}, ExpiresIn=seconds
+        )
+        return url
+
+    def _find(self, prefix: str, **bucket: str) -> list[Blob]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Prefix=prefix, **bucket)
+        return [
+            Blob(item["Key"], item["Size"], item["ETag"].strip('"'))
+            for page in pages
+            for item in page.get("Contents", [])
+        ]
+
+    async def _run(self, call: Callable[..., Any], **names: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, lambda: call(Bucket=self.bucket, **names))
+        except ClientError as error:
+            raise _error(error, names.get("Key", "")) from error
+        except BotoCoreError as error:
+            raise Unavailable("the object store does not answer at present") from error
+
+
+def _client(settings: BlobSettings, endpoint_url: str | None) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=read_secret(settings.secret_key_file) if settings.secret_key_file else None,
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path" if endpoint_url else "auto"},
+            max_pool_connections=16,
+            retries={"mode": "standard", "max_attempts": 4},
+            # Newer checksum headers are not known to every S3 that is not AWS's.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+
+
+def _error(error: ClientError, key: str) -> Exception:
+    code = error.response["Error"]["Code"]
+    if code in {"404", "NoSuchKey", "NoSuchUpload", "NotFound"}:
+        return BlobNotFound(f"there is no object {key}")
+    if code in {"InvalidPart", "InvalidPartOrder", "EntityTooSmall", "MalformedXML"}:
+        return InvalidArgument(f"the object store refuses the parts of {key}: {error.response['Error']['Message']}")
+    if code.startswith(("5", "SlowDown", "ServiceUnavailable", "InternalError")):
+        return Unavailable("the object store does not answer at present")
+    return FailedPrecondition(f"the object store refuses {key}: {code}")

@@ -1,0 +1,127 @@
+"""Channels to other services, which carry this process's token."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from services.common.auth import TOKEN_METADATA
+from services.common.errors import (
+    AlreadyExists,
+    EsdError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+
+# A service that restarts is back within a second or two, so look for it again soon.
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_RENEW_AT = 0.7  # of a token's life
+
+KIND_OF: dict[grpc.StatusCode, type[EsdError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
+}
+
+
+class TokenSource:
+    """Trades a secret for tokens at identity, and renews them before they end."""
+
+    def __init__(self, identity_address: str, secret: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._stub = identity_pb2_grpc.IdentityServiceStub(plain_channel(identity_address, credentials))
+        self._secret = secret
+        self._token = ""
+        self._renew_at = 0.0
+        self._lock = asyncio.Lock()
+
+    async def token(self) -> str:
+        """A token that is valid for a while.
+
+        Raises:
+            grpc.aio.AioRpcError: identity does not answer (UNAVAILABLE) or does not know the secret (UNAUTHENTICATED).
+        """
+        async with self._lock:
+            if time.monotonic() >= self._renew_at:
+                request = identity_pb2.IssueTokenRequest(secret=self._secret)
+                response = await self._stub.IssueToken(request, timeout=10, wait_for_ready=True)
+                self._token = response.token
+                self._renew_at = time.monotonic() + _RENEW_AT * response.lifetime_seconds
+            return self._token
+
+
+def plain_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, interceptors: list[Any] | None = None
+) -> grpc.aio.Channel:
+    """A channel to `host:port` without a token; with TLS when credentials are given."""
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials, options=_OPTIONS, interceptors=interceptors)
+    return grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
+
+
+def channel(address: str, tokens: TokenSource, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A channel whose calls carry a token from the source."""
+    interceptors = [_UnaryUnary(tokens), _UnaryStream(tokens), _StreamStream(tokens)]
+    return plain_channel(address, credentials, interceptors)
+
+
+def domain_error(error: grpc.aio.AioRpcError, service: str) -> EsdError:
+    """The error of our own kind for a failed call to another service, for peers to raise."""
+    kind = KIND_OF.get(error.code())
+    if kind is Unavailable:
+        return Unavailable(f"the {service} service does not answer at present")
+    if kind is None:
+        return Unavailable(f"the {service} service failed")
+    return kind(error.details() or "")
+
+
+class _TokenInterceptor:
+    def __init__(self, tokens: TokenSource) -> None:
+        self._tokens = tokens
+
+    async def _call(self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()))
+        metadata[TOKEN_METADATA] = await self._tokens.token()
+        with_token = grpc.aio.ClientCallDetails(
+            method=details.method,
+            timeout=details.timeout,
+            metadata=metadata,
+            credentials=details.credentials,
+            wait_for_ready=details.wait_for_ready,
+        )
+        return await continuation(with_token, request)
+
+
+class _UnaryUnary(_TokenInterceptor, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._call(continuation, client_call_details, request)
+
+
+class _UnaryStream(_TokenInterceptor, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._call(continuation, client_call_details, request)
+
+
+class _StreamStream(_TokenInterceptor, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self._call(continuation, client_call_details, request_iterator)

@@ -1,0 +1,98 @@
+"""PostgreSQL: sessions, migrations and notifications. One database per service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psycopg
+import structlog
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from services.common.errors import Unavailable
+
+log = structlog.get_logger()
+
+_SERVICES = Path(__file__).resolve().parent.parent
+# Any number will do, as long as all replicas of a service take the same.
+_MIGRATION_LOCK = 0x657364
+
+
+class Database:
+    """An engine and its sessions. `url` is `postgresql+psycopg://…`."""
+
+    def __init__(self, url: str, pool_size: int = 8) -> None:
+        self._url = url
+        self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, pool_pre_ping=True)
+        self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncSession]:
+        """A session whose block is one transaction, committed at its end.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        try:
+            async with self._sessions() as session, session.begin():
+                yield session
+        except OperationalError as error:
+            log.warning("database", error=str(error.orig))
+            raise Unavailable("the database does not answer at present") from error
+
+    async def migrate(self, service: str) -> None:
+        """Brings the schema up to date; replicas that start at once wait for each other.
+
+        Waits for the database as long as it takes, because it may be starting too.
+        """
+        while True:
+            try:
+                return await asyncio.to_thread(self._upgrade, service)
+            except OperationalError as error:
+                log.warning("waiting for the database", error=str(error.orig).strip())
+                await asyncio.sleep(0.3)  # nothing tells when a database that is down comes back
+
+    def _upgrade(self, service: str) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(_SERVICES / "common" / "migrations"))
+        config.set_main_option("version_locations", str(_SERVICES / service / "migrations" / "versions"))
+        config.set_main_option("path_separator", "os")
+        config.attributes["url"] = self._url
+        config.attributes["lock"] = _MIGRATION_LOCK
+        command.upgrade(config, "head")
+
+    async def listen(self, channels: list[str], on_notify: Callable[[str, str], Awaitable[None]]) -> None:
+        """Calls `on_notify(channel, payload)` for every NOTIFY, until cancelled.
+
+        A lost connection loses notifications, so after each (re)connection every channel gets one call with an empty
+        payload: "read everything again".
+        """
+        url = make_url(self._url).set(drivername="postgresql").render_as_string(hide_password=False)
+        while True:
+            try:
+                async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+                    for channel in channels:
+                        await connection.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(channel)))
+                    for channel in channels:
+                        await on_notify(channel, "")
+                    async for notification in connection.notifies():
+                        await on_notify(notification.channel, notification.payload)
+            except psycopg.OperationalError as error:
+                log.warning("listening again", channels=channels, error=str(error).strip())
+                await asyncio.sleep(0.3)  # nothing tells when a database that is down comes back
+
+    async def dispose(self) -> None:
+        """Closes all connections."""
+        await self.engine.dispose()
+
+
+async def notify(session: AsyncSession, channel: str, payload: str) -> None:
+    """Notifies listeners when the session's transaction commits; payloads end at 8,000 bytes."""
+    await session.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})

@@ -1,0 +1,264 @@
+"""The gRPC server that every service runs: one interceptor for what all RPCs have in common, health, an orderly end.
+
+The order for a request: token → request rules → acting user and permission → servicer → reply metadata. A bad body is
+400 before a bad user is 401 or 403, as the legacy API has it (contract 1.5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+from urllib.parse import quote
+from uuid import uuid4
+
+import grpc
+import structlog
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from esd.options.v1 import options_pb2 as options
+from services.common import errors, validation
+from services.common.auth import TOKEN_METADATA, Absence, Caller, Kind, Profile, Verifier, set_caller
+from services.common.status import ReplyStatus, begin_reply
+
+log = structlog.get_logger()
+
+STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+}
+INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+DRAIN_SECONDS = 10.0
+
+_KINDS = {
+    options.CALLER_KEY: Kind.USER,
+    options.CALLER_SERVICE: Kind.SERVICE,
+    options.CALLER_WORKER: Kind.WORKER,
+    options.CALLER_TRAINER: Kind.TRAINER,
+}
+_ABSENCES = {
+    options.WITHOUT_USERNAME_UNSPECIFIED: Absence.REFUSED_IN_WEBUI,
+    options.WITHOUT_USERNAME_OWNER: Absence.OWNER,
+    options.WITHOUT_USERNAME_ALLOWED: Absence.ALLOWED,
+}
+_MESSAGES = {200: "OK", 201: "Created", 202: "Accepted", 204: "No Content"}
+
+
+class Server:
+    """A gRPC server on `host:port`. Add servicers with their generated `add_…_to_server(servicer, server.grpc)`."""
+
+    def __init__(self, listen: str, verifier: Verifier) -> None:
+        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier)], options=limits)
+        self._listen = listen
+        self._health = health.aio.HealthServicer()
+        self._stopping = asyncio.Event()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        """Set when the server was told to stop; long streams end themselves then."""
+        return self._stopping
+
+    async def start(self) -> int:
+        """Starts serving and answers the port.
+
+        Raises:
+            SystemExit: the address cannot be bound.
+        """
+        try:
+            port = self.grpc.add_insecure_port(self._listen)
+        except RuntimeError:
+            raise SystemExit(f"ESD_LISTEN={self._listen} cannot be bound: is the port in use?") from None
+        await self.grpc.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", address=self._listen, port=port)
+        return port
+
+    async def stop(self, grace_seconds: float = DRAIN_SECONDS) -> None:
+        """Says NOT_SERVING, lets calls under way end within the grace, then stops."""
+        self._stopping.set()
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(grace_seconds)
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        await self.start()
+        await self._stopping.wait()
+        await self.stop()
+
+
+class _Rules:
+    """The options of one RPC, read from its descriptor once."""
+
+    def __init__(self, method: MethodDescriptor) -> None:
+        # The type stubs do not know extensions that a file of ours declares.
+        extensions: Any = method.GetOptions().Extensions
+        self.public: bool = extensions[options.public]
+        self.permissions = list(extensions[options.permission])
+        self.kind = _KINDS.get(extensions[options.caller])
+        self.absence = _ABSENCES[extensions[options.without_username]]
+        self.enforced_by_servicer: bool = extensions[options.enforced_by_servicer]
+        self.reply: options.Reply = extensions[options.reply]
+
+    def admit(self, caller: Caller) -> None:
+        """Refuses a caller whom the RPC is not for."""
+        if caller.kind != (self.kind or Kind.USER):
+            raise errors.PermissionDenied(f"this is not open to a {caller.kind}")
+
+    def judge(self, caller: Caller) -> None:
+        """Refuses a user who may not, unless the servicer judges."""
+        if self.permissions and not self.enforced_by_servicer:
+            caller.enforce(self.permissions, self.absence)
+
+    def metadata(self, response: Message, caller: Caller | None, reply: ReplyStatus) -> tuple[tuple[str, str], ...]:
+        """The initial metadata from which the gateway makes the REST envelope."""
+        webui = caller is not None and caller.profile == Profile.WEBUI
+        status = (
+            reply.status or (self.reply.webui_status if webui and self.reply.webui_status else self.reply.status) or 200
+        )
+        declared = self.reply.webui_message if webui and self.reply.webui_message else self.reply.message
+        message = reply.message or declared or _MESSAGES.get(status, "OK")
+        pairs = [("x-esd-status", str(status)), ("x-esd-message", quote(message, safe=" "))]
+        if self.reply.raw:
+            pairs.append(("x-esd-raw", "1"))
+        elif any(field.name == "data" for field, _ in response.ListFields()):
+            pairs.append(("x-esd-unwrap", "1"))
+        return tuple(pairs)
+
+
+class _Interceptor(grpc.aio.ServerInterceptor):
+    """What all RPCs have in common."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+        self._rules: dict[str, _Rules] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        # The stubs type every handler as a synchronous one.
+        handler: Any = await continuation(handler_call_details)
+        name = handler_call_details.method
+        if handler is None or name.startswith("/grpc."):
+            return handler  # type: ignore[no-any-return]
+        metadata = dict(handler_call_details.invocation_metadata)
+        call = _Call(name, self._rules_of(name), self._verifier, metadata)
+        codecs = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary), **codecs)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(call.unary_stream(handler.unary_stream), **codecs)
+        return grpc.stream_stream_rpc_method_handler(call.stream_stream(handler.stream_stream), **codecs)
+
+    def _rules_of(self, name: str) -> _Rules:
+        if name not in self._rules:
+            service, method = name.lstrip("/").split("/")
+            found = descriptor_pool.Default().FindServiceByName(service)
+            self._rules[name] = _Rules(found.methods_by_name[method])
+        return self._rules[name]
+
+
+class _Call:
+    """One call on its way to the servicer and back."""
+
+    def __init__(self, name: str, rules: _Rules, verifier: Verifier, metadata: dict[str, Any]) -> None:
+        self._name = name
+        self._rules = rules
+        self._verifier = verifier
+        self._token = metadata.get(TOKEN_METADATA)
+        self._request_id = metadata.get("x-request-id") or str(uuid4())
+        self._began = time.monotonic()
+
+    def unary(self, behaviour: Callable[[Any, Any], Awaitable[Message]]) -> Callable[[Any, Any], Awaitable[Message]]:
+        async def run(request: Message, context: grpc.aio.ServicerContext) -> Message:
+            try:
+                caller = self._begin(request)
+                reply = begin_reply()
+                response = await behaviour(request, context)
+                await context.send_initial_metadata(self._rules.metadata(response, caller, reply))
+            except Exception as error:  # every failure becomes a status here
+                await self._fail(error, context)
+            log.debug("rpc", method=self._name, milliseconds=round(1000 * (time.monotonic() - self._began), 1))
+            return response
+
+        return run
+
+    def unary_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
+        async def run(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
+            try:
+                self._begin(request)
+                async for response in behaviour(request, context):
+                    yield response
+            except Exception as error:
+                await self._fail(error, context)
+
+        return run
+
+    def stream_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
+        async def run(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
+            try:
+                self._begin(None)
+                async for response in behaviour(requests, context):
+                    yield response
+            except Exception as error:
+                await self._fail(error, context)
+
+        return run
+
+    def _begin(self, request: Message | None) -> Caller | None:
+        structlog.contextvars.bind_contextvars(request_id=self._request_id)
+        caller = None
+        if not self._rules.public:
+            if not self._token:
+                raise errors.Unauthenticated("a token is needed; through the gateway, an API key")
+            caller = self._verifier.verify(self._token)
+            self._rules.admit(caller)
+            set_caller(caller)
+        if request is not None:
+            validation.check(request)
+        if caller is not None:
+            self._rules.judge(caller)
+        return caller
+
+    async def _fail(self, error: Exception, context: grpc.aio.ServicerContext) -> NoReturn:
+        """Ends the call with the status of the error; what is unknown goes to the log, not to the caller."""
+        code, message = grpc.StatusCode.INTERNAL, INTERNAL
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, NotImplementedError):
+            code, message = grpc.StatusCode.UNIMPLEMENTED, "not implemented yet"
+        elif isinstance(error, errors.EsdError):
+            kind = next(kind for kind in type(error).__mro__ if kind in STATUS_OF)
+            code, message = STATUS_OF[kind], str(error)
+        else:
+            log.error("rpc failed", method=self._name, exc_info=error)
+        await context.abort(code, message)
+        raise AssertionError("abort returns")
+
+
+async def serve(listen: str, verifier: Verifier, add_servicers: Callable[[grpc.aio.Server], None]) -> None:
+    """Runs a server with these servicers until it is told to stop."""
+    server = Server(listen, verifier)
+    add_servicers(server.grpc)
+    await server.run()

@@ -1,0 +1,75 @@
+"""Settings from the environment: every variable starts with `ESD_`, and a wrong value stops the process by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """The base of every process's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="ESD_", extra="ignore", frozen=True)
+
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_format: str = Field("console", pattern="^(console|json)$")
+
+
+class BlobSettings(BaseSettings):
+    """Where the bucket is. Services talk to `endpoint_url`; presigned URLs are signed for `public_url`."""
+
+    model_config = SettingsConfigDict(env_prefix="ESD_S3_", extra="ignore", frozen=True)
+
+    bucket: str
+    region: str = "us-east-1"
+    endpoint_url: str | None = None
+    public_url: str | None = None
+    access_key: str | None = None
+    secret_key_file: Path | None = None
+
+
+class ServiceSettings(Settings):
+    """What each of the five services needs. `listen` is `host:port`; addresses are those of the other services."""
+
+    listen: str = "127.0.0.1:0"
+    database_url: str
+    secret_file: Path
+    verifying_key_file: Path
+    identity_address: str = ""
+    models_address: str = ""
+    endpoints_address: str = ""
+    inference_address: str = ""
+    training_address: str = ""
+    public_url: str = "http://127.0.0.1:8080"
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def load(settings: type[S]) -> S:
+    """Reads the environment.
+
+    Raises:
+        SystemExit: a value is missing or wrong; the message names each variable, its value and what is allowed.
+    """
+    try:
+        return settings()
+    except ValidationError as error:
+        prefix = settings.model_config.get("env_prefix", "")
+        for problem in error.errors():
+            name = prefix + "_".join(str(part) for part in problem["loc"]).upper()
+            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+            print(f"setting {name}: {problem['msg']}{given}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def read_secret(path: Path) -> str:
+    """The content of a secret's file, without the newline at its end."""
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise SystemExit(f"the secret file {path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,100 @@
+"""Request rules of the protos (protovalidate), worded as the legacy API words them (contract 1.5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import protovalidate
+from google.protobuf.message import Message
+
+from services.common.errors import InvalidArgument
+
+# From the id of a rule to its sentence; `value` is what was given, `bound` what the rule allows.
+_SENTENCES: dict[str, Callable[[Any, Any], str]] = {
+    "string.min_len": lambda value, bound: (
+        f'string "{value}" is too short (length: {len(value)}, required minimum: {bound})'
+    ),
+    "string.max_len": lambda value, bound: (
+        f'string "{value}" is too long (length: {len(value)}, maximum allowed: {bound})'
+    ),
+    "string.pattern": lambda value, bound: f'ECMA 262 regex "{bound}" does not match input string "{value}"',
+    "string.in": lambda value, bound: f'instance value ("{value}") not found in enum (possible values: {_list(bound)})',
+    "repeated.min_items": lambda value, bound: (
+        f"array is too short: must have at least {bound} elements but instance has {len(value)} elements"
+    ),
+    "repeated.max_items": lambda value, bound: (
+        f"array is too long: must have at most {bound} elements but instance has {len(value)} elements"
+    ),
+    "int32.gte": lambda value, bound: (
+        f"numeric instance is lower than the required minimum (minimum: {bound}, found: {value})"
+    ),
+    "int32.lte": lambda value, bound: (
+        f"numeric instance is greater than the required maximum (maximum: {bound}, found: {value})"
+    ),
+}
+
+
+def check(request: Message) -> None:
+    """Checks a request against the rules of its proto.
+
+    Raises:
+        InvalidArgument: all violations in one bracketed list, with the path of nested fields in front.
+    """
+    violations = protovalidate.collect_violations(request)
+    if violations:
+        raise InvalidArgument(f"[{', '.join(_sentences(violations, request))}]")
+
+
+def _sentences(violations: list[Any], request: Message) -> Iterable[str]:
+    missing: dict[str, list[str]] = {}
+    others: list[str] = []
+    for violation in violations:
+        path, name = _path(violation.proto.field, request)
+        if violation.proto.rule_id == "required":
+            missing.setdefault(path, []).append(name)
+        else:
+            others.append(_prefix(f"{path}.{name}".lstrip(".")) + _sentence(violation))
+    for path, names in missing.items():
+        yield _prefix(path) + f"object has missing required properties ({_list(sorted(names))})"
+    yield from others
+
+
+def _sentence(violation: Any) -> str:
+    rule, value = violation.proto.rule_id, violation.field_value
+    if rule == "int32.gte_lte":
+        below = value < violation.rule_value
+        return _SENTENCES["int32.gte" if below else "int32.lte"](value, _bounds(violation)[0 if below else 1])
+    worded = _SENTENCES.get(rule)
+    return worded(value, violation.rule_value) if worded else str(violation.proto.message)
+
+
+def _bounds(violation: Any) -> tuple[int, int]:
+    """The two numbers of a range rule, which the violation carries only in its message."""
+    numbers = [int(word) for word in violation.proto.message.split() if word.lstrip("-").isdigit()]
+    return numbers[0], numbers[1]
+
+
+def _path(field: Any, request: Message) -> tuple[str, str]:
+    """The path of the enclosing object and the field's name, as JSON spells them."""
+    names: list[str] = []
+    descriptor: Any = request.DESCRIPTOR
+    for element in field.elements:
+        known = descriptor.fields_by_name.get(element.field_name) if descriptor else None
+        name = known.json_name if known else element.field_name
+        index = getattr(element.subscript, "value", None)
+        names.append(name if index is None else f"{name}[{index}]")
+        descriptor = known.message_type if known else None
+    # The HTTP body of some requests is a field of its own, which clients never see.
+    if names and names[0] == "body":
+        names = names[1:]
+    return ".".join(names[:-1]), names[-1] if names else ""
+
+
+def _prefix(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _list(values: Iterable[str]) -> str:
+    return json.dumps(list(values), separators=(",", ":"))

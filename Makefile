@@ -1,0 +1,42 @@
+# The whole workflow. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKPOINT ?=
+PROMPT ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install check fix test up demo bench
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## Make .venv with the pinned dependencies and generate the protos' code
+
+$(VENV)/.installed: pyproject.toml constraints.txt protos/generate.py $(shell find protos -name '*.proto')
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+check: install  ## Lint, types, proto rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m tests.buf
+
+fix: install  ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install  ## All tests, with the real parts on free ports
+	$(BIN)/pytest
+
+up: install  ## The one-machine stack in the foreground
+	$(BIN)/esd up
+
+demo: install  ## A picture through the REST API: make demo CHECKPOINT=model.safetensors PROMPT="…"
+	$(BIN)/esd demo $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(PROMPT),--prompt '$(PROMPT)') $(ARGS)
+
+bench: install  ## Measure speed and memory, side by side, and print the tables
+	$(BIN)/python -m tests.bench $(ARGS)

@@ -1,0 +1,94 @@
+"""The layers of ARCHITECTURE.md as a test: what each kind of file may import."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVICES = ("identity", "models", "endpoints", "inference", "training")
+
+# From a kind of file to the module prefixes that it must not import.
+FORBIDDEN = {
+    "servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "domain.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+}
+# Outside libraries that only these files of services/common may import.
+OWNERS = {
+    "boto3": {"blobs.py"},
+    "botocore": {"blobs.py"},
+    "sqlalchemy": {"database.py", "env.py"},
+    "psycopg": {"database.py"},
+    "protovalidate": {"validation.py"},
+    "jwt": {"auth.py"},
+    "pydantic_settings": {"settings.py"},
+}
+WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
+TORCH_OWNERS = {"engine.py", "samplers.py", "weights.py", "tiny.py", "prompt.py", "lora.py"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def starts(module: str, prefix: str) -> bool:
+    """Whether the module is the prefix or below it."""
+    return module == prefix.rstrip(".") or module.startswith(prefix.rstrip(".") + ".")
+
+
+def python_files(*folders: str) -> list[Path]:
+    """All Python files below the folders."""
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_has_the_shape_of_a_service(service: str) -> None:
+    assert {path.name for path in (ROOT / "services" / service).glob("*.py")} >= {"__main__.py", "servicer.py"}
+
+
+@pytest.mark.parametrize("path", python_files("services"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_layer_imports_only_what_lies_below_it(path: Path) -> None:
+    found = set(imports(path))
+    for prefix in FORBIDDEN.get(path.name, ()):
+        assert not [module for module in found if starts(module, prefix)], f"{path.name} must not import {prefix}"
+    own = path.relative_to(ROOT / "services").parts[0]
+    others = [f"services.{service}" for service in SERVICES if service != own]
+    assert not [module for module in found for other in others if starts(module, other)]
+
+
+@pytest.mark.parametrize("path", python_files("services/common"), ids=lambda path: path.name)
+def test_each_outside_library_has_one_owner_in_common(path: Path) -> None:
+    for library, owners in OWNERS.items():
+        if any(starts(module, library) for module in imports(path)):
+            assert path.name in owners, f"{library} belongs to {owners}"
+
+
+@pytest.mark.parametrize("path", python_files("gpu_worker"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_worker_knows_no_service_and_only_its_owners_know_torch(path: Path) -> None:
+    found = set(imports(path))
+    for module in found:
+        if starts(module, "services"):
+            parts = module.split(".")
+            assert parts[1:2] in ([], ["common"]), module
+            assert len(parts) < 3 or parts[2] in WORKER_MAY, module
+        assert not starts(module, "sqlmodel")
+        assert not starts(module, "boto3")
+    in_tasks = "tasks" in path.parts or "trainer" in path.parts
+    if any(starts(module, "torch") or starts(module, "diffusers") for module in found):
+        assert in_tasks or path.name in TORCH_OWNERS, f"{path.name} must not import torch"
+
+
+def test_the_services_run_without_torch() -> None:
+    for path in python_files("services", "gateway", "deploy"):
+        assert not [module for module in imports(path) if starts(module, "torch") or starts(module, "diffusers")], path

@@ -1,4 +1,4 @@
-"""Owns the form of an API key: `esd_`, 160 random bits in hexadecimal, and a checksum against mistyping."""
+"""Owns the form of an API key: `esd_`, 160 random bits in hexadecimal, and a checksum that catches typing errors."""
 
 import secrets
 import zlib
@@ -13,10 +13,10 @@ def new_api_key() -> str:
     return f"{_PREFIX}{body}{_checksum(body)}"
 
 
-def looks_like_api_key(text: str) -> bool:
-    """Says whether the text has the form of a key made here; it says nothing about whether the key exists."""
-    body, checksum = text.removeprefix(_PREFIX)[:-_CHECKSUM_DIGITS], text[-_CHECKSUM_DIGITS:]
-    return text.startswith(_PREFIX) and len(body) == 40 and checksum == _checksum(body)
+def is_mistyped(key: str) -> bool:
+    """Says whether this starts like a key made here and cannot be one; a first key chosen by hand may have any form."""
+    body, checksum = key.removeprefix(_PREFIX)[:-_CHECKSUM_DIGITS], key[-_CHECKSUM_DIGITS:]
+    return key.startswith(_PREFIX) and checksum != _checksum(body)
 
 
 def _checksum(body: str) -> str:

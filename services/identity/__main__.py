@@ -1,0 +1,66 @@
+"""Starts the identity service: `python -m services.identity` with the settings in the environment."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+
+from esd.identity.v1 import ext_authz_pb2_grpc, identity_pb2_grpc
+from services.common import logs
+from services.common.auth import Signer, Verifier
+from services.common.database import Database
+from services.common.server import serve
+from services.common.settings import load, read_secret
+from services.identity.authz import AuthorizationServicer
+from services.identity.domain import Identity
+from services.identity.passwords import Passwords
+from services.identity.servicer import IdentityServicer
+from services.identity.settings import IdentitySettings, read_secret_hashes
+from services.identity.store import CHANGED, IdentityStore
+from services.identity.tokens import Tokens
+
+
+async def run(settings: IdentitySettings) -> None:
+    """Migrates, bootstraps, and serves until told to stop."""
+    hashes = read_secret_hashes(settings.secret_hashes_file)
+    signer = Signer(read_secret(settings.signing_key_file).encode())
+    passwords = _passwords(settings)
+    database = Database(settings.database_url)
+    store = IdentityStore(database)
+    tokens = Tokens(store, signer, hashes.services)
+    identity = Identity(store, passwords, tokens.forget)
+
+    async def on_notify(channel: str, payload: str) -> None:
+        tokens.forget()
+
+    def add_servicers(server: grpc.aio.Server) -> None:
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(identity, tokens), server)
+        authorization = AuthorizationServicer(tokens, hashes.gateway)
+        ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server)
+
+    await database.migrate("identity")
+    await identity.bootstrap(read_secret(settings.api_key_file))
+    async with asyncio.TaskGroup() as group:  # should listening fail, serving ends, and the process is started again
+        listening = group.create_task(database.listen([CHANGED], on_notify))
+        await serve(settings.listen, Verifier.from_file(settings.verifying_key_file), add_servicers)
+        listening.cancel()
+    await database.dispose()
+
+
+def _passwords(settings: IdentitySettings) -> Passwords:
+    try:
+        return Passwords(read_secret(settings.password_key_file))
+    except ValueError:
+        raise SystemExit(f"setting ESD_PASSWORD_KEY_FILE: {settings.password_key_file} holds no Fernet key") from None
+
+
+def main() -> None:
+    """The process."""
+    settings = load(IdentitySettings)
+    logs.configure("identity", settings)
+    asyncio.run(run(settings))
+
+
+if __name__ == "__main__":
+    main()

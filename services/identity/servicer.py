@@ -1,0 +1,124 @@
+"""Speaks the identity service's protos."""
+
+# ruff: noqa: N802 - methods are named by the proto
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import struct_pb2
+
+from esd.identity.v1 import identity_pb2 as pb
+from esd.identity.v1 import identity_pb2_grpc as rpc
+from esd.options.v1 import options_pb2 as options
+from services.common.auth import Caller, current_caller
+from services.common.errors import InvalidArgument
+from services.identity.domain import ADMINISTRATORS, DEFAULT_ROLES, Actor, Identity, UserView
+from services.identity.store import Role
+from services.identity.tokens import SECRET_TOKEN_SECONDS, Tokens
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_SECRET_KINDS = {options.CALLER_WORKER: "worker", options.CALLER_TRAINER: "trainer"}
+_NOT_APPLICABLE = "not_applicable"
+
+
+class IdentityServicer(rpc.IdentityServiceServicer):
+    """Parses, calls the domain, replies."""
+
+    def __init__(self, identity: Identity, tokens: Tokens) -> None:
+        self._identity = identity
+        self._tokens = tokens
+
+    async def Ping(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
+        return pb.PingResponse()
+
+    async def ListRoles(self, request: pb.ListRolesRequest, context: Context) -> pb.ListRolesResponse:
+        roles = await self._identity.list_roles(_actor(), request.role or None)
+        return pb.ListRolesResponse(
+            roles=[_role(role) for role in roles],
+            previous_evaluated_key=_NOT_APPLICABLE,
+            last_evaluated_key=struct_pb2.Value(null_value=struct_pb2.NULL_VALUE),
+        )
+
+    async def CreateRole(self, request: pb.CreateRoleRequest, context: Context) -> pb.CreateRoleResponse:
+        await self._identity.create_role(_actor(), request.role_name, list(request.permissions))
+        return pb.CreateRoleResponse()
+
+    async def DeleteRoles(self, request: pb.DeleteRolesRequest, context: Context) -> pb.DeleteRolesResponse:
+        await self._identity.delete_roles(list(request.role_name_list))
+        return pb.DeleteRolesResponse()
+
+    async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
+        reveal = current_caller().is_webui and request.show_password.lower() in ("true", "1", "yes")
+        users = await self._identity.list_users(_actor(), request.username or None, reveal)
+        return pb.ListUsersResponse(
+            users=[_user(user) for user in users],
+            previous_evaluated_key=_NOT_APPLICABLE,
+            last_evaluated_key=_NOT_APPLICABLE,
+        )
+
+    async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> pb.CreateUserResponse:
+        if not request.initial and not request.roles:
+            raise InvalidArgument('[object has missing required properties (["roles"])]')
+        caller = current_caller()
+        is_first_of_webui = request.initial and caller.is_webui and caller.impersonate
+        if not is_first_of_webui:
+            caller.enforce(["user:all"])
+        if not request.initial:
+            await self._identity.create_user(_actor(), request.username, request.password, list(request.roles))
+            return pb.CreateUserResponse()
+        actor = None if is_first_of_webui else _actor()
+        await self._identity.create_administrator(actor, request.username, request.password)
+        return _initial_user(request.username)
+
+    async def DeleteUsers(self, request: pb.DeleteUsersRequest, context: Context) -> pb.DeleteUsersResponse:
+        await self._identity.delete_users(list(request.user_name_list))
+        return pb.DeleteUsersResponse()
+
+    async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Context) -> pb.CreateApiKeyResponse:
+        key = await self._identity.create_key(_actor(), request.username, request.impersonate)
+        return pb.CreateApiKeyResponse(id=key.id, username=key.owner, key=key.value, impersonate=key.impersonate)
+
+    async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
+        token = await self._tokens.of_secret(request.secret)
+        return pb.IssueTokenResponse(token=token, lifetime_seconds=SECRET_TOKEN_SECONDS)
+
+    async def CreateSecret(self, request: pb.CreateSecretRequest, context: Context) -> pb.CreateSecretResponse:
+        service, kind = current_caller().name, _SECRET_KINDS[request.caller]
+        return pb.CreateSecretResponse(secret=await self._identity.create_secret(service, kind, request.subject))
+
+    async def DeleteSecret(self, request: pb.DeleteSecretRequest, context: Context) -> pb.DeleteSecretResponse:
+        service, kind = current_caller().name, _SECRET_KINDS[request.caller]
+        await self._identity.delete_secret(service, kind, request.subject)
+        return pb.DeleteSecretResponse()
+
+    async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
+        user = await self._identity.get_user(request.username)
+        return pb.GetUserResponse(username=user.username, roles=user.roles, permissions=user.permissions)
+
+
+def _actor() -> Actor:
+    caller: Caller = current_caller()
+    return Actor(caller.name, caller.permissions, caller.roles, caller.impersonate)
+
+
+def _role(role: Role) -> pb.Role:
+    return pb.Role(role_name=role.role_name, creator=role.creator, permissions=role.permissions)
+
+
+def _user(user: UserView) -> pb.User:
+    return pb.User(
+        username=user.username,
+        roles=user.roles,
+        creator=user.creator,
+        permissions=user.permissions,
+        password=user.password,
+    )
+
+
+def _initial_user(username: str) -> pb.CreateUserResponse:
+    response = pb.CreateUserResponse(user=pb.CreateUserResponse.InitialUser(username=username, roles=[ADMINISTRATORS]))
+    response.all_roles.extend(DEFAULT_ROLES)
+    return response

@@ -1,0 +1,121 @@
+"""Decides who a key or a secret stands for, and signs that as a token.
+
+The gateway asks for a user's token at every request, so they are kept in memory while at least ten seconds of their
+life remain, and all are forgotten when any key, user or role changes. An unknown key is looked up every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, Profile, Signer, UsernameStatus
+from services.common.errors import Unauthenticated
+from services.identity.keys import is_mistyped
+from services.identity.store import IdentityStore, KeyUse
+
+USER_TOKEN_SECONDS = 30
+SECRET_TOKEN_SECONDS = 300
+_KEEP_SECONDS = 20.0
+_MAX_KEPT = 10_000
+MAX_NAME_LENGTH = 255
+
+_AUDIENCES = {Kind.SERVICE: AUDIENCE_SERVICES, Kind.WORKER: "inference", Kind.TRAINER: "training"}
+
+
+def sha256(value: str) -> str:
+    """The stored form of a key or secret: they are random and long, so a fast hash is right for them."""
+    return hashlib.sha256(value.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    token: str
+    until: float
+
+
+class Tokens:
+    """Makes tokens. `service_hashes` maps the SHA-256 of each service's secret to the service's name."""
+
+    def __init__(self, store: IdentityStore, signer: Signer, service_hashes: dict[str, str]) -> None:
+        self._store = store
+        self._signer = signer
+        self._service_hashes = service_hashes
+        self._kept: dict[tuple[str, str | None, Profile], _Kept] = {}
+        self._generation = 0
+
+    def forget(self) -> None:
+        """Drops every kept token, also those that are being made from rows read before now."""
+        self._kept.clear()
+        self._generation += 1
+
+    async def of_key(self, key: str, username: str | None, profile: Profile) -> str | None:
+        """A token for a request with this API key that names this user (None: nobody); None for an unknown key.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        if is_mistyped(key):
+            return None
+        key_hash = sha256(key)
+        kept = self._kept.get((key_hash, username, profile))
+        if kept is not None and kept.until > time.monotonic():
+            return kept.token
+        generation = self._generation
+        # A name that no user can have is not worth a query, and PostgreSQL would not take it.
+        possible = username is None or is_name(username)
+        use = await self._store.find_key_use(key_hash, username if possible else None)
+        if use is None:
+            return None
+        caller = _acting(use, username, profile) if possible else _nobody(use, username or "", profile)
+        signed_at = time.monotonic()
+        token = self._signer.sign(caller, AUDIENCE_SERVICES, USER_TOKEN_SECONDS)
+        if generation == self._generation:
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            # `iat` is cut to whole seconds, so up to one second of life is gone already.
+            self._kept[key_hash, username, profile] = _Kept(token, signed_at + _KEEP_SECONDS - 1)
+        return token
+
+    async def of_secret(self, secret: str) -> str:
+        """A token for the service, the workers or the trainer whose secret this is.
+
+        Raises:
+            Unauthenticated: nobody's.
+            Unavailable: the database does not answer.
+        """
+        secret_hash = sha256(secret)
+        if service := self._service_hashes.get(secret_hash):
+            caller = Caller(Kind.SERVICE, service)
+        elif found := await self._store.find_secret(secret_hash):
+            caller = Caller(Kind(found.kind), found.subject)
+        else:
+            raise Unauthenticated("the secret is not known")
+        return self._signer.sign(caller, _AUDIENCES[caller.kind], SECRET_TOKEN_SECONDS)
+
+
+def is_name(text: str) -> bool:
+    """Whether the text can be the name of a user or role."""
+    return 1 <= len(text) <= MAX_NAME_LENGTH and "\0" not in text
+
+
+def _acting(use: KeyUse, username: str | None, profile: Profile) -> Caller:
+    if username is not None and (use.roles is None or (username != use.owner and not use.impersonate)):
+        return _nobody(use, username, profile)
+    return Caller(
+        kind=Kind.USER,
+        name=username or use.owner,
+        roles=use.roles or [],
+        permissions=use.permissions,
+        profile=profile,
+        username_status=UsernameStatus.NAMED if username else UsernameStatus.ABSENT,
+        impersonate=use.impersonate,
+        key_owner=use.owner,
+    )
+
+
+def _nobody(use: KeyUse, username: str, profile: Profile) -> Caller:
+    """Somebody who does not exist, or whom the key may not act for: that is said first, whether they exist or not."""
+    status = UsernameStatus.UNKNOWN if use.impersonate else UsernameStatus.FOREIGN
+    return Caller(Kind.USER, username, [], [], profile, status, use.impersonate, use.owner)

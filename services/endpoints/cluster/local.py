@@ -1,0 +1,210 @@
+"""Owns workers that are processes of this machine.
+
+A worker runs in a session of its own and outlives this service: its pid and start time stand in its row, and the next
+control loop adopts it. It does not outlive the launcher, whose pid it gets in its environment and watches itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from services.endpoints.cluster import Pool, PoolState
+from services.endpoints.cluster.process import Process, start
+from services.endpoints.store import EndpointStore, Worker
+
+log = structlog.get_logger()
+
+MAX_FAILURES = 3
+_FIRST_BACKOFF_SECONDS = 0.5  # doubled at each further failure
+_TAIL_LINES, _TAIL_BYTES = 20, 4096
+# What a worker inherits. It gets no other variable: the service's own name the database and its secret.
+_INHERITED = {"PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE"}
+_INHERITED_PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "PYTORCH_", "OMP_", "MKL_", "HF_")
+_INHERITED_SETTINGS = {"ESD_LAUNCHER_PID", "ESD_LOG_FORMAT", "ESD_LOG_LEVEL"}
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How workers are run. `folder` keeps secrets, logs and the model cache; `gpus` are shared out one per worker."""
+
+    command: list[str]
+    folder: Path
+    server_url: str
+    verifying_key_file: Path
+    device: str
+    gpus: list[str]
+    stop_seconds: float = 10.0
+
+
+class LocalCluster:
+    """Runs workers as processes. `on_change` is called when one has ended, or may be tried again."""
+
+    def __init__(self, store: EndpointStore, settings: LocalSettings, on_change: Callable[[], None]) -> None:
+        self._store = store
+        self._settings = settings
+        self._on_change = on_change
+        self._processes: dict[tuple[str, int], Process] = {}
+        self._not_before: dict[tuple[str, int], float] = {}  # the loop's time
+        self._starting = asyncio.Lock()  # so that two endpoints do not choose the same GPU
+
+    async def has_secret(self, endpoint_id: str) -> bool:
+        """Whether the secret's file is there."""
+        return self._secret_file(endpoint_id).exists()
+
+    async def save_secret(self, endpoint_id: str, secret: str) -> None:
+        """Writes the secret's file, readable for this user only."""
+        _write_secret(self._secret_file(endpoint_id), secret)
+
+    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
+        """Looks at each worker of the pool once: starts, stops, restarts, counts."""
+        workers = await self._store.get_workers(pool.endpoint_id)
+        for slot in set(range(num_workers)) - {worker.slot for worker in workers}:
+            await self._store.add_worker(pool.endpoint_id, slot)
+            workers.append(Worker(endpoint_id=pool.endpoint_id, slot=slot))
+        num_running = 0
+        for worker in workers:
+            process = await self._process_of(worker)
+            if process is None and worker.num_failures >= MAX_FAILURES and worker.slot < num_workers:
+                return PoolState(num_running, self._failure(worker))
+            if process is None and worker.slot < num_workers:
+                process = await self._start(worker)
+            elif process is None:
+                await self._store.remove_worker(worker)
+            elif worker.slot >= num_workers:
+                process.stop(self._settings.stop_seconds)
+            elif worker.worker_id in live and not worker.was_live:
+                await self._store.set_worker_live(worker)
+            num_running += process is not None
+        return PoolState(num_running)
+
+    async def forget(self, endpoint_id: str) -> None:
+        """Removes the endpoint's folder."""
+        shutil.rmtree(self._folder(endpoint_id), ignore_errors=True)
+
+    def close(self) -> None:
+        """Lets go of all processes, which run on."""
+        for process in self._processes.values():
+            process.let_go()
+        self._processes.clear()
+
+    async def _process_of(self, worker: Worker) -> Process | None:
+        """The worker's running process, adopted if it is not known; None if there is none, which the row says then."""
+        if worker.pid is None or worker.start_time is None:
+            return None
+        key = (worker.endpoint_id, worker.slot)
+        process = self._processes.get(key)
+        if process is not None and (process.pid, process.start_time) != (worker.pid, worker.start_time):
+            self._processes.pop(key).let_go()  # another control loop has replaced it meanwhile
+            process = None
+        if process is None:
+            process = Process.adopt(worker.pid, worker.start_time, self._on_change)
+            if process is None:  # it ended while nobody watched, which says nothing about how it started
+                await self._record_end(worker, worker.num_failures)
+                return None
+            log.info("a worker is adopted", worker=worker.worker_id, pid=process.pid)
+            self._processes[key] = process
+        if not process.has_ended:
+            return process
+        del self._processes[key]
+        failed = not worker.was_live and not process.is_stopping
+        log.warning("a worker ended", worker=worker.worker_id, exit=process.exit, last_lines=self._tail(worker))
+        await self._record_end(worker, worker.num_failures + 1 if failed else 0)
+        return None
+
+    async def _record_end(self, worker: Worker, num_failures: int) -> None:
+        await self._store.set_worker_ended(worker, num_failures)
+        worker.pid, worker.start_time, worker.num_failures = None, None, num_failures
+        if num_failures:
+            loop = asyncio.get_running_loop()
+            delay = _FIRST_BACKOFF_SECONDS * 2 ** (num_failures - 1)
+            self._not_before[worker.endpoint_id, worker.slot] = loop.time() + delay
+            loop.call_later(delay, self._on_change)
+
+    async def _start(self, worker: Worker) -> Process | None:
+        """Starts a process for the worker, unless its back-off lasts or another control loop was faster."""
+        key = (worker.endpoint_id, worker.slot)
+        if asyncio.get_running_loop().time() < self._not_before.get(key, 0):
+            return None
+        async with self._starting:
+            worker.num_launches += 1
+            worker.gpu = await self._choose_gpu()
+            process, release = start(
+                self._settings.command, self._environment(worker), self._log_file(worker), self._on_change
+            )
+            worker.pid, worker.start_time = process.pid, process.start_time
+            claimed = False
+            try:
+                claimed = await self._store.claim_launch(worker)
+            finally:
+                release(claimed)  # not claimed: the process ends without having run the command
+        if not claimed:
+            return None
+        self._processes[key] = process
+        log.info("a worker is started", worker=worker.worker_id, pid=process.pid, gpu=worker.gpu)
+        return process
+
+    async def _choose_gpu(self) -> str | None:
+        """The GPU with the fewest workers."""
+        if not self._settings.gpus:
+            return None
+        num_workers = Counter(worker.gpu for worker in await self._store.get_workers() if worker.pid)
+        return min(self._settings.gpus, key=lambda gpu: num_workers[gpu])
+
+    def _environment(self, worker: Worker) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _INHERITED | _INHERITED_SETTINGS or name.startswith(_INHERITED_PREFIXES)
+        }
+        own = {
+            "ESD_SERVER_URL": self._settings.server_url,
+            "ESD_SECRET_FILE": str(self._secret_file(worker.endpoint_id)),
+            "ESD_CACHE_DIR": str(self._settings.folder / "cache"),
+            "ESD_DEVICE": self._settings.device,
+            "ESD_VERIFYING_KEY_FILE": str(self._settings.verifying_key_file),
+            "ESD_WORKER_ID": worker.worker_id,
+        }
+        return kept | own | ({} if worker.gpu is None else {"CUDA_VISIBLE_DEVICES": worker.gpu})
+
+    def _failure(self, worker: Worker) -> str:
+        lines = self._tail(worker)
+        return f"a worker failed to start {worker.num_failures} times in a row; its last log lines:\n{lines}"
+
+    def _tail(self, worker: Worker) -> str:
+        try:
+            end = self._log_file(worker).read_bytes()[-_TAIL_BYTES:]
+        except FileNotFoundError:
+            return ""
+        return "\n".join(end.decode(errors="replace").splitlines()[-_TAIL_LINES:])
+
+    def _folder(self, endpoint_id: str) -> Path:
+        return self._settings.folder / endpoint_id
+
+    def _secret_file(self, endpoint_id: str) -> Path:
+        return self._folder(endpoint_id) / "secret"
+
+    def _log_file(self, worker: Worker) -> Path:
+        return self._folder(worker.endpoint_id) / f"worker-{worker.slot}.log"
+
+
+def find_gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip()]
+    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".new")
+    unfinished.touch(mode=0o600)
+    unfinished.write_text(secret)
+    unfinished.replace(path)

@@ -1,0 +1,100 @@
+"""Wraps the stubs of the services that this one calls; answers plain values, raises errors of our own kind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from esd.inference.v1 import inference_pb2, inference_pb2_grpc
+from esd.options.v1 import options_pb2
+from services.common.clients import domain_error
+
+_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class User:
+    """What this service knows of a user."""
+
+    username: str
+    roles: list[str]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the queue knows of an endpoint: its workers with a live stream, and its jobs."""
+
+    worker_ids: frozenset[str] = frozenset()
+    num_queued: int = 0
+    num_running: int = 0
+
+
+class Identity:
+    """The identity service."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = identity_pb2_grpc.IdentityServiceStub(channel)
+
+    async def get_user(self, username: str) -> User:
+        """The user of this name.
+
+        Raises:
+            NotFound, Unavailable.
+        """
+        try:
+            request = identity_pb2.GetUserRequest(username=username)
+            response = await self._stub.GetUser(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "identity") from error
+        return User(response.username, list(response.roles))
+
+    async def create_worker_secret(self, endpoint_id: str) -> str:
+        """A new secret for the endpoint's workers, in place of any earlier one."""
+        try:
+            request = identity_pb2.CreateSecretRequest(caller=options_pb2.CALLER_WORKER, subject=endpoint_id)
+            response = await self._stub.CreateSecret(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "identity") from error
+        return str(response.secret)
+
+    async def delete_worker_secret(self, endpoint_id: str) -> None:
+        """Makes the secret of the endpoint's workers worthless; idempotent."""
+        try:
+            request = identity_pb2.DeleteSecretRequest(caller=options_pb2.CALLER_WORKER, subject=endpoint_id)
+            await self._stub.DeleteSecret(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "identity") from error
+
+
+class Queue:
+    """The inference service's queue."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = inference_pb2_grpc.QueueServiceStub(channel)
+
+    async def watch_pools(self) -> AsyncIterator[dict[str, Load]]:
+        """The load of every endpoint that has workers or jobs, by id: now, and at every change.
+
+        Raises:
+            Unavailable: the stream broke; a new one begins with everything again.
+        """
+        try:
+            stream = self._stub.WatchPools(inference_pb2.WatchPoolsRequest(), wait_for_ready=True)
+            async for response in stream:
+                yield {
+                    pool.endpoint_id: Load(frozenset(pool.worker_ids), pool.num_queued, pool.num_running)
+                    for pool in response.pools
+                }
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "inference") from error
+
+    async def retire_endpoint(self, endpoint_id: str, reason: str) -> None:
+        """Moves the endpoint's jobs to another one, or fails them with the reason; idempotent."""
+        try:
+            request = inference_pb2.RetireEndpointRequest(endpoint_id=endpoint_id, reason=reason)
+            await self._stub.RetireEndpoint(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "inference") from error

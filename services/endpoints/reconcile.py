@@ -1,0 +1,158 @@
+"""Owns the control loop: rows say which pools should be, the loop makes it so.
+
+It is level-triggered and idempotent: what woke it does not matter, it looks at everything again, and may be stopped at
+any point. One replica at a time runs it, elected by a lock in the database. It wakes by NOTIFY (a row changed), by the
+queue (a worker came or went), by the cluster (a process ended), and by a slow sweep that repeats what failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+import structlog
+
+from services.common.database import Database
+from services.common.errors import EsdError, Unavailable
+from services.endpoints.cluster import Cluster, Pool
+from services.endpoints.peers import Identity, Load, Queue
+from services.endpoints.store import CHANGED, CREATING, DELETING, FAILED, Endpoint, EndpointStore
+
+log = structlog.get_logger()
+
+_SWEEP_SECONDS = 5.0
+_RETRY_SECONDS = 0.5
+
+
+class ControlLoop:
+    """Keeps every endpoint as its row says. `wake` is shared with the cluster, which sets it when something happens."""
+
+    def __init__(
+        self,
+        store: EndpointStore,
+        database: Database,
+        identity: Identity,
+        queue: Queue,
+        cluster: Cluster,
+        wake: asyncio.Event,
+    ) -> None:
+        self._store = store
+        self._database = database
+        self._identity = identity
+        self._queue = queue
+        self._cluster = cluster
+        self._wake = wake
+        self._loads: dict[str, Load] | None = None  # None until the queue has told
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._database.listen([CHANGED], self._on_notify))
+            group.create_task(self._watch_queue())
+            group.create_task(self._lead())
+
+    async def _on_notify(self, channel: str, payload: str) -> None:
+        self._wake.set()
+
+    async def _watch_queue(self) -> None:
+        while True:
+            try:
+                async for loads in self._queue.watch_pools():
+                    if loads != self._loads:
+                        self._loads = loads
+                        self._wake.set()
+            except EsdError as error:
+                log.warning("the queue is not watched", error=str(error))
+            await asyncio.sleep(
+                _RETRY_SECONDS
+            )  # only after a stream has ended: a server that refuses is not to be flooded
+
+    async def _lead(self) -> None:
+        while True:
+            try:
+                async with self._store.leadership() as confirm:
+                    log.info("this process runs the control loop")
+                    await self._reconcile_forever(confirm)
+            except Unavailable as error:
+                log.warning("the control loop pauses", error=str(error))
+                await asyncio.sleep(_RETRY_SECONDS)  # nothing tells when a database that is down comes back
+
+    async def _reconcile_forever(self, confirm: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            self._wake.clear()
+            await confirm()
+            await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in await self._store.get_all()))
+            try:
+                async with asyncio.timeout(_SWEEP_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass  # the sweep
+
+    async def _reconcile_safely(self, endpoint: Endpoint) -> None:
+        """One endpoint's trouble is not the others'; the sweep tries again."""
+        try:
+            await self._reconcile(endpoint)
+        except EsdError as error:
+            log.warning("an endpoint waits", endpoint=endpoint.name, error=str(error))
+        except Exception:
+            log.exception("an endpoint cannot be reconciled", endpoint=endpoint.name)
+
+    async def _reconcile(self, endpoint: Endpoint) -> None:
+        load = (self._loads or {}).get(endpoint.id, Load())
+        num_workers = desired_workers(endpoint, load.num_queued)
+        if num_workers and not await self._cluster.has_secret(endpoint.id):
+            secret = await self._identity.create_worker_secret(endpoint.id)
+            await self._cluster.save_secret(endpoint.id, secret)
+        pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type)
+        state = await self._cluster.apply(pool, num_workers, load.worker_ids)
+        if endpoint.status == DELETING:
+            if state.num_running == 0:
+                await self._clean_up(endpoint, load)
+        elif endpoint.status == FAILED:
+            await self._retire_failed(endpoint, endpoint.error or "")
+        elif state.failure:
+            log.error("an endpoint failed", endpoint=endpoint.name, error=state.failure)
+            await self._store.set_failed(endpoint.id, state.failure)
+            await self._retire_failed(endpoint, state.failure)
+            self._wake.set()  # stop its other workers
+        elif self._loads is not None:
+            await self._observe(endpoint, load)
+
+    async def _observe(self, endpoint: Endpoint, load: Load) -> None:
+        """Writes down what the queue sees of the workers."""
+        num_live = len(load.worker_ids)
+        if num_live != endpoint.num_live:
+            await self._store.set_num_live(endpoint.id, num_live)
+        if num_live and endpoint.status == CREATING:
+            await self._store.set_in_service(endpoint.id, datetime.now(UTC))
+            log.info("an endpoint is in service", endpoint=endpoint.name)
+
+    async def _retire_failed(self, endpoint: Endpoint, error: str) -> None:
+        if not endpoint.is_retired:
+            first_line = error.partition("\n")[0]
+            await self._queue.retire_endpoint(endpoint.id, f"endpoint {endpoint.name} failed: {first_line}")
+            await self._store.set_retired(endpoint.id)
+
+    async def _clean_up(self, endpoint: Endpoint, load: Load) -> None:
+        """Takes away what is left of a deleted endpoint whose workers are gone.
+
+        A worker that was killed holds its jobs until the queue notices, so the endpoint is retired until none is left.
+        """
+        await self._queue.retire_endpoint(endpoint.id, f"endpoint {endpoint.name} was deleted")
+        if load.num_queued or load.num_running:
+            return
+        await self._identity.delete_worker_secret(endpoint.id)
+        await self._cluster.forget(endpoint.id)
+        await self._store.remove_endpoint(endpoint.id)
+        log.info("an endpoint is gone", endpoint=endpoint.name)
+
+
+def desired_workers(endpoint: Endpoint, num_queued: int) -> int:
+    """How many workers an endpoint should have now."""
+    if endpoint.status in (DELETING, FAILED):
+        return 0
+    if not endpoint.autoscaling:
+        return endpoint.num_initial
+    # The policy that follows the backlog is to come; until then the pool holds still within its bounds.
+    return min(max(endpoint.num_initial, endpoint.num_min, 1 if num_queued else 0), endpoint.num_max)

@@ -1,0 +1,131 @@
+"""Speaks EndpointsService: parses, calls the domain, replies."""
+
+# ruff: noqa: N802 - methods are named by the proto
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.struct_pb2 import NULL_VALUE, Value
+
+from esd.endpoints.v1 import endpoints_pb2 as pb
+from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
+from services.common.auth import current_caller
+from services.common.errors import InvalidArgument
+from services.common.status import set_reply
+from services.endpoints.domain import ASYNC, Endpoints, NewEndpoint, check_custom
+from services.endpoints.store import Endpoint
+
+_DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
+
+
+class EndpointsServicer(rpc.EndpointsServiceServicer):
+    """The endpoints' RPCs."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
+
+    async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
+        page = await self._endpoints.list_endpoints(
+            sees_all=current_caller().may("sagemaker_endpoint:all"),
+            username=request.username,
+            endpoint_id=request.endpoint_id,
+            limit=request.limit,
+            key=request.exclusive_start_key,
+        )
+        return pb.ListEndpointsResponse(
+            endpoints=[_message(row) for row in page.endpoints], last_evaluated_key=_text(page.next_key)
+        )
+
+    async def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.CreateEndpointResponse:
+        # These are 400 before a caller without permission is 403 (contract 5.3), so the permission is judged here.
+        check_custom(request.custom_extensions, request.custom_docker_image_uri)
+        minimum = _sent_or(_DEFAULT_MIN, request.min_instance_number)
+        maximum = _sent_or(_DEFAULT_MAX, request.max_instance_number)
+        new = _new_endpoint(request, _count("min_instance_number", minimum), _count("max_instance_number", maximum))
+        current_caller().enforce(["sagemaker_endpoint:all", "sagemaker_endpoint:create"])
+
+        row = await self._endpoints.create_endpoint(new, creator=current_caller().name)
+        set_reply(message=f"Endpoint deployment started: {row.name}")
+        message = _message(row)
+        message.min_instance_number.CopyFrom(minimum)
+        message.max_instance_number.CopyFrom(maximum)
+        return pb.CreateEndpointResponse(data=message)
+
+    async def DeleteEndpoints(self, request: pb.DeleteEndpointsRequest, context: Any) -> pb.DeleteEndpointsResponse:
+        await self._endpoints.delete_endpoints(list(request.endpoint_name_list))
+        return pb.DeleteEndpointsResponse()
+
+    async def FindEndpoints(self, request: pb.FindEndpointsRequest, context: Any) -> pb.FindEndpointsResponse:
+        rows = await self._endpoints.find_endpoints(
+            request.endpoint_name, request.inference_type, request.username, list(request.roles)
+        )
+        return pb.FindEndpointsResponse(endpoints=[_message(row) for row in rows])
+
+
+def _new_endpoint(request: pb.CreateEndpointRequest, num_min: int, num_max: int) -> NewEndpoint:
+    return NewEndpoint(
+        name=request.endpoint_name,
+        type=request.endpoint_type or ASYNC,
+        instance_type=request.instance_type,
+        num_initial=request.initial_instance_count,
+        autoscaling=request.autoscaling_enabled,
+        num_min=num_min,
+        num_max=num_max,
+        roles=list(request.assign_to_roles),
+        custom_extensions=request.custom_extensions,
+        custom_docker_image_uri=request.custom_docker_image_uri,
+    )
+
+
+def _sent_or(default: str, value: Value) -> Value:
+    """The value as sent, which the answer echoes; the default, a text, where nothing or null was."""
+    return value if value.WhichOneof("kind") in ("number_value", "string_value") else Value(string_value=default)
+
+
+def _count(name: str, value: Value) -> int:
+    """The whole number in a number or text.
+
+    Raises:
+        InvalidArgument: it is none, or a number below 0.
+    """
+    if value.WhichOneof("kind") == "number_value":
+        if value.number_value < 0:
+            found = f"(minimum: 0, found: {value.number_value:g})"
+            raise InvalidArgument(f"[{name}: numeric instance is lower than the required minimum {found}]")
+        if value.number_value.is_integer():
+            return int(value.number_value)
+    elif value.string_value.strip().lstrip("-").isdecimal():
+        return int(value.string_value)
+    raise InvalidArgument(
+        f'[{name}: instance type (string) does not match any allowed primitive type (allowed: ["integer"])]'
+    )
+
+
+def _message(row: Endpoint) -> pb.Endpoint:
+    return pb.Endpoint(
+        id=row.id,
+        endpoint_name=row.name,
+        endpoint_type=row.type,
+        endpoint_status=row.status,
+        instance_type=row.instance_type,
+        autoscaling=row.autoscaling,
+        min_instance_number=_text(str(row.num_min)),
+        max_instance_number=_text(str(row.num_max)),
+        current_instance_count=str(row.num_live),
+        start_time=_time(row.start_time),
+        end_time=_text(_time(row.end_time) if row.end_time else None),
+        status=_text(None),
+        error=_text(row.error),
+        owner_group_or_role=row.owners,
+        custom_extensions=row.custom_extensions,
+    )
+
+
+def _text(text: str | None) -> Value:
+    return Value(null_value=NULL_VALUE) if text is None else Value(string_value=text)
+
+
+def _time(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S.%f")

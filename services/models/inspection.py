@@ -1,0 +1,253 @@
+"""Looks at what arrived under a model's name, by ranges, before anybody loads it. Nothing is ever unpickled here.
+
+A `.safetensors` must have a sound header whose tensors fill the file exactly; a `.ckpt`, `.pt`, `.pth` or `.bin` must
+be a torch archive (zip, or the older stream of pickles) whose pickles name only what weights need. A tar is looked
+into, whatever its name: the original client wraps each file into one (contract 10.2). What has another name passes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any, cast
+
+from services.models.pickles import MAX_PICKLE_BYTES, Refused, scan_archive, scan_stream
+
+MODEL_SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin"})
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+_MAX_MEMBERS = 1000
+_MAX_DIMENSIONS = 32
+_MAX_LONG_HEADER_BYTES = 64 * 1024
+_READ_AHEAD_BYTES = 256 * 1024
+_BLOCK = 512  # of a tar
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a file turned out to be. `format` is safetensors, torch, or empty for what is no model; `architecture` is
+    sd_1_5, sd_2, sd_xl or unknown."""
+
+    format: str = ""
+    architecture: str = "unknown"
+    tar: bool = False
+
+
+class RangedFile(io.RawIOBase):
+    """A read-only file of which `fetch(first, last)` answers the bytes, both ends included. Wrap it in a buffer."""
+
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        self._size, self._fetch, self._position = size, fetch, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves, without fetching."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError("negative seek position")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fetches what fits into the buffer."""
+        count = min(len(buffer), self._size - self._position)
+        if count <= 0:
+            return 0
+        content = self._fetch(self._position, self._position + count - 1)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def inspect(name: str, size: int, fetch: Callable[[int, int], bytes]) -> Findings:
+    """What the object `name` of `size` bytes is. Blocks while it fetches.
+
+    Raises:
+        Refused: with a reason.
+    """
+    file = io.BufferedReader(RangedFile(size, fetch), _READ_AHEAD_BYTES)
+    file.seek(257)
+    if file.read(5) == b"ustar":
+        return _inspect_tar(file, size)
+    return _inspect_file(name, file, 0, size)
+
+
+def _inspect_tar(file: IO[bytes], size: int) -> Findings:
+    models = [
+        found
+        for name, start, length in _members(file, size)
+        if (found := _inspect_file(name, file, start, length)).format
+    ]
+    if not models:
+        raise Refused("is a tar without a model in it")
+    return Findings(models[0].format, models[0].architecture, tar=True)
+
+
+def _members(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]:
+    """Name, start and length of each regular file of a tar. Read by hand: tarfile reads long headers unbounded."""
+    start = 0
+    longer: dict[str, str] = {}  # what a long header says of the member after it
+    for _ in range(_MAX_MEMBERS):
+        file.seek(start)
+        block = file.read(_BLOCK)
+        if not any(block):
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            name, length = longer.get("path", member.name), int(longer.get("size", member.size))
+        except (tarfile.HeaderError, ValueError) as error:
+            raise Refused(f"is a truncated or corrupt tar: {error} at byte {start}") from None
+        content = start + _BLOCK
+        if length < 0 or content + length > size:
+            raise Refused(f"is truncated: {content + length - size} bytes of {name!r} in its tar are missing")
+        start = content + -(-length // _BLOCK) * _BLOCK
+        if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            longer |= _long_header(member.type, file.read(min(length, _MAX_LONG_HEADER_BYTES)))
+            continue
+        longer = {}
+        if member.isreg():
+            yield name, content, length
+    raise Refused(f"is a tar of more than {_MAX_MEMBERS} members")
+
+
+def _long_header(kind: bytes, content: bytes) -> dict[str, str]:
+    """Path and size from a GNU long name or from the records (`<length> <key>=<value>`) of a pax header."""
+    text = content.decode("utf-8", "surrogateescape")
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": text.rstrip("\0")}
+    records = (record.partition(" ")[2].partition("=") for record in text.splitlines())
+    return {key: value for key, _, value in records if key in {"path", "size"}}
+
+
+def _inspect_file(name: str, file: IO[bytes], start: int, size: int) -> Findings:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in MODEL_SUFFIXES:
+        return Findings()
+    if size == 0:
+        raise Refused("is empty")
+    file.seek(start)
+    if suffix == ".safetensors":
+        return Findings("safetensors", _architecture(_safetensors_keys(file, size)))
+    beginning = file.read(4)
+    file.seek(start)
+    if beginning == b"PK\x03\x04":
+        strings = scan_archive(cast(IO[bytes], _Window(file, start, size)))
+    elif beginning[:1] == b"\x80":
+        strings = scan_stream(io.BytesIO(file.read(min(size, MAX_PICKLE_BYTES))))
+    else:
+        raise Refused(f"is no torch file: it begins with {beginning!r}")
+    return Findings("torch", _architecture(strings))
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file, for zipfile."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError("negative seek position")  # zipfile makes an error of its own from it
+        self._position = base + offset
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        content = self._file.read(left if count < 0 else min(count, left))
+        self._position += len(content)
+        return content
+
+
+def _safetensors_keys(file: IO[bytes], size: int) -> list[str]:
+    """Checks a safetensors header against the size of its file and answers the names of its tensors."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10:
+        raise Refused(f"is truncated: {size} bytes cannot be a safetensors file")
+    if length > MAX_HEADER_BYTES:
+        raise Refused(
+            f"is no safetensors file: a header of {length} bytes is announced, {MAX_HEADER_BYTES} are allowed"
+        )
+    if 8 + length > size:
+        raise Refused(f"is truncated: its header alone has {length} bytes, the file {size}")
+    try:
+        header = json.loads(file.read(length).decode())
+    except (ValueError, RecursionError):
+        raise Refused("is no safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise Refused("is no safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    if not header:
+        raise Refused("holds no tensors")
+    spans = sorted(_span(name, tensor) for name, tensor in header.items())
+    end = 0
+    for first, last, name in spans:
+        if first != end:
+            kind = "overlap" if first < end else "leave a gap"
+            raise Refused(f"is corrupt: its tensors {kind} at {name}")
+        end = last
+    data = size - 8 - length
+    if end > data:
+        raise Refused(f"is truncated: {end - data} of {end} bytes of its tensors are missing")
+    if end < data:
+        raise Refused(f"is corrupt: {data - end} bytes follow its last tensor")
+    return list(header)
+
+
+def _span(name: str, tensor: Any) -> tuple[int, int, str]:
+    """Where a tensor lies, after its shape and type were found to agree with that."""
+    try:
+        first, last = tensor["data_offsets"]
+        bits = _DTYPE_BITS[tensor["dtype"]]
+        shape = tensor["shape"]
+        if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
+            raise ValueError
+        bits *= math.prod(shape)
+    except (KeyError, TypeError, ValueError):
+        raise Refused(f"is corrupt: the header's entry of tensor {name} is malformed") from None
+    if (last - first) * 8 != bits:
+        raise Refused(f"is corrupt: tensor {name} has {last - first} bytes, its shape and type need {bits // 8}")
+    return first, last, name
+
+
+def _architecture(keys: list[str]) -> str:
+    """A guess by the names of the tensors, which are those of the original single-file layout."""
+
+    def has(*beginnings: str) -> bool:
+        return any(key.startswith(beginnings) for key in keys)
+
+    if has("conditioner.embedders.", "lora_te1_", "lora_te2_"):
+        return "sd_xl"
+    if has("cond_stage_model.model."):
+        return "sd_2"
+    return "sd_1_5" if has("cond_stage_model.transformer.", "lora_te_") else "unknown"

@@ -1,0 +1,42 @@
+"""What this service asks of others: identity knows users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from services.common.clients import domain_error
+
+_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class User:
+    """A user as identity knows them."""
+
+    username: str
+    roles: list[str]
+    permissions: list[str]
+
+
+class Identity:
+    """The identity service."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = identity_pb2_grpc.IdentityServiceStub(channel)
+
+    async def find_user(self, username: str) -> User | None:
+        """The user, or None when there is no such one.
+
+        Raises:
+            Unavailable: identity does not answer.
+        """
+        try:
+            found = await self._stub.GetUser(identity_pb2.GetUserRequest(username=username), timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                return None
+            raise domain_error(error, "identity") from error
+        return User(found.username, list(found.roles), list(found.permissions))

@@ -1,0 +1,119 @@
+"""Scans the pickles of torch files for the code that they would call, opcode by opcode; nothing is ever unpickled.
+
+What is allowed is a list of names. Everything else is refused, whether or not it would do harm.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+import zlib
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+MAX_PICKLE_BYTES = 64 * 1024 * 1024
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, the stream format before 1.6
+_TORCH_STREAM_PICKLES = 5  # magic, protocol, system, the object, storage keys
+
+# Globals that pickles of weights need, checkpoints of Lightning included; none of them runs code of the file's choice.
+_ALLOWED = {
+    "collections": {"OrderedDict"},
+    "_codecs": {"encode"},
+    "__builtin__": {"set"},
+    "builtins": {"set"},
+    "torch": {
+        "BFloat16Storage", "BoolStorage", "ByteStorage", "CharStorage", "DoubleStorage", "FloatStorage", "HalfStorage",
+        "IntStorage", "LongStorage", "ShortStorage", "UntypedStorage", "Size", "device", "bfloat16", "float16",
+        "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool",
+    },
+    "torch.storage": {"TypedStorage", "UntypedStorage", "_TypedStorage", "_UntypedStorage"},
+    "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"},
+    "torch.nn.parameter": {"Parameter"},
+    "torch.nn.modules.container": {"ParameterDict"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"scalar", "_reconstruct"},
+    "numpy._core.multiarray": {"scalar", "_reconstruct"},
+    "pytorch_lightning.callbacks": {"model_checkpoint"},
+    "pytorch_lightning.callbacks.model_checkpoint": {"ModelCheckpoint"},
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """The content is not what its name says, or not safe; the message is a reason in words."""
+
+
+def scan_archive(file: IO[bytes]) -> list[str]:
+    """Scans all pickles of a torch archive and answers the strings in them, among which are the names of tensors."""
+    strings: list[str] = []
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickles = [member for member in archive.infolist() if member.filename.endswith(".pkl")]
+            if not any(PurePosixPath(member.filename).name == "data.pkl" for member in pickles):
+                raise Refused("is a zip archive without data.pkl, so no torch file")
+            if sum(member.file_size for member in pickles) > MAX_PICKLE_BYTES:
+                raise Refused(f"has pickles of more than {MAX_PICKLE_BYTES} bytes")
+            for member in pickles:
+                if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise Refused(f"has {member.filename} encrypted or in a compression that torch cannot read")
+                with archive.open(member) as content:  # a bounded read: deflate may hold more than it declares
+                    strings += _scan(io.BytesIO(content.read(member.file_size)))[0]
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        raise Refused(f"is truncated or no sound zip archive: {error}") from None
+    return strings
+
+
+def scan_stream(file: IO[bytes]) -> list[str]:
+    """Scans the pickles with which a torch file of before 1.6 begins."""
+    strings, numbers = _scan(file)
+    if _TORCH_MAGIC not in numbers:
+        raise Refused("is a pickle, but no torch file")
+    for _ in range(_TORCH_STREAM_PICKLES - 1):
+        strings += _scan(file)[0]
+    return strings
+
+
+def _scan(file: IO[bytes]) -> tuple[list[str], list[int]]:
+    """Reads one pickle opcode by opcode, without running it, and answers its strings and numbers.
+
+    Raises:
+        Refused: it names a global that weights do not need, or hides which.
+    """
+    strings: list[str] = []
+    numbers: list[int] = []
+    # What lies on top of the stack: strings that were pushed since the last opcode that did anything else.
+    top: list[str] = []
+    memo: dict[int, str | None] = {}
+    try:
+        for opcode, given, _ in pickletools.genops(file):
+            argument: Any = given  # of a type that the opcode decides
+            name = opcode.name
+            if name in {"GLOBAL", "INST"}:
+                _allow(*argument.split(" ", 1))
+            elif name == "STACK_GLOBAL":
+                if len(top) < 2:
+                    raise Refused("hides the names of the code that its pickle calls")
+                _allow(*top[-2:])
+            elif name.startswith("EXT"):
+                raise Refused("names code by number in its pickle")
+            if name in {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}:
+                memo[len(memo) if name == "MEMOIZE" else argument] = top[-1] if top else None
+            elif name in {"GET", "BINGET", "LONG_BINGET"}:
+                remembered = memo.get(argument)
+                top = [] if remembered is None else [*top, remembered]
+            elif "UNICODE" in name or "STRING" in name:
+                text = argument if isinstance(argument, str) else ""
+                strings.append(text)
+                top.append(text)
+            elif name != "FRAME":
+                top = []
+                if type(argument) is int:
+                    numbers.append(argument)
+    except (ValueError, KeyError, IndexError, AttributeError, UnicodeError) as error:
+        raise Refused(f"has a truncated or corrupt pickle: {error}") from None
+    return strings, numbers
+
+
+def _allow(module: str, name: str) -> None:
+    if name not in _ALLOWED.get(module, ()):
+        raise Refused(f"has code in its pickle: {module}.{name} is not among what weights need")

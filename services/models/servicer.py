@@ -1,0 +1,208 @@
+"""Speaks esd.models.v1: parses, calls the domain, replies. Datasets are not built yet and answer 501."""
+# ruff: noqa: N802 - methods are named by the proto
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from google.protobuf import struct_pb2
+
+from esd.models.v1 import models_pb2 as pb
+from esd.models.v1 import models_pb2_grpc
+from services.common.auth import current_caller
+from services.common.errors import InvalidArgument
+from services.common.status import set_reply
+from services.models.domain import EVERYTHING, Models, NewFile, Resolved, Tag
+from services.models.store import Checkpoint, Filters, Viewer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+MAX_PAGE = 2**31 - 1
+MAX_PER_PAGE = 10_000
+
+
+class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):
+    """The service's RPCs."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
+        page = _count("page", request.page, 1, MAX_PAGE)
+        per_page = _count("per_page", request.per_page, 10, MAX_PER_PAGE)
+        filters = Filters(
+            statuses=[status for status in request.status if status],
+            types=[kind for kind in request.types if kind],
+            owners=[role for role in request.roles if role],
+        )
+        rows, total = await self._models.list_checkpoints(_viewer(), page, per_page, filters, request.username)
+        return pb.ListCheckpointsResponse(
+            page=page,
+            per_page=per_page,
+            pages=-(-total // per_page),
+            total=total,
+            checkpoints=[_list_item(row, self._models.s3_location(row)) for row in rows],
+        )
+
+    async def CreateCheckpoint(
+        self, request: pb.CreateCheckpointRequest, context: Context
+    ) -> pb.CreateCheckpointResponse:
+        if not request.HasField("params"):
+            raise InvalidArgument('[object has missing required properties (["params"])]')
+        if request.urls:
+            raise NotImplementedError("import by URL")
+        files = [NewFile(file.filename, file.parts_number) for file in request.filenames]
+        row, urls = await self._models.create_checkpoint(
+            _viewer(), request.checkpoint_type, files, _plain(request.params)
+        )
+        return pb.CreateCheckpointResponse(checkpoint=self._message(row), s3_presign_url=_struct(urls))
+
+    async def UpdateCheckpoint(
+        self, request: pb.UpdateCheckpointRequest, context: Context
+    ) -> pb.UpdateCheckpointResponse:
+        body = request.body
+        row = await self._models.get_checkpoint(_viewer(), request.checkpoint_id)
+        if body.HasField("status"):
+            row, before = await self._models.update_status(row, body.status, _tags(body))
+            shown = self._message(row, before)
+            data = pb.UpdateCheckpointResponse.Data(checkpoint=shown)
+            return pb.UpdateCheckpointResponse(status_code=200, message="OK", checkpoint=shown, data=data)
+        message = "OK"
+        if body.HasField("name") and not await self._models.rename(row, body.name):
+            message = "no need to update"
+        set_reply(200, message)
+        return pb.UpdateCheckpointResponse(status_code=200, message=message)
+
+    async def DeleteCheckpoints(
+        self, request: pb.DeleteCheckpointsRequest, context: Context
+    ) -> pb.DeleteCheckpointsResponse:
+        await self._models.delete_checkpoints(_viewer(), list(request.checkpoint_id_list))
+        return pb.DeleteCheckpointsResponse()
+
+    async def ResolveCheckpoints(
+        self, request: pb.ResolveCheckpointsRequest, context: Context
+    ) -> pb.ResolveCheckpointsResponse:
+        viewer = Viewer(request.username, list(request.roles), request.sees_everything)
+        names = [(name.type, name.name) for name in request.names]
+        found = await self._models.resolve_checkpoints(names, viewer)
+        return pb.ResolveCheckpointsResponse(
+            checkpoints=[_resolved(one) for one in found if one],
+            missing=[name for name, one in zip(request.names, found, strict=True) if not one],
+        )
+
+    def _message(self, row: Checkpoint, status: str | None = None) -> pb.Checkpoint:
+        return pb.Checkpoint(
+            id=str(row.id),
+            type=row.type,
+            s3_location=self._models.s3_location(row),
+            status=status or row.status,
+            params=_struct(row.params),
+        )
+
+
+def _viewer() -> Viewer:
+    """The caller. The WebUI client names nobody where it finishes uploads; the interceptor let it in."""
+    caller = current_caller()
+    return Viewer(caller.name, caller.roles, caller.may(EVERYTHING) or caller.is_anonymous_webui)
+
+
+def _count(name: str, text: str, default: int, maximum: int) -> int:
+    """A number of a query, which arrives as text and may be empty."""
+    if not text.strip():
+        return default
+    if not re.fullmatch(r"[0-9]{1,10}", text.strip(), re.ASCII) or not 1 <= int(text) <= maximum:
+        raise InvalidArgument(f'{name}: "{text}" is not a whole number from 1 to {maximum}')
+    return int(text)
+
+
+def _tags(body: pb.UpdateCheckpointBody) -> dict[str, list[Tag]]:
+    return {
+        filename: [_tag(f'multi_parts_tags["{filename}"][{index}]', entry) for index, entry in enumerate(tags.values)]
+        for filename, tags in body.multi_parts_tags.items()
+    }
+
+
+def _tag(where: str, entry: struct_pb2.Value) -> Tag:
+    if entry.WhichOneof("kind") != "struct_value":
+        raise InvalidArgument(f"{where} is not an object with ETag and PartNumber")
+    fields = entry.struct_value.fields
+    if missing := [name for name in ("ETag", "PartNumber") if name not in fields]:
+        raise InvalidArgument(f"{where} has no {' and no '.join(missing)}")
+    etag, number = fields["ETag"], fields["PartNumber"]
+    if etag.WhichOneof("kind") != "string_value" or not etag.string_value.strip('" '):
+        raise InvalidArgument(f"{where}: ETag is not the text that the upload of the part answered")
+    if number.WhichOneof("kind") != "number_value" or number.number_value not in range(1, 10_001):
+        raise InvalidArgument(f"{where}: PartNumber is not a whole number from 1 to 10000")
+    return Tag(int(number.number_value), etag.string_value.strip('" ').lower())
+
+
+def _plain(value: struct_pb2.Struct) -> dict[str, Any]:
+    return {key: _plain_value(entry) for key, entry in value.fields.items()}
+
+
+def _plain_value(value: struct_pb2.Value) -> Any:
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return _plain(value.struct_value)
+        case "list_value":
+            return [_plain_value(entry) for entry in value.list_value.values]
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case _:
+            return None
+
+
+def _struct(values: dict[str, Any]) -> struct_pb2.Struct:
+    struct = struct_pb2.Struct()
+    struct.update(values)
+    return struct
+
+
+def _list_item(row: Checkpoint, s3_location: str) -> pb.CheckpointListItem:
+    names = _null_or_list(row.names)
+    return pb.CheckpointListItem(
+        id=str(row.id),
+        s3_location=s3_location,
+        type=row.type,
+        status=row.status,
+        name=names,
+        created=f"{row.created_at.timestamp():.6f}",
+        params=struct_pb2.Value(struct_value=_struct(_numbers_as_text(row.params))),
+        allowed_roles_or_users=row.owners,
+    )
+
+
+def _null_or_list(names: Iterable[str]) -> struct_pb2.Value:
+    values = [struct_pb2.Value(string_value=name) for name in names]
+    if not values:
+        return struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
+    return struct_pb2.Value(list_value=struct_pb2.ListValue(values=values))
+
+
+def _numbers_as_text(value: Any) -> Any:
+    """Numbers read back from storage are text in lists (contract 1.7)."""
+    if isinstance(value, dict):
+        return {key: _numbers_as_text(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers_as_text(entry) for entry in value]
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _resolved(found: Resolved) -> pb.ResolvedCheckpoint:
+    return pb.ResolvedCheckpoint(
+        id=str(found.checkpoint.id),
+        type=found.checkpoint.type,
+        name=found.file.name,
+        all_names=found.checkpoint.names,
+        s3_location=found.s3_location,
+        key=found.file.key,
+        size_bytes=found.file.size_bytes,
+        sha256=found.file.sha256,
+    )

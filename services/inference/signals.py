@@ -1,0 +1,60 @@
+"""Fans the database's notifications out to the tasks of this process that wait for one key of a channel.
+
+`jobs_queued`: an endpoint's id, there is something to claim. `job_ended`: a job's id. `leases_lost`: a worker's id,
+some of its jobs were taken back. `pools_changed`: a worker came or went; everyone who watches pools hears it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+JOBS_QUEUED = "jobs_queued"
+JOB_ENDED = "job_ended"
+LEASES_LOST = "leases_lost"
+POOLS_CHANGED = "pools_changed"
+CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED]
+
+
+class Signals:
+    """Events by channel and key. An empty key waits for every notification of its channel."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[str, str], set[asyncio.Event]] = defaultdict(set)
+        self.connected_at = asyncio.get_running_loop().time()
+
+    @contextmanager
+    def subscribed(self, *keys: tuple[str, str]) -> Iterator[asyncio.Event]:
+        """An event that is set whenever one of the (channel, key) is notified; who waits for it clears it."""
+        event = asyncio.Event()
+        for key in keys:
+            self._waiting[key].add(event)
+        try:
+            yield event
+        finally:
+            for key in keys:
+                self._waiting[key].discard(event)
+                if not self._waiting[key]:
+                    del self._waiting[key]
+
+    async def on_notify(self, channel: str, payload: str) -> None:
+        """Wakes those who wait for the key; everybody when the connection is new and something may have been missed."""
+        if not payload:
+            self.connected_at = asyncio.get_running_loop().time()
+        for key, events in list(self._waiting.items()):
+            if key[0] == channel and (not payload or key[1] in {payload, ""}):
+                for event in events:
+                    event.set()
+
+
+async def wait(event: asyncio.Event, sweep_seconds: float) -> None:
+    """Waits for the event and clears it. The sweep is a safety net, should a notification ever be lost."""
+    try:
+        async with asyncio.timeout(sweep_seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+    finally:
+        event.clear()

@@ -1,0 +1,364 @@
+"""Jobs, workers and the fair queue in PostgreSQL. One method is one transaction.
+
+Fairness is start-time fair queuing (Goyal, Vin, Cheng 1996): a job's virtual start is the later of the queue's clock
+and the end of its owner's last job, and the queue's clock is the virtual start of the job taken last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, delete, func, literal_column, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from services.common.database import Database, notify
+from services.inference.rows import Job, RetiredEndpoint, UserClock, Worker
+from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
+
+WARM_WINDOW = 32  # a warm job is looked for among so many at the front
+MAX_PASSED_OVER = 8  # so often the first in the queue lets a warm one go before it
+_QUEUE_CLOCK = ""
+# Literal, because the planner uses a partial index only where it sees the index's own condition.
+_QUEUED: ColumnElement[bool] = literal_column("job.status = 'inprogress' AND job.lease_id IS NULL")
+_UNDER_WAY: ColumnElement[bool] = literal_column("job.status = 'inprogress'")
+
+
+class JobStore:
+    """The tables of the inference service."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # --- what users do ---
+
+    async def add(self, job: Job) -> None:
+        """Adds a job; one that is `inprogress` already takes its place in the queue."""
+        async with self._database.transaction() as session:
+            if job.status == "inprogress":
+                await _enqueue(session, job)
+            session.add(job)
+
+    async def get(self, job_id: UUID) -> Job | None:
+        """The job, if there is one."""
+        async with self._database.transaction() as session:
+            return await session.get(Job, job_id)
+
+    async def page(
+        self, task_type: str, owners: list[str] | None, limit: int, after: tuple[datetime, UUID] | None
+    ) -> list[Job]:
+        """Jobs of a type, newest first, of these owners or of all, after the position of another."""
+        query = select(Job).where(col(Job.task_type) == task_type)
+        if owners is not None:
+            query = query.where(col(Job.owner).in_(owners))
+        if after is not None:
+            query = query.where(tuple_(col(Job.create_time), col(Job.id)) < after)
+        query = query.order_by(col(Job.create_time).desc(), col(Job.id).desc()).limit(limit)
+        async with self._database.transaction() as session:
+            return list((await session.scalars(query)).all())
+
+    async def queue(self, job_id: UUID, **frozen: Any) -> Job | None:
+        """Puts a job into the queue (`Job.queue` has the arguments). None: it was deleted.
+
+        Raises:
+            FailedPrecondition: it is under way.
+        """
+        async with self._database.transaction() as session:
+            job = await session.get(Job, job_id, with_for_update=True)
+            if job is not None:
+                job.queue(**frozen)
+                await _enqueue(session, job)
+            return job
+
+    async def cancel(self, job_ids: list[UUID], reason: str) -> list[Job]:
+        """Fails those of the jobs that are under way, and answers all that exist."""
+        async with self._database.transaction() as session:
+            jobs = list(await session.scalars(_locked(select(Job).where(col(Job.id).in_(job_ids)))))
+            for job in jobs:
+                if job.worker_id is not None:
+                    await notify(session, LEASES_LOST, job.worker_id)
+                if job.status == "inprogress":
+                    job.fail(reason)
+                    await notify(session, JOB_ENDED, str(job.id))
+            return jobs
+
+    async def remove(self, job_ids: list[UUID]) -> None:
+        """Removes jobs."""
+        async with self._database.transaction() as session:
+            await session.execute(delete(Job).where(col(Job.id).in_(job_ids)))
+
+    # --- what workers do ---
+
+    async def claim(
+        self, endpoint_id: UUID, worker_id: str, stream_id: UUID, num_jobs: int, warm_models: Iterable[str]
+    ) -> list[Job]:
+        """Leases up to so many jobs of the endpoint to a worker, in one statement. Nothing for a superseded stream."""
+        async with self._database.transaction() as session:
+            claimed = claim_statement(endpoint_id, worker_id, stream_id, num_jobs, list(warm_models))
+            jobs = list((await session.scalars(claimed)).all())
+        return sorted(jobs, key=lambda job: (job.priority_class, job.virtual_start))
+
+    async def start(self, endpoint_id: UUID, lease_id: UUID) -> bool:
+        """Notes that the holder of a lease has begun; False when the lease is lost."""
+        async with self._database.transaction() as session:
+            job = await _held(session, endpoint_id, lease_id)
+            if job is not None:
+                job.start()
+            return job is not None
+
+    async def find_by_lease(self, lease_id: UUID) -> Job | None:
+        """The job that is held, or was completed, under the lease."""
+        under = (col(Job.lease_id) == lease_id) | (col(Job.result_lease) == lease_id)
+        async with self._database.transaction() as session:
+            return await session.scalar(select(Job).where(under))
+
+    async def succeed(
+        self, endpoint_id: UUID, lease_id: UUID, image_names: list[str], timings: dict[str, float]
+    ) -> Job | None:
+        """Completes the job that is held under the lease; None when the lease is lost."""
+        async with self._database.transaction() as session:
+            job = await _held(session, endpoint_id, lease_id)
+            if job is not None:
+                job.succeed(image_names, timings)
+                await notify(session, JOB_ENDED, str(job.id))
+            return job
+
+    async def fail(self, endpoint_id: UUID, lease_id: UUID, reason: str) -> Job | None:
+        """Fails the job that is held under the lease; None when the lease is lost."""
+        async with self._database.transaction() as session:
+            job = await _held(session, endpoint_id, lease_id)
+            if job is not None:
+                job.fail(reason)
+                await notify(session, JOB_ENDED, str(job.id))
+            return job
+
+    async def welcome(self, worker: Worker, held_leases: list[UUID]) -> list[UUID]:
+        """Binds a worker to its new stream; answers which leases it keeps and requeues what it does not know of."""
+        async with self._database.transaction() as session:
+            fields = worker.model_dump(exclude={"last_seen"}) | {"last_seen": func.clock_timestamp()}
+            upsert = insert(Worker).values(fields)
+            await session.execute(
+                upsert.on_conflict_do_update(index_elements=["endpoint_id", "worker_id"], set_=fields)
+            )
+            of_worker = (col(Job.endpoint_id) == worker.endpoint_id) & (col(Job.worker_id) == worker.worker_id)
+            jobs = list(await session.scalars(_locked(select(Job).where(of_worker, col(Job.lease_id).is_not(None)))))
+            await _release(session, [job for job in jobs if job.lease_id not in held_leases])
+            await notify(session, POOLS_CHANGED, str(worker.endpoint_id))
+            return [job.lease_id for job in jobs if job.lease_id is not None]
+
+    async def renew(self, endpoint_id: UUID, worker_id: str, stream_id: UUID) -> bool:
+        """Keeps all leases of a worker alive; False when another stream has taken over, or the worker was reaped."""
+        seen = update(Worker).values(last_seen=func.clock_timestamp()).where(_stream(endpoint_id, worker_id, stream_id))
+        async with self._database.transaction() as session:
+            return await session.scalar(seen.returning(col(Worker.worker_id))) is not None
+
+    async def leases(self, endpoint_id: UUID, worker_id: str) -> set[UUID]:
+        """The leases that a worker holds."""
+        query = select(col(Job.lease_id)).where(
+            col(Job.endpoint_id) == endpoint_id, col(Job.worker_id) == worker_id, col(Job.lease_id).is_not(None)
+        )
+        async with self._database.transaction() as session:
+            return {lease for lease in await session.scalars(query) if lease is not None}
+
+    # --- what nobody asked for ---
+
+    async def leave(self, endpoint_id: UUID, worker_id: str, stream_id: UUID) -> int:
+        """Takes back what a worker held, unless it has come back by another stream; answers how many jobs."""
+        gone = delete(Worker).where(_stream(endpoint_id, worker_id, stream_id)).returning(col(Worker.worker_id))
+        async with self._database.transaction() as session:
+            if await session.scalar(gone) is None:
+                return 0
+            return await _reap(session)
+
+    async def reap(self, lease_seconds: float) -> int:
+        """Takes back what workers held that were not seen for a lease's life; answers how many jobs."""
+        old = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, lease_seconds)
+        async with self._database.transaction() as session:
+            await session.execute(delete(Worker).where(col(Worker.last_seen) < old))
+            return await _reap(session)
+
+    async def pools(self) -> dict[UUID, tuple[list[str], int, int]]:
+        """Of each endpoint with workers or jobs under way: the workers' ids, how many jobs wait, how many are held."""
+        workers = select(col(Worker.endpoint_id), func.array_agg(Worker.worker_id)).group_by(col(Worker.endpoint_id))
+        held = func.count(col(Job.lease_id))
+        jobs = select(col(Job.endpoint_id), func.count() - held, held).where(_UNDER_WAY)
+        async with self._database.transaction() as session:
+            found = {endpoint: (sorted(ids), 0, 0) for endpoint, ids in await session.execute(workers)}
+            for endpoint, num_queued, num_held in await session.execute(jobs.group_by(col(Job.endpoint_id))):
+                found[endpoint] = (found[endpoint][0] if endpoint in found else [], num_queued, num_held)
+        return found
+
+    async def retire(self, endpoint_id: UUID, reason: str) -> None:
+        """Remembers that an endpoint went away."""
+        row = insert(RetiredEndpoint).values(endpoint_id=endpoint_id, reason=reason)
+        async with self._database.transaction() as session:
+            await session.execute(row.on_conflict_do_update(index_elements=["endpoint_id"], set_={"reason": reason}))
+
+    async def revive(self, endpoint_id: UUID) -> None:
+        """Forgets that an endpoint went away, because it is usable again."""
+        async with self._database.transaction() as session:
+            await session.execute(delete(RetiredEndpoint).where(col(RetiredEndpoint.endpoint_id) == endpoint_id))
+
+    async def stranded(self, endpoint_id: UUID | None = None) -> list[tuple[Job, str]]:
+        """Queued jobs of endpoints that went away (of this one), with the reason."""
+        query = select(Job, col(RetiredEndpoint.reason)).join(
+            RetiredEndpoint, col(RetiredEndpoint.endpoint_id) == col(Job.endpoint_id)
+        )
+        query = query.where(_QUEUED)
+        if endpoint_id is not None:
+            query = query.where(col(Job.endpoint_id) == endpoint_id)
+        async with self._database.transaction() as session:
+            return [(job, reason) for job, reason in await session.execute(query.limit(1000))]
+
+    async def move(self, job_id: UUID, to: tuple[UUID, str, str]) -> bool:
+        """Moves a queued job to another endpoint: id, name, instance type. False: it is not queued any more."""
+        async with self._database.transaction() as session:
+            job = await session.scalar(_locked(select(Job).where(col(Job.id) == job_id, _QUEUED)))
+            if job is not None:
+                job.endpoint_id, job.endpoint_name, job.instance_type = to
+                await _enqueue(session, job)
+            return job is not None
+
+    async def fail_queued(self, job_id: UUID, reason: str) -> bool:
+        """Fails a queued job. False: it is not queued any more."""
+        async with self._database.transaction() as session:
+            job = await session.scalar(_locked(select(Job).where(col(Job.id) == job_id, _QUEUED)))
+            if job is not None:
+                job.fail(reason)
+                await notify(session, JOB_ENDED, str(job.id))
+            return job is not None
+
+
+def claim_statement(
+    endpoint_id: UUID, worker_id: str, stream_id: UUID, num_jobs: int, warm_models: list[str]
+) -> Select[Job]:
+    """The claim: real-time before async, then by virtual start, a warm job among the first ones before a cold one.
+
+    A job at the front that was passed over too often goes first whatever is warm. Row locks with SKIP LOCKED let
+    several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
+    """
+    job = Job.__table__  # type: ignore[attr-defined]
+    place = (job.c.priority_class, job.c.virtual_start, job.c.id)
+    front = select(*place, job.c.base_model_key, job.c.passed_over).where(job.c.endpoint_id == endpoint_id, _QUEUED)
+    head = front.order_by(*place).limit(WARM_WINDOW).cte("head")
+    stream = select(col(Worker.worker_id)).where(_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
+    me = stream.cte("me")
+    order = (
+        head.c.priority_class,
+        (head.c.passed_over >= MAX_PASSED_OVER).desc(),
+        head.c.base_model_key.in_(warm_models).desc(),
+        head.c.virtual_start,
+        head.c.id,
+    )
+    chosen = (
+        select(job.c.id, job.c.virtual_start)
+        .join(head, head.c.id == job.c.id)
+        .where(_QUEUED, select(me.c.worker_id).exists())
+        .order_by(*order)
+        .limit(num_jobs)
+        .with_for_update(of=job, skip_locked=True)
+        .cte("chosen")
+    )
+    leased = (
+        update(job)
+        .where(job.c.id == chosen.c.id)
+        .values(
+            lease_id=func.gen_random_uuid(),
+            worker_id=worker_id,
+            is_running=False,
+            claim_time=func.clock_timestamp(),
+            num_claims=job.c.num_claims + 1,
+        )
+        .returning(*job.c)
+        .cte("leased")
+    )
+    return select(Job).from_statement(  # type: ignore[return-value]
+        select(leased).add_cte(_passed_over(head, chosen), _advanced_clock(endpoint_id, chosen))
+    )
+
+
+def _passed_over(head: Any, chosen: Any) -> Any:
+    """Counts that the first in the queue was passed over, if it was."""
+    job = Job.__table__  # type: ignore[attr-defined]
+    first = select(head.c.id).order_by(head.c.priority_class, head.c.virtual_start, head.c.id).limit(1)
+    waiting = (
+        select(job.c.id)
+        .where(job.c.id == first.scalar_subquery(), _QUEUED)
+        .where(select(chosen.c.id).exists(), job.c.id.not_in(select(chosen.c.id)))
+        .with_for_update(skip_locked=True)
+    )
+    return update(job).where(job.c.id.in_(waiting)).values(passed_over=job.c.passed_over + 1).cte("passed")
+
+
+def _advanced_clock(endpoint_id: UUID, chosen: Any) -> Any:
+    """Sets the queue's clock to the virtual start of what was taken."""
+    latest = func.max(chosen.c.virtual_start)
+    values = select(literal_column(f"'{endpoint_id}'::uuid"), literal_column("''"), latest).having(func.count() > 0)
+    taken = insert(UserClock).from_select(["endpoint_id", "username", "virtual_time"], values)
+    later = func.greatest(col(UserClock.virtual_time), taken.excluded.virtual_time)
+    return taken.on_conflict_do_update(index_elements=["endpoint_id", "username"], set_={"virtual_time": later}).cte(
+        "clock"
+    )
+
+
+async def _enqueue(session: AsyncSession, job: Job) -> None:
+    """Gives the job its virtual start at the end of its owner's work, and wakes the endpoint's workers."""
+    clock = col(UserClock.virtual_time)
+    queue_time = (
+        select(func.coalesce(func.max(clock), 0.0))
+        .where(col(UserClock.endpoint_id) == job.endpoint_id, col(UserClock.username) == _QUEUE_CLOCK)
+        .scalar_subquery()
+    )
+    first = insert(UserClock).values(
+        endpoint_id=job.endpoint_id, username=job.owner, virtual_time=queue_time + job.cost_seconds
+    )
+    later = func.greatest(clock, queue_time) + job.cost_seconds
+    upsert = first.on_conflict_do_update(index_elements=["endpoint_id", "username"], set_={"virtual_time": later})
+    with session.no_autoflush:  # until it has a virtual start the row contradicts its constraints
+        job.virtual_start = await session.scalar(upsert.returning(clock - job.cost_seconds))
+    await notify(session, JOBS_QUEUED, str(job.endpoint_id))
+
+
+async def _held(session: AsyncSession, endpoint_id: UUID, lease_id: UUID) -> Job | None:
+    """The fence: the job that is held under this lease now, locked."""
+    held = select(Job).where(col(Job.lease_id) == lease_id, col(Job.endpoint_id) == endpoint_id, _UNDER_WAY)
+    return await session.scalar(_locked(held))
+
+
+async def _reap(session: AsyncSession) -> int:
+    """Takes back the jobs whose worker is not there any more."""
+    with_worker = select(col(Worker.worker_id)).where(
+        col(Worker.endpoint_id) == col(Job.endpoint_id), col(Worker.worker_id) == col(Job.worker_id)
+    )
+    orphans = select(Job).where(col(Job.lease_id).is_not(None), ~with_worker.exists())
+    jobs = list(await session.scalars(_locked(orphans)))
+    await _release(session, jobs)
+    await notify(session, POOLS_CHANGED, "all")
+    return len(jobs)
+
+
+async def _release(session: AsyncSession, jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.worker_id is not None:
+            await notify(session, LEASES_LOST, job.worker_id)
+        job.lose()
+        if job.is_ended:
+            await notify(session, JOB_ENDED, str(job.id))
+        else:
+            await notify(session, JOBS_QUEUED, str(job.endpoint_id))
+
+
+def _locked(query: Select[Job]) -> Select[Job]:
+    return query.with_for_update(of=Job)
+
+
+def _stream(endpoint_id: UUID, worker_id: str, stream_id: UUID) -> Any:
+    return (
+        (col(Worker.endpoint_id) == endpoint_id)
+        & (col(Worker.worker_id) == worker_id)
+        & (col(Worker.stream_id) == stream_id)
+    )

@@ -28,7 +28,14 @@ _TAIL_LINES, _TAIL_BYTES = 20, 4096
 # What a worker inherits. It gets no other variable: the service's own name the database and its secret.
 _INHERITED = {"PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE"}
 _INHERITED_PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "PYTORCH_", "OMP_", "MKL_", "HF_")
-_INHERITED_SETTINGS = {"ESD_LAUNCHER_PID", "ESD_LOG_FORMAT", "ESD_LOG_LEVEL"}
+_INHERITED_SETTINGS = {
+    "ESD_LAUNCHER_PID",
+    "ESD_LOG_FORMAT",
+    "ESD_LOG_LEVEL",
+    "ESD_NUM_THREADS",
+    "ESD_CACHE_MAX_BYTES",
+    "ESD_MAX_RESIDENT_MODELS",
+}
 
 
 @dataclass(frozen=True)

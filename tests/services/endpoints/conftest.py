@@ -1,0 +1,242 @@
+"""Owns what the endpoints tests share: the service's parts on a real database, and small real servers as its peers.
+
+peers      stand-ins of identity and of the queue on one real server; what they were told is theirs to read
+store      the store on a fresh, migrated database
+stub       EndpointsService on a real server, without a control loop
+run_loop   starts a control loop with the local cluster; several may run, each can be stopped
+"""
+
+# ruff: noqa: N802 - methods are named by the proto
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esd.endpoints.v1 import endpoints_pb2_grpc
+from esd.identity.v1 import identity_pb2 as identity
+from esd.identity.v1 import identity_pb2_grpc
+from esd.inference.v1 import inference_pb2 as inference
+from esd.inference.v1 import inference_pb2_grpc
+from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, current_caller
+from services.common.clients import TokenSource, channel
+from services.common.database import Database
+from services.common.errors import NotFound, Unauthenticated
+from services.common.server import Server
+from services.endpoints.cluster.local import LocalCluster, LocalSettings
+from services.endpoints.domain import Endpoints
+from services.endpoints.peers import Identity, Queue
+from services.endpoints.reconcile import ControlLoop
+from services.endpoints.servicer import EndpointsServicer
+from services.endpoints.store import EndpointStore
+from tests.serving import Metadata, Tokens
+
+OWN_SECRET = "the secret of the endpoints service"
+STANDIN_WORKER = [sys.executable, "-m", "tests.services.endpoints.standin_worker"]
+USERS = {"ann": ["painter"], "bob": ["sculptor"]}
+
+
+class StandInIdentity(identity_pb2_grpc.IdentityServiceServicer):
+    """Knows two users, and gives tokens for the secrets it made."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._signer = tokens.signer
+        self.secrets: dict[str, str] = {}
+
+    async def GetUser(self, request: identity.GetUserRequest, context: Any) -> identity.GetUserResponse:
+        if request.username not in USERS:
+            raise NotFound("no such user")
+        return identity.GetUserResponse(username=request.username, roles=USERS[request.username])
+
+    async def CreateSecret(self, request: identity.CreateSecretRequest, context: Any) -> identity.CreateSecretResponse:
+        self.secrets[request.subject] = f"secret of {request.subject}"
+        return identity.CreateSecretResponse(secret=self.secrets[request.subject])
+
+    async def DeleteSecret(self, request: identity.DeleteSecretRequest, context: Any) -> identity.DeleteSecretResponse:
+        self.secrets.pop(request.subject, None)
+        return identity.DeleteSecretResponse()
+
+    async def IssueToken(self, request: identity.IssueTokenRequest, context: Any) -> identity.IssueTokenResponse:
+        if request.secret == OWN_SECRET:
+            token = self._signer.sign(Caller(Kind.SERVICE, "endpoints"), AUDIENCE_SERVICES, 300)
+        elif request.secret in self.secrets.values():
+            token = self._signer.sign(Caller(Kind.WORKER, request.secret.split()[-1]), "inference", 300)
+        else:
+            raise Unauthenticated("the secret is not known")
+        return identity.IssueTokenResponse(token=token, lifetime_seconds=300)
+
+
+class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
+    """Sees workers come and go. `num_queued` are jobs by endpoint; a retired endpoint's are gone at once."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, set[str]] = {}
+        self.num_queued: dict[str, int] = {}
+        self.retired: list[tuple[str, str]] = []
+        self.changed = asyncio.Condition()
+
+    async def _tell(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def Work(self, requests: AsyncIterator[inference.WorkRequest], context: Any) -> AsyncIterator[Any]:
+        endpoint_id = current_caller().name
+        hello = (await anext(requests)).hello
+        pool = self.workers.setdefault(endpoint_id, set())
+        pool.add(hello.worker_id)
+        await self._tell()
+        try:
+            async for _ in requests:
+                yield inference.WorkResponse()
+        finally:
+            pool.discard(hello.worker_id)
+            await self._tell()
+
+    async def WatchPools(self, request: inference.WatchPoolsRequest, context: Any) -> AsyncIterator[Any]:
+        while True:
+            async with self.changed:
+                ids = self.workers.keys() | self.num_queued.keys()
+                pools = [
+                    inference.Pool(
+                        endpoint_id=endpoint_id,
+                        worker_ids=self.workers.get(endpoint_id, ()),
+                        num_queued=self.num_queued.get(endpoint_id, 0),
+                    )
+                    for endpoint_id in ids
+                ]
+            yield inference.WatchPoolsResponse(pools=pools)
+            async with self.changed:
+                await self.changed.wait()
+
+    async def RetireEndpoint(self, request: inference.RetireEndpointRequest, context: Any) -> Any:
+        self.retired.append((request.endpoint_id, request.reason))
+        self.num_queued.pop(request.endpoint_id, None)
+        await self._tell()
+        return inference.RetireEndpointResponse()
+
+
+@dataclass
+class Peers:
+    """The stand-ins and where they are."""
+
+    address: str
+    identity: StandInIdentity
+    queue: StandInQueue
+
+
+@pytest.fixture
+async def peers(tokens: Tokens) -> AsyncIterator[Peers]:
+    server = Server("127.0.0.1:0", tokens.verifier("inference"))
+    stand_ins = StandInIdentity(tokens), StandInQueue()
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(stand_ins[0], server.grpc)
+    inference_pb2_grpc.add_QueueServiceServicer_to_server(stand_ins[1], server.grpc)
+    port = await server.start()
+    yield Peers(f"127.0.0.1:{port}", *stand_ins)
+    await server.stop(grace_seconds=0)
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    await database.migrate("endpoints")
+    yield database
+    await database.dispose()
+
+
+@pytest.fixture
+def store(database: Database) -> EndpointStore:
+    return EndpointStore(database)
+
+
+@pytest.fixture
+def clients(peers: Peers) -> tuple[Identity, Queue]:
+    own = channel(peers.address, TokenSource(peers.address, OWN_SECRET))
+    return Identity(own), Queue(own)
+
+
+@pytest.fixture
+async def stub(
+    store: EndpointStore, clients: tuple[Identity, Queue], serve: Callable[..., Awaitable[Any]]
+) -> endpoints_pb2_grpc.EndpointsServiceStub:
+    servicer = EndpointsServicer(Endpoints(store, clients[0], max_workers=8))
+    return endpoints_pb2_grpc.EndpointsServiceStub(
+        await serve(lambda server: endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(servicer, server))
+    )
+
+
+@pytest.fixture
+def admin(tokens: Tokens) -> Metadata:
+    return tokens.user("ann", ["sagemaker_endpoint:all"], ["painter"])
+
+
+@dataclass
+class RunningLoop:
+    """A control loop that runs until it is stopped; its workers run on."""
+
+    task: asyncio.Task[None]
+    cluster: LocalCluster
+
+    async def stop(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.cluster.close()
+
+
+RunLoop = Callable[..., RunningLoop]
+
+
+@pytest.fixture
+async def run_loop(
+    store: EndpointStore, database: Database, clients: tuple[Identity, Queue], peers: Peers, tmp_path: Path
+) -> AsyncIterator[RunLoop]:
+    verifying_key_file = tmp_path / "verifying.pem"
+    running: list[RunningLoop] = []
+
+    def run(command: list[str] | None = None, stop_seconds: float = 10, gpus: tuple[str, ...] = ()) -> RunningLoop:
+        settings = LocalSettings(
+            command=command or STANDIN_WORKER,
+            folder=tmp_path / "workers",
+            server_url=f"http://{peers.address}",
+            verifying_key_file=verifying_key_file,
+            device="cpu",
+            gpus=list(gpus),
+            stop_seconds=stop_seconds,
+        )
+        wake = asyncio.Event()
+        cluster = LocalCluster(store, settings, wake.set)
+        control = ControlLoop(store, database, *clients, cluster, wake)
+        running.append(RunningLoop(asyncio.create_task(control.run()), cluster))
+        return running[-1]
+
+    yield run
+    for loop in running:
+        await loop.stop()
+    for worker in await store.get_workers():
+        if worker.pid and is_alive(worker.pid):
+            os.kill(worker.pid, 9)
+            await until(lambda pid=worker.pid: not is_alive(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a child of ours that has ended is reaped."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return Path(f"/proc/{pid}").exists()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Waits until the condition, a function or coroutine function, answers something true, and answers that."""
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = condition()
+            if asyncio.iscoroutine(answer):
+                answer = await answer
+            if answer:
+                return answer
+            await asyncio.sleep(0.05)  # looks from outside: there is nothing to be told by

@@ -1,0 +1,260 @@
+"""The RPCs over a real channel: checks, their order, sentences, types (contract 5)."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict, ParseDict
+
+from esd.endpoints.v1 import endpoints_pb2 as pb
+from services.common.auth import Profile, UsernameStatus
+from services.endpoints.store import EndpointStore
+from tests.serving import Metadata, Tokens
+
+BODY = {
+    "endpoint_name": "test",
+    "instance_type": "ml.g5.2xlarge",
+    "initial_instance_count": "1",
+    "autoscaling_enabled": False,
+    "assign_to_roles": ["painter"],
+}
+
+
+async def create(stub: Any, metadata: Metadata, **changes: Any) -> dict[str, Any]:
+    body = {key: value for key, value in (BODY | changes).items() if value is not ...}
+    request = ParseDict(body, pb.CreateEndpointRequest())
+    response = await stub.CreateEndpoint(request, metadata=metadata)
+    return MessageToDict(response, always_print_fields_with_no_presence=True)["data"]
+
+
+async def listed(stub: Any, metadata: Metadata, **query: str) -> dict[str, Any]:
+    response = await stub.ListEndpoints(pb.ListEndpointsRequest(**query), metadata=metadata)
+    return MessageToDict(response, always_print_fields_with_no_presence=True)
+
+
+async def names(stub: Any, metadata: Metadata, **query: str) -> list[str]:
+    return [endpoint["endpoint_name"] for endpoint in (await listed(stub, metadata, **query))["endpoints"]]
+
+
+async def envelope(call: Any) -> dict[str, str]:
+    await call
+    return {key: value for key, value in await call.initial_metadata() if key.startswith("x-esd-")}
+
+
+async def test_a_new_endpoint_is_answered_as_the_document_says(stub: Any, admin: Metadata) -> None:
+    created = await create(stub, admin)
+    assert re.fullmatch(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", created.pop("EndpointDeploymentJobId"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", created.pop("startTime"))
+    assert created == {
+        "endpoint_name": "esd-async-test",
+        "endpoint_type": "Async",
+        "endpoint_status": "Creating",
+        "instance_type": "ml.g5.2xlarge",
+        "autoscaling": False,
+        "min_instance_number": "0",
+        "max_instance_number": "1",
+        "current_instance_count": "0",
+        "endTime": None,
+        "status": None,
+        "error": None,
+        "owner_group_or_role": ["painter"],
+        "custom_extensions": "",
+    }
+
+
+@pytest.mark.parametrize(("profile", "status"), [(Profile.DOCUMENT, "200"), (Profile.WEBUI, "202")])
+async def test_the_status_of_a_creation_follows_the_profile(
+    stub: Any, tokens: Tokens, profile: Profile, status: str
+) -> None:
+    metadata = tokens.user("ann", ["sagemaker_endpoint:create"], profile=profile)
+    call = stub.CreateEndpoint(ParseDict(BODY, pb.CreateEndpointRequest()), metadata=metadata)
+    assert await envelope(call) == {
+        "x-esd-status": status,
+        "x-esd-message": "Endpoint deployment started%3A esd-async-test",
+        "x-esd-unwrap": "1",
+    }
+
+
+async def test_counts_are_echoed_as_sent_and_listed_as_text(stub: Any, admin: Metadata) -> None:
+    created = await create(stub, admin, min_instance_number=1, max_instance_number="3")
+    assert (created["min_instance_number"], created["max_instance_number"]) == (1, "3")
+    (found,) = (await listed(stub, admin))["endpoints"]
+    assert (found["min_instance_number"], found["max_instance_number"]) == ("1", "3")
+
+
+async def test_an_endpoint_without_a_name_is_named_by_its_id(stub: Any, admin: Metadata) -> None:
+    created = await create(stub, admin, endpoint_name="", endpoint_type="Real-time")
+    assert created["endpoint_name"] == f"esd-real-time-{created['EndpointDeploymentJobId'][:7]}"
+
+
+async def test_extensions_are_split_and_joined(stub: Any, admin: Metadata) -> None:
+    created = await create(stub, admin, custom_extensions="https://a\nhttps://b, https://a")
+    assert created["custom_extensions"] == "https://a,https://b"
+
+
+REALTIME = {"endpoint_type": "Real-time", "autoscaling_enabled": True}
+ASYNC = {"autoscaling_enabled": True}
+REFUSED = [
+    ({"endpoint_type": "Serverless"}, "Serverless endpoint is not supported yet"),
+    ({"initial_instance_count": 0}, "initial_instance_count should be at least 1: test"),
+    ({"initial_instance_count": 0, "endpoint_type": "Serverless"}, "Serverless endpoint is not supported yet"),
+    (REALTIME, "min_instance_number should be at least 1 for real-time endpoint: test"),
+    (ASYNC | {"min_instance_number": "-1"}, "min_instance_number should be at least 0 for async endpoint: test"),
+    (ASYNC | {"min_instance_number": 3, "max_instance_number": 2}, "max_instance_number should be at least 3: test"),
+    (ASYNC | {"max_instance_number": 0}, "max_instance_number should be at least 1: test"),
+    ({"initial_instance_count": 9}, "an endpoint may have at most 8 instances here (asked for: 9)"),
+    ({"custom_extensions": "a b c"}, "custom_extensions should be at most 3"),
+    (
+        {"custom_extensions": "a", "custom_docker_image_uri": "b"},
+        "custom_extensions and custom_docker_image_uri cannot be used together",
+    ),
+    (
+        {"min_instance_number": -1},
+        "[min_instance_number: numeric instance is lower than the required minimum (minimum: 0, found: -1)]",
+    ),
+    (
+        {"max_instance_number": "many"},
+        "[max_instance_number: instance type (string) does not match any allowed primitive type "
+        '(allowed: ["integer"])]',
+    ),
+    (
+        {"instance_type": ..., "autoscaling_enabled": ...},
+        '[object has missing required properties (["autoscaling_enabled","instance_type"])]',
+    ),
+    (
+        {"endpoint_name": "a" * 21},
+        f'[endpoint_name: string "{"a" * 21}" is too long (length: 21, maximum allowed: 20)]',
+    ),
+    (
+        {"endpoint_name": "a/b"},
+        '[endpoint_name: ECMA 262 regex "^[A-Za-z0-9-]*$" does not match input string "a/b"]',
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), REFUSED)
+async def test_a_bad_endpoint_is_refused_with_a_sentence_and_not_kept(
+    stub: Any, admin: Metadata, store: EndpointStore, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await create(stub, admin, **changes)
+    assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
+    assert await store.get_all() == []
+
+
+async def test_customizing_twice_is_refused_before_the_permission_and_a_count_after_it(
+    stub: Any, tokens: Tokens
+) -> None:
+    nobody = tokens.user("ann", ["sagemaker_endpoint:list"])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await create(stub, nobody, custom_extensions="a", custom_docker_image_uri="b")
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await create(stub, nobody, initial_instance_count=0)
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    expected = "User ann has no permissions: ['sagemaker_endpoint:all', 'sagemaker_endpoint:create']"
+    assert refused.value.details() == expected
+
+
+async def test_a_role_owns_one_live_endpoint_of_any_type(stub: Any, admin: Metadata) -> None:
+    await create(stub, admin, assign_to_roles=["painter", "poet"])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await create(stub, admin, endpoint_name="b", endpoint_type="Real-time", assign_to_roles=["dancer", "poet"])
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert refused.value.details() == "role [poet] has a valid endpoint already, not allow to have another one"
+
+
+async def test_a_name_in_use_is_refused(stub: Any, admin: Metadata) -> None:
+    await create(stub, admin)
+    with pytest.raises(grpc.aio.AioRpcError, match="Cannot create already existing model") as refused:
+        await create(stub, admin, assign_to_roles=["poet"])
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_deleted_endpoint_leaves_list_name_and_role_at_once(stub: Any, admin: Metadata) -> None:
+    await create(stub, admin)
+    request = pb.DeleteEndpointsRequest(endpoint_name_list=["esd-async-test", "esd-async-unknown"])
+    assert (await envelope(stub.DeleteEndpoints(request, metadata=admin)))["x-esd-raw"] == "1"
+    assert await names(stub, admin) == []
+    await create(stub, admin)
+    assert await names(stub, admin) == ["esd-async-test"]
+
+
+async def test_the_webui_client_deletes_without_a_username_and_gets_204(stub: Any, tokens: Tokens) -> None:
+    anonymous = tokens.user("api", [], profile=Profile.WEBUI, username_status=UsernameStatus.ABSENT, impersonate=True)
+    request = pb.DeleteEndpointsRequest(endpoint_name_list=["esd-async-test"])
+    assert (await envelope(stub.DeleteEndpoints(request, metadata=anonymous)))["x-esd-status"] == "204"
+
+
+@pytest.fixture
+async def three(stub: Any, admin: Metadata) -> list[str]:
+    """The names of three endpoints, newest first."""
+    for role in ("painter", "sculptor", "poet"):
+        await create(stub, admin, endpoint_name=role, assign_to_roles=[role])
+    return ["esd-async-poet", "esd-async-sculptor", "esd-async-painter"]
+
+
+async def test_a_list_is_paged_newest_first_with_an_opaque_key(stub: Any, admin: Metadata, three: list[str]) -> None:
+    first = await listed(stub, admin, limit="2")
+    second = await listed(stub, admin, limit="2", exclusive_start_key=first["last_evaluated_key"])
+    assert [endpoint["endpoint_name"] for endpoint in first["endpoints"] + second["endpoints"]] == three
+    assert second["last_evaluated_key"] is None
+    for limit in ("", "0", "-1", "3"):
+        assert await names(stub, admin, limit=limit) == three
+
+
+async def test_a_list_finds_one_endpoint_by_its_id(stub: Any, admin: Metadata, three: list[str]) -> None:
+    found = (await listed(stub, admin))["endpoints"][1]
+    assert (await listed(stub, admin, endpoint_id=found["EndpointDeploymentJobId"]))["endpoints"] == [found]
+    assert await names(stub, admin, endpoint_id="none") == []
+
+
+async def test_who_may_only_list_sees_what_the_user_of_the_query_may_use(
+    stub: Any, admin: Metadata, tokens: Tokens, three: list[str]
+) -> None:
+    lister = tokens.user("bob", ["sagemaker_endpoint:list"], ["sculptor"])
+    assert await names(stub, lister) == []
+    assert await names(stub, lister, username="bob") == ["esd-async-sculptor"]
+    assert await names(stub, lister, username="bob", limit="1") == ["esd-async-sculptor"]
+    assert await names(stub, admin, username="bob") == three
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ({"username": "eve"}, 'user: "eve" not exist'),
+        ({"limit": "few"}, 'limit should be a whole number (given: "few")'),
+        ({"exclusive_start_key": "!"}, "exclusive_start_key is not a key that a list of endpoints gave"),
+        ({"exclusive_start_key": "e30="}, "exclusive_start_key is not a key that a list of endpoints gave"),
+        ({"exclusive_start_key": "é"}, "exclusive_start_key is not a key that a list of endpoints gave"),
+    ],
+)
+async def test_a_bad_query_is_refused(stub: Any, admin: Metadata, query: dict[str, str], sentence: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await listed(stub, admin, **query)
+    assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
+
+
+async def test_a_job_finds_usable_endpoints_of_its_type_and_a_pinned_one_in_any_state(
+    stub: Any, admin: Metadata, store: EndpointStore, service_token: Callable[[str], Metadata]
+) -> None:
+    created = await create(stub, admin)
+    service = service_token("inference")
+
+    async def find(**request: Any) -> list[str]:
+        response = await stub.FindEndpoints(pb.FindEndpointsRequest(**request), metadata=service)
+        return [f"{endpoint.endpoint_name} {endpoint.endpoint_status}" for endpoint in response.endpoints]
+
+    assert await find(inference_type="Async", username="ann", roles=["painter"]) == []
+    assert await find(endpoint_name="esd-async-test") == ["esd-async-test Creating"]
+    await store.set_in_service(created["EndpointDeploymentJobId"], (await store.get_all())[0].start_time)
+    usable = ["esd-async-test InService"]
+    assert await find(inference_type="Async", username="ann", roles=["poet", "painter"]) == usable
+    assert await find(inference_type="Async", username="painter") == usable
+    assert await find(inference_type="Async", username="bob", roles=["poet"]) == []
+    assert await find(inference_type="Real-time", username="ann", roles=["painter"]) == []
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.FindEndpoints(pb.FindEndpointsRequest(), metadata=admin)
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED

@@ -6,6 +6,7 @@ a client.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -82,6 +83,11 @@ class Client:
         if answer.is_error:
             raise DemoFailed(f"upload: {answer.status_code} {answer.text}")
         return answer.headers.get("etag", "")
+
+    def put_json(self, url: str, content: dict[str, Any]) -> None:
+        """Writes JSON to a presigned URL."""
+        encoded = json.dumps(content).encode()
+        self.put(url, encoded, len(encoded))
 
     def download(self, url: str, folder: Path) -> Path:
         """Reads a presigned URL into a file named by the URL's last segment."""
@@ -195,8 +201,7 @@ def draw(client: Client, kind: str, checkpoint: str, picture: Picture, folder: P
         "models": {"Stable-diffusion": [checkpoint], "VAE": ["Automatic"], "embeddings": []},
     }
     created = client.call("POST", "/inferences", body)["inference"]
-    content = httpx.Request("PUT", "http://x", json=picture.payload()).read()
-    client.put(created["api_params_s3_upload_url"], content, len(content))
+    client.put_json(created["api_params_s3_upload_url"], picture.payload())
     with console.status(f"{kind} job {created['id']} is running"):
         # The answer to a Real-time start is the finished job itself.
         client.call("PUT", f"/inferences/{created['id']}/start", timeout=None)

@@ -1,0 +1,182 @@
+"""What the gateway does around every route: keys, errors, preflights, both client profiles, native gRPC."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from deploy.local.stack import Stack
+
+from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from esd.inference.v1 import inference_pb2, inference_pb2_grpc
+from tests.e2e.conftest import Api
+
+ROUTES = [
+    "/ping", "/roles", "/users", "/keys", "/checkpoints", "/checkpoints/x", "/endpoints", "/inferences",
+    "/inferences/x", "/inferences/x/start", "/trainings", "/trainings/x", "/trainings/x/stop", "/datasets",
+    "/datasets/x",
+]  # fmt: skip
+NOT_BUILT = [
+    ("GET", "/trainings", None),
+    ("GET", "/trainings/x", None),
+    ("PUT", "/trainings/x/stop", None),
+    ("POST", "/trainings", {"lora_train_type": "kohya", "params": {}}),
+    ("DELETE", "/trainings", {"training_id_list": ["x"]}),
+    ("GET", "/datasets", None),
+    ("GET", "/datasets/x", None),
+]
+
+
+def check_envelope(answer: httpx.Response, status: int) -> str:
+    """The shape of every error; answers its message."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert body["statusCode"] == status
+    assert set(body) == {"statusCode", "message"}
+    assert answer.headers["x-api-version"] == "1.5.0"
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert answer.headers["content-type"].startswith("application/json")
+    message: str = body["message"]
+    return message
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_route_answers_a_preflight_without_a_key(stack: Stack, path: str) -> None:
+    for headers in ({}, {"origin": "http://app.test", "access-control-request-method": "PUT"}):
+        answer = httpx.options(stack.url + path, headers=headers)
+        assert answer.status_code == 204
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "DELETE" in answer.headers["access-control-allow-methods"]
+        assert "username" in answer.headers["access-control-allow-headers"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_bad_key_is_forbidden_before_anything_else_is_looked_at(stack: Stack, path: str) -> None:
+    for headers in ({}, {"x-api-key": "wrong"}, {"x-api-key": "wrong", "x-esd-token": "x"}):
+        answer = httpx.post(stack.url + path, content="not json", headers=headers)
+        assert check_envelope(answer, 403) == "Forbidden"
+
+
+def test_an_unknown_route_is_404_and_bad_json_400(stack: Stack, admin: Api) -> None:
+    headers = {"x-api-key": admin.key}
+    check_envelope(httpx.get(stack.url + "/nowhere", headers=headers), 404)
+    check_envelope(httpx.post(stack.url + "/roles", content="{", headers=headers), 400)
+    check_envelope(httpx.post(stack.url + "/roles", content='{"role_name": 5}', headers=headers), 400)
+
+
+@pytest.mark.parametrize(("method", "path", "body"), NOT_BUILT)
+def test_what_is_not_built_says_so(admin: Api, method: str, path: str, body: dict | None) -> None:
+    answer = admin.call(method, path, body)
+    assert (answer.status, answer.body) == (501, {"statusCode": 501, "message": "not implemented yet"})
+
+
+def test_any_content_type_is_read_as_json(admin: Api) -> None:
+    body = json.dumps({"role_name": "plain", "permissions": ["train:all"], "unknown_field": 1})
+    answer = admin.call("POST", "/roles", headers={"content-type": "text/plain;charset=UTF-8"}, content=body)
+    assert answer.status == 201
+
+
+def test_the_profiles_differ_as_the_contract_says(admin: Api, webui: Api) -> None:
+    body = {
+        "endpoint_name": "profile",
+        "endpoint_type": "Async",
+        "instance_type": "local",
+        "initial_instance_count": 1,
+        "autoscaling_enabled": False,
+        "assign_to_roles": ["nobody"],
+    }
+    name = "esd-async-profile"
+    created = webui.call("POST", "/endpoints", body)
+    assert (created.status, created.body["statusCode"]) == (202, 202)
+    assert created.message == f"Endpoint deployment started: {name}"
+    assert created.data["endpoint_status"] == "Creating"
+    deleted = webui.call("DELETE", "/endpoints", {"endpoint_name_list": [name]})
+    assert (deleted.status, deleted.body) == (204, None)
+    created = admin.call("POST", "/endpoints", body)
+    assert (created.status, created.body["statusCode"]) == (200, 200)
+    deleted = admin.call("DELETE", "/endpoints", {"endpoint_name_list": [name]})
+    assert (deleted.status, deleted.body) == (200, {})
+
+
+def test_a_missing_username_is_the_keys_owner_in_one_profile_and_nobody_in_the_other(admin: Api, webui: Api) -> None:
+    anonymous = Api(webui.url, webui.key)
+    assert admin.call("GET", "/roles").status == 200
+    assert anonymous.call("GET", "/roles").status == 401
+    assert anonymous.call("GET", "/roles").message == "Unauthorized"
+    assert anonymous.call("GET", "/ping").status == 200
+    assert anonymous.call("GET", "/inferences").status == 200
+    assert anonymous.call("POST", "/roles", {}).status == 400, "a bad body comes before a missing user"
+    assert admin.call("GET", "/roles", headers={"username": "nobody-known"}).status == 401
+    anonymous.close()
+
+
+def test_the_first_administrator_of_a_webui_client(admin: Api, webui: Api) -> None:
+    body = {"initial": True, "username": "boss", "password": "clear text", "roles": ["IT Operator"], "creator": "boss"}
+    assert admin.call("POST", "/users", body, headers={"username": "boss"}).status in {401, 403}
+    anonymous = Api(webui.url, webui.key, "boss")
+    answer = anonymous.call("POST", "/users", body)
+    assert answer.status == 201
+    assert answer.data == {"user": {"username": "boss", "roles": ["IT Operator"]}, "all_roles": ["IT Operator", "byoc"]}
+    (user,) = anonymous.ok("GET", "/users?username=boss&show_password=True")["users"]
+    assert user["password"] == "clear text"
+    (user,) = admin.ok("GET", "/users?username=boss&show_password=True")["users"]
+    assert user["password"] == "********"
+    anonymous.close()
+
+
+async def test_a_native_grpc_client_gets_native_answers(stack: Stack, admin: Api) -> None:
+    async with grpc.aio.insecure_channel(stack.url.removeprefix("http://")) as channel:
+        stub = identity_pb2_grpc.IdentityServiceStub(channel)
+        key = (("x-api-key", admin.key),)
+        roles = await stub.ListRoles(identity_pb2.ListRolesRequest(role="byoc"), metadata=key)
+        assert [role.role_name for role in roles.roles] == ["byoc"]
+        request = identity_pb2.CreateRoleRequest(role_name="native", permissions=["train:all"])
+        assert await stub.CreateRole(request, metadata=key) == identity_pb2.CreateRoleResponse()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.CreateRole(identity_pb2.CreateRoleRequest(), metadata=key)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "role_name" in (refused.value.details() or "")
+        with pytest.raises(grpc.aio.AioRpcError) as denied:
+            await stub.ListRoles(identity_pb2.ListRolesRequest(), metadata=(("x-api-key", "wrong"),))
+        assert denied.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_what_is_inside_stays_closed_to_users_and_to_nobody(stack: Stack, admin: Api) -> None:
+    async with grpc.aio.insecure_channel(stack.url.removeprefix("http://")) as channel:
+        key = (("x-api-key", admin.key),)
+        identity = identity_pb2_grpc.IdentityServiceStub(channel)
+        queue = inference_pb2_grpc.QueueServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await identity.GetUser(identity_pb2.GetUserRequest(username="api"), metadata=key)
+        assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await identity.IssueToken(identity_pb2.IssueTokenRequest(secret="guess"))
+        assert unknown.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        for metadata in ((), key, (("x-esd-token", "forged"),)):
+            stream = queue.Work(metadata=metadata)
+            await stream.write(inference_pb2.WorkRequest(hello=inference_pb2.Hello(worker_id="x")))
+            with pytest.raises(grpc.aio.AioRpcError) as closed:
+                await stream.read()
+            assert closed.value.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+
+
+def test_the_store_behind_the_gateway_wants_its_own_signature(stack: Stack, admin: Api) -> None:
+    answer = httpx.get(f"{stack.url}/esd/nothing", headers={"x-api-key": admin.key})
+    assert answer.status_code in {400, 403, 412}, "no signature, no object"
+
+
+def test_a_base_path_is_stripped() -> None:
+    with tempfile.TemporaryDirectory(prefix="esd-e2e-") as folder:
+        Path(folder).chmod(0o711)
+        stack = Stack(Path(folder) / "home", env_overrides={"ESD_BASE_PATH": "/prod"})
+        stack.start()
+        try:
+            headers = {"x-api-key": stack.api_key}
+            assert httpx.get(stack.url + "/prod/ping", headers=headers).json()["message"] == "pong"
+            assert httpx.get(stack.url + "/prod/roles?role=byoc", headers=headers).status_code == 200
+        finally:
+            stack.stop()

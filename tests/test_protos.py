@@ -16,13 +16,6 @@ from tests.protos import ROOT, commented_things, descriptor_set, methods, route
 METHODS = list(methods())
 FILES = list(descriptor_set().file)
 EXT_AUTHZ = "esd/identity/v1/ext_authz.proto"  # Envoy's messages, whose package and names are Envoy's
-# Spelled out although protobuf would give the same name; the list may only become shorter.
-REDUNDANT = {
-    "endpoints": {"start_time", "end_time"},
-    "inference": {"task_type", "create_time", "start_time", "complete_time", "sagemaker_raw"},
-    "models": {"s3_location", "s3_presign_url", "checkpoint_id", "status_code", "dataset_name"},
-    "training": {"model_name", "train_type", "sagemaker_train_name"},
-}
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -97,8 +90,7 @@ def test_everything_has_a_comment_that_begins_with_its_name(file: FileDescriptor
 def test_json_names_stand_only_where_the_legacy_spelling_differs(file: FileDescriptorProto) -> None:
     text = re.sub(r"//[^\n]*", "", (ROOT / "protos" / file.name).read_text())
     named = re.findall(r"(\w+) = \d+ \[\s*(?:[^\]]*?\s)?json_name = \"([^\"]+)\"", text)
-    redundant = {field for field, json_name in named if lower_camel(field) == json_name}
-    assert redundant <= REDUNDANT.get(file.package.split(".")[1], set())
+    assert [field for field, json_name in named if lower_camel(field) == json_name] == []
     assert len(named) == text.count("json_name")
 
 

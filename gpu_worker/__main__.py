@@ -1,0 +1,162 @@
+"""Composition root of the GPU worker: settings, engine, the two doors, and an orderly end.
+
+Exit codes: 0 after a drain, 2 for a wrong setting or an unusable device, 3 when the worker's secret is not known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import grpc
+import structlog
+from pydantic import Field
+
+from esd.worker.v1 import worker_pb2_grpc
+from gpu_worker.cache import ModelCache
+from gpu_worker.engine import Engine, EngineSettings
+from gpu_worker.servicer import GpuWorkerServicer
+from gpu_worker.stream import Refused, WorkStream
+from gpu_worker.transfer import Transfer
+from gpu_worker.worker import Worker
+from services.common import logs
+from services.common.auth import Verifier
+from services.common.clients import TokenSource, plain_channel
+from services.common.process import die_with_launcher
+from services.common.settings import Settings, load, read_secret
+
+log = structlog.get_logger()
+
+EXIT_REFUSED = 3
+# Set before the engine's thread imports diffusers: nothing is fetched from a model hub or reported to one.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
+
+
+class WorkerSettings(Settings):
+    """What a worker needs: the gateway's URL, its secret, and a folder."""
+
+    server_url: str = Field(pattern=r"^https?://[^/]+")
+    secret_file: Path
+    cache_dir: Path
+    device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
+    # GpuWorkerService is served on this `host:port`, and not at all when it is empty.
+    listen: str = ""
+    verifying_key_file: Path | None = None
+    # The name under which the queue knows this process; whoever started it may choose, so as to find it there.
+    worker_id: str = Field(default_factory=lambda: str(uuid4()))
+    cache_max_bytes: int = Field(100 * 2**30, ge=0)
+    max_resident_models: int = Field(2, ge=1)
+    # torch's threads on the CPU; 0 leaves the number to torch.
+    num_threads: int = Field(0, ge=0)
+    # How long a job under way may take to finish after SIGTERM.
+    drain_seconds: float = Field(60.0, ge=0)
+
+
+async def work(settings: WorkerSettings) -> int:
+    """Works until drained or refused, and answers the exit code."""
+    engine = Engine(EngineSettings(settings.device, settings.num_threads, settings.max_resident_models))
+    engine.start()
+    address, credentials = _gateway(settings.server_url)
+    async with Transfer() as transfer, plain_channel(address, credentials) as channel:
+        worker = Worker(engine, ModelCache(settings.cache_dir, settings.cache_max_bytes, transfer), transfer)
+        tokens = TokenSource(address, read_secret(settings.secret_file), credentials)
+        stream = WorkStream(worker, tokens, channel, worker_id=settings.worker_id)
+        server = await _serve(settings, worker)
+        try:
+            return await _until_over(stream, engine, settings.drain_seconds)
+        finally:
+            if server is not None:
+                await server.stop(None)
+            await worker.stop()
+            await engine.stop()
+
+
+async def _until_over(stream: WorkStream, engine: Engine, drain_seconds: float) -> int:
+    loop = asyncio.get_running_loop()
+    told_to_stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop.set)
+    running = asyncio.create_task(stream.run())
+    stop = asyncio.create_task(told_to_stop.wait())
+    broken = asyncio.create_task(_failure(engine))
+    try:
+        await asyncio.wait([running, stop, broken], return_when=asyncio.FIRST_COMPLETED)
+        if broken.done():
+            log.error("the engine cannot start", reason=broken.result())
+            return 2
+        if stop.done():
+            log.info("draining", seconds=drain_seconds)
+            stream.drain()
+            await asyncio.wait([running], timeout=drain_seconds)
+        if running.done():
+            await running
+    except Refused as refusal:
+        log.warning("this worker's secret is not known any more, it leaves", reason=str(refusal))
+        return EXIT_REFUSED
+    else:
+        return 0
+    finally:
+        for task in (running, stop, broken):
+            task.cancel()
+        await asyncio.gather(running, stop, broken, return_exceptions=True)
+
+
+async def _failure(engine: Engine) -> str:
+    """Why the engine could not start; does not return when it could."""
+    try:
+        await asyncio.shield(engine.ready)
+    except Exception as error:
+        return str(error)
+    log.info("the engine is ready", device=engine.device)
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
+
+
+async def _serve(settings: WorkerSettings, worker: Worker) -> grpc.aio.Server | None:
+    if not settings.listen:
+        return None
+    if settings.verifying_key_file is None:
+        raise SystemExit("setting ESD_VERIFYING_KEY_FILE: Field required when ESD_LISTEN is set")
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * 2**20)])
+    servicer = GpuWorkerServicer(worker, Verifier.from_file(settings.verifying_key_file))
+    worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(servicer, server)
+    try:
+        port = server.add_insecure_port(settings.listen)
+    except RuntimeError:
+        raise SystemExit(f"ESD_LISTEN={settings.listen} cannot be bound: is the port in use?") from None
+    await server.start()
+    log.info("serving", address=settings.listen, port=port)
+    return server
+
+
+def _gateway(url: str) -> tuple[str, grpc.ChannelCredentials | None]:
+    """`host:port` of the gateway, and credentials where the URL says https."""
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    return f"{parts.hostname}:{port}", grpc.ssl_channel_credentials() if secure else None
+
+
+def main() -> None:
+    """Runs the worker."""
+    die_with_launcher()
+    os.environ.update(OFFLINE)
+    settings = load(WorkerSettings)
+    logs.configure("worker", settings)
+    sys.exit(asyncio.run(work(settings)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Model files on the worker's disk, by content: one folder per cache key, the least recently used ones go first.
+
+An entry appears by an atomic rename, so that workers which share the folder never see half a file. The object may be an
+uncompressed tar around the model, whatever its name says (contract 10.2): the tar magic decides, and only the bytes of
+the inner file are taken, never a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from uuid import uuid4
+
+import structlog
+
+from esd.worker.v1 import worker_pb2
+from gpu_worker.job import JobError
+from gpu_worker.transfer import Transfer
+
+log = structlog.get_logger()
+
+_TAR_MAGIC = b"ustar"
+_TAR_MAGIC_AT = 257  # POSIX 1003.1, the header's `magic`
+_MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_ABANDONED_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model file here. `sha256` is that of the file itself, also when it came in a tar."""
+
+    key: str
+    type: str
+    name: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    sha256: str
+    size_bytes: int
+
+
+class ModelCache:
+    """The folder, bounded in bytes. Files in use are never removed."""
+
+    def __init__(self, folder: Path, max_bytes: int, transfer: Transfer) -> None:
+        self._models = folder / "models"
+        self._partial = folder / "partial"
+        self._max_bytes = max_bytes
+        self._transfer = transfer
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._num_users: dict[str, int] = {}
+        for path in (self._models, self._partial):
+            path.mkdir(parents=True, exist_ok=True)
+        self._sweep_partial()
+
+    @asynccontextmanager
+    async def hold(self, model: worker_pb2.ModelFile) -> AsyncIterator[CachedModel]:
+        """The model's file, fetched if it is not here, and kept here while the context lasts.
+
+        Raises:
+            JobError: it cannot be had, or is not what was recorded.
+        """
+        folder = self._models / _folder_name(model.cache_key)
+        self._num_users[folder.name] = self._num_users.get(folder.name, 0) + 1
+        try:
+            async with self._locks.setdefault(folder.name, asyncio.Lock()):
+                entry = _read_entry(folder)
+                if entry is None:
+                    entry = await self._fetch(model, folder)
+            os.utime(folder)
+            yield CachedModel(model.cache_key, model.type, model.name, folder / "model", entry.sha256)
+        finally:
+            self._num_users[folder.name] -= 1
+            if not self._num_users[folder.name]:
+                del self._num_users[folder.name]
+
+    async def _fetch(self, model: worker_pb2.ModelFile, folder: Path) -> _Entry:
+        partial = self._partial / uuid4().hex
+        partial.mkdir()
+        began = time.monotonic()
+        try:
+            sha256 = await self._transfer.download(
+                model.url, partial / "object", model.name, model.size_bytes, model.sha256
+            )
+            entry = await asyncio.to_thread(_unpack, partial, model.name, sha256)
+            (partial / "entry.json").write_text(json.dumps(asdict(entry)))
+            await asyncio.to_thread(self._make_room, entry.size_bytes)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if _read_entry(folder) is None:  # else another worker was faster
+                    raise
+        finally:
+            await asyncio.to_thread(shutil.rmtree, partial, True)
+        log.info("model fetched", name=model.name, bytes=entry.size_bytes, seconds=round(time.monotonic() - began, 2))
+        return entry
+
+    def _make_room(self, size_bytes: int) -> None:
+        found = []
+        for folder in self._models.iterdir():
+            entry = _read_entry(folder)
+            if entry is not None:
+                found.append((folder.stat().st_mtime, folder, entry.size_bytes))
+        total_bytes = sum(entry_bytes for _, _, entry_bytes in found) + size_bytes
+        for _, folder, entry_bytes in sorted(found):
+            if total_bytes <= self._max_bytes:
+                return
+            if folder.name not in self._num_users:
+                log.info("model evicted from disk", folder=folder.name, bytes=entry_bytes)
+                shutil.rmtree(folder, ignore_errors=True)
+                total_bytes -= entry_bytes
+
+    def _sweep_partial(self) -> None:
+        """Removes what a killed worker left. Young ones may be another worker's download."""
+        for path in self._partial.iterdir():
+            if time.time() - max(item.stat().st_mtime for item in (path, *path.iterdir())) > _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def is_tar(path: Path) -> bool:
+    """Whether the file's bytes are a tar, by the magic in its first header."""
+    with path.open("rb") as file:
+        file.seek(_TAR_MAGIC_AT)
+        return file.read(len(_TAR_MAGIC)) == _TAR_MAGIC
+
+
+def _unpack(partial: Path, name: str, sha256: str) -> _Entry:
+    """Turns the downloaded object into the file `model`, out of its tar if it is one."""
+    downloaded, model = partial / "object", partial / "model"
+    if is_tar(downloaded):
+        sha256 = _extract(downloaded, model, name)
+        downloaded.unlink()
+    else:
+        downloaded.rename(model)
+    return _Entry(sha256, model.stat().st_size)
+
+
+def _extract(archive: Path, target: Path, name: str) -> str:
+    """Copies the model out of the tar and answers its SHA-256: the file of that name, else the largest model in it."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            files = [member for member in tar if member.isreg()]
+            named = [member for member in files if PurePosixPath(member.name).name == name]
+            models = [member for member in files if member.name.lower().endswith(_MODEL_ENDINGS)]
+            candidates = named or models
+            if not candidates:
+                raise JobError(f"{name} is a tar archive without a model in it")
+            source = tar.extractfile(max(candidates, key=lambda member: member.size))
+            assert source is not None  # it is a regular file
+            digest = hashlib.sha256()
+            with target.open("wb") as file:
+                while chunk := source.read(1 << 20):
+                    file.write(chunk)
+                    digest.update(chunk)
+    except tarfile.TarError:
+        raise JobError(f"{name} is a tar archive that is damaged or truncated") from None
+    return digest.hexdigest()
+
+
+def _read_entry(folder: Path) -> _Entry | None:
+    try:
+        return _Entry(**json.loads((folder / "entry.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _folder_name(cache_key: str) -> str:
+    """The key itself where it is a SHA-256, else a hash of it: keys may hold any character."""
+    if len(cache_key) == 64 and all(character in "0123456789abcdef" for character in cache_key):
+        return cache_key
+    return hashlib.sha256(cache_key.encode()).hexdigest()

@@ -1,0 +1,109 @@
+"""What a job leaves behind: PNG files with A1111's `parameters` text, and `_param.json` (contract 10.5)."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from gpu_worker import VERSION
+from gpu_worker.job import Txt2Img
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The models behind a picture."""
+
+    model_name: str
+    model_sha256: str
+    vae_name: str | None = None
+    vae_sha256: str | None = None
+
+
+def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
+    """Encodes pixels of shape (height, width, 3) with the text in the chunk `parameters`."""
+    text = PngInfo()
+    text.add_text("parameters", infotext)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=text, compress_level=4)
+    return file.getvalue()
+
+
+def infotext(request: Txt2Img, index: int, origin: Origin) -> str:
+    """The text that A1111 writes into image `index` of the job, and reads back from a dropped picture."""
+    sampler = request.sampler_name
+    fields: dict[str, Any] = {
+        "Steps": request.steps,
+        "Sampler": sampler,
+        "Schedule type": request.scheduler or None,
+        "CFG scale": request.cfg_scale,
+        "Seed": request.seed + index,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": origin.model_sha256[:10],
+        "Model": PurePosixPath(origin.model_name).stem,
+        "VAE hash": origin.vae_sha256 and origin.vae_sha256[:10],
+        "VAE": origin.vae_name,
+        "Version": f"esd {VERSION}",
+    }
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in fields.items() if value is not None))
+    return "\n".join(lines)
+
+
+def param_json(
+    payload: dict[str, Any], request: Txt2Img, origin: Origin, infotexts: list[str], endpoint_name: str, job_id: str
+) -> bytes:
+    """The content of `<job id>_param.json`; its `info` is JSON text inside JSON."""
+    num_images = len(infotexts)
+    seeds = [request.seed + index for index in range(num_images)]
+    info = {
+        "prompt": request.prompt,
+        "all_prompts": [request.prompt] * num_images,
+        "negative_prompt": request.negative_prompt,
+        "all_negative_prompts": [request.negative_prompt] * num_images,
+        "seed": request.seed,
+        "all_seeds": seeds,
+        "subseed": request.seed,
+        "all_subseeds": seeds,
+        "subseed_strength": 0,
+        "width": request.width,
+        "height": request.height,
+        "sampler_name": request.sampler_name,
+        "cfg_scale": request.cfg_scale,
+        "steps": request.steps,
+        "batch_size": request.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": PurePosixPath(origin.model_name).stem,
+        "sd_model_hash": origin.model_sha256[:10],
+        "sd_vae_name": origin.vae_name,
+        "sd_vae_hash": origin.vae_sha256 and origin.vae_sha256[:10],
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": None,
+        "extra_generation_params": {},
+        "index_of_first_image": 0,
+        "infotexts": infotexts,
+        "styles": [],
+        "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
+        "clip_skip": 1,
+        "is_using_inpainting_conditioning": False,
+        "version": f"esd {VERSION}",
+    }
+    content = {
+        "parameters": payload,
+        "info": json.dumps(info, ensure_ascii=False),
+        "endpoint_name": endpoint_name,
+        "inference_id": job_id,
+    }
+    return json.dumps(content, ensure_ascii=False).encode()

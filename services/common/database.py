@@ -14,6 +14,7 @@ from alembic.config import Config
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from services.common.errors import Unavailable
@@ -46,6 +47,9 @@ class Database:
         except OperationalError as error:
             log.warning("database", error=str(error.orig))
             raise Unavailable("the database does not answer at present") from error
+        except PoolTimeoutError as error:
+            log.warning("database", error=str(error))
+            raise Unavailable("the database is too busy at present") from error
 
     async def migrate(self, service: str) -> None:
         """Brings the schema up to date; replicas that start at once wait for each other.

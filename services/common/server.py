@@ -248,8 +248,7 @@ class _Call:
             raise error
         if isinstance(error, NotImplementedError):
             code, message = grpc.StatusCode.UNIMPLEMENTED, "not implemented yet"
-        elif isinstance(error, errors.EsdError):
-            kind = next(kind for kind in type(error).__mro__ if kind in STATUS_OF)
+        elif kind := next((kind for kind in type(error).__mro__ if kind in STATUS_OF), None):
             code, message = STATUS_OF[kind], str(error)
         else:
             log.error("rpc failed", method=self._name, exc_info=error)

@@ -1,0 +1,96 @@
+"""What only SQL can show of identity's store: what is stored, kept and made twice at once."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import sqlalchemy as sa
+
+from services.common.database import Database
+from services.common.errors import Unavailable
+from services.identity.store import ApiKey, IdentityStore, KeyUse, Role, Secret, User
+
+ADMINS = Role(role_name="admins", creator="ESD", permissions=["b:all", "a:all"])
+FIRST = User(username="first", roles=["admins"], creator="ESD")
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    await database.migrate("identity")
+    yield database
+    await database.dispose()
+
+
+@pytest.fixture
+async def store(database: Database) -> IdentityStore:
+    return IdentityStore(database)
+
+
+async def _count(database: Database, table: str) -> int:
+    async with database.transaction() as session:
+        return int((await session.execute(sa.text(f"SELECT count(*) FROM {table}"))).scalar_one())
+
+
+async def test_many_bootstraps_at_once_make_everything_once(store: IdentityStore, database: Database) -> None:
+    await asyncio.gather(*(store.bootstrap([ADMINS], FIRST, "hash") for _ in range(6)))
+    assert [await _count(database, table) for table in ("roles", "users", "api_keys")] == [1, 1, 1]
+
+
+async def test_a_bootstrap_keeps_what_was_changed_and_adds_a_new_key(store: IdentityStore) -> None:
+    await store.bootstrap([ADMINS], FIRST, "old")
+    await store.save_user(User(username="first", roles=[], creator="ann", password_hash="h"))
+    await store.bootstrap([ADMINS], FIRST, "new")
+    (user,) = await store.find_users("first")
+    assert (user.creator, user.password_hash) == ("ann", "h")
+    for key_hash in ("old", "new"):
+        assert await store.find_key_use(key_hash, None) == KeyUse("first", True, [], [])
+
+
+async def test_a_key_is_used_by_its_owner_or_by_whom_the_request_names(store: IdentityStore) -> None:
+    await store.bootstrap([ADMINS, Role(role_name="r", creator="x", permissions=["a:all"])], FIRST, "hash")
+    await store.save_user(User(username="ann", roles=["r", "gone"], creator="first"))
+    assert await store.find_key_use("hash", None) == KeyUse("first", True, ["admins"], ["a:all", "b:all"])
+    assert await store.find_key_use("hash", "ann") == KeyUse("first", True, ["r", "gone"], ["a:all"])
+    assert await store.find_key_use("hash", "nobody") == KeyUse("first", True, None, [])
+    assert await store.find_key_use("other", "ann") is None
+
+
+async def test_a_role_of_another_creator_is_replaced_only_when_that_is_allowed(store: IdentityStore) -> None:
+    mine = Role(role_name="r", creator="ann", permissions=["a:all"])
+    theirs = Role(role_name="r", creator="bob", permissions=["b:all"])
+    assert await store.save_role(mine, "ann")
+    assert not await store.save_role(theirs, "bob")
+    assert (await store.find_roles(["r"]))[0].creator == "ann"
+    assert await store.save_role(theirs, None)
+    assert (await store.find_roles(["r"]))[0].permissions == ["b:all"]
+
+
+async def test_removed_roles_leave_the_others_of_a_user_in_order(store: IdentityStore) -> None:
+    await store.save_user(User(username="ann", roles=["d", "a", "c", "b"], creator="x"))
+    await store.remove_roles(["a", "b", "unheard of"])
+    assert (await store.find_users("ann"))[0].roles == ["d", "c"]
+
+
+async def test_keys_go_with_their_owner_and_none_is_made_for_nobody(store: IdentityStore, database: Database) -> None:
+    await store.bootstrap([ADMINS], FIRST, "hash")
+    await store.remove_users(["first"])
+    assert await _count(database, "api_keys") == 0
+    assert not await store.add_key(ApiKey(key_hash="x", owner="first"))
+
+
+async def test_a_secret_is_replaced_not_added(store: IdentityStore, database: Database) -> None:
+    for secret_hash in ("one", "two"):
+        await store.save_secret(Secret(kind="worker", subject="e", secret_hash=secret_hash))
+    await store.save_secret(Secret(kind="trainer", subject="e", secret_hash="three"))
+    assert await store.find_secret("one") is None
+    assert await store.find_secret("two") == Secret(kind="worker", subject="e", secret_hash="two")
+    await store.remove_secret("worker", "e")
+    assert await _count(database, "secrets") == 1
+
+
+async def test_a_database_that_is_down_is_unavailable() -> None:
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    with pytest.raises(Unavailable, match="does not answer"):
+        await IdentityStore(database).find_users()
+    await database.dispose()

@@ -21,7 +21,7 @@ TASKS = ("txt2img",)
 SAMPLERS = ("Euler", "Euler a", "DPM++ 2M Karras")
 # (sampler, scheduler) as newer A1111 builds split them → the sampler's one name here.
 _SPLIT_NAMES = {("DPM++ 2M", "Karras"): "DPM++ 2M Karras", ("DPM++ 2M", "Automatic"): "DPM++ 2M Karras"}
-_SCHEDULERS = {"Euler": {"Automatic"}, "Euler a": {"Automatic"}, "DPM++ 2M Karras": {"Automatic", "Karras"}}
+_SCHEDULERS = {"Euler": ("Automatic",), "Euler a": ("Automatic",), "DPM++ 2M Karras": ("Automatic", "Karras")}
 # What would change the picture and is not built yet; refused unless it has one of these harmless values.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),

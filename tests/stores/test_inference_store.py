@@ -1,0 +1,342 @@
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import IntegrityError
+
+from services.common.database import Database
+from services.common.errors import FailedPrecondition
+from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Worker, now
+from services.inference.store import MAX_PASSED_OVER, JobStore, claim_statement
+
+
+@dataclass
+class Pool:
+    """One endpoint, its jobs and its workers."""
+
+    store: JobStore
+    database: Database
+    endpoint_id: UUID = field(default_factory=uuid4)
+    streams: dict[str, UUID] = field(default_factory=dict)
+
+    async def add(
+        self, owner: str = "ann", cost: float = 1.0, model: str = "m", inference_type: str = ASYNC, queued: bool = True
+    ) -> UUID:
+        job = Job(
+            id=uuid4(),
+            owner=owner,
+            task_type="txt2img",
+            inference_type=inference_type,
+            endpoint_id=self.endpoint_id,
+            endpoint_name="esd-async-test",
+            instance_type="any",
+            models=[],
+            base_model_key=model,
+        )
+        await self.store.add(job)
+        if queued:
+            await self.queue(job.id, cost)
+        return job.id
+
+    async def queue(self, job_id: UUID, cost: float = 1.0) -> None:
+        frozen: dict[str, Any] = {"payload": {"steps": 1}, "payload_sha256": "00", "num_images": 1, "timings": {}}
+        await self.store.queue(job_id, **frozen, cost_seconds=cost, submit_time=now(), output_id=None)
+
+    async def welcome(self, worker_id: str = "w", held: list[UUID] | None = None) -> list[UUID]:
+        self.streams[worker_id] = uuid4()
+        worker = Worker(
+            endpoint_id=self.endpoint_id,
+            worker_id=worker_id,
+            stream_id=self.streams[worker_id],
+            device="cpu",
+            version="0",
+            last_seen=now(),
+        )
+        return await self.store.welcome(worker, held or [])
+
+    async def claim(self, worker_id: str = "w", num_jobs: int = 1, warm: list[str] | None = None) -> list[Job]:
+        return await self.store.claim(self.endpoint_id, worker_id, self.streams[worker_id], num_jobs, warm or [])
+
+    async def claim_one(self, worker_id: str = "w", warm: list[str] | None = None) -> Job:
+        (job,) = await self.claim(worker_id, 1, warm)
+        return job
+
+    async def get(self, job_id: UUID) -> Job:
+        job = await self.store.get(job_id)
+        assert job is not None
+        return job
+
+    async def leave(self, worker_id: str = "w") -> int:
+        return await self.store.leave(self.endpoint_id, worker_id, self.streams[worker_id])
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[Pool]:
+    database = Database(database_url)
+    await database.migrate("inference")
+    pool = Pool(JobStore(database), database)
+    await pool.welcome()
+    yield pool
+    await database.dispose()
+
+
+def lease(job: Job) -> UUID:
+    assert job.lease_id is not None
+    return job.lease_id
+
+
+async def test_a_claim_leases_the_job_to_the_worker(pool: Pool) -> None:
+    job_id = await pool.add()
+    claimed = await pool.claim_one()
+    stored = await pool.get(job_id)
+    assert (claimed.id, claimed.lease_id) == (job_id, stored.lease_id)
+    assert (stored.worker_id, stored.num_claims, stored.status) == ("w", 1, "inprogress")
+    assert await pool.claim() == []
+
+
+async def test_a_created_job_is_not_claimed(pool: Pool) -> None:
+    await pool.add(queued=False)
+    assert await pool.claim() == []
+
+
+async def test_jobs_of_one_user_are_claimed_in_order(pool: Pool) -> None:
+    added = [await pool.add() for _ in range(5)]
+    assert [job.id for job in await pool.claim(num_jobs=9)] == added
+
+
+async def test_real_time_goes_before_async(pool: Pool) -> None:
+    await pool.add()
+    urgent = await pool.add(inference_type=REAL_TIME)
+    assert (await pool.claim_one()).id == urgent
+
+
+async def test_a_user_with_one_job_does_not_wait_for_all_of_a_user_with_many(pool: Pool) -> None:
+    for _ in range(10):
+        await pool.add("ann")
+    await pool.add("bob")
+    owners = [(await pool.claim_one()).owner for _ in range(4)]
+    assert "bob" in owners[:2]
+
+
+async def test_users_share_the_gpu_time_whatever_their_jobs_cost(pool: Pool) -> None:
+    for _ in range(40):
+        await pool.add("ann", cost=1.0)
+    for _ in range(40):
+        await pool.add("bob", cost=4.0)
+    claimed = [await pool.claim_one() for _ in range(25)]
+    seconds = {owner: sum(job.cost_seconds for job in claimed if job.owner == owner) for owner in ("ann", "bob")}
+    assert abs(seconds["ann"] - seconds["bob"]) <= 4.0
+
+
+async def test_a_user_who_was_away_gets_no_credit_for_it(pool: Pool) -> None:
+    for _ in range(20):
+        await pool.add("ann")
+    for _ in range(10):
+        await pool.claim_one()
+    for _ in range(10):
+        await pool.add("bob")
+    owners = [(await pool.claim_one()).owner for _ in range(10)]
+    assert 4 <= owners.count("bob") <= 6
+
+
+async def test_a_warm_job_is_preferred_but_a_cold_one_is_not_passed_over_for_ever(pool: Pool) -> None:
+    cold = await pool.add(model="cold")
+    for _ in range(MAX_PASSED_OVER + 5):
+        await pool.add(model="warm")
+    order = [(await pool.claim_one(warm=["warm"])).id for _ in range(MAX_PASSED_OVER + 1)]
+    assert order.index(cold) == MAX_PASSED_OVER
+
+
+async def test_two_claimers_at_once_get_different_jobs_and_miss_none(pool: Pool) -> None:
+    added = {await pool.add(owner=f"user{number % 5}") for number in range(40)}
+    names = [f"w{number}" for number in range(6)]
+    for name in names:
+        await pool.welcome(name)
+
+    async def claim_all(name: str) -> list[UUID]:
+        got: list[UUID] = []
+        while jobs := await pool.claim(name, num_jobs=2):
+            got += [job.id for job in jobs]
+        return got
+
+    claimed = [job for jobs in await asyncio.gather(*(claim_all(name) for name in names)) for job in jobs]
+    assert len(claimed) == len(added)
+    assert set(claimed) == added
+
+
+async def test_a_stream_that_was_superseded_claims_nothing(pool: Pool) -> None:
+    await pool.add()
+    old = pool.streams["w"]
+    await pool.welcome()
+    assert await pool.store.claim(pool.endpoint_id, "w", old, 1, []) == []
+    assert await pool.store.renew(pool.endpoint_id, "w", old) is False
+    assert await pool.store.renew(pool.endpoint_id, "w", pool.streams["w"]) is True
+    assert len(await pool.claim()) == 1
+
+
+async def test_a_result_counts_only_under_the_current_lease(pool: Pool) -> None:
+    job_id = await pool.add()
+    old = lease(await pool.claim_one())
+    await pool.leave()
+    await pool.welcome("v")
+    new = lease(await pool.claim_one("v"))
+    assert await pool.store.succeed(pool.endpoint_id, old, ["image_0.png"], {}) is None
+    assert await pool.store.fail(pool.endpoint_id, old, "late") is None
+    assert await pool.store.start(pool.endpoint_id, old) is False
+    assert await pool.store.succeed(uuid4(), new, ["image_0.png"], {}) is None
+    ended = await pool.store.succeed(pool.endpoint_id, new, ["image_0.png"], {"pipeline_seconds": 1.0})
+    assert ended is not None
+    assert await pool.store.succeed(pool.endpoint_id, new, ["other.png"], {}) is None
+    stored = await pool.get(job_id)
+    assert (stored.status, stored.result_lease, stored.image_names) == ("succeed", new, ["image_0.png"])
+    assert stored.result_prefix == f"out/{job_id}/result/{new}/"
+
+
+async def test_a_worker_that_comes_back_keeps_what_it_shows_and_loses_what_it_does_not(pool: Pool) -> None:
+    for _ in range(2):
+        await pool.add()
+    shown, forgotten = await pool.claim(num_jobs=2)
+    foreign = uuid4()
+    assert await pool.welcome(held=[lease(shown), foreign]) == [lease(shown)]
+    assert (await pool.get(forgotten.id)).lease_id is None
+    assert (await pool.get(shown.id)).lease_id == shown.lease_id
+
+
+async def test_leaving_by_an_old_stream_takes_nothing_from_the_new_one(pool: Pool) -> None:
+    await pool.add()
+    job = await pool.claim_one()
+    old = pool.streams["w"]
+    await pool.welcome(held=[lease(job)])
+    assert await pool.store.leave(pool.endpoint_id, "w", old) == 0
+    assert (await pool.get(job.id)).lease_id == job.lease_id
+
+
+async def test_silence_longer_than_a_lease_gives_the_jobs_to_others(pool: Pool) -> None:
+    job_id = await pool.add()
+    await pool.claim_one()
+    assert await pool.store.reap(lease_seconds=60) == 0
+    async with pool.database.transaction() as session:
+        await session.execute(text("UPDATE worker SET last_seen = now() - interval '61 seconds'"))
+    assert await pool.store.reap(lease_seconds=60) == 1
+    assert (await pool.get(job_id)).status == "inprogress"
+    await pool.welcome("v")
+    assert (await pool.claim_one("v")).id == job_id
+
+
+async def test_a_job_fails_when_its_worker_was_lost_three_times_while_running_it(pool: Pool) -> None:
+    job_id = await pool.add()
+    for attempt in range(MAX_LOST):
+        for started in (False, True):
+            job = await pool.claim_one()
+            if started:
+                await pool.store.start(pool.endpoint_id, lease(job))
+            await pool.leave()
+            await pool.welcome()
+            expected = "failed" if started and attempt == MAX_LOST - 1 else "inprogress"
+            assert (await pool.get(job_id)).status == expected
+    stored = await pool.get(job_id)
+    assert stored.failure == "the worker was lost while running this job, 3 times in a row"
+    assert await pool.claim() == []
+
+
+async def test_a_job_under_way_cannot_be_started_and_a_finished_one_starts_afresh(pool: Pool) -> None:
+    job_id = await pool.add()
+    with pytest.raises(FailedPrecondition, match="under way"):
+        await pool.queue(job_id)
+    await pool.store.succeed(pool.endpoint_id, lease(await pool.claim_one()), ["image_0.png"], {})
+    await pool.queue(job_id)
+    again = await pool.get(job_id)
+    assert (again.status, again.image_names, again.result_lease, again.start_time) == ("inprogress", None, None, None)
+    await pool.store.fail(pool.endpoint_id, lease(await pool.claim_one()), "broken")
+    assert (await pool.get(job_id)).failure == "broken"
+    await pool.queue(job_id)
+    assert (await pool.get(job_id)).failure is None
+
+
+async def test_cancelling_fails_what_is_under_way_and_ends_its_lease(pool: Pool) -> None:
+    held_id, queued_id, created_id = await pool.add(), await pool.add(), await pool.add(queued=False)
+    held = await pool.claim_one()
+    jobs = await pool.store.cancel([held_id, queued_id, created_id, uuid4()], "deleted")
+    assert {job.id: job.status for job in jobs} == {held_id: "failed", queued_id: "failed", created_id: "created"}
+    assert await pool.store.leases(pool.endpoint_id, "w") == set()
+    assert await pool.store.succeed(pool.endpoint_id, lease(held), ["image_0.png"], {}) is None
+    await pool.store.remove([held_id])
+    assert await pool.store.get(held_id) is None
+
+
+async def test_pools_count_workers_and_jobs(pool: Pool) -> None:
+    for _ in range(3):
+        await pool.add()
+    await pool.welcome("v")
+    await pool.claim_one()
+    assert await pool.store.pools() == {pool.endpoint_id: (["v", "w"], 2, 1)}
+
+
+async def test_jobs_of_a_retired_endpoint_are_found_and_moved_once(pool: Pool) -> None:
+    job_id = await pool.add()
+    assert await pool.store.stranded() == []
+    await pool.store.retire(pool.endpoint_id, "endpoint deleted")
+    ((job, reason),) = await pool.store.stranded(pool.endpoint_id)
+    assert (job.id, reason) == (job_id, "endpoint deleted")
+    other = uuid4()
+    assert await pool.store.move(job_id, (other, "esd-async-other", "any")) is True
+    assert (await pool.get(job_id)).endpoint_id == other
+    assert await pool.store.stranded() == []
+    assert await pool.store.fail_queued(job_id, "no endpoint") is True
+    assert await pool.store.fail_queued(job_id, "no endpoint") is False
+
+
+async def test_pages_go_from_newest_to_oldest_and_keep_owners_apart(pool: Pool) -> None:
+    added = [await pool.add(owner, queued=False) for owner in ("ann", "bob", "ann", "ann")]
+    first = await pool.store.page("txt2img", ["ann"], 2, None)
+    second = await pool.store.page("txt2img", ["ann"], 2, (first[-1].create_time, first[-1].id))
+    assert [job.id for job in first + second] == [added[3], added[2], added[0]]
+    assert [job.id for job in await pool.store.page("txt2img", None, 9, None)] == added[::-1]
+    assert await pool.store.page("img2img", None, 9, None) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "status = 'running'",
+        "status = 'succeed'",
+        "status = 'failed'",
+        "lease_id = gen_random_uuid()",
+        "is_running = true",
+        "virtual_start = NULL",
+        "failure = 'but it goes on'",
+    ],
+)
+async def test_no_statement_leaves_a_job_between_states(pool: Pool, change: str) -> None:
+    await pool.add()
+    with pytest.raises(IntegrityError):
+        async with pool.database.transaction() as session:
+            await session.execute(text(f"UPDATE job SET {change}"))
+
+
+async def test_the_claim_reads_the_queue_by_its_partial_index(pool: Pool) -> None:
+    async with pool.database.transaction() as session:
+        await session.execute(
+            text("""
+            INSERT INTO job (id, owner, task_type, inference_type, status, endpoint_id, endpoint_name, instance_type,
+                models, create_time, num_images, priority_class, cost_seconds, base_model_key, passed_over, is_running,
+                num_claims, num_lost, result_lease, image_names, complete_time)
+            SELECT gen_random_uuid(), 'ann', 'txt2img', 'Async', 'succeed', :endpoint, 'e', 'any', '[]', now(), 1, 1, 1,
+                '', 0, false, 1, 0, gen_random_uuid(), '[]', now() FROM generate_series(1, 5000)"""),
+            {"endpoint": pool.endpoint_id},
+        )
+    for _ in range(40):
+        await pool.add()
+    async with pool.database.transaction() as session:
+        await session.execute(text("ANALYZE job"))
+    claim = claim_statement(pool.endpoint_id, "w", pool.streams["w"], 1, ["m"])
+    sql = str(claim.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))
+    async with pool.database.transaction() as session:
+        plan = "\n".join(await session.scalars(text("EXPLAIN " + sql)))
+    assert "using job_queue on job" in plan
+    assert "Seq Scan on job" not in plan

@@ -1,0 +1,123 @@
+import json
+import sys
+
+import pytest
+
+from services.common.errors import InvalidArgument
+from services.inference.payload import check_json, check_payload, seed_of
+
+JOB = "7f3c0b0e-4f4e-4c6e-9d0a-0f6a1e6a2b11"
+
+
+def check(**fields: object) -> dict[str, object]:
+    return check_payload(json.dumps(fields), "txt2img", JOB).fields
+
+
+def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
+    fields = check(prompt="a cat", steps=None, unknown_field=[1])
+    assert fields == {
+        "prompt": "a cat",
+        "negative_prompt": "",
+        "seed": seed_of(JOB),
+        "sampler_name": "Euler",
+        "steps": 50,
+        "cfg_scale": 7.0,
+        "width": 512,
+        "height": 512,
+        "batch_size": 1,
+        "n_iter": 1,
+    }
+
+
+def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
+    assert check(seed=-1) == check(seed=-1)
+    assert 0 <= seed_of(JOB) < 2**32
+    assert seed_of(JOB) != seed_of(JOB.replace("7", "8"))
+    assert check(seed=156680208700286)["seed"] == 156680208700286
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"steps": 0}, "steps 0 is out of range: 1 to 150 is possible"),
+        ({"steps": 100000}, "steps 100000 is out of range: 1 to 150 is possible"),
+        ({"width": 513}, "width 513 is not a multiple of 8"),
+        ({"height": 8}, "height 8 is out of range: 64 to 4096 is possible"),
+        ({"height": 8192}, "height 8192 is out of range: 64 to 4096 is possible"),
+        ({"cfg_scale": 1000}, "cfg_scale 1000 is out of range: 0 to 30 is possible"),
+        ({"batch_size": 0}, "batch_size 0 is out of range: 1 to 8 is possible"),
+        ({"batch_size": 8, "n_iter": 9}, "batch_size 8 times n_iter 9 is 72 images; at most 64 are possible"),
+        ({"sampler_name": "Magic"}, 'sampler_name "Magic" is not known; possible: Euler, Euler a, DPM++ 2M Karras'),
+        ({"sampler_name": ["Euler"]}, 'sampler_name ["Euler"] is not known; possible: Euler, Euler a, DPM++ 2M Karras'),
+        ({"scheduler": "Beta"}, 'scheduler "Beta" does not go with sampler_name "Euler"'),
+        ({"scheduler": [1]}, 'scheduler [1] does not go with sampler_name "Euler"'),
+        ({"enable_hr": True}, "enable_hr true is not supported yet; leave it out"),
+        ({"steps": "many"}, 'steps "many": input should be a valid integer'),
+        ({"prompt": "a\0b"}, "prompt contains a character that is no text"),
+        ({"prompt": "\ud800"}, "prompt contains a character that is no text"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_field_and_value(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        check(**fields)
+    assert sentence in str(refused.value)
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        check(steps=0, width=7)
+    assert "steps 0" in str(refused.value)
+    assert "width 7" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"sampler_name": "DPM++ 2M Karras"}, "DPM++ 2M Karras"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Karras"}, "DPM++ 2M Karras"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Automatic"}, "DPM++ 2M Karras"),
+        ({"sampler_name": "DPM++ 2M"}, "DPM++ 2M Karras"),
+        ({"sampler_index": "Euler a"}, "Euler a"),
+        ({"sampler_name": "Euler a", "sampler_index": "Euler"}, "Euler a"),
+        ({"sampler_name": ""}, "Euler"),
+    ],
+)
+def test_a_sampler_has_one_name_however_it_is_spelled(given: dict[str, object], name: str) -> None:
+    assert check(**given)["sampler_name"] == name
+
+
+def test_infinity_is_the_largest_float_and_nan_is_refused() -> None:
+    assert check_payload('{"s_tmax": Infinity, "seed": 1}', "txt2img", JOB).fields["seed"] == 1
+    with pytest.raises(InvalidArgument, match="NaN"):
+        check_payload('{"s_tmax": NaN}', "txt2img", JOB)
+    with pytest.raises(InvalidArgument, match=r"cfg_scale 1.797"):
+        check_payload('{"cfg_scale": 1e999}', "txt2img", JOB)
+    assert json.loads(json.dumps(sys.float_info.max)) == sys.float_info.max
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1", "\xff", "[" * 100_000])
+def test_what_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"payload is (not valid JSON|nested too deeply)"):
+        check_payload(text, "txt2img", JOB)
+    with pytest.raises(InvalidArgument, match="payload_string must be valid json string"):
+        check_json(text)
+
+
+def test_bytes_that_are_no_text_and_json_that_is_no_object_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="not valid JSON"):
+        check_payload(b"\xff\xfe\xfa{", "txt2img", JOB)
+    with pytest.raises(InvalidArgument, match="not a JSON object"):
+        check_payload("[1, 2]", "txt2img", JOB)
+
+
+def test_a_task_that_is_not_built_yet_is_refused_by_name() -> None:
+    with pytest.raises(InvalidArgument, match="task type img2img is not supported yet; possible: txt2img"):
+        check_payload("{}", "img2img", JOB)
+
+
+def test_a_job_costs_what_its_size_steps_and_number_of_images_say() -> None:
+    one = check_payload('{"steps": 10}', "txt2img", JOB)
+    four = check_payload('{"steps": 10, "batch_size": 2, "n_iter": 2}', "txt2img", JOB)
+    large = check_payload('{"steps": 10, "width": 1024}', "txt2img", JOB)
+    assert (four.num_images, four.cost_seconds) == (4, pytest.approx(4 * one.cost_seconds))
+    assert large.cost_seconds == pytest.approx(2 * one.cost_seconds)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import protovalidate
+from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
 from services.common.errors import InvalidArgument
@@ -37,11 +38,15 @@ _SENTENCES: dict[str, Callable[[Any, Any], str]] = {
 
 
 def check(request: Message) -> None:
-    """Checks a request against the rules of its proto.
+    """Checks a request against the rules of its proto, and for NUL characters, which PostgreSQL cannot store.
 
     Raises:
-        InvalidArgument: all violations in one bracketed list, with the path of nested fields in front.
+        InvalidArgument: all violations in one bracketed list, with the path of the field in front.
     """
+    if b"\0" in request.SerializeToString() and "\\u0000" in MessageToJson(request):
+        raise InvalidArgument(
+            "[a text of the request contains the character NUL (\\u0000), which is not possible here]"
+        )
     violations = protovalidate.collect_violations(request)
     if violations:
         raise InvalidArgument(f"[{', '.join(_sentences(violations, request))}]")

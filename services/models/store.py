@@ -183,7 +183,7 @@ class ModelStore:
             )
         )
         async with self._database.transaction() as session:
-            rows = (await session.execute(wanted)).tuples()
+            rows = (await session.execute(wanted)).all()
             return {(checkpoint.type, file.name): (checkpoint, file) for checkpoint, file in rows}
 
     async def save_complete(self, checkpoint_id: UUID, name: str, inspected: Inspected) -> Checkpoint:

@@ -1,0 +1,173 @@
+"""Owns a running models service: the real server on a real database, object store and identity service."""
+
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import sqlalchemy as sa
+from cryptography.fernet import Fernet
+from google.protobuf.json_format import MessageToDict
+
+from deploy.local.postgres import Postgres
+from esd.identity.v1 import identity_pb2_grpc
+from esd.models.v1 import models_pb2 as pb
+from esd.models.v1 import models_pb2_grpc
+from services.common.blobs import Blobs
+from services.common.clients import TokenSource
+from services.common.clients import channel as channel_to
+from services.common.database import Database
+from services.common.server import Server
+from services.common.settings import BlobSettings
+from services.identity.domain import Identity as IdentityDomain
+from services.identity.keys import new_api_key
+from services.identity.passwords import Passwords
+from services.identity.servicer import IdentityServicer
+from services.identity.store import IdentityStore, Role, User
+from services.identity.tokens import Tokens as IdentityTokens
+from services.identity.tokens import sha256
+from services.models.domain import Models
+from services.models.peers import Identity
+from services.models.servicer import ModelsServicer
+from services.models.store import ModelStore
+from tests.conftest import S3Access
+from tests.serving import Metadata, Tokens, serving
+
+SECRET = "the models service's secret"
+
+
+def tag(number: Any, etag: Any) -> dict[str, Any]:
+    return {"PartNumber": number, "ETag": etag}
+
+
+@dataclass
+class Running:
+    """A models service and what is needed to call it. `admin` holds user:all; ann is a designer, bob a guest."""
+
+    stub: Any
+    blobs: Blobs
+    tokens: Tokens
+    admin: Metadata = field(init=False)
+    ann: Metadata = field(init=False)
+    bob: Metadata = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admin = self.tokens.user("api", ["checkpoint:all", "user:all"], ["IT Operator"], impersonate=True)
+        self.ann = self.tokens.user("ann", ["checkpoint:all"], ["designer"])
+        self.bob = self.tokens.user("bob", ["checkpoint:all"], ["guest"])
+
+    async def create(
+        self, *files: tuple[str, int], kind: str = "Stable-diffusion", by: Metadata | None = None
+    ) -> pb.CreateCheckpointResponse:
+        """Opens an upload of (file name, number of parts)."""
+        request = pb.CreateCheckpointRequest(
+            checkpoint_type=kind,
+            filenames=[pb.CheckpointFile(filename=name, parts_number=parts) for name, parts in files],
+            params={"message": "hello", "creator": "somebody else", "n": 1},
+        )
+        return await self.stub.CreateCheckpoint(request, metadata=by or self.ann)
+
+    async def put(self, created: pb.CreateCheckpointResponse, name: str, *contents: bytes) -> list[dict[str, Any]]:
+        """Uploads the parts through the presigned URLs and answers their tags."""
+        tags = []
+        async with httpx.AsyncClient() as client:
+            urls = created.s3_presign_url[name]
+            for number, (url, content) in enumerate(zip(urls, contents, strict=True), 1):
+                response = await client.put(url, content=content)
+                assert response.status_code == 200
+                tags.append(tag(number, response.headers["ETag"]))
+        return tags
+
+    async def update(
+        self, checkpoint_id: str, tags: dict[str, Any], status: str = "Active", by: Metadata | None = None
+    ) -> pb.UpdateCheckpointResponse:
+        """Completes uploads and sets the status."""
+        body = pb.UpdateCheckpointBody(status=status)
+        for name, values in tags.items():
+            body.multi_parts_tags[name].extend(values)
+        request = pb.UpdateCheckpointRequest(checkpoint_id=checkpoint_id, body=body)
+        return await self.stub.UpdateCheckpoint(request, metadata=by or self.ann)
+
+    async def upload(
+        self, name: str, content: bytes, kind: str = "Stable-diffusion", by: Metadata | None = None
+    ) -> str:
+        """Uploads one file in one part, activates it and answers the id."""
+        created = await self.create((name, 1), kind=kind, by=by)
+        checkpoint_id = created.checkpoint.id
+        await self.update(checkpoint_id, {name: await self.put(created, name, content)}, by=by)
+        return checkpoint_id
+
+    async def list(self, by: Metadata | None = None, **query: Any) -> pb.ListCheckpointsResponse:
+        """A page."""
+        return await self.stub.ListCheckpoints(pb.ListCheckpointsRequest(**query), metadata=by or self.admin)
+
+    async def show(self, checkpoint_id: str) -> dict[str, Any]:
+        """The checkpoint as the list shows it."""
+        items = MessageToDict(await self.list(per_page="100"))["checkpoints"]
+        return next(item for item in items if item["id"] == checkpoint_id)
+
+    async def delete(self, ids: Iterable[str], by: Metadata | None = None) -> None:
+        """Deletes checkpoints."""
+        await self.stub.DeleteCheckpoints(pb.DeleteCheckpointsRequest(checkpoint_id_list=ids), metadata=by or self.ann)
+
+
+def new_database(postgres: Postgres) -> str:
+    """The URL of a database of its own, for what lives longer than one test."""
+    name = f"test_{uuid.uuid4().hex}"
+    postgres.create_database(name, owner="tests")
+    return postgres.url("tests", name)
+
+
+@pytest.fixture(scope="module")
+async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[str]:
+    """The address of an identity service that knows ann, bob, root (user:all) and the models service's secret."""
+    database = Database(new_database(postgres), pool_size=2)
+    await database.migrate("identity")
+    store = IdentityStore(database)
+    issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"})
+    domain = IdentityDomain(store, Passwords(Fernet.generate_key().decode()), issued.forget)
+    await domain.bootstrap(new_api_key())
+    for name in ("designer", "guest"):
+        await store.save_role(Role(role_name=name, creator="api", permissions=["checkpoint:all"]), None)
+    for name, roles in {"ann": ["designer"], "bob": ["guest"], "root": ["IT Operator"]}.items():
+        await store.save_user(User(username=name, roles=roles, creator="api"))
+    server = Server("127.0.0.1:0", tokens.verifier())
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(domain, issued), server.grpc)
+    port = await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(grace_seconds=0)
+    await database.dispose()
+
+
+@pytest.fixture(scope="module")
+async def service(
+    postgres: Postgres, s3: S3Access, tokens: Tokens, identity_address: str
+) -> AsyncIterator[tuple[Running, Database]]:
+    """The service for the tests of a module."""
+    database = Database(new_database(postgres), pool_size=4)
+    await database.migrate("models")
+    names = ("bucket", "region", "endpoint_url", "access_key", "secret_key_file")
+    blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
+    async with AsyncExitStack() as stack:
+        identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
+        servicer = ModelsServicer(Models(ModelStore(database), blobs, Identity(identity)))
+
+        def add(server: grpc.aio.Server) -> None:
+            models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)
+
+        channel = await stack.enter_async_context(serving(add, tokens.verifier()))
+        yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, tokens), database
+    await database.dispose()
+
+
+@pytest.fixture
+async def models(service: tuple[Running, Database]) -> Running:
+    """The service without any checkpoints."""
+    running, database = service
+    async with database.transaction() as session:
+        await session.execute(sa.text("TRUNCATE checkpoints CASCADE"))
+    return running

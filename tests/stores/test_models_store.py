@@ -1,0 +1,127 @@
+"""The tables of the models service: names, pages, resolving, and what happens to rows that are deleted meanwhile."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from services.common.database import Database
+from services.models.store import (
+    ACTIVE,
+    DISABLED,
+    INITIAL,
+    Checkpoint,
+    CheckpointFile,
+    CheckpointNotFound,
+    Filters,
+    Inspected,
+    ModelStore,
+    NameInUse,
+    Viewer,
+)
+
+ANN = Viewer("ann", ["designer"])
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url, pool_size=4)
+    await database.migrate("models")
+    yield database
+    await database.dispose()
+
+
+@pytest.fixture
+def store(database: Database) -> ModelStore:
+    return ModelStore(database)
+
+
+def checkpoint(*names: str, owners: tuple[str, ...] = ("designer",), age: int = 0) -> Checkpoint:
+    made = Checkpoint(
+        id=uuid4(), type="Lora", owners=list(owners), created_at=BEGIN - timedelta(seconds=age), params={"m": 1}
+    )
+    for position, name in enumerate(names):
+        made.files.append(
+            CheckpointFile(checkpoint_id=made.id, position=position, name=name, key=name, upload_id="u", parts_number=1)
+        )
+    return made
+
+
+async def test_a_page_holds_what_the_viewer_sees_newest_first(store: ModelStore) -> None:
+    for age, owners in enumerate([(), ("*",), ("ann",), ("designer", "x"), ("x",)]):
+        await store.add_checkpoint(checkpoint(f"{age}b", f"{age}a", owners=owners, age=age))
+    rows, total = await store.page_checkpoints(Filters([ANN]), 1, 3)
+    assert total == 4
+    assert [row.names for row in rows] == [["0b", "0a"], ["1b", "1a"], ["2b", "2a"]]
+    rows, _ = await store.page_checkpoints(Filters([ANN]), 2, 3)
+    assert [row.names for row in rows] == [["3b", "3a"]]
+    assert (await store.page_checkpoints(Filters([ANN, Viewer("x", [])]), 1, 9))[1] == 3
+    assert (await store.page_checkpoints(Filters([Viewer("", [], sees_everything=True)]), 1, 9))[1] == 5
+    assert (await store.page_checkpoints(Filters(owners=["x"]), 1, 9))[1] == 2
+    assert await store.page_checkpoints(Filters([ANN], statuses=[ACTIVE], types=["Lora"]), 1, 9) == ([], 0)
+
+
+async def test_a_page_of_many_uses_the_index(store: ModelStore, database: Database) -> None:
+    async with database.transaction() as session:
+        await session.execute(
+            sa.text(
+                "INSERT INTO checkpoints SELECT gen_random_uuid(), 'Lora', 'Active', '{designer}', "
+                "now() - n * interval '1 second', '{}' FROM generate_series(1, 5000) n"
+            )
+        )
+        await session.execute(sa.text("ANALYZE checkpoints"))
+        plan = await session.execute(
+            sa.text("EXPLAIN SELECT * FROM checkpoints ORDER BY created_at DESC, id DESC LIMIT 10")
+        )
+        assert "checkpoints_newest" in "\n".join(plan.scalars())
+
+
+async def test_of_two_who_want_a_name_one_gets_it(store: ModelStore) -> None:
+    results = await asyncio.gather(
+        store.add_checkpoint(checkpoint("a")), store.add_checkpoint(checkpoint("a")), return_exceptions=True
+    )
+    assert [type(result) for result in results if result] == [NameInUse]
+    assert await store.find_used_name(["b", "a"]) == "a"
+    assert await store.find_used_name(["b"]) is None
+
+
+async def test_a_checkpoint_is_active_when_all_files_are_complete(store: ModelStore) -> None:
+    made = checkpoint("a", "b")
+    await store.add_checkpoint(made)
+    await store.save_complete(made.id, "a", Inspected(5, "ff", {"format": "torch"}))
+    assert (await store.save_status(made.id, ACTIVE)).status == INITIAL
+    await store.save_complete(made.id, "b", Inspected(6, ""))
+    assert (await store.save_status(made.id, ACTIVE)).status == ACTIVE
+    kept = await store.get_checkpoint(made.id)
+    assert kept.params == {"m": 1, "size": {"a": 5, "b": 6}, "sha256": {"a": "ff", "b": ""}, "format": {"a": "torch"}}
+    found = await store.resolve_files([("Lora", "b"), ("VAE", "a"), ("Lora", "z")], ANN)
+    assert {key: (row.id, file.size_bytes) for key, (row, file) in found.items()} == {("Lora", "b"): (made.id, 6)}
+    assert await store.resolve_files([("Lora", "b")], Viewer("bob", [])) == {}
+
+
+async def test_a_refusal_frees_the_names(store: ModelStore) -> None:
+    made = checkpoint("a")
+    await store.add_checkpoint(made)
+    await store.save_refusal(made.id, "bad")
+    kept = await store.get_checkpoint(made.id)
+    assert (kept.status, kept.error, kept.params["error"]) == (DISABLED, "bad", "bad")
+    assert (await store.save_status(made.id, ACTIVE)).status == DISABLED
+    await store.add_checkpoint(checkpoint("a"))
+
+
+async def test_changes_to_a_checkpoint_that_is_gone_say_so(store: ModelStore) -> None:
+    made = checkpoint("a")
+    await store.add_checkpoint(made)
+    await store.remove_checkpoints([made.id])
+    await store.save_refusal(made.id, "bad")
+    with pytest.raises(CheckpointNotFound, match=str(made.id)):
+        await store.save_complete(made.id, "a", Inspected(1, ""))
+    with pytest.raises(CheckpointNotFound):
+        await store.save_status(made.id, ACTIVE)
+    with pytest.raises(CheckpointNotFound):
+        await store.get_checkpoint(made.id)
+    assert await store.find_checkpoints([made.id]) == []

@@ -1,0 +1,139 @@
+"""What inspection accepts, and in which words it refuses."""
+
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from services.models.inspection import Findings, inspect
+from services.models.pickles import Refused
+from tests.services.models.files import (
+    malicious,
+    safetensors,
+    tar,
+    torch_stream,
+    torch_zip,
+    weights,
+    with_header,
+)
+
+
+def look(name: str, content: bytes) -> Findings:
+    return inspect(name, len(content), lambda first, last: content[first : last + 1])
+
+
+def test_a_sound_safetensors_file_is_recognised() -> None:
+    assert look("a.safetensors", safetensors()) == Findings("safetensors", "sd_1_5")
+    assert look("A.SAFETENSORS", safetensors(name="conditioner.embedders.0.x")).architecture == "sd_xl"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"abc", "truncated"),
+        (safetensors()[:-1], "truncated: 1 of 64 bytes of its tensors are missing"),
+        (safetensors()[:20], "truncated: its header alone has"),
+        (safetensors() + b"x", "1 bytes follow its last tensor"),
+        ((1 << 40).to_bytes(8, "little") + b"{}" * 9, "a header of 1099511627776 bytes is announced"),
+        ((4).to_bytes(8, "little") + b"[1,]", "header is not JSON"),
+        (with_header([], b""), "not a JSON object"),
+        (with_header("[" * 9, b"")[:8] + b'"' + b"[" * 9 + b'"', "not a JSON object"),
+        (with_header({}, b""), "holds no tensors"),
+        (safetensors(data_offsets=[1, 65]), "leave a gap"),
+        (safetensors(data_offsets=[0, 60]), "has 60 bytes, its shape and type need 64"),
+        (safetensors(dtype="X8"), "entry of tensor cond_stage_model.transformer.weight is malformed"),
+        (safetensors(shape=[-64]), "malformed"),
+        (safetensors(shape=[True] * 64), "malformed"),
+        (safetensors(shape=[2**63, 2**63]), "malformed"),
+        (with_header({"a": 1}, b""), "tensor a is malformed"),
+    ],
+)
+def test_a_broken_safetensors_file_is_refused_in_words(content: bytes, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        look("a.safetensors", content)
+
+
+def test_overlapping_tensors_are_refused() -> None:
+    entry = {"dtype": "U8", "shape": [4]}
+    header = {"a": entry | {"data_offsets": [0, 4]}, "b": entry | {"data_offsets": [2, 6]}}
+    with pytest.raises(Refused, match="overlap at b"):
+        look("a.safetensors", with_header(header, bytes(6)))
+
+
+def test_a_header_of_nested_brackets_is_refused() -> None:
+    content = b"[" * 200_000
+    with pytest.raises(Refused, match="not JSON"):
+        look("a.safetensors", len(content).to_bytes(8, "little") + content)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["models/Stable-diffusion/a.safetensors", f"models/Lora/{'b' * 120}.safetensors"])
+def test_a_tar_is_looked_into(form: int, name: str) -> None:
+    if form == tarfile.USTAR_FORMAT and len(name) > 100:
+        pytest.skip("this name is too long for the format")
+    assert look("a.safetensors", tar(name, safetensors(), form)) == Findings("safetensors", "sd_1_5", tar=True)
+    with pytest.raises(Refused, match="tensors are missing"):
+        look("a.safetensors", tar(name, safetensors()[:-1], form))
+
+
+def test_a_tar_that_ends_early_or_holds_no_model_is_refused() -> None:
+    content = tar("models/VAE/a.safetensors", safetensors(2000))
+    with pytest.raises(Refused, match=r"truncated: \d+ bytes of 'models/VAE/a.safetensors' in its tar are missing"):
+        look("a.safetensors", content[:1500])
+    with pytest.raises(Refused, match="without a model"):
+        look("a.safetensors", tar("readme.txt", b"hello"))
+    with pytest.raises(Refused, match="corrupt tar"):
+        look("a.safetensors", b"x" + content[1:])
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("wrap", [torch_zip, torch_stream])
+@pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.pth", "a.bin"])
+def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int, wrap: object, name: str) -> None:
+    assert callable(wrap)
+    assert look(name, wrap(weights(protocol))) == Findings("torch", "sd_1_5")
+    with pytest.raises(Refused, match=r"has code in its pickle: posix\.system"):
+        look(name, wrap(malicious(f"touch {tmp_path}/executed", protocol)))
+    with pytest.raises(Refused, match="has code in its pickle"):
+        look(name, tar(f"models/{name}", wrap(malicious(f"touch {tmp_path}/executed", protocol))))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        # The names that count are popped away from under harmless ones.
+        b"\x80\x04\x8c\x02os\x8c\x06system\x8c\x0bcollections\x8c\x0bOrderedDict00\x93.",
+        b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x8c\x0bcollections\x8c\x0bOrderedDict00h\x00h\x01\x93.",
+        b"\x80\x04N\x8c\x06system\x93.",
+        b"\x80\x02\x82\x01.",
+        b"(S'true'\nios\nsystem\n.",
+        b"cbuiltins\neval\n.",
+    ],
+)
+def test_hidden_names_of_code_are_refused(pickled: bytes) -> None:
+    with pytest.raises(Refused, match="pickle"):
+        look("a.ckpt", torch_zip(pickled))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (torch_zip(weights())[:-30], "no sound zip archive"),
+        (torch_zip(weights()[:-1]), "truncated or corrupt pickle"),
+        (torch_stream(weights())[:-2], "truncated or corrupt pickle"),
+        (pickle.dumps({"a": 1}, 2), "no torch file"),
+        (b"GIF89a", "no torch file: it begins with b'GIF8'"),
+        (torch_zip(weights()).replace(b"data.pkl", b"date.pkl"), "without data.pkl"),
+    ],
+)
+def test_what_is_no_torch_file_is_refused(content: bytes, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        look("a.ckpt", content)
+
+
+def test_files_of_other_names_pass() -> None:
+    assert look("a.yaml", b"model: {}") == Findings()
+    assert look("a.yaml", b"") == Findings()

@@ -88,15 +88,14 @@ async def _until_over(stream: WorkStream, engine: Engine, drain_seconds: float) 
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
-    running = asyncio.create_task(stream.run())
+    running = asyncio.create_task(_serve_queue(stream, engine))
     stop = asyncio.create_task(told_to_stop.wait())
-    broken = asyncio.create_task(_failure(engine))
     try:
-        await asyncio.wait([running, stop, broken], return_when=asyncio.FIRST_COMPLETED)
-        if broken.done():
-            log.error("the engine cannot start", reason=broken.result())
+        await asyncio.wait([running, stop], return_when=asyncio.FIRST_COMPLETED)
+        if engine.ready.done() and (failure := engine.ready.exception()) is not None:
+            log.error("the engine cannot start", reason=str(failure))
             return 2
-        if stop.done():
+        if stop.done() and engine.ready.done():
             log.info("draining", seconds=drain_seconds)
             stream.drain()
             await asyncio.wait([running], timeout=drain_seconds)
@@ -108,20 +107,16 @@ async def _until_over(stream: WorkStream, engine: Engine, drain_seconds: float) 
     else:
         return 0
     finally:
-        for task in (running, stop, broken):
+        for task in (running, stop):
             task.cancel()
-        await asyncio.gather(running, stop, broken, return_exceptions=True)
+        await asyncio.gather(running, stop, return_exceptions=True)
 
 
-async def _failure(engine: Engine) -> str:
-    """Why the engine could not start; does not return when it could."""
-    try:
-        await asyncio.shield(engine.ready)
-    except Exception as error:
-        return str(error)
+async def _serve_queue(stream: WorkStream, engine: Engine) -> None:
+    """Says hello once the engine works: a worker that the queue sees is one that can take jobs."""
+    await asyncio.shield(engine.ready)
     log.info("the engine is ready", device=engine.device)
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError
+    await stream.run()
 
 
 async def _serve(settings: WorkerSettings, worker: Worker) -> grpc.aio.Server | None:

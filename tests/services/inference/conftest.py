@@ -1,0 +1,304 @@
+"""Owns a running inference service for tests: real PostgreSQL and object store, small real servers for its peers, and a
+worker that does what the test says."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import httpx
+import pytest
+
+from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
+from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from esd.inference.v1 import inference_pb2 as pb
+from esd.inference.v1 import inference_pb2_grpc
+from esd.models.v1 import models_pb2, models_pb2_grpc
+from esd.worker.v1 import worker_pb2
+from services.common.blobs import Blobs
+from services.common.database import Database
+from services.common.settings import BlobSettings
+from services.inference.dispatch import QueueServicer
+from services.inference.domain import Inference
+from services.inference.peers import Peers
+from services.inference.queue import Limits, Queue
+from services.inference.servicer import InferenceServicer
+from services.inference.signals import CHANNELS, Signals
+from services.inference.store import JobStore
+from tests.conftest import S3Access
+from tests.serving import Metadata, Tokens
+
+PNG = b"\x89PNG\r\n\x1a\n not really"
+
+
+@dataclass
+class World(
+    endpoints_pb2_grpc.EndpointsServiceServicer,
+    models_pb2_grpc.ModelsServiceServicer,
+    identity_pb2_grpc.IdentityServiceServicer,
+):
+    """What the other services know: endpoints, one checkpoint and the users ann and bob."""
+
+    endpoints: list[endpoints_pb2.Endpoint] = field(default_factory=list)
+    checkpoint_id: str = field(default_factory=lambda: str(uuid4()))
+
+    def add_endpoint(self, inference_type: str = "Async", status: str = "InService") -> str:
+        endpoint_id = str(uuid4())
+        name = f"esd-{inference_type.lower()}-{endpoint_id[:7]}"
+        self.endpoints.append(
+            endpoints_pb2.Endpoint(
+                id=endpoint_id,
+                endpoint_name=name,
+                endpoint_type=inference_type,
+                endpoint_status=status,
+                instance_type="one-machine",
+            )
+        )
+        return endpoint_id
+
+    async def FindEndpoints(self, request: Any, context: Any) -> endpoints_pb2.FindEndpointsResponse:  # noqa: N802
+        if request.endpoint_name:
+            found = [endpoint for endpoint in self.endpoints if endpoint.endpoint_name == request.endpoint_name]
+        else:
+            found = [
+                endpoint
+                for endpoint in self.endpoints
+                if endpoint.endpoint_type == request.inference_type and endpoint.endpoint_status == "InService"
+            ]
+        return endpoints_pb2.FindEndpointsResponse(endpoints=found)
+
+    async def ResolveCheckpoints(self, request: Any, context: Any) -> models_pb2.ResolveCheckpointsResponse:  # noqa: N802
+        response = models_pb2.ResolveCheckpointsResponse()
+        for name in request.names:
+            if (name.type, name.name) == ("Stable-diffusion", "v1-5.safetensors"):
+                response.checkpoints.add(
+                    id=self.checkpoint_id,
+                    type=name.type,
+                    name=name.name,
+                    all_names=["v1-5.safetensors", "v1-5.yaml"],
+                    s3_location="s3://b/Stable-diffusion/checkpoint/custom/x",
+                    key="Stable-diffusion/checkpoint/custom/x/v1-5.safetensors",
+                    size_bytes=17,
+                    sha256="ab" * 32,
+                )
+            else:
+                response.missing.append(name)
+        return response
+
+    async def GetUser(self, request: Any, context: Any) -> identity_pb2.GetUserResponse:  # noqa: N802
+        if request.username not in {"ann", "bob"}:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such user")
+        return identity_pb2.GetUserResponse(username=request.username, roles=["Designer"])
+
+
+@dataclass
+class Service:
+    """The running service as users and workers see it."""
+
+    jobs: Any
+    queue: Any
+    world: World
+    blobs: Blobs
+    http: httpx.AsyncClient
+    tokens: Tokens
+    endpoint_id: str
+    signals: Signals
+
+    def user(self, name: str = "ann", *more: str, **options: Any) -> Metadata:
+        """A user who may create jobs."""
+        return self.tokens.user(name, ["inference:all", *more], ["Designer"], **options)
+
+    async def create(self, inference_type: str = "Async", **fields: Any) -> Any:
+        """A job that waits for its payload."""
+        given = {"task_type": "txt2img", "models": {"Stable-diffusion": ["v1-5.safetensors"]}} | fields
+        request = pb.CreateInferenceJobRequest(inference_type=inference_type, **given)
+        return (await self.jobs.CreateInferenceJob(request, metadata=self.user())).inference
+
+    async def upload(self, receipt: Any, payload: bytes | None = None, **fields: Any) -> None:
+        """PUTs the payload as a client does: with no particular headers."""
+        content = json.dumps({"prompt": "a cat", "steps": 2, **fields}).encode() if payload is None else payload
+        (await self.http.put(receipt.api_params_s3_upload_url, content=content)).raise_for_status()
+
+    async def start(self, job_id: str, metadata: Metadata | None = None) -> Any:
+        return await self.jobs.StartInferenceJob(
+            pb.StartInferenceJobRequest(job_id=job_id), metadata=metadata or self.user()
+        )
+
+    async def started(self, **fields: Any) -> str:
+        """The id of an Async job in the queue."""
+        receipt = await self.create()
+        await self.upload(receipt, **fields)
+        await self.start(receipt.id)
+        return str(receipt.id)
+
+    async def get(self, job_id: str, metadata: Metadata | None = None) -> Any:
+        request = pb.GetInferenceJobRequest(job_id=job_id)
+        return (await self.jobs.GetInferenceJob(request, metadata=metadata or self.user())).data
+
+    async def ended(self, job_id: str) -> Any:
+        """The job once it has ended: by the service's own notification, not by polling."""
+        with self.signals.subscribed(("job_ended", job_id)) as event:
+            while (job := await self.get(job_id)).status not in {"succeed", "failed"}:
+                await event.wait()
+                event.clear()
+        return job
+
+    @asynccontextmanager
+    async def worker(
+        self, worker_id: str = "w", held: list[str] | None = None, endpoint_id: str = ""
+    ) -> AsyncIterator["ScriptedWorker"]:
+        """A worker with an open stream, welcomed."""
+        call = self.queue.Work(metadata=self.tokens.worker(endpoint_id or self.endpoint_id))
+        await call.write(pb.WorkRequest(hello=pb.Hello(worker_id=worker_id, held_leases=held or [], device="cpu")))
+        worker = ScriptedWorker(call, self.http)
+        worker.kept = list((await worker.read()).welcome.kept_leases)
+        try:
+            yield worker
+        finally:
+            call.cancel()
+
+
+class ScriptedWorker:
+    """A worker's end of the Work stream."""
+
+    def __init__(self, call: Any, http: httpx.AsyncClient) -> None:
+        self._call = call
+        self._http = http
+        self.kept: list[str] = []
+
+    async def read(self) -> Any:
+        """The next message; fails when the stream ended."""
+        message = await self._call.read()
+        if message is grpc.aio.EOF:
+            raise AssertionError(f"the stream ended: {await self._call.code()} {await self._call.details()}")
+        return message
+
+    async def code(self) -> grpc.StatusCode:
+        """How the stream ended."""
+        while await self._call.read() is not grpc.aio.EOF:
+            pass
+        return await self._call.code()
+
+    async def want(self, num_jobs: int = 1, warm: list[str] | None = None) -> None:
+        await self._call.write(pb.WorkRequest(want=pb.Want(num_jobs=num_jobs, warm_models=warm or [])))
+
+    async def take(self) -> Any:
+        """Asks for a job and waits for it."""
+        await self.want()
+        message = await self.read()
+        assert message.WhichOneof("message") == "assign"
+        return message.assign
+
+    async def tell(self, lease_id: str, **event: Any) -> None:
+        await self._call.write(
+            pb.WorkRequest(event=pb.LeasedEvent(lease_id=lease_id, event=worker_pb2.JobEvent(**event)))
+        )
+
+    async def begin(self, assign: Any) -> None:
+        await self.tell(assign.lease_id, started=worker_pb2.JobStarted())
+
+    async def finish(self, assign: Any, *, upload: bool = True, size: int = len(PNG)) -> Any:
+        """Uploads the results, says done and answers what the service says to that."""
+        spec = assign.spec
+        if upload:
+            for place in [*spec.image_uploads, spec.param_upload]:
+                (await self._http.put(place.url, content=PNG)).raise_for_status()
+        done = worker_pb2.JobDone(
+            images=[worker_pb2.ResultObject(name=place.name, size_bytes=size) for place in spec.image_uploads],
+            param=worker_pb2.ResultObject(name=spec.param_upload.name, size_bytes=size),
+            timings=worker_pb2.Timings(fetch_seconds=0.1, pipeline_seconds=0.2, upload_seconds=0.3),
+        )
+        await self.tell(assign.lease_id, done=done)
+        return await self.read()
+
+    async def leave(self) -> None:
+        """Breaks the stream."""
+        self._call.cancel()
+
+
+@asynccontextmanager
+async def peer(add: Callable[[grpc.aio.Server], None]) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a real server on a port of its own."""
+    server = grpc.aio.server()
+    add(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+@pytest.fixture
+def limits() -> Limits:
+    """How patient the service is; a test module may have its own."""
+    return Limits(lease_seconds=30.0, renew_seconds=0.5, grace_seconds=0.1, sweep_seconds=60.0)
+
+
+@pytest.fixture
+def stopping() -> asyncio.Event:
+    """Set by a test that stops the service."""
+    return asyncio.Event()
+
+
+@pytest.fixture
+async def service(
+    database_url: str,
+    s3: S3Access,
+    tokens: Tokens,
+    limits: Limits,
+    stopping: asyncio.Event,
+    serve: Callable[..., Awaitable[grpc.aio.Channel]],
+) -> AsyncIterator[Service]:
+    """The running service with one Async endpoint. No sweep helps it: what works, works by notification."""
+    blobs = Blobs(
+        BlobSettings(
+            bucket=s3.bucket,
+            region=s3.region,
+            endpoint_url=s3.endpoint_url,
+            access_key=s3.access_key,
+            secret_key_file=s3.secret_key_file,
+        )
+    )
+    database = Database(database_url)
+    await database.migrate("inference")
+    world = World()
+    async with AsyncExitStack() as stack:
+
+        def add_peers(server: grpc.aio.Server) -> None:
+            endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(world, server)
+            models_pb2_grpc.add_ModelsServiceServicer_to_server(world, server)
+            identity_pb2_grpc.add_IdentityServiceServicer_to_server(world, server)
+
+        known = await stack.enter_async_context(peer(add_peers))
+        peers, signals, store = Peers(known, known, known), Signals(), JobStore(database)
+        queue = Queue(store, blobs, peers, signals, limits)
+
+        def add_servicers(server: grpc.aio.Server) -> None:
+            jobs = Inference(store, blobs, peers, signals, queue.in_background)
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs), server)
+            inference_pb2_grpc.add_QueueServiceServicer_to_server(QueueServicer(queue, signals, stopping), server)
+
+        channel = await serve(add_servicers, audience="inference")
+        listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
+        running = asyncio.create_task(queue.run())
+        http = await stack.enter_async_context(httpx.AsyncClient())
+        yield Service(
+            inference_pb2_grpc.InferenceServiceStub(channel),
+            inference_pb2_grpc.QueueServiceStub(channel),
+            world,
+            blobs,
+            http,
+            tokens,
+            world.add_endpoint(),
+            signals,
+        )
+        stopping.set()
+        for task in (listening, running):
+            task.cancel()
+        await asyncio.gather(listening, running, return_exceptions=True)
+        await queue.stop()
+    await database.dispose()

@@ -1,0 +1,326 @@
+import asyncio
+import json
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from esd.inference.v1 import inference_pb2 as pb
+from services.common.auth import Profile, UsernameStatus
+from tests.services.inference.conftest import PNG, Service
+
+pytestmark = pytest.mark.timeout(60)
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
+    """How a call was refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    return refused.value.code(), refused.value.details() or ""
+
+
+def create(service: Service, metadata: Any = None, **fields: Any) -> Any:
+    """A creation, to be awaited."""
+    given = {"task_type": "txt2img", "inference_type": "Async", "models": {"Stable-diffusion": ["v1-5.safetensors"]}}
+    request = pb.CreateInferenceJobRequest(**(given | fields))
+    return service.jobs.CreateInferenceJob(request, metadata=metadata or service.user())
+
+
+async def envelope(call: Any) -> tuple[str, str]:
+    """Status and message that the gateway will print."""
+    metadata = dict(await call.initial_metadata())
+    return metadata["x-esd-status"], metadata["x-esd-message"]
+
+
+async def test_a_created_job_tells_where_its_payload_goes_and_which_models_it_has(service: Service) -> None:
+    call = create(service, models={"Stable-diffusion": ["v1-5.safetensors"], "VAE": ["Automatic"], "embeddings": []})
+    receipt = MessageToDict((await call).inference)
+    assert await envelope(call) == ("201", "Created")
+    job_id = receipt["id"]
+    assert receipt["type"] == "txt2img"
+    location = f"s3://{service.blobs.bucket}/txt2img/infer_v2/{job_id}/api_param.json"
+    assert receipt["api_params_s3_location"] == location
+    assert receipt["models"] == [
+        {"id": service.world.checkpoint_id, "name": ["v1-5.safetensors", "v1-5.yaml"], "type": "Stable-diffusion"},
+        {"id": "VAE", "name": ["Automatic"], "type": "VAE"},
+    ]
+    job = MessageToDict(await service.get(job_id))
+    assert job["status"] == "created"
+    assert job["startTime"] == job["createTime"]
+    assert job["img_presigned_urls"] == []
+    assert len(job["output_presigned_urls"]) == 1
+    assert job["owner_group_or_role"] == ["ann"]
+    assert not {"completeTime", "image_names", "inference_info_name", "sagemakerRaw", "payload_string"} & set(job)
+    params = job["params"]
+    assert params["input_body_s3"] == location
+    assert params["input_body_presign_url"] == receipt["api_params_s3_upload_url"]
+    assert params["sagemaker_inference_endpoint_id"] == service.endpoint_id
+    assert params["sagemaker_inference_endpoint_name"].startswith("esd-async-")
+    assert params["sagemaker_inference_instance_type"] == "one-machine"
+    assert params["used_models"]["VAE"] == [{"id": "VAE", "model_name": "Automatic", "s3": "None", "type": "VAE"}]
+    assert params["used_models"]["Stable-diffusion"][0]["model_name"] == "v1-5.safetensors"
+    assert "embeddings" not in params["used_models"]
+
+
+async def test_an_async_job_runs_on_a_worker_and_shows_its_pictures(service: Service) -> None:
+    receipt = await service.create()
+    await service.upload(receipt, seed=7, batch_size=2)
+    call = service.jobs.StartInferenceJob(pb.StartInferenceJobRequest(job_id=receipt.id), metadata=service.user())
+    started = (await call).inference
+    assert await envelope(call) == ("202", "Accepted")
+    assert (started.inference_id, started.status) == (receipt.id, "inprogress")
+    assert started.output_path.startswith(f"s3://{service.blobs.bucket}/sagemaker_output/")
+    async with service.worker() as worker:
+        assign = await worker.take()
+        spec = assign.spec
+        assert (spec.job_id, spec.task_type) == (receipt.id, "txt2img")
+        assert spec.payload["seed"] == 7
+        assert [upload.name for upload in spec.image_uploads] == ["image_0.png", "image_1.png"]
+        assert spec.models[0].cache_key == "ab" * 32
+        await worker.begin(assign)
+        answer = await worker.finish(assign)
+        assert answer.acknowledge.lease_id == assign.lease_id
+    job = MessageToDict(await service.get(receipt.id))
+    assert job["status"] == "succeed"
+    assert job["image_names"] == ["image_0.png", "image_1.png"]
+    assert job["inference_info_name"] == f"/tmp/{receipt.id}_param.json"
+    assert "sagemakerRaw" not in job
+    assert job["createTime"] < job["startTime"] < job["completeTime"]
+    assert job["params"]["timings"]["pipeline_seconds"] == 0.2
+    for url in job["img_presigned_urls"] + job["output_presigned_urls"]:
+        assert (await service.http.get(url)).content == PNG
+    assert job["output_presigned_urls"][0].split("?")[0].endswith(f"/{receipt.id}_param.json")
+
+
+async def test_a_real_time_start_waits_for_the_end(service: Service) -> None:
+    endpoint = service.world.add_endpoint("Real-time")
+    receipt = await service.create("Real-time")
+    await service.upload(receipt)
+    async with service.worker(endpoint_id=endpoint) as worker:
+        await worker.want()  # an idle worker: the job comes by notification
+        call = service.jobs.StartInferenceJob(pb.StartInferenceJobRequest(job_id=receipt.id), metadata=service.user())
+        waiting = asyncio.ensure_future(call)
+        assign = (await worker.read()).assign
+        assert not waiting.done()
+        await worker.finish(assign)
+        job = (await waiting).data
+    assert await envelope(call) == ("200", "OK")
+    assert (job.status, len(job.img_presigned_urls)) == ("succeed", 1)
+    assert "output_path" not in MessageToDict(job)["params"]
+
+
+async def test_a_real_time_job_that_fails_is_an_error_with_the_workers_reason(service: Service) -> None:
+    endpoint = service.world.add_endpoint("Real-time")
+    async with service.worker(endpoint_id=endpoint) as worker:
+        call = create(service, inference_type="Real-time", payload_string='{"prompt": "x"}')
+        waiting = asyncio.ensure_future(call)
+        assign = await worker.take()
+        await worker.tell(assign.lease_id, failed={"reason": "the checkpoint is truncated"})
+        assert await refusal(waiting) == (grpc.StatusCode.FAILED_PRECONDITION, "the checkpoint is truncated")
+    job = MessageToDict(await service.get(assign.spec.job_id))
+    assert (job["status"], job["sagemakerRaw"]) == ("failed", "the checkpoint is truncated")
+
+
+async def test_who_stops_waiting_does_not_stop_the_job(service: Service) -> None:
+    endpoint = service.world.add_endpoint("Real-time")
+    async with service.worker(endpoint_id=endpoint) as worker:
+        call = create(service, inference_type="Real-time", payload_string='{"prompt": "x"}')
+        assign = await worker.take()
+        call.cancel()
+        assert (await worker.finish(assign)).WhichOneof("message") == "acknowledge"
+    assert (await service.get(assign.spec.job_id)).status == "succeed"
+
+
+async def test_a_payload_string_starts_the_job_at_once(service: Service) -> None:
+    call = create(service, payload_string='{"prompt": "inline", "seed": 3, "s_tmax": Infinity}')
+    started = (await call).inference
+    assert await envelope(call) == ("202", "Accepted")
+    async with service.worker() as worker:
+        assign = await worker.take()
+        assert (assign.spec.job_id, assign.spec.payload["prompt"]) == (started.inference_id, "inline")
+    job = MessageToDict(await service.get(started.inference_id))
+    assert job["payload_string"].startswith('{"prompt": "inline"')
+    assert "input_body_presign_url" not in job["params"]
+
+
+async def test_a_payload_replaced_after_the_start_has_no_effect(service: Service) -> None:
+    receipt = await service.create()
+    await service.upload(receipt, seed=1)
+    await service.start(receipt.id)
+    await service.upload(receipt, seed=2)
+    async with service.worker() as worker:
+        assert (await worker.take()).spec.payload["seed"] == 1
+
+
+async def test_a_large_payload_travels_by_url_with_its_sha256(service: Service) -> None:
+    await service.started(prompt="long " * 20_000)
+    async with service.worker() as worker:
+        spec = (await worker.take()).spec
+    assert not spec.payload.fields
+    content = (await service.http.get(spec.payload_url)).content
+    assert json.loads(content)["steps"] == 2
+    assert len(spec.payload_sha256) == 64
+    assert "/frozen/" in spec.payload_url
+
+
+@pytest.mark.parametrize(
+    ("payload", "sentence"),
+    [
+        (None, "was never uploaded"),
+        (b"", "the payload is empty"),
+        (b"{nonsense", "the payload is not valid JSON"),
+        (b'{"steps": 0}', "steps 0 is out of range: 1 to 150 is possible"),
+        (b'{"sampler_name": "Magic"}', 'sampler_name "Magic" is not known'),
+    ],
+)
+async def test_a_bad_payload_is_refused_at_the_start_and_can_be_mended(
+    service: Service, payload: bytes | None, sentence: str
+) -> None:
+    receipt = await service.create()
+    if payload is not None:
+        await service.upload(receipt, payload)
+    _, message = await refusal(service.start(receipt.id))
+    assert sentence in message
+    assert (await service.get(receipt.id)).status == "created"
+    await service.upload(receipt)
+    assert (await service.start(receipt.id)).inference.status == "inprogress"
+
+
+async def test_a_job_is_refused_in_the_order_of_the_contract(service: Service) -> None:
+    nobody = service.tokens.user("ann", [])
+    bad_everything = {"payload_string": "{", "task_type": "paint", "models": {"Lora": ["x"]}}
+    steps: list[tuple[Any, dict[str, Any], str]] = [
+        (nobody, bad_everything, "payload_string must be valid json string"),
+        (nobody, {"task_type": "paint"}, "has no permissions: ['inference:all', 'inference:create']"),
+        (None, {"task_type": "paint"}, "task type paint should be in ['extra-single-image', 'extra-batch-images', "),
+        (None, {"inference_type": "Serverless"}, 'no available Serverless endpoints for user "ann"'),
+        (None, {"inference_type": "Real-time"}, 'no available Real-time endpoints for user "ann"'),
+        (None, {"sagemaker_endpoint_name": "esd-x"}, "sagemaker endpoint with name esd-x is not found"),
+        (
+            None,
+            {"models": {"Stable-diffusion": ["no.ckpt"], "Lora": ["nor this"]}},
+            "checkpoint with name no.ckpt, type Stable-diffusion is not found "
+            "checkpoint with name nor this, type Lora is not found",
+        ),
+        (None, {"models": {"Lora": "x"}}, "models: Lora is not a list of file names"),
+        (None, {"payload_string": '{"steps": 0}'}, "steps 0 is out of range"),
+        (None, {"payload_string": "{}", "models": {}}, "models names no checkpoint of type Stable-diffusion"),
+    ]
+    for metadata, fields, sentence in steps:
+        _, message = await refusal(create(service, metadata, **fields))
+        assert sentence in message
+    listed = await service.jobs.ListInferenceJobs(pb.ListInferenceJobsRequest(), metadata=service.user())
+    assert not listed.inferences  # nothing was left half-made
+
+
+async def test_a_pinned_endpoint_must_be_in_service(service: Service) -> None:
+    service.world.add_endpoint(status="Creating")
+    pinned = service.world.endpoints[-1]
+    code, message = await refusal(create(service, sagemaker_endpoint_name=pinned.endpoint_name))
+    assert (code, message) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "sagemaker endpoint is not ready with status: Creating",
+    )
+    pinned.endpoint_status = "InService"
+    job = await service.create(sagemaker_endpoint_name=pinned.endpoint_name)
+    assert MessageToDict(await service.get(job.id))["params"]["sagemaker_inference_endpoint_id"] == pinned.id
+
+
+async def test_an_extra_task_is_stored_without_models_and_refused_at_its_start(service: Service) -> None:
+    receipt = await service.create(task_type="rembg", models={"Stable-diffusion": ["whatever"]})
+    assert not receipt.HasField("models")
+    await service.upload(receipt)
+    _, message = await refusal(service.start(receipt.id))
+    assert message == "task type rembg is not supported yet; possible: txt2img"
+
+
+@pytest.mark.parametrize("job_id", [UNKNOWN, "no-uuid"])
+async def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> None:
+    not_started = (grpc.StatusCode.INVALID_ARGUMENT, f"InferenceJobId {job_id} not found")
+    assert await refusal(service.start(job_id)) == not_started
+    assert await refusal(service.get(job_id)) == (
+        grpc.StatusCode.NOT_FOUND,
+        f"inference with id {job_id} is not found",
+    )
+
+
+async def test_a_job_is_for_its_owner_and_holders_of_user_all(service: Service) -> None:
+    receipt = await service.create()
+    bob, admin = service.user("bob"), service.user("root", "user:all")
+    webui = service.user(
+        "api", profile=Profile.WEBUI, username_status=UsernameStatus.ABSENT, impersonate=True, key_owner="api"
+    )
+    assert (await refusal(service.get(receipt.id, bob)))[0] == grpc.StatusCode.PERMISSION_DENIED
+    assert (await refusal(service.start(receipt.id, bob)))[0] == grpc.StatusCode.PERMISSION_DENIED
+    assert (await service.get(receipt.id, admin)).id == receipt.id
+    assert (await service.get(receipt.id, webui)).id == receipt.id
+
+
+async def test_a_list_shows_ones_own_jobs_in_pages_with_null_for_what_is_unset(service: Service) -> None:
+    ids = [(await service.create()).id for _ in range(3)]
+
+    async def page(metadata: Any = None, **fields: str) -> dict[str, Any]:
+        request = pb.ListInferenceJobsRequest(**fields)
+        return MessageToDict(await service.jobs.ListInferenceJobs(request, metadata=metadata or service.user()))
+
+    def ids_of(found: dict[str, Any]) -> list[str]:
+        return [job["InferenceJobId"] for job in found.get("inferences", [])]
+
+    first = await page(limit="2")
+    second = await page(limit="2", exclusive_start_key=first["last_evaluated_key"])
+    assert ids_of(first) + ids_of(second) == ids[::-1]
+    assert second["last_evaluated_key"] is None
+    job = first["inferences"][0]
+    nullable = {"completeTime", "image_names", "inference_info_name", "sagemakerRaw", "payload_string"}
+    assert {name for name, value in job.items() if value is None} == nullable
+    assert "img_presigned_urls" not in job
+    assert ids_of(await page(limit="-1")) == ids[::-1]
+    assert ids_of(await page(service.user("bob"))) == []
+    admin = service.user("root", "user:all")
+    assert ids_of(await page(admin)) == ids[::-1]
+    assert ids_of(await page(admin, username="bob")) == []
+    assert ids_of(await page(type="img2img")) == []
+    lists = service.jobs.ListInferenceJobs
+    for fields, sentence in [
+        ({"username": "eve"}, 'user: "eve" not exist'),
+        ({"limit": "ten"}, 'limit "ten" is not a number'),
+        ({"exclusive_start_key": "e30="}, "exclusive_start_key"),
+    ]:
+        call = lists(pb.ListInferenceJobsRequest(**fields), metadata=service.user())
+        assert sentence in (await refusal(call))[1]
+
+
+async def test_a_finished_job_can_be_started_again_with_the_payload_of_now(service: Service) -> None:
+    job_id = await service.started(seed=1)
+    async with service.worker() as worker:
+        first = await worker.take()
+        await worker.finish(first)
+        job = await service.get(job_id)
+        put = job.params.struct_value["input_body_presign_url"]
+        (await service.http.put(put, content=b'{"seed": 2}')).raise_for_status()
+        await service.start(job_id)
+        assert (await service.get(job_id)).status == "inprogress"
+        assert "under way" in (await refusal(service.start(job_id)))[1]
+        second = await worker.take()
+        assert second.spec.payload["seed"] == 2
+        await worker.finish(second)
+    job = await service.get(job_id)
+    assert len(job.img_presigned_urls) == 1
+    assert second.lease_id in job.img_presigned_urls[0]
+
+
+async def test_deleting_a_job_cancels_it_and_removes_its_objects(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        request = pb.DeleteInferenceJobsRequest(inference_id_list=[job_id, UNKNOWN, "no-uuid"])
+        assert (await refusal(service.jobs.DeleteInferenceJobs(request, metadata=service.user("bob"))))[
+            0
+        ] == grpc.StatusCode.PERMISSION_DENIED
+        await service.jobs.DeleteInferenceJobs(request, metadata=service.user())
+        assert (await worker.read()).cancel.lease_id == assign.lease_id
+    assert (await refusal(service.get(job_id)))[0] == grpc.StatusCode.NOT_FOUND
+    assert await service.blobs.find(f"txt2img/infer_v2/{job_id}") == []
+    assert await service.blobs.find(f"out/{job_id}") == []

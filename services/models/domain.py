@@ -16,6 +16,7 @@ import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from services.models.checks import Tag, check_params, complete_parts, file_name, refuse_nul
 from services.models.inspection import Findings, inspect
 from services.models.peers import Identity
 from services.models.pickles import Refused
@@ -36,8 +37,6 @@ log = structlog.get_logger()
 
 PART_URL_SECONDS = 24 * 3600  # the legacy hour is shorter than the upload of a large model
 MAX_HASHED_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
-MAX_PARAMS_BYTES = 64 * 1024
-MAX_NAME_BYTES = 255  # of a file on the worker's disk
 _CHUNK_BYTES = 1024 * 1024
 EVERYTHING = "user:all"
 
@@ -48,14 +47,6 @@ class NewFile:
 
     filename: str
     parts_number: int
-
-
-@dataclass(frozen=True)
-class Tag:
-    """An uploaded part; `etag` is without quotes."""
-
-    part_number: int
-    etag: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Models:
         Raises:
             InvalidArgument: there is no such user.
         """
-        _refuse_nul(username, *filters.statuses, *filters.types, *filters.owners)
+        refuse_nul(username, *filters.statuses, *filters.types, *filters.owners)
         viewers = [viewer]
         if username and username != viewer.username:
             user = await self._identity.find_user(username)
@@ -108,10 +99,10 @@ class Models:
         Raises:
             InvalidArgument: a name that cannot be a file's, or params that cannot be kept. NameInUse.
         """
-        names = [_file_name(file.filename) for file in files]
+        names = [file_name(file.filename) for file in files]
         if not names:
             raise InvalidArgument("filenames or urls must name at least one file")
-        _check_params(params)
+        check_params(params)
         if used := next((name for name in names if names.count(name) > 1), await self._store.find_used_name(names)):
             raise NameInUse(used)
         now = datetime.now(UTC)
@@ -179,7 +170,7 @@ class Models:
                 f"multi_parts_tags names none of the checkpoint's files ({', '.join(checkpoint.names)}) but "
                 f"{', '.join(sorted(given))}"
             )
-        parts = {file.name: _parts(file, given[file.name]) for file in named}
+        parts = {file.name: complete_parts(file, given[file.name]) for file in named}
         for file in named:
             await self._complete(file, parts[file.name])
             await self._keep(checkpoint, file)
@@ -322,64 +313,6 @@ def _uuid(text: str) -> UUID | None:
         parsed = UUID(text)
         return parsed if str(parsed) == text.lower() else None
     return None
-
-
-def _file_name(filename: str) -> str:
-    name = filename.strip()
-    if name in {"", ".", ".."}:
-        raise InvalidArgument(f'filename "{filename}" cannot be the name of a file')
-    if len(name.encode()) > MAX_NAME_BYTES:
-        raise InvalidArgument(
-            f'filename "{name}" is too long: {len(name.encode())} bytes, {MAX_NAME_BYTES} are allowed'
-        )
-    return name
-
-
-def _check_params(params: dict[str, Any]) -> None:
-    try:
-        text = json.dumps(params, allow_nan=False, ensure_ascii=False)
-    except ValueError:
-        raise InvalidArgument("params: numbers must be finite") from None
-    if "\\u0000" in text:  # escaped in spite of ensure_ascii; a backslash of the client's own is doubled
-        _refuse_nul_in(params)
-    if len(text.encode()) > MAX_PARAMS_BYTES:
-        raise InvalidArgument(
-            f"params: {len(text.encode())} bytes as JSON are too much, {MAX_PARAMS_BYTES} are allowed"
-        )
-
-
-def _refuse_nul_in(value: Any) -> None:
-    if isinstance(value, str):
-        _refuse_nul(value)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            _refuse_nul(key)
-            _refuse_nul_in(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            _refuse_nul_in(entry)
-
-
-def _refuse_nul(*texts: str) -> None:
-    if bad := next((text for text in texts if "\0" in text), None):
-        raise InvalidArgument(f"{json.dumps(bad)} contains the character NUL, which cannot be stored")
-
-
-def _parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int, str]]:
-    """(number, ETag) of all parts of the file, in order."""
-    expected = set(range(1, file.parts_number + 1))
-    numbers = [tag.part_number for tag in tags]
-    if missing := sorted(expected - set(numbers)):
-        raise InvalidArgument(f"{file.name}: the tags of {_numbers(missing)} of {file.parts_number} are missing")
-    if unknown := sorted(set(numbers) - expected):
-        raise InvalidArgument(f"{file.name}: there is no {_numbers(unknown)}, the upload has {file.parts_number}")
-    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
-        raise InvalidArgument(f"{file.name}: {_numbers(twice)} is given more than once")
-    return sorted((tag.part_number, tag.etag) for tag in tags)
-
-
-def _numbers(numbers: list[int]) -> str:
-    return f"part{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _sha256(body: Any) -> str:

@@ -1,5 +1,4 @@
 """Speaks esd.models.v1: parses, calls the domain, replies. Datasets are not built yet and answer 501."""
-# ruff: noqa: N802 - methods are named by the proto
 
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ from esd.models.v1 import models_pb2_grpc
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
-from services.models.domain import EVERYTHING, Models, NewFile, Resolved, Tag
+from services.models.checks import Tag
+from services.models.domain import EVERYTHING, Models, NewFile, Resolved
 from services.models.store import Checkpoint, Filters, Viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]

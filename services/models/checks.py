@@ -1,0 +1,99 @@
+"""Checks requests beyond what their proto can say. Pure functions; each names field and value where it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.errors import InvalidArgument
+from services.models.store import CheckpointFile
+
+MAX_PARAMS_BYTES = 64 * 1024
+MAX_NAME_BYTES = 255  # of a file on the worker's disk
+
+
+@dataclass(frozen=True)
+class Tag:
+    """An uploaded part; `etag` is without quotes."""
+
+    part_number: int
+    etag: str
+
+
+def file_name(filename: str) -> str:
+    """The name that a file is kept under: without spaces around it.
+
+    Raises:
+        InvalidArgument: it cannot be a file's name.
+    """
+    name = filename.strip()
+    if name in {"", ".", ".."}:
+        raise InvalidArgument(f'filename "{filename}" cannot be the name of a file')
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f'filename "{name}" is too long: {len(name.encode())} bytes, {MAX_NAME_BYTES} are allowed'
+        )
+    return name
+
+
+def check_params(params: dict[str, Any]) -> None:
+    """Refuses params that JSON or the database cannot hold, or that are too large to be shown in lists.
+
+    Raises:
+        InvalidArgument.
+    """
+    try:
+        text = json.dumps(params, allow_nan=False, ensure_ascii=False)
+    except ValueError:
+        raise InvalidArgument("params: numbers must be finite") from None
+    if "\\u0000" in text:  # escaped in spite of ensure_ascii; a backslash of the client's own is doubled
+        _refuse_nul_in(params)
+    if len(text.encode()) > MAX_PARAMS_BYTES:
+        raise InvalidArgument(
+            f"params: {len(text.encode())} bytes as JSON are too much, {MAX_PARAMS_BYTES} are allowed"
+        )
+
+
+def _refuse_nul_in(value: Any) -> None:
+    if isinstance(value, str):
+        refuse_nul(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            refuse_nul(key)
+            _refuse_nul_in(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _refuse_nul_in(entry)
+
+
+def refuse_nul(*texts: str) -> None:
+    """Refuses the one character that PostgreSQL cannot store.
+
+    Raises:
+        InvalidArgument: one of the texts has it.
+    """
+    if bad := next((text for text in texts if "\0" in text), None):
+        raise InvalidArgument(f"{json.dumps(bad)} contains the character NUL, which cannot be stored")
+
+
+def complete_parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int, str]]:
+    """(number, ETag) of all parts of the file, in order.
+
+    Raises:
+        InvalidArgument: the tags are not exactly those of the file's parts.
+    """
+    expected = set(range(1, file.parts_number + 1))
+    numbers = [tag.part_number for tag in tags]
+    if missing := sorted(expected - set(numbers)):
+        raise InvalidArgument(f"{file.name}: the tags of {_numbers(missing)} of {file.parts_number} are missing")
+    if unknown := sorted(set(numbers) - expected):
+        raise InvalidArgument(f"{file.name}: there is no {_numbers(unknown)}, the upload has {file.parts_number}")
+    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+        raise InvalidArgument(f"{file.name}: {_numbers(twice)} is given more than once")
+    return sorted((tag.part_number, tag.etag) for tag in tags)
+
+
+def _numbers(numbers: list[int]) -> str:
+    return f"part{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -60,7 +60,7 @@ class World(
         )
         return endpoint_id
 
-    async def FindEndpoints(self, request: Any, context: Any) -> endpoints_pb2.FindEndpointsResponse:  # noqa: N802
+    async def FindEndpoints(self, request: Any, context: Any) -> endpoints_pb2.FindEndpointsResponse:
         if request.endpoint_name:
             found = [endpoint for endpoint in self.endpoints if endpoint.endpoint_name == request.endpoint_name]
         else:
@@ -71,7 +71,7 @@ class World(
             ]
         return endpoints_pb2.FindEndpointsResponse(endpoints=found)
 
-    async def ResolveCheckpoints(self, request: Any, context: Any) -> models_pb2.ResolveCheckpointsResponse:  # noqa: N802
+    async def ResolveCheckpoints(self, request: Any, context: Any) -> models_pb2.ResolveCheckpointsResponse:
         response = models_pb2.ResolveCheckpointsResponse()
         for name in request.names:
             if (name.type, name.name) == ("Stable-diffusion", "v1-5.safetensors"):
@@ -89,7 +89,7 @@ class World(
                 response.missing.append(name)
         return response
 
-    async def GetUser(self, request: Any, context: Any) -> identity_pb2.GetUserResponse:  # noqa: N802
+    async def GetUser(self, request: Any, context: Any) -> identity_pb2.GetUserResponse:
         if request.username not in {"ann", "bob"}:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such user")
         return identity_pb2.GetUserResponse(username=request.username, roles=["Designer"])
@@ -179,9 +179,7 @@ class ScriptedWorker:
 
     async def code(self) -> grpc.StatusCode:
         """How the stream ended."""
-        while await self._call.read() is not grpc.aio.EOF:
-            pass
-        return await self._call.code()
+        return await ended_with(self._call)
 
     async def want(self, num_jobs: int = 1, warm: list[str] | None = None) -> None:
         await self._call.write(pb.WorkRequest(want=pb.Want(num_jobs=num_jobs, warm_models=warm or [])))
@@ -218,6 +216,16 @@ class ScriptedWorker:
     async def leave(self) -> None:
         """Breaks the stream."""
         self._call.cancel()
+
+
+async def ended_with(call: Any) -> grpc.StatusCode:
+    """The status of a stream, after whatever it still had to say."""
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 @asynccontextmanager

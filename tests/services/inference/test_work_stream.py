@@ -1,0 +1,239 @@
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from esd.inference.v1 import inference_pb2 as pb
+from tests.services.inference.conftest import Service, ended_with
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def kind(message: Any) -> str:
+    return str(message.WhichOneof("message"))
+
+
+async def test_a_waiting_worker_gets_a_job_as_soon_as_it_is_queued(service: Service) -> None:
+    async with service.worker() as worker:
+        await worker.want()
+        job_id = await service.started()
+        assert (await worker.read()).assign.spec.job_id == job_id
+
+
+async def test_a_worker_gets_as_many_jobs_as_it_wants_and_only_of_its_endpoint(service: Service) -> None:
+    ids = [await service.started() for _ in range(3)]
+    async with service.worker("other", endpoint_id=service.world.add_endpoint("Real-time")) as other:
+        await other.want(5)
+        async with service.worker() as worker:
+            await worker.want(2)
+            assert [(await worker.read()).assign.spec.job_id for _ in range(2)] == ids[:2]
+            await worker.want(1)
+            assert (await worker.read()).assign.spec.job_id == ids[2]
+
+
+async def test_a_job_whose_worker_is_lost_is_finished_once_by_another(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker("first") as first:
+        lost = await first.take()
+        await first.begin(lost)
+    async with service.worker("second") as second:
+        assign = await second.take()
+        assert assign.spec.job_id == job_id
+        assert assign.lease_id != lost.lease_id
+        assert assign.spec.payload == lost.spec.payload  # the seed too
+        assert kind(await second.finish(assign)) == "acknowledge"
+    job = await service.get(job_id)
+    assert job.status == "succeed"
+    assert assign.lease_id in job.img_presigned_urls[0]
+
+
+async def test_a_worker_that_comes_back_goes_on_with_what_it_holds(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+    async with service.worker(held=[assign.lease_id]) as again:
+        assert again.kept == [assign.lease_id]
+        assert kind(await again.finish(assign)) == "acknowledge"
+    assert (await service.get(job_id)).status == "succeed"
+
+
+async def test_a_job_that_a_worker_does_not_know_of_is_given_again(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        before = await worker.take()
+        async with service.worker() as again:  # the same worker, while its old stream is not known to be broken
+            assert again.kept == []
+            assign = await again.take()
+            assert (assign.spec.job_id, assign.lease_id != before.lease_id) == (job_id, True)
+
+
+async def test_done_under_a_lost_lease_counts_for_nothing_and_leaves_nothing(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker("slow") as slow:
+        lost = await slow.take()
+    async with service.worker("quick") as quick:
+        assign = await quick.take()
+        async with service.worker("slow", held=[lost.lease_id]) as back:
+            assert back.kept == []
+            answer = await back.finish(lost)
+            assert answer.cancel.lease_id == lost.lease_id
+        assert kind(await quick.finish(assign)) == "acknowledge"
+    job = await service.get(job_id)
+    assert assign.lease_id in job.img_presigned_urls[0]
+    await until(service, f"out/{job_id}/result/{lost.lease_id}/", gone=True)
+    assert len(await service.blobs.find(f"out/{job_id}/")) == 2
+
+
+async def until(service: Service, prefix: str, *, gone: bool) -> None:
+    """Waits for what is done to objects in the background, of which nothing tells."""
+    async with asyncio.timeout(10):
+        while bool(await service.blobs.find(prefix)) == gone:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_done_told_twice_is_acknowledged_twice_and_keeps_the_result(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        assert kind(await worker.finish(assign)) == "acknowledge"
+        assert kind(await worker.finish(assign)) == "acknowledge"
+    assert len(await service.blobs.find(f"out/{job_id}/")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"upload": False}, "is not in the object store"),
+        ({"size": 3}, "bytes in the object store instead of 3"),
+    ],
+)
+async def test_results_that_are_not_there_fail_the_job(service: Service, options: Any, reason: str) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assert kind(await worker.finish(await worker.take(), **options)) == "acknowledge"
+    job = await service.get(job_id)
+    assert job.status == "failed"
+    assert reason in job.sagemaker_raw.string_value
+
+
+async def test_a_failure_is_shown_with_the_workers_reason(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        await worker.tell(assign.lease_id, failed={"reason": "v1-5.safetensors is truncated"})
+        assert (await worker.read()).acknowledge.lease_id == assign.lease_id
+    job = MessageToDict(await service.get(job_id))
+    assert (job["status"], job["sagemakerRaw"]) == ("failed", "v1-5.safetensors is truncated")
+    assert job["completeTime"]
+    assert "image_names" not in job
+
+
+async def test_the_raw_answer_of_an_async_job_is_written(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        await worker.finish(await worker.take())
+    path = (await service.get(job_id)).params.struct_value["output_path"]
+    await until(service, path.removeprefix(f"s3://{service.blobs.bucket}/"), gone=False)
+
+
+async def test_a_stream_begins_with_hello_and_belongs_to_an_endpoint(service: Service) -> None:
+    call = service.queue.Work(metadata=service.tokens.worker(service.endpoint_id))
+    await call.write(pb.WorkRequest(want=pb.Want(num_jobs=1)))
+    assert await ended_with(call) == grpc.StatusCode.INVALID_ARGUMENT
+    call = service.queue.Work(metadata=service.tokens.worker("no endpoint"))
+    assert await ended_with(call) == grpc.StatusCode.PERMISSION_DENIED
+    call = service.queue.Work(metadata=service.user())
+    assert await ended_with(call) == grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_streams_end_when_the_service_stops_so_that_workers_go_elsewhere(
+    service: Service, stopping: asyncio.Event
+) -> None:
+    job_id = await service.started()
+    pools = service.queue.WatchPools(pb.WatchPoolsRequest(), metadata=service.tokens.service("endpoints"))
+    await pools.read()
+    async with service.worker() as worker:
+        await worker.take()
+        stopping.set()
+        assert await worker.code() == grpc.StatusCode.UNAVAILABLE
+    assert await ended_with(pools) == grpc.StatusCode.UNAVAILABLE
+    assert (await service.get(job_id)).status == "inprogress"
+
+
+@pytest.fixture
+async def pools(service: Service) -> AsyncIterator[Any]:
+    """A watcher: waits until the pool of the service's endpoint looks so."""
+    call = service.queue.WatchPools(pb.WatchPoolsRequest(), metadata=service.tokens.service("endpoints"))
+
+    async def until(workers: list[str], num_queued: int, num_running: int) -> None:
+        async with asyncio.timeout(20):
+            while True:
+                response = await call.read()
+                found = {
+                    pool.endpoint_id: (list(pool.worker_ids), pool.num_queued, pool.num_running)
+                    for pool in response.pools
+                }
+                if found.get(service.endpoint_id, ([], 0, 0)) == (workers, num_queued, num_running):
+                    return
+
+    yield until
+    call.cancel()
+
+
+async def test_pools_are_told_as_workers_and_jobs_come_and_go(service: Service, pools: Any) -> None:
+    await pools([], 0, 0)
+    await service.started()
+    await pools([], 1, 0)
+    async with service.worker() as worker:
+        await pools(["w"], 1, 0)
+        assign = await worker.take()
+        await pools(["w"], 0, 1)
+        await worker.finish(assign)
+        await pools(["w"], 0, 0)
+    await pools([], 0, 0)
+
+
+async def retire(service: Service, endpoint_id: str) -> tuple[int, int]:
+    request = pb.RetireEndpointRequest(endpoint_id=endpoint_id, reason="endpoint esd-x was deleted")
+    answer = await service.queue.RetireEndpoint(request, metadata=service.tokens.service("endpoints"))
+    return answer.num_moved, answer.num_failed
+
+
+async def test_queued_jobs_of_a_retired_endpoint_move_to_another(service: Service) -> None:
+    job_id = await service.started()
+    other = service.world.add_endpoint()
+    assert await retire(service, service.endpoint_id) == (1, 0)
+    assert await retire(service, service.endpoint_id) == (0, 0)
+    job = MessageToDict(await service.get(job_id))
+    assert job["params"]["sagemaker_inference_endpoint_id"] == other
+    async with service.worker(endpoint_id=other) as worker:
+        assert (await worker.take()).spec.job_id == job_id
+
+
+async def test_queued_jobs_of_a_retired_endpoint_fail_with_the_reason_when_there_is_no_other(service: Service) -> None:
+    job_id = await service.started()
+    service.world.endpoints.clear()
+    assert await retire(service, service.endpoint_id) == (0, 1)
+    job = await service.get(job_id)
+    assert (job.status, job.sagemaker_raw.string_value) == ("failed", "endpoint esd-x was deleted")
+
+
+async def test_a_job_that_was_running_when_its_endpoint_retired_finds_its_way_too(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        await worker.take()
+        service.world.endpoints.clear()
+        assert await retire(service, service.endpoint_id) == (0, 0)
+    job = await service.ended(job_id)
+    assert job.sagemaker_raw.string_value == "endpoint esd-x was deleted"
+
+
+async def test_only_services_may_look_at_pools_and_retire_endpoints(service: Service) -> None:
+    request = pb.RetireEndpointRequest(endpoint_id=str(uuid4()))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.queue.RetireEndpoint(request, metadata=service.user("root", "user:all"))
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED

@@ -21,7 +21,7 @@ class GpuWorkerServicer(worker_pb2_grpc.GpuWorkerServiceServicer):
         self._worker = worker
         self._verifier = verifier
 
-    async def Generate(  # noqa: N802 - the RPC's name
+    async def Generate(
         self, request: worker_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.GenerateResponse]:
         """Streams the job's events; the job is cancelled when the caller hangs up."""

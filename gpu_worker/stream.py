@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import structlog
@@ -111,17 +112,27 @@ class WorkStream:
         call = self._stub.Work(metadata=((TOKEN_METADATA, token),))
         outbox: asyncio.Queue[inference_pb2.WorkRequest | None] = asyncio.Queue()
         outbox.put_nowait(inference_pb2.WorkRequest(hello=self._hello()))
+        reader = asyncio.create_task(self._read(call, outbox))
         writer = asyncio.create_task(self._write(call, outbox))
         try:
-            while (message := await call.read()) is not grpc.aio.EOF:
-                self._receive(message, outbox)
-            code = await call.code()
-            log.info("the stream has ended", code=code.name)
+            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+            if not self._left.is_set():
+                await reader  # what breaks a write breaks the read too, and that one knows why
         finally:
             self._outbox = None
             call.cancel()
+            reader.cancel()
             writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _read(
+        self, call: grpc.aio.StreamStreamCall, outbox: asyncio.Queue[inference_pb2.WorkRequest | None]
+    ) -> None:
+        message: Any
+        while (message := await call.read()) is not grpc.aio.EOF:
+            self._receive(message, outbox)
+        code = await call.code()
+        log.info("the stream has ended", code=code.name)
 
     async def _write(
         self, call: grpc.aio.StreamStreamCall, outbox: asyncio.Queue[inference_pb2.WorkRequest | None]
@@ -129,8 +140,7 @@ class WorkStream:
         while (message := await outbox.get()) is not None:
             await call.write(message)
         await call.done_writing()
-        await asyncio.sleep(_CLOSING_SECONDS)  # the service's time to end the stream, which cancels this
-        call.cancel()
+        await asyncio.sleep(_CLOSING_SECONDS)  # the service's time to end the stream in its own way
 
     def _hello(self) -> inference_pb2.Hello:
         held = [lease_id for lease_id, lease in self._leases.items() if not lease.taken_back]

@@ -203,14 +203,14 @@ class _Filler:
         missing = [key for key in expected if key not in weights]
         if len(missing) == len(expected):
             raise JobError(f"{self.name} has no {part} in it")
-        if missing:
-            raise JobError(f"{self.name} lacks {len(missing)} weights of its {part}, such as {missing[0]}")
         for key, tensor in expected.items():
-            if weights[key].shape != tensor.shape:
+            if key in weights and weights[key].shape != tensor.shape:
                 raise JobError(
                     f"{self.name} is not of a size that is known: {key} of its {part} has shape "
                     f"{tuple(weights[key].shape)}, not {tuple(tensor.shape)}"
                 )
+        if missing:
+            raise JobError(f"{self.name} lacks {len(missing)} weights of its {part}, such as {missing[0]}")
         model.load_state_dict({key: weights[key].to(self.dtype) for key in expected}, assign=True)
         return model.requires_grad_(False).eval().to(self.device)
 

@@ -1,0 +1,145 @@
+"""The model cache against a real HTTP server."""
+
+import asyncio
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from esd.worker.v1 import worker_pb2
+from gpu_worker.cache import ModelCache
+from gpu_worker.job import JobError
+from gpu_worker.transfer import Transfer
+from tests.gpu_worker.conftest import ObjectStore
+
+
+def model(store: ObjectStore, name: str, content: bytes, **fields: str) -> worker_pb2.ModelFile:
+    fields = {"cache_key": f"id/{name}"} | fields
+    return worker_pb2.ModelFile(
+        type="Stable-diffusion", name=name, url=store.put(name, content), size_bytes=len(content), **fields
+    )
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, transfer: Transfer) -> ModelCache:
+    return ModelCache(tmp_path, 2500, transfer)
+
+
+async def test_the_same_content_is_fetched_once_also_under_another_name(store: ObjectStore, cache: ModelCache) -> None:
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    one = model(store, "one.safetensors", b"weights", cache_key=sha256, sha256=sha256)
+    two = model(store, "two.safetensors", b"weights", cache_key=sha256, sha256=sha256)
+
+    async def use(file: worker_pb2.ModelFile) -> bytes:
+        async with cache.hold(file) as held:
+            assert held.sha256 == sha256
+            return held.path.read_bytes()
+
+    assert await asyncio.gather(use(one), use(two), use(one)) == [b"weights"] * 3
+    assert store.requests == [("GET", "one.safetensors")]
+
+
+async def test_a_cache_is_found_again_by_the_next_process(
+    store: ObjectStore, cache: ModelCache, transfer: Transfer, tmp_path: Path
+) -> None:
+    file = model(store, "one.ckpt", b"weights")
+    async with cache.hold(file):
+        pass
+    async with ModelCache(tmp_path, 2500, transfer).hold(file):
+        pass
+    assert len(store.requests) == 1
+
+
+async def test_the_least_recently_used_goes_first_and_what_is_in_use_stays(
+    store: ObjectStore, cache: ModelCache
+) -> None:
+    files = [model(store, f"{name}.ckpt", bytes(1000)) for name in "abc"]
+    async with cache.hold(files[0]) as first:
+        os.utime(first.path.parent, (0, 0))  # oldest, but in use
+        async with cache.hold(files[1]) as second:
+            os.utime(second.path.parent, (1, 1))
+        async with cache.hold(files[2]) as third:
+            assert first.path.exists()
+            assert not second.path.exists()
+            assert third.path.exists()
+
+
+async def test_a_tar_gives_its_inner_file_whatever_its_name(store: ObjectStore, cache: ModelCache) -> None:
+    members = {"models/Stable-diffusion/x.yaml": b"a: 1", "models/Stable-diffusion/x.safetensors": b"inner"}
+    async with cache.hold(model(store, "x.safetensors", tar_of(members))) as held:
+        assert held.path.read_bytes() == b"inner"
+        assert held.sha256 == hashlib.sha256(b"inner").hexdigest()
+
+
+async def test_a_tar_that_points_outside_writes_nothing_there(
+    store: ObjectStore, cache: ModelCache, tmp_path: Path
+) -> None:
+    async with cache.hold(model(store, "x.safetensors", tar_of({"../../escaped.safetensors": b"inner"}))) as held:
+        assert held.path.read_bytes() == b"inner"
+        assert tmp_path in held.path.parents
+    assert not list(tmp_path.parent.rglob("escaped*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar_of({"readme.txt": b"hello"}), "tar archive without a model"),
+        (tar_of({"x.safetensors": bytes(5000)})[:3000], "tar archive that is damaged or truncated"),
+    ],
+)
+async def test_a_bad_tar_is_refused_by_name(
+    store: ObjectStore, cache: ModelCache, content: bytes, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(JobError, match=f"x.safetensors is a {message}"):
+        async with cache.hold(model(store, "x.safetensors", content)):
+            pass
+    assert not list((tmp_path / "models").iterdir())
+    assert not list((tmp_path / "partial").iterdir())
+
+
+async def test_another_sha256_or_size_is_refused_and_nothing_is_kept(
+    store: ObjectStore, cache: ModelCache, tmp_path: Path
+) -> None:
+    other = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(JobError, match=r"the SHA-256 of x\.ckpt in the store is [0-9a-f]+, not"):
+        async with cache.hold(model(store, "x.ckpt", b"weights", sha256=other)):
+            pass
+    short = model(store, "x.ckpt", b"weights")
+    short.size_bytes = 8
+    with pytest.raises(JobError, match="has 7 bytes in the store, not the 8"):
+        async with cache.hold(short):
+            pass
+    assert not list((tmp_path / "models").iterdir())
+
+
+async def test_a_busy_store_is_asked_again_and_a_missing_object_is_not(store: ObjectStore, cache: ModelCache) -> None:
+    store.failures = 1
+    async with cache.hold(model(store, "x.ckpt", b"weights")):
+        assert len(store.requests) == 2
+    gone = model(store, "gone.ckpt", b"weights")
+    del store.objects["gone.ckpt"]
+    with pytest.raises(JobError, match=r"gone\.ckpt cannot be downloaded: the object store answers 404"):
+        async with cache.hold(gone):
+            pass
+    assert len(store.requests) == 3
+
+
+async def test_a_store_that_stays_down_fails_the_job_in_bounded_time(store: ObjectStore, transfer: Transfer) -> None:
+    store.failures = 10**6
+    with pytest.raises(JobError, match=r"image_0\.png cannot be uploaded: the object store answers 503"):
+        await transfer.upload(f"{store.url}/image_0.png", b"png", "image_0.png")
+    with pytest.raises(JobError, match="the object store does not answer"):
+        await transfer.upload("http://127.0.0.1:1/x", b"png", "image_0.png")

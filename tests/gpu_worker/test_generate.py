@@ -1,0 +1,161 @@
+"""GpuWorkerService over a real server, with real uploads: results, failures, cancellation, callers."""
+
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from PIL import Image
+
+from esd.worker.v1 import worker_pb2, worker_pb2_grpc
+from gpu_worker.servicer import GpuWorkerServicer
+from gpu_worker.worker import Worker
+from tests.gpu_worker.conftest import ObjectStore
+from tests.serving import Tokens
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    return Tokens()
+
+
+@pytest.fixture
+async def stub(worker: Worker, tokens: Tokens) -> AsyncIterator[Any]:
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(GpuWorkerServicer(worker, tokens.verifier()), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield worker_pb2_grpc.GpuWorkerServiceStub(channel)
+    await server.stop(None)
+
+
+@pytest.fixture
+def generate(stub: Any, tokens: Tokens) -> Any:
+    async def call(spec: worker_pb2.JobSpec) -> list[worker_pb2.JobEvent]:
+        request = worker_pb2.GenerateRequest(spec=spec)
+        return [response.event async for response in stub.Generate(request, metadata=tokens.service("inference"))]
+
+    return call
+
+
+async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    spec = make_spec(negative_prompt="dull", sampler_name="Euler a", batch_size=2, cfg_scale=7.5)
+    events = await generate(spec)
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds[0] == "started"
+    assert kinds[-1] == "done"
+    assert events[-2].progress == worker_pb2.JobProgress(step=4, num_steps=4)
+    done = events[-1].done
+    assert [result.name for result in done.images] == ["image_0.png", "image_1.png"]
+    for result in (*done.images, done.param):
+        content = store.objects[f"{spec.job_id}/{result.name}"]
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (result.size_bytes, result.sha256)
+    image = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_1.png"]))
+    model_hash = spec.models[0].sha256[:10]
+    assert image.size == (64, 64)
+    assert image.text["parameters"].startswith("a cat\nNegative prompt: dull\nSteps: 2, Sampler: Euler a, ")
+    assert f"CFG scale: 7.5, Seed: 8, Size: 64x64, Model hash: {model_hash}, Model: tiny" in image.text["parameters"]
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert param.keys() == {"parameters", "info", "endpoint_name", "inference_id"}
+    assert param["parameters"] == {
+        "prompt": "a cat",
+        "negative_prompt": "dull",
+        "steps": 2,
+        "width": 64,
+        "height": 64,
+        "seed": 7,
+        "sampler_name": "Euler a",
+        "batch_size": 2,
+        "cfg_scale": 7.5,
+    }
+    info = json.loads(param["info"])
+    assert info["infotexts"][1] == image.text["parameters"]
+    assert info["all_seeds"] == [7, 8]
+    assert done.timings.pipeline_seconds > 0
+    assert done.timings.fetch_seconds > 0
+
+
+async def test_the_same_job_gives_the_same_picture_and_fetches_its_model_once(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    specs = [make_spec(), make_spec()]
+    for spec in specs:
+        await generate(spec)
+    one, two = (store.objects[f"{spec.job_id}/image_0.png"] for spec in specs)
+    assert one == two
+    assert store.requests.count(("GET", "tiny.safetensors")) == 1
+
+
+async def test_a_large_payload_is_read_from_its_url(generate: Any, store: ObjectStore, make_spec: Any) -> None:
+    content = b'{"prompt": "from the store", "steps": 1, "width": 64, "height": 64, "s_tmax": Infinity}'
+    spec = make_spec()
+    spec.ClearField("payload")
+    spec.payload_url = store.put("payload.json", content)
+    spec.payload_sha256 = hashlib.sha256(content).hexdigest()
+    assert (await generate(spec))[-1].HasField("done")
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert param["parameters"]["prompt"] == "from the store"
+    spec.payload_sha256 = "0" * 64
+    assert "SHA-256 of the payload" in (await generate(spec))[-1].failed.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"task_type": "rembg"}, "task type 'rembg' is not supported by this worker yet; possible: txt2img"),
+        ({"sampler_name": "Restart"}, "sampler 'Restart' is not known"),
+        ({"width": 100}, "width is 100; it must be a multiple of 8"),
+        ({"n_iter": 3}, "the job makes 3 images"),
+    ],
+)
+async def test_a_job_that_cannot_be_done_fails_with_one_sentence(
+    generate: Any, make_spec: Any, change: dict[str, Any], reason: str
+) -> None:
+    failed = (await generate(make_spec(**change)))[-1].failed
+    assert reason in failed.reason
+    assert not failed.cancelled
+
+
+async def test_a_damaged_or_missing_checkpoint_fails_by_name(generate: Any, store: ObjectStore, make_spec: Any) -> None:
+    spec = make_spec()
+    content = store.objects["tiny.safetensors"][:-100]
+    spec.models[0].url = store.put("damaged", content)
+    spec.models[0].size_bytes = len(content)
+    spec.models[0].sha256, spec.models[0].cache_key = "", "damaged"
+    assert "tiny.safetensors is damaged or truncated" in (await generate(spec))[-1].failed.reason
+    del spec.models[:]
+    assert (await generate(spec))[-1].failed.reason == "the job names no model of type Stable-diffusion"
+
+
+async def test_a_second_job_has_no_room_and_hanging_up_cancels_the_first(
+    stub: Any, tokens: Tokens, worker: Worker, generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    spec = make_spec(steps=1000)
+    call = stub.Generate(worker_pb2.GenerateRequest(spec=spec), metadata=tokens.service("inference"))
+    while not (await call.read()).event.HasField("progress"):
+        pass
+    assert worker.room == 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate(make_spec())
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    call.cancel()
+    await worker.stop()
+    assert worker.room == 1
+    assert f"{spec.job_id}/image_0.png" not in store.objects
+
+
+async def test_only_services_may_call(stub: Any, tokens: Tokens, make_spec: Any) -> None:
+    for metadata, code in (
+        ((), grpc.StatusCode.UNAUTHENTICATED),
+        (tokens.user(), grpc.StatusCode.PERMISSION_DENIED),
+        (tokens.worker("endpoint"), grpc.StatusCode.UNAUTHENTICATED),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(worker_pb2.GenerateRequest(spec=make_spec()), metadata=metadata).read()
+        assert caught.value.code() == code

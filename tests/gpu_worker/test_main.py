@@ -1,0 +1,61 @@
+"""The worker as a process: exit codes, and the end by SIGTERM."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_worker.__main__ import EXIT_REFUSED
+from tests.gpu_worker.doors import SECRET, Services, services
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Services]:
+    async with services() as found:
+        yield found
+
+
+async def start(folder: Path, **settings: str) -> asyncio.subprocess.Process:
+    (folder / "secret").write_text(SECRET + "\n")
+    environment = {"ESD_SECRET_FILE": str(folder / "secret"), "ESD_CACHE_DIR": str(folder), "ESD_DEVICE": "cpu"}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "gpu_worker",
+        env=os.environ | environment | {"ESD_NUM_THREADS": "1"} | settings,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peers: Services, make_spec: Any) -> None:
+    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}")
+    connection = await peers.queue.connection()
+    await connection.welcome()
+    await connection.until_room()
+    await connection.assign("lease-1", make_spec(steps=40))
+    await connection.until("progress")
+    process.terminate()
+    await connection.until("done")
+    await connection.acknowledge("lease-1")
+    _, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+
+
+async def test_a_worker_whose_secret_is_not_known_leaves_with_its_own_code(tmp_path: Path, peers: Services) -> None:
+    peers.identity.knows = False
+    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}")
+    _, log = await process.communicate()
+    assert process.returncode == EXIT_REFUSED, log.decode()
+    assert "not known any more" in log.decode()
+
+
+async def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+    process = await start(tmp_path, ESD_SERVER_URL="gateway", ESD_DRAIN_SECONDS="soon")
+    _, log = await process.communicate()
+    assert process.returncode == 2
+    assert "ESD_SERVER_URL" in log.decode()
+    assert "ESD_DRAIN_SECONDS" in log.decode()

@@ -1,0 +1,159 @@
+"""The Work stream against a real queue service: assignment, events, broken streams, cancellation, drain."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from esd.inference.v1 import inference_pb2
+from gpu_worker.stream import Refused, WorkStream
+from gpu_worker.worker import Worker
+from services.common.clients import TokenSource, plain_channel
+from tests.gpu_worker.conftest import ObjectStore
+from tests.gpu_worker.doors import SECRET, Services, services
+
+LONG = 60  # steps: enough to break a stream in the middle
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Services]:
+    async with services() as found:
+        yield found
+
+
+@asynccontextmanager
+async def working(worker: Worker, peers: Services) -> AsyncIterator[asyncio.Task[None]]:
+    """The worker's stream, running."""
+    async with plain_channel(peers.address) as channel:
+        stream = WorkStream(worker, TokenSource(peers.address, SECRET), channel, "worker-1")
+        task = asyncio.create_task(stream.run())
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_job_is_assigned_runs_and_is_acknowledged(
+    worker: Worker, peers: Services, store: ObjectStore, make_spec: Any
+) -> None:
+    spec = make_spec()
+    async with working(worker, peers):
+        connection = await peers.queue.connection()
+        hello = await connection.welcome()
+        assert (hello.worker_id, list(hello.held_leases), hello.device) == ("worker-1", [], "cpu")
+        await connection.until_room()
+        await connection.assign("lease-1", spec)
+        await connection.until("started")
+        assert (await connection.until("progress")).lease_id == "lease-1"
+        done = await connection.until("done")
+        assert [image.name for image in done.event.done.images] == ["image_0.png"]
+        await connection.acknowledge("lease-1")
+        assert any(request.want.num_jobs == 0 for request in connection.seen if request.HasField("want"))
+        await connection.assign("lease-2", make_spec())
+        await connection.until("done")
+        wants = [request.want for request in connection.seen if request.HasField("want")]
+        assert list(wants[-1].warm_models) or wants[-1].num_jobs == 0
+    assert f"{spec.job_id}/image_0.png" in store.objects
+
+
+async def test_a_job_outlives_a_broken_stream_and_is_done_once(
+    worker: Worker, peers: Services, store: ObjectStore, make_spec: Any
+) -> None:
+    spec = make_spec(steps=LONG)
+    async with working(worker, peers):
+        first = await peers.queue.connection()
+        await first.welcome()
+        await first.until_room()
+        await first.assign("lease-1", spec)
+        await first.until("progress")
+        first.sever()
+        second = await peers.queue.connection()
+        assert list((await second.welcome("lease-1")).held_leases) == ["lease-1"]
+        done = await second.until("done")
+        second.sever()  # before the acknowledgement
+        third = await peers.queue.connection()
+        assert list((await third.welcome("lease-1")).held_leases) == ["lease-1"]
+        assert await third.until("done") == done
+        await third.acknowledge("lease-1")
+        await third.until_room()
+        third.sever()
+        fourth = await peers.queue.connection()
+        assert list((await fourth.welcome()).held_leases) == []
+        await fourth.until_room()
+        assert not any(message.HasField("event") for message in fourth.seen)
+    assert store.requests.count(("PUT", f"{spec.job_id}/image_0.png")) == 1
+
+
+async def test_a_job_whose_lease_was_lost_stops_without_results(
+    worker: Worker, peers: Services, store: ObjectStore, make_spec: Any
+) -> None:
+    spec = make_spec(steps=1000)
+    async with working(worker, peers):
+        first = await peers.queue.connection()
+        await first.welcome()
+        await first.until_room()
+        await first.assign("lease-1", spec)
+        await first.until("progress")
+        first.sever()
+        second = await peers.queue.connection()
+        await second.welcome()  # keeps nothing
+        await second.until_room()
+        second.sever()
+        third = await peers.queue.connection()
+        assert list((await third.welcome()).held_leases) == []
+    assert f"{spec.job_id}/image_0.png" not in store.objects
+
+
+async def test_a_cancelled_job_stops_within_a_step_and_the_worker_goes_on(
+    worker: Worker, peers: Services, make_spec: Any
+) -> None:
+    async with working(worker, peers):
+        connection = await peers.queue.connection()
+        await connection.welcome()
+        await connection.until_room()
+        await connection.assign("lease-1", make_spec(steps=1000))
+        await connection.until("progress")
+        await connection.send(cancel=inference_pb2.Cancel(lease_id="lease-1"))
+        failed = (await connection.until("failed")).event.failed
+        assert failed.cancelled
+        steps = [message.event.event.progress.step for message in connection.seen if message.HasField("event")]
+        assert max(steps) < 1000
+        await connection.until_room()
+        await connection.assign("lease-2", make_spec())
+        await connection.until("done")
+
+
+async def test_a_drained_worker_finishes_its_job_and_leaves(worker: Worker, peers: Services, make_spec: Any) -> None:
+    async with working(worker, peers) as task:
+        connection = await peers.queue.connection()
+        await connection.welcome()
+        await connection.until_room()
+        await connection.assign("lease-1", make_spec(steps=20))
+        await connection.until("progress")
+        await connection.send(drain=inference_pb2.Drain())
+        await connection.until("done")
+        assert not task.done()
+        await connection.acknowledge("lease-1")
+        while await connection.read() is not grpc.aio.EOF:
+            pass
+        await asyncio.wait_for(task, 30)
+        assert connection.seen[-1].WhichOneof("message") != "want" or connection.seen[-1].want.num_jobs == 0
+
+
+async def test_a_worker_whose_secret_is_forgotten_gives_up_and_one_without_a_queue_does_not(
+    worker: Worker, peers: Services
+) -> None:
+    async with working(worker, peers) as task:
+        connection = await peers.queue.connection()
+        await connection.welcome()
+        connection.sever()
+        await (await peers.queue.connection()).welcome()  # it came back
+        assert not task.done()
+    peers.identity.knows = False
+    async with working(worker, peers) as task:
+        with pytest.raises(Refused, match="the secret is not known"):
+            await asyncio.wait_for(task, 30)

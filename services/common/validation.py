@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import protovalidate
-from google.protobuf.json_format import MessageToJson
+from google.protobuf.json_format import MessageToJson, SerializeToJsonError
 from google.protobuf.message import Message
 
 from services.common.errors import InvalidArgument
+
+# NUL as JSON escapes it, and not a backslash of the client's own before "u0000".
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 # From the id of a rule to its sentence; `value` is what was given, `bound` what the rule allows.
 _SENTENCES: dict[str, Callable[[Any, Any], str]] = {
@@ -43,10 +47,15 @@ def check(request: Message) -> None:
     Raises:
         InvalidArgument: all violations in one bracketed list, with the path of the field in front.
     """
-    if b"\0" in request.SerializeToString() and "\\u0000" in MessageToJson(request):
-        raise InvalidArgument(
-            "[a text of the request contains the character NUL (\\u0000), which is not possible here]"
-        )
+    if b"\0" in request.SerializeToString():
+        try:
+            text = MessageToJson(request)
+        except (SerializeToJsonError, ValueError):
+            raise InvalidArgument("[a number of the request is not finite, which JSON cannot hold]") from None
+        if _NUL.search(text):
+            raise InvalidArgument(
+                "[a text of the request contains the character NUL (\\u0000), which is not possible here]"
+            )
     violations = protovalidate.collect_violations(request)
     if violations:
         raise InvalidArgument(f"[{', '.join(_sentences(violations, request))}]")

@@ -39,43 +39,16 @@ def file_name(filename: str) -> str:
 
 
 def check_params(params: dict[str, Any]) -> None:
-    """Refuses params that JSON or the database cannot hold, or that are too large to be shown in lists.
+    """Refuses params that are too large to be shown in lists.
 
     Raises:
         InvalidArgument.
     """
-    try:
-        text = json.dumps(params, allow_nan=False, ensure_ascii=False)
-    except ValueError:
-        raise InvalidArgument("params: numbers must be finite") from None
-    if "\\u0000" in text:  # escaped in spite of ensure_ascii; a backslash of the client's own is doubled
-        _refuse_nul_in(params)
+    text = json.dumps(params, ensure_ascii=False)
     if len(text.encode()) > MAX_PARAMS_BYTES:
         raise InvalidArgument(
             f"params: {len(text.encode())} bytes as JSON are too much, {MAX_PARAMS_BYTES} are allowed"
         )
-
-
-def _refuse_nul_in(value: Any) -> None:
-    if isinstance(value, str):
-        refuse_nul(value)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            refuse_nul(key)
-            _refuse_nul_in(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            _refuse_nul_in(entry)
-
-
-def refuse_nul(*texts: str) -> None:
-    """Refuses the one character that PostgreSQL cannot store.
-
-    Raises:
-        InvalidArgument: one of the texts has it.
-    """
-    if bad := next((text for text in texts if "\0" in text), None):
-        raise InvalidArgument(f"{json.dumps(bad)} contains the character NUL, which cannot be stored")
 
 
 def complete_parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int, str]]:

@@ -16,7 +16,7 @@ import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
-from services.models.checks import Tag, check_params, complete_parts, file_name, refuse_nul
+from services.models.checks import Tag, check_params, complete_parts, file_name
 from services.models.inspection import Findings, inspect
 from services.models.peers import Identity
 from services.models.pickles import Refused
@@ -80,7 +80,6 @@ class Models:
         Raises:
             InvalidArgument: there is no such user.
         """
-        refuse_nul(username, *filters.statuses, *filters.types, *filters.owners)
         viewers = [viewer]
         if username and username != viewer.username:
             user = await self._identity.find_user(username)
@@ -208,8 +207,7 @@ class Models:
 
     async def resolve_checkpoints(self, names: Sequence[tuple[str, str]], viewer: Viewer) -> list[Resolved | None]:
         """For each (type, name) the active file that the viewer may use, or None."""
-        wanted = [pair for pair in names if "\0" not in "".join(pair)]
-        found = await self._store.resolve_files(wanted, viewer) if wanted else {}
+        found = await self._store.resolve_files(names, viewer) if names else {}
         return [
             Resolved(*found[pair], s3_location=self.s3_location(found[pair][0])) if pair in found else None
             for pair in names

@@ -32,6 +32,7 @@ _SETTINGS = {
     "shared_buffers": "64MB",
     "logging_collector": "off",
     "log_min_messages": "warning",
+    "log_checkpoints": "off",
     "lc_messages": "C",
 }
 
@@ -201,7 +202,7 @@ def _all_users() -> set[str]:
 
 
 def _reachable(path: Path, user: str) -> bool:
-    """Says whether the user can pass through all folders above `path` and into it (supplementary groups do not count)."""
+    """Says whether the user can pass through all folders above `path` and into it (supplementary groups aside)."""
     entry = pwd.getpwnam(user)
     for folder in (*path.parents, path):
         status = folder.stat()

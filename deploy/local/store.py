@@ -7,9 +7,6 @@ import sys
 import time
 from typing import Any
 
-import boto3
-from botocore.config import Config
-
 from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
 from services.common.process import bound
 
@@ -40,6 +37,9 @@ class Store:
 
     def client(self, endpoint_url: str | None = None) -> Any:
         """Returns a boto3 S3 client; with `endpoint_url`, one whose presigned URLs are for that host."""
+        import boto3  # noqa: PLC0415 - 40 MB that the launcher does not need
+        from botocore.config import Config  # noqa: PLC0415
+
         return boto3.client(
             "s3",
             endpoint_url=endpoint_url or self.url,

@@ -1,0 +1,170 @@
+"""Owns the command `esd`: up, status, demo."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from deploy.local.home import SERVICES, default_home
+
+if TYPE_CHECKING:
+    from deploy.local.stack import State
+
+app = typer.Typer(help="A self-hosted Stable Diffusion service on one machine.", no_args_is_help=True)
+
+HomeOption = Annotated[Path | None, typer.Option("--home", help="Data and secrets; ESD_HOME, else ~/.esd.")]
+ListenOption = Annotated[
+    str, typer.Option(envvar="ESD_LISTEN", help="The gateway's host:port; port 0 takes a free one.")
+]
+WebuiOption = Annotated[int | None, typer.Option(envvar="ESD_WEBUI_PORT", help="A second port, for WebUI clients.")]
+InsecureOption = Annotated[bool, typer.Option(envvar="ESD_INSECURE", help="Listen beyond loopback without TLS.")]
+
+TINY_PART_BYTES = 5 * 2**20  # the smallest that S3 takes, so that the tiny checkpoint needs two
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@app.command()
+def up(
+    home: HomeOption = None,
+    listen: ListenOption = "127.0.0.1:8080",
+    webui_port: WebuiOption = None,
+    insecure: InsecureOption = False,
+) -> None:
+    """Run the whole stack in the foreground, until Ctrl-C."""
+    from deploy.local.plan import Options, PortInUseError  # noqa: PLC0415 - `esd --help` stays quick
+    from deploy.local.postgres import PostgresUnavailableError  # noqa: PLC0415
+    from deploy.local.stack import AlreadyRunningError, run  # noqa: PLC0415
+
+    host, colon, port = listen.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        _fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
+    try:
+        run(Options(_folder(home), listen, webui_port, insecure))
+    except (AlreadyRunningError, PortInUseError, PostgresUnavailableError) as error:
+        _fail(str(error))
+    except PermissionError as error:
+        _fail(f"ESD_HOME={_folder(home)}: {error.strerror} ({error.filename})")
+
+
+@app.command()
+def status(home: HomeOption = None) -> None:
+    """Show each process, its port and whether it works. Exits with 1 if something does not."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from deploy.local.stack import read_state  # noqa: PLC0415
+
+    state = read_state(_folder(home))
+    if state is None:
+        _fail(f"no stack runs in {_folder(home)}: start one with `esd up`")
+    health = asyncio.run(_health(state, Path(state.api_key_file).read_text()))
+    table = Table(title=f"{state.url} · key in {state.api_key_file}", title_justify="left")
+    for column in ("process", "pid", "port", "state", "health"):
+        table.add_column(column, justify="right" if column in {"pid", "port"} else "left")
+    table.add_row("esd", str(state.pid), "", "RUNNING", "[green]ok[/]")
+    for name, process in state.processes.items():
+        sign = "[green]ok[/]" if health[name] else "[red]does not answer[/]"
+        table.add_row(name, str(process.pid or ""), str(process.port or ""), process.state, sign)
+    for pid in _workers(state.pid):
+        table.add_row("worker", str(pid), "", "RUNNING", "")
+    Console().print(table)
+    raise typer.Exit(0 if all(health.values()) else 1)
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A .safetensors file; a tiny one is made if not given.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a lighthouse at dusk, oil painting",
+    output: Annotated[Path | None, typer.Option(help="Where the pictures go; default: demo/ in the home.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the stack running afterwards, until Ctrl-C.")] = False,
+    home: HomeOption = None,
+    listen: ListenOption = "127.0.0.1:8080",
+) -> None:
+    """Start the stack (unless it runs) and draw a picture through its REST API."""
+    from deploy.local.stack import Stack, StackFailedError, read_state  # noqa: PLC0415
+
+    if checkpoint is not None and not checkpoint.is_file():
+        _fail(f"--checkpoint {checkpoint}: there is no such file")
+    folder = _folder(home)
+    output = output or folder / "demo"
+    state = read_state(folder)
+    if state is not None:
+        _draw(state.url, Path(state.api_key_file).read_text(), folder, checkpoint, prompt, output)
+        return
+    stack = Stack(folder, listen)
+    typer.echo(f"starting the stack in {folder} (log: {stack.log_file})")
+    try:
+        with stack:
+            _draw(stack.url, stack.api_key, folder, checkpoint, prompt, output)
+            if keep:
+                typer.echo(f"the stack keeps running at {stack.url} until Ctrl-C")
+                signal.pause()
+    except StackFailedError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("stopped")
+
+
+def _draw(url: str, api_key: str, home: Path, checkpoint: Path | None, prompt: str, output: Path) -> None:
+    """The demo proper, and how to go on."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from deploy.local.demo import PART_BYTES, DemoFailed, Picture, run  # noqa: PLC0415
+
+    console = Console()
+    part_bytes, size = PART_BYTES, 512
+    if checkpoint is None:
+        checkpoint, part_bytes, size = home / "tiny-sd15.safetensors", TINY_PART_BYTES, 64
+        if not checkpoint.exists():
+            subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+    picture = Picture(prompt, size, size)
+    try:
+        files = run(url, api_key, checkpoint, picture, output, console, part_bytes)
+    except DemoFailed as error:
+        _fail(str(error))
+    console.print(f"\n{len(files)} files in {output}", soft_wrap=True)
+    console.print(f"the API was at {url}; `esd up` keeps it there, and `esd status` shows the first key's file")
+
+
+async def _health(state: State, api_key: str) -> dict[str, bool]:
+    from deploy.local.health import accepts, gateway_answers, serving  # noqa: PLC0415
+
+    async def ask(name: str, port: int | None) -> bool:
+        if name == "gateway":
+            return await gateway_answers(state.probe_url, api_key)
+        return await serving(f"127.0.0.1:{port}") if name in SERVICES else accepts(port or 0)
+
+    answers = await asyncio.gather(*(ask(name, process.port) for name, process in state.processes.items()))
+    return dict(zip(state.processes, answers, strict=True))
+
+
+def _workers(launcher: int) -> list[int]:
+    import psutil  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    children = psutil.Process(launcher).children(recursive=True)
+    return [child.pid for child in children if "gpu_worker" in child.cmdline()]
+
+
+def _folder(home: Path | None) -> Path:
+    return home.expanduser().resolve() if home is not None else default_home()
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

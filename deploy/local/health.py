@@ -1,0 +1,42 @@
+"""Owns the questions whether a part of the stack works now."""
+
+from __future__ import annotations
+
+import socket
+
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+_SECONDS = 2.0
+
+
+async def serving(address: str) -> bool:
+    """Whether the gRPC service at host:port says SERVING."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=_SECONDS, wait_for_ready=True
+            )
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def gateway_answers(url: str, api_key: str) -> bool:
+    """Whether GET /ping with the key is 200. The certificate is not looked at: the question goes to this machine."""
+    async with httpx.AsyncClient(verify=False, timeout=_SECONDS) as client:  # noqa: S501
+        try:
+            answer = await client.get(f"{url}/ping", headers={"x-api-key": api_key})
+        except httpx.TransportError:
+            return False
+    return answer.status_code == httpx.codes.OK
+
+
+def accepts(port: int) -> bool:
+    """Whether something accepts connections on the loopback port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=_SECONDS).close()
+    except OSError:
+        return False
+    return True

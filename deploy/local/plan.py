@@ -1,0 +1,150 @@
+"""Owns what the one-machine stack consists of: each process with its command, environment and port."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.local.home import S3_ACCESS_KEY, S3_BUCKET, S3_REGION, SERVICES, Home
+from deploy.local.ports import free_port, is_free
+from deploy.local.postgres import Postgres
+from deploy.local.store import Store
+from gateway.settings import split_address
+from services.common.process import LAUNCHER_PID, bound
+
+DEFAULT_LISTEN = "127.0.0.1:8080"
+# Settings of the gateway that are taken from the launcher's own environment.
+_FILES = ("ESD_TLS_CERT_FILE", "ESD_TLS_KEY_FILE")
+
+
+class PortInUseError(RuntimeError):
+    """A port that users asked for is taken; the message names it and the setting."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One supervised process. `stage` orders start (ascending) and stop (descending); `once` ends by itself with 0."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    port: int | None = None
+    stage: int = 1
+    stop_signal: str = "TERM"
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose. `listen` is host:port of the gateway; port 0 means any free one. `webui_port` likewise."""
+
+    home: Path
+    listen: str = DEFAULT_LISTEN
+    webui_port: int | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes, and the addresses at which users find them. `probe_url` is the gateway seen from this machine."""
+
+    programs: list[Program]
+    url: str
+    webui_url: str | None
+    probe_url: str
+    ports: dict[str, int]
+
+
+def make_plan(options: Options, home: Home) -> Plan:
+    """Chooses the ports and lays out the processes.
+
+    Raises:
+        PortInUseError: something listens on the port of the gateway or of the webui.
+    """
+    host, gateway_port = split_address(options.listen)
+    gateway_port = _take(host, gateway_port, "--listen or ESD_LISTEN")
+    webui_port = options.webui_port
+    if webui_port is not None:
+        webui_port = _take(host, webui_port, "--webui-port or ESD_WEBUI_PORT")
+    ports = {name: free_port() for name in ("postgres", "swift", *SERVICES)}
+    scheme = "https" if os.environ.get("ESD_TLS_CERT_FILE") else "http"
+    reachable = bracketed = f"[{host}]" if ":" in host else host
+    if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+        reachable = socket.gethostname()
+    url = os.environ.get("ESD_PUBLIC_URL") or f"{scheme}://{reachable}:{gateway_port}"
+    local = "127.0.0.1" if host in {"0.0.0.0", "::"} else bracketed  # noqa: S104 - compared, not bound
+
+    postgres, store = Postgres(home, ports["postgres"]), Store(home, ports["swift"])
+    common = _common_environment(home, store, url, ports)
+    gateway = {
+        **common,
+        "ESD_LISTEN": f"{bracketed}:{gateway_port}",
+        "ESD_WEBUI_PORT": "" if webui_port is None else str(webui_port),
+        "ESD_INSECURE": "true" if options.insecure else "false",
+        "ESD_SECRET_FILE": str(home.secret_file("gateway")),
+        "ESD_RUN_DIR": str(home.run / "gateway"),
+        **{name: str(Path(os.environ[name]).resolve()) for name in _FILES if os.environ.get(name)},
+    }
+    ready = {**common, "ESD_PROBE_URL": f"{scheme}://{local}:{gateway_port}{os.environ.get('ESD_BASE_PATH', '')}"}
+    programs = [
+        Program("postgres", postgres.command(), {}, ports["postgres"], stop_signal="INT"),
+        Program("swift", store.command(), store.environment(), ports["swift"]),
+        _step("bootstrap", home, {"ESD_POSTGRES_PORT": str(ports["postgres"]), "ESD_SWIFT_PORT": str(ports["swift"])}),
+        *(_service(name, home, postgres, common, ports) for name in SERVICES),
+        Program("gateway", bound([sys.executable, "-m", "gateway"]), gateway, gateway_port, stage=3),
+        _step("ready", home, ready, stage=3),
+    ]
+    webui_url = None if webui_port is None else f"{scheme}://{reachable}:{webui_port}"
+    return Plan(programs, url, webui_url, ready["ESD_PROBE_URL"], {**ports, "gateway": gateway_port})
+
+
+def _common_environment(home: Home, store: Store, url: str, ports: dict[str, int]) -> dict[str, str]:
+    return {
+        LAUNCHER_PID: str(os.getpid()),
+        **{f"ESD_{name.upper()}_ADDRESS": f"127.0.0.1:{ports[name]}" for name in SERVICES},
+        "ESD_VERIFYING_KEY_FILE": str(home.verifying_key_file),
+        "ESD_PUBLIC_URL": url,
+        "ESD_S3_ENDPOINT_URL": store.url,
+        "ESD_S3_PUBLIC_URL": os.environ.get("ESD_S3_PUBLIC_URL") or url,
+        "ESD_S3_BUCKET": S3_BUCKET,
+        "ESD_S3_REGION": S3_REGION,
+        "ESD_S3_ACCESS_KEY": S3_ACCESS_KEY,
+        "ESD_S3_SECRET_KEY_FILE": str(home.s3_secret_key_file),
+    }
+
+
+def _service(name: str, home: Home, postgres: Postgres, common: dict[str, str], ports: dict[str, int]) -> Program:
+    environment = {
+        **common,
+        "ESD_LISTEN": f"127.0.0.1:{ports[name]}",
+        "ESD_DATABASE_URL": postgres.url(name),
+        "ESD_SECRET_FILE": str(home.secret_file(name)),
+    }
+    if name == "identity":
+        environment |= {
+            "ESD_SIGNING_KEY_FILE": str(home.signing_key_file),
+            "ESD_SECRET_HASHES_FILE": str(home.secret_hashes_file),
+            "ESD_API_KEY_FILE": str(home.api_key_file),
+            "ESD_PASSWORD_KEY_FILE": str(home.password_key_file),
+        }
+    if name == "endpoints":
+        environment |= {"ESD_CLUSTER": "local", "ESD_WORKER_DIR": str(home.worker)}
+    return Program(name, bound([sys.executable, "-m", f"services.{name}"]), environment, ports[name], stage=2)
+
+
+def _step(name: str, home: Home, environment: dict[str, str], stage: int = 1) -> Program:
+    command = bound([sys.executable, "-m", "deploy.local.steps", name])
+    return Program(name, command, {**environment, "ESD_HOME": str(home.path)}, stage=stage, once=True)
+
+
+def _take(host: str, port: int, setting: str) -> int:
+    if port == 0:
+        return free_port()
+    if not is_free("127.0.0.1" if host == "localhost" else host, port):
+        raise PortInUseError(
+            f"port {port} of {host} is in use: stop what listens there, or choose another with {setting}"
+        )
+    return port

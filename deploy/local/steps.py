@@ -1,0 +1,50 @@
+"""Owns the two steps of a start that are programs of their own, so that their libraries do not stay in the launcher:
+
+bootstrap   waits for PostgreSQL and the object store, makes roles, databases and the bucket
+ready       waits until the five services say SERVING and the gateway answers GET /ping with the first key
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from deploy.local.home import S3_BUCKET, SERVICES, Home, default_home
+
+_RETRY_SECONDS = 0.1  # a server that is not there yet sends no event
+
+
+def bootstrap(home: Home) -> None:
+    """Makes what the services expect; does nothing where it is."""
+    from deploy.local.postgres import Postgres  # noqa: PLC0415 - each step loads only what it needs
+    from deploy.local.store import Store  # noqa: PLC0415
+
+    postgres = Postgres(home, int(os.environ["ESD_POSTGRES_PORT"]))
+    postgres.wait_until_up()
+    postgres.bootstrap(SERVICES)
+    store = Store(home, int(os.environ["ESD_SWIFT_PORT"]))
+    store.wait_until_up()
+    store.bootstrap(S3_BUCKET)
+
+
+async def ready(home: Home) -> None:
+    """Returns when everything answers."""
+    from deploy.local.health import gateway_answers, serving  # noqa: PLC0415
+
+    waiting = {name: os.environ[f"ESD_{name.upper()}_ADDRESS"] for name in SERVICES}
+    while waiting:
+        answers = await asyncio.gather(*(serving(address) for address in waiting.values()))
+        waiting = {name: waiting[name] for name, up in zip(waiting, answers, strict=True) if not up}
+        if waiting:
+            await asyncio.sleep(_RETRY_SECONDS)
+    while not await gateway_answers(os.environ["ESD_PROBE_URL"], home.api_key):  # noqa: ASYNC110 - of another process
+        await asyncio.sleep(_RETRY_SECONDS)
+
+
+if __name__ == "__main__":
+    _home = Home(default_home())
+    if sys.argv[1:] == ["bootstrap"]:
+        bootstrap(_home)
+    else:
+        asyncio.run(ready(_home))

@@ -36,9 +36,10 @@ class Refused(Exception):
 
 @dataclass
 class _Lease:
-    """A job under a lease, and its last event once it has ended."""
+    """A job under a lease, and those of its events that the service must know: that it started, and how it ended."""
 
     job: Job
+    started: worker_pb2.JobEvent | None = None
     last: worker_pb2.JobEvent | None = None
     taken_back: bool = False
 
@@ -173,8 +174,10 @@ class WorkStream:
         for lease_id, lease in list(self._leases.items()):
             if lease_id not in kept:
                 self._give_back(lease_id)
-            elif lease.last is not None:
-                self._send(inference_pb2.WorkRequest(event=_leased(lease_id, lease.last)))
+                continue
+            for event in (lease.started, lease.last):
+                if event is not None:
+                    self._send(inference_pb2.WorkRequest(event=_leased(lease_id, event)))
         if self._left.is_set():
             outbox.put_nowait(None)
         self._say_want()
@@ -190,8 +193,10 @@ class WorkStream:
         self._worker.submit(job)
 
     def _tell(self, lease_id: str, event: worker_pb2.JobEvent) -> None:
-        """Sends a job's event. Only the last one matters enough to be kept for the next stream."""
+        """Sends a job's event. Progress is not kept for the next stream."""
         lease = self._leases[lease_id]
+        if event.HasField("started"):
+            lease.started = event
         if is_last(event):
             lease.last = event
         self._send(inference_pb2.WorkRequest(event=_leased(lease_id, event)))

@@ -73,6 +73,7 @@ async def test_a_job_outlives_a_broken_stream_and_is_done_once(
         first.sever()
         second = await peers.queue.connection()
         assert list((await second.welcome("lease-1")).held_leases) == ["lease-1"]
+        await second.until("started")  # told again: the first stream may have lost it
         done = await second.until("done")
         second.sever()  # before the acknowledgement
         third = await peers.queue.connection()

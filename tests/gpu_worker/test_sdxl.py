@@ -1,0 +1,134 @@
+"""SDXL: a tiny checkpoint in Stability's layout against diffusers' own pipeline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from gpu_worker import ldm, weights
+from gpu_worker.job import Txt2Img
+from gpu_worker.tasks import txt2img
+from tests.gpu_worker.conftest import as_cached
+
+BIG_G = "conditioner.embedders.1.model."
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 8,
+        "cross_attention_dim": 32 + 48,
+        "attention_head_dim": [2, 4, 4],
+        "block_out_channels": [16, 32, 32],
+        "norm_num_groups": 8,
+        "transformer_layers_per_block": [1, 1, 2],
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 48 + 6 * 8,
+    },
+    "vae": {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8},
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "text_encoder_2": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "projection_dim": 48,
+    },
+    "scheduler": {},
+}
+
+
+def open_clip(model: CLIPTextModelWithProjection) -> dict[str, torch.Tensor]:
+    """The model's weights as open_clip names them: q, k and v in one matrix."""
+    state = {key: value for key, value in model.state_dict().items() if "position_ids" not in key}
+    found = {}
+    for ours, theirs in DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].items():
+        if ours in state:
+            tensor = state.pop(ours)
+            found[BIG_G + theirs] = tensor.T if theirs.endswith("text_projection") else tensor
+    for key in [key for key in state if ".q_proj." in key]:
+        stem, kind = key.split(".q_proj.")
+        joined = torch.cat([state.pop(f"{stem}.{part}_proj.{kind}") for part in "qkv"])
+        state[f"{stem}.in_proj_{kind}"] = joined
+    for key, tensor in state.items():
+        name = key
+        for new, old in DIFFUSERS_TO_LDM_MAPPING["openclip"]["transformer"].items():
+            name = name.replace(new, old)
+        found[f"{BIG_G}transformer.{name}"] = tensor
+    return found
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    full = weights._family_config("sdxl")
+    config = {part: full[part] | smaller for part, smaller in TINY.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {
+            "config": config,
+            "unet": UNet2DConditionModel(**config["unet"]).eval(),
+            "vae": AutoencoderKL(**config["vae"]).eval(),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**config["text_encoder"])).eval(),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"])).eval(),
+        }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = parts["config"]
+    state = {ldm.unet_name(key, config["unet"]): value for key, value in parts["unet"].state_dict().items()}
+    state |= {ldm.vae_name(key, config["vae"]): value for key, value in parts["vae"].state_dict().items()}
+    prefix = "conditioner.embedders.0.transformer.text_model."
+    state |= {prefix + key: value for key, value in parts["text_encoder"].state_dict().items()}
+    state |= open_clip(parts["text_encoder_2"])
+    path = tmp_path_factory.mktemp("sdxl") / "tiny-xl.safetensors"
+    save_file(
+        {key: value.contiguous() for key, value in state.items()}, path, metadata={"esd_config": json.dumps(config)}
+    )
+    return path
+
+
+def test_pixels_equal_those_of_the_diffusers_pipeline(parts: dict[str, Any], checkpoint: Path) -> None:
+    models = weights.load(as_cached(checkpoint), None, "cpu")
+    assert models.is_sdxl
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="linspace"
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=parts["vae"],
+        unet=parts["unet"],
+        text_encoder=parts["text_encoder"],
+        text_encoder_2=parts["text_encoder_2"],
+        tokenizer=models.text_encoders[0].tokenizer,
+        tokenizer_2=models.text_encoders[1].tokenizer,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    request = Txt2Img.from_payload(
+        {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 3, "batch_size": 2}, "job"
+    )
+    expected = pipeline(
+        [request.prompt] * 2,
+        negative_prompt=[""] * 2,
+        num_inference_steps=3,
+        guidance_scale=7.0,
+        width=64,
+        height=64,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="np",
+    ).images
+    steps = txt2img.generate(request, models)
+    with torch.inference_mode():
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                pixels = np.stack(end.value)
+                break
+    assert np.abs(pixels / 255 - expected).max() <= 0.5 / 255 + 1e-5

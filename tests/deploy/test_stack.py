@@ -1,0 +1,137 @@
+"""The launcher as its user meets it: what it says when something is wrong, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deploy.local.stack import Stack
+from tests.processes import ROOT
+
+NAMES = {"postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"}
+
+
+def esd(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deploy.local.cli", *map(str, arguments)]
+    variables = {**os.environ, "COLUMNS": "200", **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    # A long path, since sockets' paths end at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="esd-stack-") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder) / ("long-" * 20)
+
+
+@pytest.fixture(scope="module")
+def stack(home: Path) -> Iterator[Stack]:
+    with Stack(home, webui=True) as stack:
+        yield stack
+
+
+def test_the_ready_stack_answers_its_first_key_on_both_ports(stack: Stack) -> None:
+    for url in (stack.url, stack.webui_url):
+        assert httpx.get(f"{url}/ping", headers={"x-api-key": stack.api_key}).status_code == 200
+        assert httpx.get(f"{url}/ping", headers={"x-api-key": "esd_wrong"}).status_code == 403
+
+
+def test_no_secret_is_printed(stack: Stack) -> None:
+    log = stack.log_file.read_text()
+    for file in (stack.home / "secrets").iterdir():
+        assert file.read_text().strip() not in log, file
+
+
+def test_everything_listens_on_this_machine_only(stack: Stack) -> None:
+    listening = set()
+    for pid in [stack.launcher_pid, *stack.processes().values()]:
+        connections = psutil.Process(pid).net_connections("inet")
+        listening |= {
+            each.laddr.ip.removeprefix("::ffff:") for each in connections if each.status == psutil.CONN_LISTEN
+        }
+    assert listening == {"127.0.0.1"}
+
+
+def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
+    shown = esd("status", "--home", stack.home)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    for name, pid in stack.processes().items():
+        assert re.search(rf"{name} .*{pid} .*RUNNING .*ok", shown.stdout), shown.stdout
+
+
+def test_a_second_start_on_the_same_home_says_so(stack: Stack) -> None:
+    second = esd("up", "--home", stack.home, "--listen", "127.0.0.1:0")
+    assert second.returncode == 1
+    assert f"is running already (pid {stack.launcher_pid}, {stack.url})" in second.stderr
+
+
+def test_a_killed_database_comes_back_and_is_used_again(stack: Stack) -> None:
+    pid = stack.processes()["postgres"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: stack.processes().get("postgres") not in {None, pid})
+
+    def works() -> bool:
+        answer = httpx.get(f"{stack.url}/roles", headers={"x-api-key": stack.api_key})
+        return answer.status_code == 200
+
+    wait_for(works)
+
+
+def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: Path) -> None:
+    first = Stack(home / "other")
+    first.start()
+    processes = [psutil.Process(pid) for pid in first.processes().values()]
+    assert set(first.processes()) == NAMES
+    os.kill(first.launcher_pid, signal.SIGKILL)
+    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes))
+    assert first.processes() == {}
+    first.stop()
+    with Stack(home / "other") as second:
+        processes = [psutil.Process(pid) for pid in second.processes().values()]
+    assert not [each for each in processes if each.is_running()]
+    assert esd("status", "--home", home / "other").returncode == 1
+
+
+def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = esd("up", "--home", home / "third", "--listen", f"127.0.0.1:{port}")
+    assert refused.returncode == 1
+    assert f"port {port} of 127.0.0.1 is in use" in refused.stderr
+    assert "ESD_LISTEN" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ESD_LISTEN": "0.0.0.0:0"}, "ESD_TLS_CERT_FILE"),
+        ({"ESD_LISTEN": "nonsense"}, "ESD_LISTEN=nonsense"),
+        ({"ESD_BASE_PATH": "prod"}, "ESD_BASE_PATH"),
+        ({"ESD_LOG_LEVEL": "loud"}, "ESD_LOG_LEVEL"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_by_name(home: Path, environment: dict[str, str], said: str) -> None:
+    refused = esd("up", "--home", home / "fourth", **{"ESD_LISTEN": "127.0.0.1:0", **environment})
+    assert refused.returncode != 0
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -33,7 +33,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         self._signals = signals
         self._stopping = stopping
 
-    async def Work(  # noqa: N802
+    async def Work(
         self, request_iterator: AsyncIterator[pb.WorkRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkResponse]:
         endpoint_id = _endpoint_of_token()
@@ -46,7 +46,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         finally:
             work.cancel()
 
-    async def WatchPools(  # noqa: N802
+    async def WatchPools(
         self, request: pb.WatchPoolsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WatchPoolsResponse]:
         told: pb.WatchPoolsResponse | None = None
@@ -62,7 +62,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
                 await _first(self._stopping.wait(), wait(changed, tell_by - loop.time()))
         raise Unavailable(_RECONNECT)
 
-    async def RetireEndpoint(  # noqa: N802
+    async def RetireEndpoint(
         self, request: pb.RetireEndpointRequest, context: grpc.aio.ServicerContext
     ) -> pb.RetireEndpointResponse:
         moved, failed = await self._queue.retire(UUID(request.endpoint_id), request.reason)

@@ -24,7 +24,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
 
-    async def CreateInferenceJob(  # noqa: N802
+    async def CreateInferenceJob(
         self, request: pb.CreateInferenceJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.CreateInferenceJobResponse:
         payload_string = request.payload_string if request.HasField("payload_string") else None
@@ -43,19 +43,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return pb.CreateInferenceJobResponse(**self._started(job))
         return pb.CreateInferenceJobResponse(inference=self._created(job))
 
-    async def StartInferenceJob(  # noqa: N802
+    async def StartInferenceJob(
         self, request: pb.StartInferenceJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.StartInferenceJobResponse:
         job = await self._inference.start_job(request.job_id, _user())
         return pb.StartInferenceJobResponse(**self._started(job))
 
-    async def GetInferenceJob(  # noqa: N802
+    async def GetInferenceJob(
         self, request: pb.GetInferenceJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetInferenceJobResponse:
         job = await self._inference.get_job(request.job_id, _user())
         return pb.GetInferenceJobResponse(data=self._detail(job))
 
-    async def ListInferenceJobs(  # noqa: N802
+    async def ListInferenceJobs(
         self, request: pb.ListInferenceJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListInferenceJobsResponse:
         jobs, next_key = await self._inference.list_jobs(
@@ -65,7 +65,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             inferences=[self._item(job) for job in jobs], last_evaluated_key=_value(next_key)
         )
 
-    async def DeleteInferenceJobs(  # noqa: N802
+    async def DeleteInferenceJobs(
         self, request: pb.DeleteInferenceJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteInferenceJobsResponse:
         await self._inference.delete_jobs(list(request.inference_id_list), _user())

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from services.common.database import Database
 from services.common.errors import FailedPrecondition
 from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Worker, now
-from services.inference.store import MAX_PASSED_OVER, JobStore, claim_statement
+from services.inference.store import CLAIM, MAX_PASSED_OVER, JobStore
 
 
 @dataclass
@@ -334,7 +334,7 @@ async def test_the_claim_reads_the_queue_by_its_partial_index(pool: Pool) -> Non
         await pool.add()
     async with pool.database.transaction() as session:
         await session.execute(text("ANALYZE job"))
-    claim = claim_statement(pool.endpoint_id, "w", pool.streams["w"], 1, ["m"])
+    claim = CLAIM.params(endpoint=pool.endpoint_id, worker="w", stream=pool.streams["w"], num_jobs=1, warm_models=["m"])
     sql = str(claim.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))
     async with pool.database.transaction() as session:
         plan = "\n".join(await session.scalars(text("EXPLAIN " + sql)))

@@ -232,6 +232,17 @@ async def test_a_job_that_was_running_when_its_endpoint_retired_finds_its_way_to
     assert job.sagemaker_raw.string_value == "endpoint esd-x was deleted"
 
 
+async def test_a_job_that_is_started_after_its_endpoint_retired_finds_its_way_too(service: Service) -> None:
+    receipt = await service.create()
+    await service.upload(receipt)
+    del service.world.endpoints[:]
+    other = service.world.add_endpoint()
+    assert await retire(service, service.endpoint_id) == (0, 0)
+    await service.start(receipt.id)
+    async with service.worker(endpoint_id=other) as worker:
+        assert (await worker.take()).spec.job_id == receipt.id
+
+
 async def test_only_services_may_look_at_pools_and_retire_endpoints(service: Service) -> None:
     request = pb.RetireEndpointRequest(endpoint_id=str(uuid4()))
     with pytest.raises(grpc.aio.AioRpcError) as refused:

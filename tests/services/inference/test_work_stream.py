@@ -4,6 +4,7 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+import psycopg
 import pytest
 from google.protobuf.json_format import MessageToDict
 
@@ -138,6 +139,24 @@ async def test_the_raw_answer_of_an_async_job_is_written(service: Service) -> No
         await worker.finish(await worker.take())
     path = (await service.get(job_id)).params.struct_value["output_path"]
     await until(service, path.removeprefix(f"s3://{service.blobs.bucket}/"), gone=False)
+
+
+async def test_when_all_database_connections_break_a_waiting_worker_still_gets_the_next_job(
+    service: Service, database_url: str
+) -> None:
+    async with service.worker() as worker:
+        await worker.want()
+        job_id = (await service.create()).id
+        url = database_url.replace("+psycopg", "")
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        put = (await service.get(job_id)).params.struct_value["input_body_presign_url"]
+        (await service.http.put(put, content=b"{}")).raise_for_status()
+        await service.start(job_id)
+        assert (await worker.read()).assign.spec.job_id == job_id
 
 
 async def test_a_stream_begins_with_hello_and_belongs_to_an_endpoint(service: Service) -> None:

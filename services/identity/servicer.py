@@ -1,7 +1,5 @@
 """Speaks the identity service's protos."""
 
-# ruff: noqa: N802 - methods are named by the proto
-
 from __future__ import annotations
 
 from typing import Any

@@ -258,13 +258,11 @@ def _name(field: str, name: str) -> str:
     """The name, when it can be one of a user or role.
 
     Raises:
-        InvalidArgument: it is too long, or has a NUL character, which PostgreSQL does not store.
+        InvalidArgument: it is too long.
     """
     if len(name) > MAX_NAME_LENGTH:
         bounds = f"length: {len(name)}, maximum allowed: {MAX_NAME_LENGTH}"
         raise InvalidArgument(f'[{field}: string "{_short(name)}" is too long ({bounds})]')
-    if "\0" in name:
-        raise InvalidArgument(f"[{field}: a name cannot have the character U+0000]")
     return name
 
 

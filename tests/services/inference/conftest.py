@@ -208,7 +208,9 @@ class ScriptedWorker:
         done = worker_pb2.JobDone(
             images=[worker_pb2.ResultObject(name=place.name, size_bytes=size) for place in spec.image_uploads],
             param=worker_pb2.ResultObject(name=spec.param_upload.name, size_bytes=size),
-            timings=worker_pb2.Timings(fetch_seconds=0.1, pipeline_seconds=0.2, upload_seconds=0.3),
+            timings=worker_pb2.Timings(
+                fetch_seconds=0.1, load_seconds=0.4, pipeline_seconds=0.2, encode_seconds=0.5, upload_seconds=0.3
+            ),
         )
         await self.tell(assign.lease_id, done=done)
         return await self.read()

@@ -41,6 +41,17 @@ STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
 INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAIN_SECONDS = 10.0
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    # A caller that vanished without a word is noticed, and its streams end.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # The gateway and other services look after us in the same way; by default such pings would end their connections.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+]
 
 _KINDS = {
     options.CALLER_KEY: Kind.USER,
@@ -60,8 +71,7 @@ class Server:
     """A gRPC server on `host:port`. Add servicers with their generated `add_…_to_server(servicer, server.grpc)`."""
 
     def __init__(self, listen: str, verifier: Verifier) -> None:
-        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
-        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier)], options=limits)
+        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier)], options=_OPTIONS)
         self._listen = listen
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()

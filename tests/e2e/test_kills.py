@@ -36,6 +36,30 @@ def test_a_job_whose_worker_is_killed_finishes_once(stack: Stack, studio: Studio
     studio.api.get(job["img_presigned_urls"][0])
 
 
+def test_a_job_whose_worker_falls_silent_is_taken_from_it_and_finishes_once(stack: Stack, studio: Studio) -> None:
+    def count() -> str:
+        endpoints = studio.api.ok("GET", "/endpoints")["endpoints"]
+        return str(next(row for row in endpoints if row["endpoint_name"] == studio.endpoint)["current_instance_count"])
+
+    job_id = create_job(studio.api, studio.model, payload=PICTURE | {"steps": 60})
+    studio.api.ok("PUT", f"/inferences/{job_id}/start", status=202)
+    job = studio.api.ok("GET", f"/inferences/{job_id}")
+    wait_for(lambda: studio.api.ok("GET", f"/inferences/{job_id}")["startTime"] != job["createTime"])
+    stopped = workers(stack)
+    assert stopped
+    try:
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)  # its connections stay open, and nobody answers on them
+        wait_for(lambda: count() == "0", seconds=35)
+        assert studio.api.ok("GET", f"/inferences/{job_id}")["status"] == "inprogress"
+    finally:
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+    job = finished(studio.api, job_id)
+    assert (job["status"], job["image_names"]) == ("succeed", ["image_0.png"])
+    wait_for(lambda: count() == "1")
+
+
 PROCESSES = ["postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"]
 
 

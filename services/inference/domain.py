@@ -155,7 +155,7 @@ class Inference:
         """
         job = await self._find(job_id)
         if job is None:
-            raise NotFound(f"inference with id {job_id} is not found")
+            raise NotFound(f"inference with id {job_id} not found")
         if not user.is_anonymous:
             _check_owner(job, user)
         return job

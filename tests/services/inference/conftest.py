@@ -45,6 +45,8 @@ class World(
 
     endpoints: list[endpoints_pb2.Endpoint] = field(default_factory=list)
     checkpoint_id: str = field(default_factory=lambda: str(uuid4()))
+    refusal: grpc.StatusCode | None = None  # what FindEndpoints answers instead
+    num_searches: int = 0  # of endpoints, so far
 
     def add_endpoint(self, inference_type: str = "Async", status: str = "InService") -> str:
         endpoint_id = str(uuid4())
@@ -61,6 +63,9 @@ class World(
         return endpoint_id
 
     async def FindEndpoints(self, request: Any, context: Any) -> endpoints_pb2.FindEndpointsResponse:
+        self.num_searches += 1
+        if self.refusal is not None:
+            await context.abort(self.refusal, "not now")
         if request.endpoint_name:
             found = [endpoint for endpoint in self.endpoints if endpoint.endpoint_name == request.endpoint_name]
         else:

@@ -245,7 +245,7 @@ async def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> Non
     assert await refusal(service.start(job_id)) == not_started
     assert await refusal(service.get(job_id)) == (
         grpc.StatusCode.NOT_FOUND,
-        f"inference with id {job_id} is not found",
+        f"inference with id {job_id} not found",
     )
 
 

@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from esd.options.v1 import options_pb2 as options
 from services.common import errors, validation
-from services.common.auth import TOKEN_METADATA, Absence, Caller, Kind, Profile, Verifier, set_caller
+from services.common.auth import TOKEN_METADATA, Absence, Caller, Kind, Profile, Verifier, set_caller, set_judgement
 from services.common.status import ReplyStatus, begin_reply
 
 log = structlog.get_logger()
@@ -132,8 +132,10 @@ class _Rules:
             raise errors.PermissionDenied(f"this is not open to a {caller.kind}")
 
     def judge(self, caller: Caller) -> None:
-        """Refuses a user who may not, unless the servicer judges."""
-        if self.permissions and not self.enforced_by_servicer:
+        """Refuses a user who may not; where the servicer says when, it is ready for its `auth.enforce()`."""
+        if self.enforced_by_servicer:
+            set_judgement(lambda: caller.enforce(self.permissions, self.absence))
+        elif self.permissions:
             caller.enforce(self.permissions, self.absence)
 
     def metadata(self, response: Message, caller: Caller | None, reply: ReplyStatus) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ from google.protobuf import struct_pb2
 from esd.identity.v1 import identity_pb2 as pb
 from esd.identity.v1 import identity_pb2_grpc as rpc
 from esd.options.v1 import options_pb2 as options
-from services.common.auth import Caller, current_caller
+from services.common.auth import Caller, current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.identity.domain import ADMINISTRATORS, DEFAULT_ROLES, Actor, Identity, UserView
 from services.identity.store import Role
@@ -63,7 +63,7 @@ class IdentityServicer(rpc.IdentityServiceServicer):
         caller = current_caller()
         is_first_of_webui = request.initial and caller.is_webui and caller.impersonate
         if not is_first_of_webui:
-            caller.enforce(["user:all"])
+            enforce()
         if not request.initial:
             await self._identity.create_user(_actor(), request.username, request.password, list(request.roles))
             return pb.CreateUserResponse()

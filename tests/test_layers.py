@@ -16,6 +16,9 @@ FORBIDDEN = {
     "servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "domain.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "dataset_servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "datasets.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
 }
 # Outside libraries that only these files of services/common may import.

@@ -12,6 +12,8 @@ from services.common.database import Database
 from services.common.logs import configure
 from services.common.server import serve
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.models.dataset_store import DatasetStore
+from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
@@ -28,7 +30,7 @@ async def main() -> None:
     identity = Identity(channel(settings.identity_address, tokens))
     database = Database(settings.database_url)
     await database.migrate("models")
-    servicer = ModelsServicer(Models(ModelStore(database), blobs, identity))
+    servicer = ModelsServicer(Models(ModelStore(database), blobs, identity), Datasets(DatasetStore(database), blobs))
     try:
         await serve(settings.listen, verifier, lambda server: add_ModelsServiceServicer_to_server(servicer, server))
     finally:

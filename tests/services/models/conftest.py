@@ -30,6 +30,8 @@ from services.identity.servicer import IdentityServicer
 from services.identity.store import IdentityStore, Role, User
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
+from services.models.dataset_store import DatasetStore
+from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
@@ -56,8 +58,10 @@ class Running:
     bob: Metadata = field(init=False)
 
     def __post_init__(self) -> None:
-        self.admin = self.tokens.user("api", ["checkpoint:all", "user:all"], ["IT Operator"], impersonate=True)
-        self.ann = self.tokens.user("ann", ["checkpoint:all"], ["designer"])
+        self.admin = self.tokens.user(
+            "api", ["checkpoint:all", "train:all", "user:all"], ["IT Operator"], impersonate=True
+        )
+        self.ann = self.tokens.user("ann", ["checkpoint:all", "train:all"], ["designer"])
         self.bob = self.tokens.user("bob", ["checkpoint:all"], ["guest"])
 
     async def create(
@@ -154,7 +158,9 @@ async def service(
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
-        servicer = ModelsServicer(Models(ModelStore(database), blobs, Identity(identity)))
+        servicer = ModelsServicer(
+            Models(ModelStore(database), blobs, Identity(identity)), Datasets(DatasetStore(database), blobs)
+        )
 
         def add(server: grpc.aio.Server) -> None:
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)
@@ -169,5 +175,5 @@ async def models(service: tuple[Running, Database]) -> Running:
     """The service without any checkpoints."""
     running, database = service
     async with database.transaction() as session:
-        await session.execute(sa.text("TRUNCATE checkpoints CASCADE"))
+        await session.execute(sa.text("TRUNCATE checkpoints, datasets CASCADE"))
     return running

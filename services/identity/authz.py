@@ -4,8 +4,6 @@ Nothing but a bad key is refused here. A missing, unknown or foreign `username` 
 the services, after they have looked at the request's body (contract 0.15).
 """
 
-# ruff: noqa: N802 - methods are named by the proto
-
 from __future__ import annotations
 
 import base64

@@ -24,6 +24,7 @@ from services.common.database import Database
 from services.common.server import Server
 from services.common.settings import BlobSettings
 from services.identity.domain import Identity as IdentityDomain
+from services.identity.key_uses import KeyUses
 from services.identity.keys import new_api_key
 from services.identity.passwords import Passwords
 from services.identity.servicer import IdentityServicer
@@ -132,7 +133,7 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
     database = Database(new_database(postgres), pool_size=2)
     await database.migrate("identity")
     store = IdentityStore(database)
-    issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"})
+    issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"}, KeyUses(store).note)
     domain = IdentityDomain(store, Passwords(Fernet.generate_key().decode()), issued.forget)
     await domain.bootstrap(new_api_key())
     for name in ("designer", "guest"):

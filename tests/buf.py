@@ -1,4 +1,4 @@
-"""Lints the protos with buf when node is there: `python -m tests.buf`. tests/test_protos.py has the rules without it."""
+"""Lints the protos with buf when node is there: `python -m tests.buf`. tests/test_protos.py has rules without it."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ async def _health(state: State, api_key: str) -> dict[str, bool]:
 
 
 def _workers(launcher: int) -> list[int]:
-    import psutil  # type: ignore[import-untyped]  # noqa: PLC0415
+    import psutil  # noqa: PLC0415
 
     children = psutil.Process(launcher).children(recursive=True)
     return [child.pid for child in children if "gpu_worker" in child.cmdline()]

@@ -82,7 +82,7 @@ class Client:
         answer = self._store.put(url, content=content, headers={"content-length": str(size_bytes)})
         if answer.is_error:
             raise DemoFailed(f"upload: {answer.status_code} {answer.text}")
-        return answer.headers.get("etag", "")
+        return str(answer.headers.get("etag", ""))
 
     def put_json(self, url: str, content: dict[str, Any]) -> None:
         """Writes JSON to a presigned URL."""

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-from supervisor import events, loggers  # type: ignore[import-untyped]
-from supervisor.medusa.asyncore_25 import ExitNow  # type: ignore[import-untyped]
-from supervisor.options import ServerOptions  # type: ignore[import-untyped]
-from supervisor.states import ProcessStates, getProcessStateDescription  # type: ignore[import-untyped]
-from supervisor.supervisord import Supervisor  # type: ignore[import-untyped]
+import psutil
+from supervisor import events, loggers
+from supervisor.medusa.asyncore_25 import ExitNow
+from supervisor.options import ServerOptions
+from supervisor.states import ProcessStates, getProcessStateDescription
+from supervisor.supervisord import Supervisor
 
 from deploy.local.plan import Program
 from services.common.process import adopt_orphans

@@ -1,7 +1,5 @@
 """Speaks EndpointsService: parses, calls the domain, replies."""
 
-# ruff: noqa: N802 - methods are named by the proto
-
 from __future__ import annotations
 
 from datetime import datetime

@@ -26,6 +26,8 @@ _MAX_PAGE = 1000
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _SWEEP_SECONDS = 7.0
+# The order in which a worker loads (contract 10.2); JSON objects arrive in none.
+_MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE"]
 _PSEUDO_VAES = ("Automatic", "None")
 
 
@@ -247,7 +249,7 @@ class Inference:
 
     async def _find_models(self, models: dict[str, Any], user: User) -> list[Model]:
         names = []
-        for kind, files in models.items():
+        for kind, files in sorted(models.items(), key=_loading_order):
             if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
                 raise InvalidArgument(f"models: {kind} is not a list of file names")
             names += [(kind, name) for name in files]
@@ -323,6 +325,11 @@ def _check_owner(job: Job, user: User) -> None:
         raise PermissionDenied(f"inference {job.id} belongs to another user than {user.name}")
 
 
+def _loading_order(item: tuple[str, Any]) -> tuple[int, str]:
+    kind = item[0]
+    return _MODEL_TYPES.index(kind) if kind in _MODEL_TYPES else len(_MODEL_TYPES), kind
+
+
 def _pseudo_vae(name: str) -> Model:
     """The VAE that is part of the base checkpoint, as the original prints it (`s3` is the text None)."""
     return Model(type="VAE", name=name, id="VAE", all_names=[name], s3_location="None")
@@ -364,5 +371,5 @@ def _parse_key(key: str) -> tuple[datetime, UUID]:
         position = json.loads(base64.b64decode(key, validate=True))
         time = datetime.strptime(position["createTime"], "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC)
         return time, UUID(position["InferenceJobId"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidArgument(f'exclusive_start_key "{key}" is malformed') from None

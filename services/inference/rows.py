@@ -137,9 +137,10 @@ class Job(SQLModel, table=True):
         self.timings = timings
 
     def start(self) -> None:
-        """The worker that holds the lease has begun."""
-        self.is_running = True
-        self.start_time = now()
+        """The worker that holds the lease has begun; told again after a reconnect, it changes nothing."""
+        if not self.is_running:
+            self.is_running = True
+            self.start_time = now()
 
     def succeed(self, image_names: list[str], timings: dict[str, float]) -> None:
         """held → succeed: the results under the current lease are the job's."""

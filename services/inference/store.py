@@ -1,7 +1,6 @@
 """Jobs, workers and the fair queue in PostgreSQL. One method is one transaction.
 
-Fairness is start-time fair queuing (Goyal, Vin, Cheng 1996): a job's virtual start is the later of the queue's clock
-and the end of its owner's last job, and the queue's clock is the virtual start of the job taken last.
+Who gets which job is decided in claim.py; here a job gets its place in the queue.
 """
 
 from __future__ import annotations
@@ -11,34 +10,15 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    Integer,
-    Select,
-    Text,
-    Uuid,
-    bindparam,
-    delete,
-    func,
-    literal_column,
-    select,
-    tuple_,
-    update,
-)
+from sqlalchemy import Select, delete, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.inference.claim import CLAIM, QUEUE_CLOCK, QUEUED, UNDER_WAY, of_stream
 from services.inference.rows import Job, RetiredEndpoint, UserClock, Worker
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
-
-WARM_WINDOW = 32  # a warm job is looked for among so many at the front
-MAX_PASSED_OVER = 8  # so often the first in the queue lets a warm one go before it
-_QUEUE_CLOCK = ""
-# Literal, because the planner uses a partial index only where it sees the index's own condition.
-_QUEUED: ColumnElement[bool] = literal_column("job.status = 'inprogress' AND job.lease_id IS NULL")
-_UNDER_WAY: ColumnElement[bool] = literal_column("job.status = 'inprogress'")
 
 
 class JobStore:
@@ -168,7 +148,9 @@ class JobStore:
 
     async def renew(self, endpoint_id: UUID, worker_id: str, stream_id: UUID) -> bool:
         """Keeps all leases of a worker alive; False when another stream has taken over, or the worker was reaped."""
-        seen = update(Worker).values(last_seen=func.clock_timestamp()).where(_stream(endpoint_id, worker_id, stream_id))
+        seen = (
+            update(Worker).values(last_seen=func.clock_timestamp()).where(of_stream(endpoint_id, worker_id, stream_id))
+        )
         async with self._database.transaction() as session:
             return await session.scalar(seen.returning(col(Worker.worker_id))) is not None
 
@@ -184,7 +166,7 @@ class JobStore:
 
     async def leave(self, endpoint_id: UUID, worker_id: str, stream_id: UUID) -> int:
         """Takes back what a worker held, unless it has come back by another stream; answers how many jobs."""
-        gone = delete(Worker).where(_stream(endpoint_id, worker_id, stream_id)).returning(col(Worker.worker_id))
+        gone = delete(Worker).where(of_stream(endpoint_id, worker_id, stream_id)).returning(col(Worker.worker_id))
         async with self._database.transaction() as session:
             if await session.scalar(gone) is None:
                 return 0
@@ -201,7 +183,7 @@ class JobStore:
         """Of each endpoint with workers or jobs under way: the workers' ids, how many jobs wait, how many are held."""
         workers = select(col(Worker.endpoint_id), func.array_agg(Worker.worker_id)).group_by(col(Worker.endpoint_id))
         held = func.count(col(Job.lease_id))
-        jobs = select(col(Job.endpoint_id), func.count() - held, held).where(_UNDER_WAY)
+        jobs = select(col(Job.endpoint_id), func.count() - held, held).where(UNDER_WAY)
         async with self._database.transaction() as session:
             found = {endpoint: (sorted(ids), 0, 0) for endpoint, ids in await session.execute(workers)}
             for endpoint, num_queued, num_held in await session.execute(jobs.group_by(col(Job.endpoint_id))):
@@ -224,7 +206,7 @@ class JobStore:
         query = select(Job, col(RetiredEndpoint.reason)).join(
             RetiredEndpoint, col(RetiredEndpoint.endpoint_id) == col(Job.endpoint_id)
         )
-        query = query.where(_QUEUED)
+        query = query.where(QUEUED)
         if endpoint_id is not None:
             query = query.where(col(Job.endpoint_id) == endpoint_id)
         async with self._database.transaction() as session:
@@ -233,7 +215,7 @@ class JobStore:
     async def move(self, job_id: UUID, to: tuple[UUID, str, str]) -> bool:
         """Moves a queued job to another endpoint: id, name, instance type. False: it is not queued any more."""
         async with self._database.transaction() as session:
-            job = await session.scalar(_locked(select(Job).where(col(Job.id) == job_id, _QUEUED)))
+            job = await session.scalar(_locked(select(Job).where(col(Job.id) == job_id, QUEUED)))
             if job is not None:
                 job.endpoint_id, job.endpoint_name, job.instance_type = to
                 await _enqueue(session, job)
@@ -242,85 +224,11 @@ class JobStore:
     async def fail_queued(self, job_id: UUID, reason: str) -> bool:
         """Fails a queued job. False: it is not queued any more."""
         async with self._database.transaction() as session:
-            job = await session.scalar(_locked(select(Job).where(col(Job.id) == job_id, _QUEUED)))
+            job = await session.scalar(_locked(select(Job).where(col(Job.id) == job_id, QUEUED)))
             if job is not None:
                 job.fail(reason)
                 await notify(session, JOB_ENDED, str(job.id))
             return job is not None
-
-
-def _claim_statement() -> Select[Job]:
-    """The claim: real-time before async, then by virtual start, a warm job among the first ones before a cold one.
-
-    A job at the front that was passed over too often goes first whatever is warm. Row locks with SKIP LOCKED let
-    several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
-    """
-    # Not named as columns are: an UPDATE takes such parameters for values to set.
-    endpoint_id: Any = bindparam("endpoint", type_=Uuid)
-    worker_id: Any = bindparam("worker", type_=Text)
-    stream_id: Any = bindparam("stream", type_=Uuid)
-    job = Job.__table__  # type: ignore[attr-defined]
-    place = (job.c.priority_class, job.c.virtual_start, job.c.id)
-    front = select(*place, job.c.base_model_key, job.c.passed_over).where(job.c.endpoint_id == endpoint_id, _QUEUED)
-    head = front.order_by(*place).limit(WARM_WINDOW).cte("head")
-    stream = select(col(Worker.worker_id)).where(_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
-    me = stream.cte("me")
-    order = (
-        head.c.priority_class,
-        (head.c.passed_over >= MAX_PASSED_OVER).desc(),
-        head.c.base_model_key.in_(bindparam("warm_models", expanding=True)).desc(),
-        head.c.virtual_start,
-        head.c.id,
-    )
-    chosen = (
-        select(job.c.id, job.c.virtual_start)
-        .join(head, head.c.id == job.c.id)
-        .where(_QUEUED, select(me.c.worker_id).exists())
-        .order_by(*order)
-        .limit(bindparam("num_jobs", type_=Integer))
-        .with_for_update(of=job, skip_locked=True)
-        .cte("chosen")
-    )
-    leased = (
-        update(job)
-        .where(job.c.id == chosen.c.id)
-        .values(
-            lease_id=func.gen_random_uuid(),
-            worker_id=worker_id,
-            is_running=False,
-            claim_time=func.clock_timestamp(),
-            num_claims=job.c.num_claims + 1,
-        )
-        .returning(*job.c)
-        .cte("leased")
-    )
-    return select(Job).from_statement(  # type: ignore[return-value]
-        select(leased).add_cte(_passed_over(head, chosen), _advanced_clock(chosen))
-    )
-
-
-def _passed_over(head: Any, chosen: Any) -> Any:
-    """Counts that the first in the queue was passed over, if it was."""
-    job = Job.__table__  # type: ignore[attr-defined]
-    first = select(head.c.id).order_by(head.c.priority_class, head.c.virtual_start, head.c.id).limit(1)
-    waiting = (
-        select(job.c.id)
-        .where(job.c.id == first.scalar_subquery(), _QUEUED)
-        .where(select(chosen.c.id).exists(), job.c.id.not_in(select(chosen.c.id)))
-        .with_for_update(skip_locked=True)
-    )
-    return update(job).where(job.c.id.in_(waiting)).values(passed_over=job.c.passed_over + 1).cte("passed")
-
-
-def _advanced_clock(chosen: Any) -> Any:
-    """Sets the queue's clock to the virtual start of what was taken."""
-    latest = func.max(chosen.c.virtual_start)
-    values = select(bindparam("endpoint", type_=Uuid), literal_column("''"), latest).having(func.count() > 0)
-    taken = insert(UserClock).from_select(["endpoint_id", "username", "virtual_time"], values)
-    later = func.greatest(col(UserClock.virtual_time), taken.excluded.virtual_time)
-    return taken.on_conflict_do_update(index_elements=["endpoint_id", "username"], set_={"virtual_time": later}).cte(
-        "clock"
-    )
 
 
 async def _enqueue(session: AsyncSession, job: Job) -> None:
@@ -328,7 +236,7 @@ async def _enqueue(session: AsyncSession, job: Job) -> None:
     clock = col(UserClock.virtual_time)
     queue_time = (
         select(func.coalesce(func.max(clock), 0.0))
-        .where(col(UserClock.endpoint_id) == job.endpoint_id, col(UserClock.username) == _QUEUE_CLOCK)
+        .where(col(UserClock.endpoint_id) == job.endpoint_id, col(UserClock.username) == QUEUE_CLOCK)
         .scalar_subquery()
     )
     first = insert(UserClock).values(
@@ -343,7 +251,7 @@ async def _enqueue(session: AsyncSession, job: Job) -> None:
 
 async def _held(session: AsyncSession, endpoint_id: UUID, lease_id: UUID) -> Job | None:
     """The fence: the job that is held under this lease now, locked."""
-    held = select(Job).where(col(Job.lease_id) == lease_id, col(Job.endpoint_id) == endpoint_id, _UNDER_WAY)
+    held = select(Job).where(col(Job.lease_id) == lease_id, col(Job.endpoint_id) == endpoint_id, UNDER_WAY)
     return await session.scalar(_locked(held))
 
 
@@ -372,14 +280,3 @@ async def _release(session: AsyncSession, jobs: list[Job]) -> None:
 
 def _locked(query: Select[Job]) -> Select[Job]:
     return query.with_for_update(of=Job)
-
-
-def _stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
-    return (
-        (col(Worker.endpoint_id) == endpoint_id)
-        & (col(Worker.worker_id) == worker_id)
-        & (col(Worker.stream_id) == stream_id)
-    )
-
-
-CLAIM = _claim_statement()  # built once; it takes longer than the database does

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from deploy.local.stack import Stack
 from rich.console import Console
 from rich.table import Table
 
 from deploy.local.demo import Client, Picture, deploy, upload
+from deploy.local.stack import Stack
 from gpu_worker.tiny import write_tiny_checkpoint
 
 console = Console(width=110)

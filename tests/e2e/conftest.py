@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from deploy.local.stack import Stack
 
 PARTS = 2
@@ -98,10 +99,10 @@ def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """The one-machine stack with both listeners, in a home of its own."""
+    """The one-machine stack with both listeners and a base path, in a home of its own."""
     with tempfile.TemporaryDirectory(prefix="esd-e2e-") as folder:
         Path(folder).chmod(0o711)  # PostgreSQL's user must get through, when root runs this
-        stack = Stack(Path(folder) / "home", webui=True)
+        stack = Stack(Path(folder) / "home", webui=True, env_overrides={"ESD_BASE_PATH": "/prod"})
         stack.start()
         try:
             yield stack

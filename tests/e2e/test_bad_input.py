@@ -51,7 +51,7 @@ def test_a_wrong_value_in_the_payload_is_named(studio: Studio, change: dict[str,
         (b"[1, 2]", "object"),
         (b'{"prompt": NaN}', "NaN"),
         (b"\xff\xfe\x00", "JSON"),
-        (b"", "JSON"),
+        (b"", "empty"),
     ],
 )
 def test_a_payload_that_is_no_json_object_is_refused(studio: Studio, content: bytes, word: str) -> None:

@@ -8,11 +8,11 @@ import signal
 import httpx
 import psutil
 import pytest
-from deploy.local.stack import Stack
 
+from deploy.local.stack import Stack
 from tests.e2e.conftest import PICTURE, Api, Studio, create_job, finished, wait_for
 
-SLOW = PICTURE | {"steps": 150, "width": 128, "height": 128}
+SLOW = PICTURE | {"steps": 150}
 
 
 def workers() -> list[psutil.Process]:

@@ -66,7 +66,7 @@ class Authorization(ext_authz_pb2_grpc.AuthorizationServicer):
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
 
-    async def Check(self, request: ext_authz_pb2.CheckRequest, context: Context) -> ext_authz_pb2.CheckResponse:  # noqa: N802
+    async def Check(self, request: ext_authz_pb2.CheckRequest, context: Context) -> ext_authz_pb2.CheckResponse:
         self.seen.checks.append(request)
         self.seen.check_secrets.append(metadata(context).get("x-esd-secret", ""))
         if request.attributes.request.http.headers.get("x-api-key") != KEY:
@@ -88,12 +88,12 @@ class Identity(identity_pb2_grpc.IdentityServiceServicer):
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
 
-    async def Ping(self, request: identity_pb2.PingRequest, context: Context) -> identity_pb2.PingResponse:  # noqa: N802
+    async def Ping(self, request: identity_pb2.PingRequest, context: Context) -> identity_pb2.PingResponse:
         self.seen.calls.append(metadata(context))
         await send_reply(context, 200, "pong")
         return identity_pb2.PingResponse()
 
-    async def ListRoles(  # noqa: N802
+    async def ListRoles(
         self, request: identity_pb2.ListRolesRequest, context: Context
     ) -> identity_pb2.ListRolesResponse:
         if request.role == "missing":
@@ -105,20 +105,20 @@ class Identity(identity_pb2_grpc.IdentityServiceServicer):
         reply.roles.extend(identity_pb2.Role(role_name="x" * 1000) for _ in range(count))
         return reply
 
-    async def CreateRole(  # noqa: N802
+    async def CreateRole(
         self, request: identity_pb2.CreateRoleRequest, context: Context
     ) -> identity_pb2.CreateRoleResponse:
         self.seen.requests.append(request)
         await send_reply(context, 201, f'role "{request.role_name}" created\n100%')
         return identity_pb2.CreateRoleResponse()
 
-    async def DeleteRoles(  # noqa: N802
+    async def DeleteRoles(
         self, request: identity_pb2.DeleteRolesRequest, context: Context
     ) -> identity_pb2.DeleteRolesResponse:
         await send_reply(context, 204, "roles deleted")
         return identity_pb2.DeleteRolesResponse()
 
-    async def IssueToken(  # noqa: N802
+    async def IssueToken(
         self, request: identity_pb2.IssueTokenRequest, context: Context
     ) -> identity_pb2.IssueTokenResponse:
         return identity_pb2.IssueTokenResponse(token=f"token for {request.secret}")
@@ -130,7 +130,7 @@ class Models(models_pb2_grpc.ModelsServiceServicer):
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
 
-    async def UpdateCheckpoint(  # noqa: N802
+    async def UpdateCheckpoint(
         self, request: models_pb2.UpdateCheckpointRequest, context: Context
     ) -> models_pb2.UpdateCheckpointResponse:
         self.seen.requests.append(request)
@@ -141,7 +141,7 @@ class Models(models_pb2_grpc.ModelsServiceServicer):
 class Endpoints(endpoints_pb2_grpc.EndpointsServiceServicer):
     """Answers a raw empty body, and in the webui profile none."""
 
-    async def DeleteEndpoints(  # noqa: N802
+    async def DeleteEndpoints(
         self, request: endpoints_pb2.DeleteEndpointsRequest, context: Context
     ) -> endpoints_pb2.DeleteEndpointsResponse:
         webui = metadata(context)["x-esd-token"] == "token for webui"
@@ -152,14 +152,14 @@ class Endpoints(endpoints_pb2_grpc.EndpointsServiceServicer):
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
     """Answers a job, unwrapped, and measures payloads."""
 
-    async def CreateInferenceJob(  # noqa: N802
+    async def CreateInferenceJob(
         self, request: inference_pb2.CreateInferenceJobRequest, context: Context
     ) -> inference_pb2.CreateInferenceJobResponse:
         await send_reply(context, 201, "Created")
         receipt = inference_pb2.JobReceipt(id=str(len(request.payload_string)))
         return inference_pb2.CreateInferenceJobResponse(inference=receipt)
 
-    async def GetInferenceJob(  # noqa: N802
+    async def GetInferenceJob(
         self, request: inference_pb2.GetInferenceJobRequest, context: Context
     ) -> inference_pb2.GetInferenceJobResponse:
         await send_reply(context, 200, "OK", "x-esd-unwrap")
@@ -174,14 +174,14 @@ class Queue(inference_pb2_grpc.QueueServiceServicer):
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
 
-    async def Work(  # noqa: N802
+    async def Work(
         self, request_iterator: AsyncIterator[inference_pb2.WorkRequest], context: Context
     ) -> AsyncIterator[inference_pb2.WorkResponse]:
         self.seen.calls.append(metadata(context))
         async for request in request_iterator:
             yield inference_pb2.WorkResponse(welcome={"kept_leases": request.hello.held_leases})
 
-    async def WatchPools(  # noqa: N802
+    async def WatchPools(
         self, request: inference_pb2.WatchPoolsRequest, context: Context
     ) -> AsyncIterator[inference_pb2.WatchPoolsResponse]:
         self.seen.calls.append(metadata(context))

@@ -1,7 +1,5 @@
 """What every RPC has in common, shown on servicers of our own protos: a real server, a real stub, real tokens."""
 
-# ruff: noqa: N802 - methods are named by the proto
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any

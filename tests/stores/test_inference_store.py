@@ -11,8 +11,9 @@ from sqlalchemy.exc import IntegrityError
 
 from services.common.database import Database
 from services.common.errors import FailedPrecondition
+from services.inference.claim import CLAIM, MAX_PASSED_OVER
 from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Worker, now
-from services.inference.store import CLAIM, MAX_PASSED_OVER, JobStore
+from services.inference.store import JobStore
 
 
 @dataclass

@@ -6,8 +6,6 @@ stub       EndpointsService on a real server, without a control loop
 run_loop   starts a control loop with the local cluster; several may run, each can be stopped
 """
 
-# ruff: noqa: N802 - methods are named by the proto
-
 import asyncio
 import os
 import sys

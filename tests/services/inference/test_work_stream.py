@@ -4,6 +4,7 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+import psycopg
 import pytest
 from google.protobuf.json_format import MessageToDict
 
@@ -140,6 +141,24 @@ async def test_the_raw_answer_of_an_async_job_is_written(service: Service) -> No
     await until(service, path.removeprefix(f"s3://{service.blobs.bucket}/"), gone=False)
 
 
+async def test_when_all_database_connections_break_a_waiting_worker_still_gets_the_next_job(
+    service: Service, database_url: str
+) -> None:
+    async with service.worker() as worker:
+        await worker.want()
+        job_id = (await service.create()).id
+        url = database_url.replace("+psycopg", "")
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        put = (await service.get(job_id)).params.struct_value["input_body_presign_url"]
+        (await service.http.put(put, content=b"{}")).raise_for_status()
+        await service.start(job_id)
+        assert (await worker.read()).assign.spec.job_id == job_id
+
+
 async def test_a_stream_begins_with_hello_and_belongs_to_an_endpoint(service: Service) -> None:
     call = service.queue.Work(metadata=service.tokens.worker(service.endpoint_id))
     await call.write(pb.WorkRequest(want=pb.Want(num_jobs=1)))
@@ -230,6 +249,17 @@ async def test_a_job_that_was_running_when_its_endpoint_retired_finds_its_way_to
         assert await retire(service, service.endpoint_id) == (0, 0)
     job = await service.ended(job_id)
     assert job.sagemaker_raw.string_value == "endpoint esd-x was deleted"
+
+
+async def test_a_job_that_is_started_after_its_endpoint_retired_finds_its_way_too(service: Service) -> None:
+    receipt = await service.create()
+    await service.upload(receipt)
+    del service.world.endpoints[:]
+    other = service.world.add_endpoint()
+    assert await retire(service, service.endpoint_id) == (0, 0)
+    await service.start(receipt.id)
+    async with service.worker(endpoint_id=other) as worker:
+        assert (await worker.take()).spec.job_id == receipt.id
 
 
 async def test_only_services_may_look_at_pools_and_retire_endpoints(service: Service) -> None:

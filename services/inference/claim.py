@@ -1,0 +1,110 @@
+"""The claim: which queued jobs a worker gets, decided and leased in one SQL statement.
+
+Fairness is start-time fair queuing (Goyal, Vin, Cheng 1996): a job's virtual start is the later of the queue's clock
+and the end of its owner's last job, and the queue's clock is the virtual start of the job taken last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Integer, Select, Text, Uuid, bindparam, func, literal_column, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlmodel import col
+
+from services.inference.rows import Job, UserClock, Worker
+
+WARM_WINDOW = 32  # a warm job is looked for among so many at the front
+MAX_PASSED_OVER = 8  # so often the first in the queue lets a warm one go before it
+QUEUE_CLOCK = ""  # the username of the queue's own clock
+# Literal, because the planner uses a partial index only where it sees the index's own condition.
+QUEUED: ColumnElement[bool] = literal_column("job.status = 'inprogress' AND job.lease_id IS NULL")
+UNDER_WAY: ColumnElement[bool] = literal_column("job.status = 'inprogress'")
+
+
+def of_stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
+    """The row of a worker, as long as this is its stream."""
+    return (
+        (col(Worker.endpoint_id) == endpoint_id)
+        & (col(Worker.worker_id) == worker_id)
+        & (col(Worker.stream_id) == stream_id)
+    )
+
+
+def _claim_statement() -> Select[Job]:
+    """The claim: real-time before async, then by virtual start, a warm job among the first ones before a cold one.
+
+    A job at the front that was passed over too often goes first whatever is warm. Row locks with SKIP LOCKED let
+    several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
+    """
+    # Not named as columns are: an UPDATE takes such parameters for values to set.
+    endpoint_id: Any = bindparam("endpoint", type_=Uuid)
+    worker_id: Any = bindparam("worker", type_=Text)
+    stream_id: Any = bindparam("stream", type_=Uuid)
+    job = Job.__table__  # type: ignore[attr-defined]
+    place = (job.c.priority_class, job.c.virtual_start, job.c.id)
+    front = select(*place, job.c.base_model_key, job.c.passed_over).where(job.c.endpoint_id == endpoint_id, QUEUED)
+    head = front.order_by(*place).limit(WARM_WINDOW).cte("head")
+    stream = (
+        select(col(Worker.worker_id)).where(of_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
+    )
+    me = stream.cte("me")
+    order = (
+        head.c.priority_class,
+        (head.c.passed_over >= MAX_PASSED_OVER).desc(),
+        head.c.base_model_key.in_(bindparam("warm_models", expanding=True)).desc(),
+        head.c.virtual_start,
+        head.c.id,
+    )
+    chosen = (
+        select(job.c.id, job.c.virtual_start)
+        .join(head, head.c.id == job.c.id)
+        .where(QUEUED, select(me.c.worker_id).exists())
+        .order_by(*order)
+        .limit(bindparam("num_jobs", type_=Integer))
+        .with_for_update(of=job, skip_locked=True)
+        .cte("chosen")
+    )
+    leased = (
+        update(job)
+        .where(job.c.id == chosen.c.id)
+        .values(
+            lease_id=func.gen_random_uuid(),
+            worker_id=worker_id,
+            is_running=False,
+            claim_time=func.clock_timestamp(),
+            num_claims=job.c.num_claims + 1,
+        )
+        .returning(*job.c)
+        .cte("leased")
+    )
+    return select(Job).from_statement(  # type: ignore[return-value]
+        select(leased).add_cte(_passed_over(head, chosen), _advanced_clock(chosen))
+    )
+
+
+def _passed_over(head: Any, chosen: Any) -> Any:
+    """Counts that the first in the queue was passed over, if it was."""
+    job = Job.__table__  # type: ignore[attr-defined]
+    first = select(head.c.id).order_by(head.c.priority_class, head.c.virtual_start, head.c.id).limit(1)
+    waiting = (
+        select(job.c.id)
+        .where(job.c.id == first.scalar_subquery(), QUEUED)
+        .where(select(chosen.c.id).exists(), job.c.id.not_in(select(chosen.c.id)))
+        .with_for_update(skip_locked=True)
+    )
+    return update(job).where(job.c.id.in_(waiting)).values(passed_over=job.c.passed_over + 1).cte("passed")
+
+
+def _advanced_clock(chosen: Any) -> Any:
+    """Sets the queue's clock to the virtual start of what was taken."""
+    latest = func.max(chosen.c.virtual_start)
+    values = select(bindparam("endpoint", type_=Uuid), literal_column("''"), latest).having(func.count() > 0)
+    taken = insert(UserClock).from_select(["endpoint_id", "username", "virtual_time"], values)
+    later = func.greatest(col(UserClock.virtual_time), taken.excluded.virtual_time)
+    return taken.on_conflict_do_update(index_elements=["endpoint_id", "username"], set_={"virtual_time": later}).cte(
+        "clock"
+    )
+
+
+CLAIM = _claim_statement()  # built once; building it takes longer than running it

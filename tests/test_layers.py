@@ -18,6 +18,7 @@ FORBIDDEN = {
     "store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "dataset_servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "datasets.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "background.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
 }

@@ -72,11 +72,12 @@ class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
             shown = self._message(row, before)
             data = pb.UpdateCheckpointResponse.Data(checkpoint=shown)
             return pb.UpdateCheckpointResponse(status_code=200, message="OK", checkpoint=shown, data=data)
-        message = "OK"
-        if body.HasField("name") and not await self._models.rename(row, body.name):
-            message = "no need to update"
-        set_reply(200, message)
-        return pb.UpdateCheckpointResponse(status_code=200, message=message)
+        status, message = 200, "OK"
+        if body.HasField("name"):
+            renamed = await self._models.rename(row, body.name)
+            status, message = (202, "rename is processing, please wait") if renamed else (200, "no need to update")
+        set_reply(status, message)
+        return pb.UpdateCheckpointResponse(status_code=status, message=message)
 
     async def DeleteCheckpoints(
         self, request: pb.DeleteCheckpointsRequest, context: Context

@@ -1,5 +1,6 @@
 """Owns a running models service: the real server on a real database, object store and identity service."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
@@ -31,12 +32,14 @@ from services.identity.servicer import IdentityServicer
 from services.identity.store import IdentityStore, Role, User
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
+from services.models.background import Background
+from services.models.chores import Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
-from services.models.store import ModelStore
+from services.models.store import MOVE_OBJECTS, ModelStore
 from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens, serving
 
@@ -153,21 +156,27 @@ async def service(
     postgres: Postgres, s3: S3Access, tokens: Tokens, identity_address: str
 ) -> AsyncIterator[tuple[Running, Database]]:
     """The service for the tests of a module."""
-    database = Database(new_database(postgres), pool_size=4)
+    url = new_database(postgres)
+    database = Database(url, pool_size=4)
     await database.migrate("models")
+    chores = Chores(url, first_wait_seconds=0.1)
+    await chores.prepare()
+    store = ModelStore(database, chores)
     names = ("bucket", "region", "endpoint_url", "access_key", "secret_key_file")
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
-        servicer = ModelsServicer(
-            Models(ModelStore(database), blobs, Identity(identity)), Datasets(DatasetStore(database), blobs)
-        )
+        servicer = ModelsServicer(Models(store, blobs, Identity(identity)), Datasets(DatasetStore(database), blobs))
 
         def add(server: grpc.aio.Server) -> None:
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)
 
         channel = await stack.enter_async_context(serving(add, tokens.verifier()))
+        chores.add(MOVE_OBJECTS, Background(store, blobs).move_objects)
+        doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, tokens), database
+        doing.cancel()
+        await asyncio.wait([doing])
     await database.dispose()
 
 

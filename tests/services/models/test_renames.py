@@ -95,7 +95,7 @@ async def test_renaming_there_and_back_ends_where_it_began(models: Running) -> N
     for name in ("b", "a", "b", "c", "a"):
         assert (await _rename(models, checkpoint_id, name))[0] == 202
     async with asyncio.timeout(60):
-        while not (found := await _resolved(models, "a.safetensors")).key.endswith("/a.safetensors"):
+        while not (found := await _resolved(models, "a.safetensors")).key.endswith("/a.safetensors"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     await _keys(models, checkpoint_id, "a.safetensors")
     assert await models.blobs.get(found.key) == content

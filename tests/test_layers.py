@@ -31,6 +31,7 @@ OWNERS = {
     "protovalidate": {"validation.py"},
     "jwt": {"auth.py"},
     "pydantic_settings": {"settings.py"},
+    "httpcore": {"outbound.py"},
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
 TORCH_OWNERS = {"engine.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py"}

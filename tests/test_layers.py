@@ -16,6 +16,10 @@ FORBIDDEN = {
     "servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "domain.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "dataset_servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "datasets.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "background.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
 }
 # Outside libraries that only these files of services/common may import.
@@ -27,6 +31,7 @@ OWNERS = {
     "protovalidate": {"validation.py"},
     "jwt": {"auth.py"},
     "pydantic_settings": {"settings.py"},
+    "httpcore": {"outbound.py"},
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
 TORCH_OWNERS = {"engine.py", "fault.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py"}

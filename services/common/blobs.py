@@ -20,6 +20,7 @@ log = structlog.get_logger()
 
 HOUR = 3600
 DAY = 24 * HOUR
+GIB = 1024**3
 T = TypeVar("T")
 
 
@@ -107,6 +108,37 @@ class Blobs:
     async def put(self, key: str, content: bytes) -> None:
         """Writes an object."""
         await self._run(self._client.put_object, Key=key, Body=content)
+
+    async def copy(self, key: str, target: str, max_single_bytes: int = GIB, part_bytes: int = GIB // 2) -> None:
+        """Copies an object within the store; a large one by parts, several at a time (S3 ends at 5 GB for one copy).
+
+        Raises:
+            BlobNotFound: there is no such object.
+        """
+        size_bytes = (await self.head(key)).size_bytes
+        source = {"Bucket": self.bucket, "Key": key}
+        if size_bytes <= max_single_bytes:
+            await self._run(self._client.copy_object, Key=target, CopySource=source)
+            return
+        upload_id = await self.create_multipart(target)
+        at_once = asyncio.Semaphore(4)
+
+        async def copy_part(number: int, first: int) -> tuple[int, str]:
+            last = min(first + part_bytes, size_bytes) - 1
+            names = {"Key": target, "UploadId": upload_id, "PartNumber": number, "CopySource": source}
+            async with at_once:
+                answer = await self._run(
+                    self._client.upload_part_copy, CopySourceRange=f"bytes={first}-{last}", **names
+                )
+            return number, answer["CopyPartResult"]["ETag"].strip('"')
+
+        try:
+            firsts = range(0, size_bytes, part_bytes)
+            parts = await asyncio.gather(*(copy_part(number, first) for number, first in enumerate(firsts, 1)))
+            await self.complete_multipart(target, upload_id, parts)
+        except BaseException:
+            await asyncio.shield(self.abort_multipart(target, upload_id))
+            raise
 
     async def delete(self, key: str) -> None:
         """Deletes an object, if there is one."""

@@ -14,6 +14,7 @@ from services.common.server import serve
 from services.common.settings import load, read_secret
 from services.identity.authz import AuthorizationServicer
 from services.identity.domain import Identity
+from services.identity.key_uses import KeyUses
 from services.identity.passwords import Passwords
 from services.identity.servicer import IdentityServicer
 from services.identity.settings import IdentitySettings, read_secret_hashes
@@ -29,7 +30,8 @@ async def run(settings: IdentitySettings) -> None:
     first_key = _first_key(settings)
     database = Database(settings.database_url)
     store = IdentityStore(database)
-    tokens = Tokens(store, signer, hashes.services)
+    uses = KeyUses(store)
+    tokens = Tokens(store, signer, hashes.services, uses.note)
     identity = Identity(store, passwords, tokens.forget)
 
     async def on_notify(channel: str, payload: str) -> None:
@@ -44,8 +46,10 @@ async def run(settings: IdentitySettings) -> None:
     await identity.bootstrap(first_key)
     async with asyncio.TaskGroup() as group:  # should listening fail, serving ends, and the process is started again
         listening = group.create_task(database.listen([CHANGED], on_notify))
+        writing = group.create_task(uses.write())
         await serve(settings.listen, Verifier.from_file(settings.verifying_key_file), add_servicers)
         listening.cancel()
+        writing.cancel()
     await database.dispose()
 
 

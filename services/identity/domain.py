@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from services.identity.keys import new_api_key
+from services.identity.keys import new_api_key, shown_prefix
 from services.identity.passwords import Passwords
 from services.identity.store import ApiKey, IdentityStore, Role, Secret, User
 from services.identity.tokens import MAX_NAME_LENGTH, is_name, sha256
@@ -54,10 +57,8 @@ class UserView:
 class NewKey:
     """An API key in the one moment in which its value is known."""
 
-    id: str
-    owner: str
+    key: ApiKey
     value: str
-    impersonate: bool
 
 
 class Identity:
@@ -72,7 +73,8 @@ class Identity:
         """Makes the default roles, the first user and its key where they are missing; what is there stays as it is."""
         roles = [Role(role_name=name, creator=INSTALLER, permissions=ALL_PERMISSIONS) for name in DEFAULT_ROLES]
         user = User(username=FIRST_USER, roles=[ADMINISTRATORS], creator=INSTALLER)
-        await self._store.bootstrap(roles, user, sha256(first_key))
+        key = ApiKey(key_hash=sha256(first_key), owner=FIRST_USER, impersonate=True, prefix=shown_prefix(first_key))
+        await self._store.bootstrap(roles, user, key)
 
     async def list_roles(self, actor: Actor, name: str | None) -> list[Role]:
         """The roles that the actor may see, by name descending."""
@@ -86,8 +88,8 @@ class Identity:
 
         Raises:
             InvalidArgument: a permission is not known.
-            FailedPrecondition: the administrators' role would lose permissions, or an actor who may only create roles
-                replaces somebody else's, or grants what they do not hold.
+            FailedPrecondition: the administrators' role would lose permissions, nobody would keep user:all, or an actor
+                who may only create roles replaces somebody else's, or grants what they do not hold.
         """
         _name("role_name", name)
         for permission in permissions:
@@ -171,13 +173,19 @@ class Identity:
             _may_grant(actor, _union(await self._store.find_roles([ADMINISTRATORS])))
         await self._save_user(username, password, [ADMINISTRATORS], INSTALLER)
 
-    async def delete_users(self, usernames: list[str]) -> None:
-        """Deletes users and their keys; unknown names are skipped."""
+    async def delete_users(self, actor: Actor, usernames: list[str]) -> None:
+        """Deletes users and their keys; unknown names are skipped.
+
+        Raises:
+            FailedPrecondition: the actor is among them, or nobody would be left with user:all. Nobody is deleted then.
+        """
+        if actor.name in usernames:
+            raise FailedPrecondition(f"{actor.name} cannot delete their own account")
         await self._store.remove_users([_name("user_name_list", name) for name in usernames])
         self._changed()
 
-    async def create_key(self, actor: Actor, owner: str, impersonate: bool) -> NewKey:
-        """Makes an API key for a user.
+    async def create_key(self, actor: Actor, owner: str, impersonate: bool, days: int | None) -> NewKey:
+        """Makes an API key for a user, that ends after so many days (None: never).
 
         Raises:
             PermissionDenied: it would do more than the actor can do.
@@ -190,11 +198,32 @@ class Identity:
             raise PermissionDenied("only with a key that may act for others can one make another such key")
         _may_grant(actor, _union(await self._store.find_roles(users[0].roles)))
         value = new_api_key()
-        key = ApiKey(key_hash=sha256(value), owner=owner, impersonate=impersonate)
+        now = datetime.now(UTC)
+        key = ApiKey(
+            key_hash=sha256(value),
+            owner=owner,
+            impersonate=impersonate,
+            prefix=shown_prefix(value),
+            created_at=now,
+            expires_at=None if days is None else now + timedelta(days=days),
+        )
         if not await self._store.add_key(key):
             raise InvalidArgument(f'username: user "{owner}" not exist')
         self._changed()
-        return NewKey(str(key.id), owner, value, impersonate)
+        return NewKey(key, value)
+
+    async def list_keys(self, owner: str | None) -> list[ApiKey]:
+        """The keys of one user or of all, newest first; those that have ended too, but not those revoked."""
+        return await self._store.find_keys(None if owner is None else _name("username", owner))
+
+    async def delete_keys(self, key_ids: list[str]) -> None:
+        """Revokes keys for good; unknown ids are skipped."""
+        known = []
+        for key_id in key_ids:
+            with contextlib.suppress(ValueError):
+                known.append(UUID(key_id))
+        await self._store.revoke_keys(known)
+        self._changed()
 
     async def create_secret(self, service: str, kind: str, subject: str) -> str:
         """Makes the secret of an endpoint's workers or of a trainer, in place of an earlier one.

@@ -19,5 +19,14 @@ def is_mistyped(key: str) -> bool:
     return key.startswith(_PREFIX) and checksum != _checksum(body)
 
 
+def shown_prefix(key: str) -> str:
+    """The beginning of a key that may be shown to tell it from others: 32 of its bits, so that 128 stay secret.
+
+    Of a first key chosen by hand it is at most a quarter.
+    """
+    is_ours = key.startswith(_PREFIX) and len(key) == len(_PREFIX) + 40 + _CHECKSUM_DIGITS and not is_mistyped(key)
+    return key[: len(_PREFIX) + 8] if is_ours else key[: min(4, len(key) // 4)]
+
+
 def _checksum(body: str) -> str:
     return f"{zlib.crc32(body.encode()):0{_CHECKSUM_DIGITS}x}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from esd.options.v1 import options_pb2 as options
 from services.common.auth import Caller, current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.identity.domain import ADMINISTRATORS, DEFAULT_ROLES, Actor, Identity, UserView
-from services.identity.store import Role
+from services.identity.store import ApiKey, Role
 from services.identity.tokens import SECRET_TOKEN_SECONDS, Tokens
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -72,12 +73,30 @@ class IdentityServicer(rpc.IdentityServiceServicer):
         return _initial_user(request.username)
 
     async def DeleteUsers(self, request: pb.DeleteUsersRequest, context: Context) -> pb.DeleteUsersResponse:
-        await self._identity.delete_users(list(request.user_name_list))
+        await self._identity.delete_users(_actor(), list(request.user_name_list))
         return pb.DeleteUsersResponse()
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Context) -> pb.CreateApiKeyResponse:
-        key = await self._identity.create_key(_actor(), request.username, request.impersonate)
-        return pb.CreateApiKeyResponse(id=key.id, username=key.owner, key=key.value, impersonate=key.impersonate)
+        days = request.expires_in_days if request.HasField("expires_in_days") else None
+        new = await self._identity.create_key(_actor(), request.username, request.impersonate, days)
+        return pb.CreateApiKeyResponse(
+            id=str(new.key.id),
+            username=new.key.owner,
+            key=new.value,
+            impersonate=new.key.impersonate,
+            prefix=new.key.prefix,
+            created=_time(new.key.created_at),
+            expires=_time(new.key.expires_at),
+        )
+
+    async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Context) -> pb.ListApiKeysResponse:
+        return pb.ListApiKeysResponse(
+            keys=[_key(key) for key in await self._identity.list_keys(request.username or None)]
+        )
+
+    async def DeleteApiKeys(self, request: pb.DeleteApiKeysRequest, context: Context) -> pb.DeleteApiKeysResponse:
+        await self._identity.delete_keys(list(request.key_id_list))
+        return pb.DeleteApiKeysResponse()
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
         token = await self._tokens.of_secret(request.secret)
@@ -114,6 +133,23 @@ def _user(user: UserView) -> pb.User:
         permissions=user.permissions,
         password=user.password,
     )
+
+
+def _key(key: ApiKey) -> pb.ApiKey:
+    return pb.ApiKey(
+        id=str(key.id),
+        username=key.owner,
+        prefix=key.prefix,
+        impersonate=key.impersonate,
+        created=_time(key.created_at),
+        last_used=_time(key.last_used_at),
+        expires=_time(key.expires_at),
+    )
+
+
+def _time(moment: datetime | None) -> str | None:
+    """UTC in the form of contract 1.7."""
+    return None if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def _initial_user(username: str) -> pb.CreateUserResponse:

@@ -6,18 +6,31 @@ tokens that it keeps.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
 
 from services.common.database import Database, notify
+from services.common.errors import FailedPrecondition
 
 CHANGED = "identity_changed"
+# Held by whatever may take user:all from somebody, so that two of them do not take it from the last two holders.
+_ADMINISTRATORS_LOCK = 0x75736572
+
+
+class LastAdministrator(FailedPrecondition):
+    """Nobody would be left who may manage users."""
+
+    def __init__(self) -> None:
+        super().__init__("at least one user must keep the permission user:all")
 
 
 class Role(SQLModel, table=True):
@@ -43,7 +56,10 @@ class User(SQLModel, table=True):
 
 
 class ApiKey(SQLModel, table=True):
-    """A key of a user; with `impersonate` it may act for any other."""
+    """A key of a user; with `impersonate` it may act for any other.
+
+    `prefix` is what may be shown of it. A revoked one stays as a row: the first key must not come back at a restart.
+    """
 
     __tablename__ = "api_keys"
 
@@ -51,7 +67,11 @@ class ApiKey(SQLModel, table=True):
     key_hash: str
     owner: str
     impersonate: bool = False
-    created_at: datetime | None = Field(default=None, sa_column_kwargs={"server_default": sa.func.now()})
+    prefix: str = ""
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC), sa_type=sa.DateTime(timezone=True))
+    last_used_at: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
+    expires_at: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
+    revoked_at: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
 
 
 class Secret(SQLModel, table=True):
@@ -66,8 +86,13 @@ class Secret(SQLModel, table=True):
 
 @dataclass(frozen=True)
 class KeyUse:
-    """A key and the user whom a request with it names, or its owner. `roles` is None when there is no such user."""
+    """A key and the user whom a request with it names, or its owner. `roles` is None when there is no such user.
 
+    `seconds_left` is the key's life, None for one without an end.
+    """
+
+    key_id: UUID
+    seconds_left: float | None
     owner: str
     impersonate: bool
     roles: list[str] | None
@@ -76,10 +101,18 @@ class KeyUse:
 
 _KEY_USE = sa.text(
     """
-    SELECT k.owner, k.impersonate, u.roles,
+    SELECT k.id, CAST(extract(epoch FROM k.expires_at - now()) AS float), k.owner, k.impersonate, u.roles,
            ARRAY(SELECT DISTINCT p FROM roles r, unnest(r.permissions) p WHERE r.role_name = ANY (u.roles) ORDER BY p)
     FROM api_keys k LEFT JOIN users u ON u.username = coalesce(CAST(:username AS text), k.owner)
-    WHERE k.key_hash = :key_hash
+    WHERE k.key_hash = :key_hash AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
+    """
+)
+
+
+_HAS_ADMINISTRATOR = sa.text(
+    """
+    SELECT EXISTS (SELECT FROM users u JOIN roles r ON r.role_name = ANY (u.roles)
+                   WHERE 'user:all' = ANY (r.permissions))
     """
 )
 
@@ -90,15 +123,13 @@ class IdentityStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def bootstrap(self, roles: list[Role], user: User, key_hash: str) -> None:
-        """Adds what is missing of these, and an impersonating key for the user; replicas may do so at the same time."""
+    async def bootstrap(self, roles: list[Role], user: User, key: ApiKey) -> None:
+        """Adds what is missing of these; replicas may do so at the same time. A key that was revoked stays so."""
         async with self._database.transaction() as session:
             for role in roles:
                 await session.execute(insert(Role).values(role.model_dump()).on_conflict_do_nothing())
             await session.execute(insert(User).values(user.model_dump()).on_conflict_do_nothing())
-            key = ApiKey(key_hash=key_hash, owner=user.username, impersonate=True)
-            values = key.model_dump(exclude={"created_at"})
-            await session.execute(insert(ApiKey).values(values).on_conflict_do_nothing())
+            await session.execute(insert(ApiKey).values(key.model_dump()).on_conflict_do_nothing())
             await notify(session, CHANGED, "")
 
     async def find_key_use(self, key_hash: str, username: str | None) -> KeyUse | None:
@@ -117,24 +148,32 @@ class IdentityStore:
             return list((await session.execute(query)).scalars())
 
     async def save_role(self, role: Role, only_of_creator: str | None) -> bool:
-        """Adds or replaces a role; False, and nothing done, when it exists and is not of the creator demanded."""
+        """Adds or replaces a role; False, and nothing done, when it exists and is not of the creator demanded.
+
+        Raises:
+            LastAdministrator.
+        """
         statement = insert(Role).values(role.model_dump())
         update = statement.on_conflict_do_update(
             index_elements=["role_name"],
             set_={"creator": statement.excluded.creator, "permissions": statement.excluded.permissions},
             where=None if only_of_creator is None else col(Role.creator) == only_of_creator,
         )
-        async with self._database.transaction() as session:
+        async with self._guarding_administrators() as session:
             saved = (await session.execute(update.returning(col(Role.role_name)))).one_or_none() is not None
             await notify(session, CHANGED, "")
             return saved
 
     async def remove_roles(self, names: list[str]) -> None:
-        """Removes roles and takes them from all users; unknown names are skipped."""
+        """Removes roles and takes them from all users; unknown names are skipped.
+
+        Raises:
+            LastAdministrator.
+        """
         kept = "ARRAY(SELECT r FROM unnest(roles) WITH ORDINALITY AS t (r, n) WHERE NOT r = ANY (:names) ORDER BY n)"
         strip = sa.text(f"UPDATE users SET roles = {kept} WHERE roles && :names")  # noqa: S608 - a constant
         names_of_text = sa.bindparam("names", names, ARRAY(sa.Text))
-        async with self._database.transaction() as session:
+        async with self._guarding_administrators() as session:
             await session.execute(strip.bindparams(names_of_text))
             await session.execute(sa.delete(Role).where(col(Role.role_name).in_(names)))
             await notify(session, CHANGED, "")
@@ -146,17 +185,25 @@ class IdentityStore:
             return list((await session.execute(query)).scalars())
 
     async def save_user(self, user: User) -> None:
-        """Adds or replaces a user; the user's keys stay."""
+        """Adds or replaces a user; the user's keys stay.
+
+        Raises:
+            LastAdministrator.
+        """
         values: dict[str, Any] = user.model_dump()
         others = {name: value for name, value in values.items() if name != "username"}
         statement = insert(User).values(values)
-        async with self._database.transaction() as session:
+        async with self._guarding_administrators() as session:
             await session.execute(statement.on_conflict_do_update(index_elements=["username"], set_=others))
             await notify(session, CHANGED, "")
 
     async def remove_users(self, usernames: list[str]) -> None:
-        """Removes users and, by the foreign key, their API keys; unknown names are skipped."""
-        async with self._database.transaction() as session:
+        """Removes users and, by the foreign key, their API keys; unknown names are skipped.
+
+        Raises:
+            LastAdministrator.
+        """
+        async with self._guarding_administrators() as session:
             await session.execute(sa.delete(User).where(col(User.username).in_(usernames)))
             await notify(session, CHANGED, "")
 
@@ -166,9 +213,34 @@ class IdentityStore:
         async with self._database.transaction() as session:
             if (await session.execute(owner)).one_or_none() is None:
                 return False
-            await session.execute(insert(ApiKey).values(key.model_dump(exclude={"created_at"})))
+            await session.execute(insert(ApiKey).values(key.model_dump()))
             await notify(session, CHANGED, "")
             return True
+
+    async def find_keys(self, owner: str | None = None) -> list[ApiKey]:
+        """The keys that are not revoked, of one user or of all, newest first."""
+        query = select(ApiKey).where(col(ApiKey.revoked_at).is_(None))
+        if owner is not None:
+            query = query.where(col(ApiKey.owner) == owner)
+        newest = col(ApiKey.created_at).desc(), col(ApiKey.id)
+        async with self._database.transaction() as session:
+            return list((await session.execute(query.order_by(*newest))).scalars())
+
+    async def revoke_keys(self, key_ids: Sequence[UUID]) -> None:
+        """Ends keys for good; unknown ones are skipped."""
+        known = col(ApiKey.id).in_(key_ids), col(ApiKey.revoked_at).is_(None)
+        async with self._database.transaction() as session:
+            await session.execute(sa.update(ApiKey).where(*known).values(revoked_at=sa.func.now()))
+            await notify(session, CHANGED, "")
+
+    async def save_key_uses(self, key_ids: Sequence[UUID]) -> None:
+        """Notes that the keys are used now, where the last note of any replica is a minute old."""
+        last = col(ApiKey.last_used_at)
+        due = sa.or_(last.is_(None), last < sa.func.now() - sa.text("interval '1 minute'"))
+        async with self._database.transaction() as session:
+            await session.execute(
+                sa.update(ApiKey).where(col(ApiKey.id).in_(key_ids), due).values(last_used_at=sa.func.now())
+            )
 
     async def find_secret(self, secret_hash: str) -> Secret | None:
         """Whose secret this is."""
@@ -189,3 +261,17 @@ class IdentityStore:
         """Removes the secret of a subject, if there is one."""
         async with self._database.transaction() as session:
             await session.execute(sa.delete(Secret).where(col(Secret.kind) == kind, col(Secret.subject) == subject))
+
+    @asynccontextmanager
+    async def _guarding_administrators(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that is undone where it leaves nobody with user:all, as it found somebody.
+
+        Raises:
+            LastAdministrator.
+        """
+        async with self._database.transaction() as session:
+            await session.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADMINISTRATORS_LOCK)))
+            had_one = (await session.execute(_HAS_ADMINISTRATOR)).scalar_one()
+            yield session
+            if had_one and not (await session.execute(_HAS_ADMINISTRATOR)).scalar_one():
+                raise LastAdministrator

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from uuid import UUID
 
 from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, Profile, Signer, UsernameStatus
 from services.common.errors import Unauthenticated
@@ -33,15 +35,22 @@ def sha256(value: str) -> str:
 class _Kept:
     token: str
     until: float
+    key_id: UUID
 
 
 class Tokens:
-    """Makes tokens. `service_hashes` maps the SHA-256 of each service's secret to the service's name."""
+    """Makes tokens. `service_hashes` maps the SHA-256 of each service's secret to the service's name.
 
-    def __init__(self, store: IdentityStore, signer: Signer, service_hashes: dict[str, str]) -> None:
+    `used` is called with the id of a key at each request that the key opens.
+    """
+
+    def __init__(
+        self, store: IdentityStore, signer: Signer, service_hashes: dict[str, str], used: Callable[[UUID], None]
+    ) -> None:
         self._store = store
         self._signer = signer
         self._service_hashes = service_hashes
+        self._used = used
         self._kept: dict[tuple[str, str | None, Profile], _Kept] = {}
         self._generation = 0
 
@@ -51,7 +60,8 @@ class Tokens:
         self._generation += 1
 
     async def of_key(self, key: str, username: str | None, profile: Profile) -> str | None:
-        """A token for a request with this API key that names this user (None: nobody); None for an unknown key.
+        """A token for a request with this API key that names this user (None: nobody); None for a key that is
+        unknown, revoked or over.
 
         Raises:
             Unavailable: the database does not answer.
@@ -61,6 +71,7 @@ class Tokens:
         key_hash = sha256(key)
         kept = self._kept.get((key_hash, username, profile))
         if kept is not None and kept.until > time.monotonic():
+            self._used(kept.key_id)
             return kept.token
         generation = self._generation
         # A name that no user can have is not worth a query, and PostgreSQL would not take it.
@@ -68,14 +79,19 @@ class Tokens:
         use = await self._store.find_key_use(key_hash, username if possible else None)
         if use is None:
             return None
+        self._used(use.key_id)
         caller = _acting(use, username, profile) if possible else _nobody(use, username or "", profile)
         signed_at = time.monotonic()
-        token = self._signer.sign(caller, AUDIENCE_SERVICES, USER_TOKEN_SECONDS)
+        seconds_left = USER_TOKEN_SECONDS if use.seconds_left is None else use.seconds_left
+        lifetime_seconds = max(1, min(USER_TOKEN_SECONDS, int(seconds_left)))
+        token = self._signer.sign(caller, AUDIENCE_SERVICES, lifetime_seconds)
         if generation == self._generation:
             if len(self._kept) >= _MAX_KEPT:
                 self._kept.clear()
-            # `iat` is cut to whole seconds, so up to one second of life is gone already.
-            self._kept[key_hash, username, profile] = _Kept(token, signed_at + _KEEP_SECONDS - 1)
+            # `iat` is cut to whole seconds, so up to one second of life is gone already. A token whose life the key's
+            # end cuts short is not worth keeping.
+            keep_seconds = _KEEP_SECONDS - 1 if lifetime_seconds == USER_TOKEN_SECONDS else 0
+            self._kept[key_hash, username, profile] = _Kept(token, signed_at + keep_seconds, use.key_id)
         return token
 
     async def of_secret(self, secret: str) -> str:

@@ -12,10 +12,14 @@ from services.common.database import Database
 from services.common.logs import configure
 from services.common.server import serve
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.models.background import Background
+from services.models.chores import Chores
+from services.models.dataset_store import DatasetStore
+from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
-from services.models.store import ModelStore
+from services.models.store import MOVE_OBJECTS, ModelStore
 
 
 async def main() -> None:
@@ -28,9 +32,16 @@ async def main() -> None:
     identity = Identity(channel(settings.identity_address, tokens))
     database = Database(settings.database_url)
     await database.migrate("models")
-    servicer = ModelsServicer(Models(ModelStore(database), blobs, identity))
+    chores = Chores(settings.database_url)
+    await chores.prepare()
+    store = ModelStore(database, chores)
+    chores.add(MOVE_OBJECTS, Background(store, blobs).move_objects)
+    servicer = ModelsServicer(Models(store, blobs, identity), Datasets(DatasetStore(database), blobs))
     try:
-        await serve(settings.listen, verifier, lambda server: add_ModelsServiceServicer_to_server(servicer, server))
+        async with asyncio.TaskGroup() as group:  # should the chores fail, serving ends, and the process starts again
+            doing = group.create_task(chores.run())
+            await serve(settings.listen, verifier, lambda server: add_ModelsServiceServicer_to_server(servicer, server))
+            doing.cancel()
     finally:
         await database.dispose()
 

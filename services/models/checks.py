@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from services.models.store import CheckpointFile
 
 MAX_PARAMS_BYTES = 64 * 1024
 MAX_NAME_BYTES = 255  # of a file on the worker's disk
+_NOT_IN_PATHS = re.compile(r"[\x00-\x1f\\]")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,23 @@ def file_name(filename: str) -> str:
             f'filename "{name}" is too long: {len(name.encode())} bytes, {MAX_NAME_BYTES} are allowed'
         )
     return name
+
+
+def folder(prefix: str) -> str:
+    """A relative folder, without slashes around it; empty for none.
+
+    Raises:
+        InvalidArgument: it cannot be a folder's name.
+    """
+    path = prefix.strip().strip("/")
+    if not path:
+        return ""
+    parts = path.split("/")
+    if any(part.strip() in {"", ".", ".."} for part in parts) or _NOT_IN_PATHS.search(path):
+        raise InvalidArgument(f'prefix "{prefix}" cannot be the name of a folder')
+    if len(path.encode()) > MAX_NAME_BYTES:
+        raise InvalidArgument(f'prefix "{path}" is too long: {len(path.encode())} bytes, {MAX_NAME_BYTES} are allowed')
+    return path
 
 
 def check_params(params: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -176,7 +177,9 @@ class Models:
         return await self._store.save_status(checkpoint.id, status), before
 
     async def rename(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Renames the first file, and answers whether there is anything to do.
+        """Renames the first file, whose extension stays, and answers whether there is anything to do.
+
+        The new name counts at once; the object follows in the background.
 
         Raises:
             FailedPrecondition: the checkpoint is not active. NameInUse.
@@ -184,11 +187,14 @@ class Models:
         if checkpoint.status != ACTIVE:
             raise FailedPrecondition("only active can update name")
         first = checkpoint.names[0]
-        if name in {first, first.rpartition(".")[0]}:
+        if not PurePosixPath(name).suffix:
+            name += PurePosixPath(first).suffix
+        if name == first:
             return False
         if await self._store.find_used_name([name]):
             raise NameInUse(name)
-        raise NotImplementedError("renaming")
+        await self._store.save_name(checkpoint.id, first, name, _prefix(checkpoint) + name)
+        return True
 
     async def delete_checkpoints(self, viewer: Viewer, checkpoint_ids: Sequence[str]) -> None:
         """Deletes checkpoints with their open uploads and objects; unknown ids are skipped.

@@ -1,4 +1,4 @@
-"""Speaks esd.models.v1: parses, calls the domain, replies. Datasets are not built yet and answer 501."""
+"""Speaks esd.models.v1: parses, calls the domain, replies. Datasets' RPCs are in dataset_servicer.py."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from google.protobuf import struct_pb2
 
 from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
-from services.common.auth import current_caller
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.models.checks import Tag
-from services.models.domain import EVERYTHING, Models, NewFile, Resolved
+from services.models.dataset_servicer import DatasetRpcs
+from services.models.datasets import Datasets
+from services.models.domain import Models, NewFile, Resolved
+from services.models.messages import numbers_as_text, plain, struct, viewer
 from services.models.store import Checkpoint, Filters, Viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -23,10 +25,11 @@ MAX_PAGE = 2**31 - 1
 MAX_PER_PAGE = 10_000
 
 
-class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):
+class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
     """The service's RPCs."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, datasets: Datasets) -> None:
+        super().__init__(datasets)
         self._models = models
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
@@ -37,7 +40,7 @@ class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):
             types=[kind for kind in request.types if kind],
             owners=[role for role in request.roles if role],
         )
-        rows, total = await self._models.list_checkpoints(_viewer(), page, per_page, filters, request.username)
+        rows, total = await self._models.list_checkpoints(viewer(), page, per_page, filters, request.username)
         return pb.ListCheckpointsResponse(
             page=page,
             per_page=per_page,
@@ -55,38 +58,39 @@ class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):
             raise NotImplementedError("import by URL")
         files = [NewFile(file.filename, file.parts_number) for file in request.filenames]
         row, urls = await self._models.create_checkpoint(
-            _viewer(), request.checkpoint_type, files, _plain(request.params)
+            viewer(), request.checkpoint_type, files, plain(request.params)
         )
-        return pb.CreateCheckpointResponse(checkpoint=self._message(row), s3_presign_url=_struct(urls))
+        return pb.CreateCheckpointResponse(checkpoint=self._message(row), s3_presign_url=struct(urls))
 
     async def UpdateCheckpoint(
         self, request: pb.UpdateCheckpointRequest, context: Context
     ) -> pb.UpdateCheckpointResponse:
         body = request.body
-        row = await self._models.get_checkpoint(_viewer(), request.checkpoint_id)
+        row = await self._models.get_checkpoint(viewer(), request.checkpoint_id)
         if body.HasField("status"):
             row, before = await self._models.update_status(row, body.status, _tags(body))
             shown = self._message(row, before)
             data = pb.UpdateCheckpointResponse.Data(checkpoint=shown)
             return pb.UpdateCheckpointResponse(status_code=200, message="OK", checkpoint=shown, data=data)
-        message = "OK"
-        if body.HasField("name") and not await self._models.rename(row, body.name):
-            message = "no need to update"
-        set_reply(200, message)
-        return pb.UpdateCheckpointResponse(status_code=200, message=message)
+        status, message = 200, "OK"
+        if body.HasField("name"):
+            renamed = await self._models.rename(row, body.name)
+            status, message = (202, "rename is processing, please wait") if renamed else (200, "no need to update")
+        set_reply(status, message)
+        return pb.UpdateCheckpointResponse(status_code=status, message=message)
 
     async def DeleteCheckpoints(
         self, request: pb.DeleteCheckpointsRequest, context: Context
     ) -> pb.DeleteCheckpointsResponse:
-        await self._models.delete_checkpoints(_viewer(), list(request.checkpoint_id_list))
+        await self._models.delete_checkpoints(viewer(), list(request.checkpoint_id_list))
         return pb.DeleteCheckpointsResponse()
 
     async def ResolveCheckpoints(
         self, request: pb.ResolveCheckpointsRequest, context: Context
     ) -> pb.ResolveCheckpointsResponse:
-        viewer = Viewer(request.username, list(request.roles), request.sees_everything)
+        owner = Viewer(request.username, list(request.roles), request.sees_everything)
         names = [(name.type, name.name) for name in request.names]
-        found = await self._models.resolve_checkpoints(names, viewer)
+        found = await self._models.resolve_checkpoints(names, owner)
         return pb.ResolveCheckpointsResponse(
             checkpoints=[_resolved(one) for one in found if one],
             missing=[name for name, one in zip(request.names, found, strict=True) if not one],
@@ -98,14 +102,8 @@ class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):
             type=row.type,
             s3_location=self._models.s3_location(row),
             status=status or row.status,
-            params=_struct(row.params),
+            params=struct(row.params),
         )
-
-
-def _viewer() -> Viewer:
-    """The caller. The WebUI client names nobody where it finishes uploads; the interceptor let it in."""
-    caller = current_caller()
-    return Viewer(caller.name, caller.roles, caller.may(EVERYTHING) or caller.is_anonymous_webui)
 
 
 def _count(name: str, text: str, default: int, maximum: int) -> int:
@@ -138,33 +136,6 @@ def _tag(where: str, entry: struct_pb2.Value) -> Tag:
     return Tag(int(number.number_value), etag.string_value.strip('" ').lower())
 
 
-def _plain(value: struct_pb2.Struct) -> dict[str, Any]:
-    return {key: _plain_value(entry) for key, entry in value.fields.items()}
-
-
-def _plain_value(value: struct_pb2.Value) -> Any:
-    match value.WhichOneof("kind"):
-        case "struct_value":
-            return _plain(value.struct_value)
-        case "list_value":
-            return [_plain_value(entry) for entry in value.list_value.values]
-        case "number_value":
-            number = value.number_value
-            return int(number) if number.is_integer() else number
-        case "string_value":
-            return value.string_value
-        case "bool_value":
-            return value.bool_value
-        case _:
-            return None
-
-
-def _struct(values: dict[str, Any]) -> struct_pb2.Struct:
-    struct = struct_pb2.Struct()
-    struct.update(values)
-    return struct
-
-
 def _list_item(row: Checkpoint, s3_location: str) -> pb.CheckpointListItem:
     names = _null_or_list(row.names)
     return pb.CheckpointListItem(
@@ -174,7 +145,7 @@ def _list_item(row: Checkpoint, s3_location: str) -> pb.CheckpointListItem:
         status=row.status,
         name=names,
         created=f"{row.created_at.timestamp():.6f}",
-        params=struct_pb2.Value(struct_value=_struct(_numbers_as_text(row.params))),
+        params=struct_pb2.Value(struct_value=struct(numbers_as_text(row.params))),
         allowed_roles_or_users=row.owners,
     )
 
@@ -184,15 +155,6 @@ def _null_or_list(names: Iterable[str]) -> struct_pb2.Value:
     if not values:
         return struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
     return struct_pb2.Value(list_value=struct_pb2.ListValue(values=values))
-
-
-def _numbers_as_text(value: Any) -> Any:
-    """Numbers read back from storage are text in lists (contract 1.7)."""
-    if isinstance(value, dict):
-        return {key: _numbers_as_text(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers_as_text(entry) for entry in value]
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _resolved(found: Resolved) -> pb.ResolvedCheckpoint:

@@ -19,9 +19,13 @@ from sqlmodel import Field, Relationship, SQLModel, col
 
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, NotFound
+from services.models.chores import Chores
 
 INITIAL, ACTIVE, DISABLED = "Initial", "Active", "Disabled"
 STATUSES = (INITIAL, ACTIVE, DISABLED)
+MOVE_OBJECTS = "move_objects"  # a chore
+# The words of params whose values are kept by the names of files.
+_WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture"})
 
 
 class CheckpointNotFound(NotFound):
@@ -39,7 +43,10 @@ class NameInUse(FailedPrecondition):
 
 
 class CheckpointFile(SQLModel, table=True):
-    """One file. `size_bytes` and `sha256` (hex, empty where not all of it was read) are known once it is complete."""
+    """One file. `next_key` is where its object goes while it is being renamed.
+
+    `size_bytes` and `sha256` (hex, empty where not all of it was read) are known once it is complete.
+    """
 
     __tablename__ = "checkpoint_files"
 
@@ -53,6 +60,7 @@ class CheckpointFile(SQLModel, table=True):
     reserved: bool = True
     size_bytes: int = 0
     sha256: str = ""
+    next_key: str | None = None
 
 
 class Checkpoint(SQLModel, table=True):
@@ -116,8 +124,9 @@ class Inspected:
 class ModelStore:
     """The tables of this service."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, chores: Chores) -> None:
         self._database = database
+        self._chores = chores
 
     async def find_used_name(self, names: Sequence[str]) -> str | None:
         """One of the names that is in use."""
@@ -212,6 +221,46 @@ class ModelStore:
             if status != ACTIVE or usable:
                 checkpoint.status = status
             return checkpoint
+
+    async def save_name(self, checkpoint_id: UUID, old: str, new: str, next_key: str) -> None:
+        """Renames the first file if it is still called `old`, and has its object moved to `next_key`.
+
+        Raises:
+            CheckpointNotFound: it was deleted meanwhile. NameInUse.
+        """
+        try:
+            async with self._database.transaction() as session:
+                checkpoint = await _locked(session, checkpoint_id)
+                file = checkpoint.files[0]
+                if file.name != old:
+                    return
+                file.name, file.next_key = new, None if next_key == file.key else next_key
+                checkpoint.params = {
+                    word: {new if key == old else key: kept for key, kept in value.items()}
+                    if word in _WORDS_BY_NAME and isinstance(value, dict)
+                    else value
+                    for word, value in checkpoint.params.items()
+                }
+                await session.flush()
+                await self._chores.defer(
+                    session, MOVE_OBJECTS, lock=str(checkpoint_id), checkpoint_id=str(checkpoint_id)
+                )
+        except IntegrityError:
+            raise NameInUse(new) from None
+
+    async def save_moved(self, checkpoint_id: UUID, old_key: str, new_key: str) -> bool:
+        """Notes that the object is at its new key now; False when that is not wanted any more."""
+        async with self._database.transaction() as session:
+            checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
+            for file in checkpoint.files if checkpoint else ():
+                if checkpoint and (file.key, file.next_key) == (old_key, new_key):
+                    file.key, file.next_key = new_key, None
+                    uploads = checkpoint.params.get("multipart_upload")
+                    if isinstance(uploads, dict) and isinstance(uploads.get(file.name), dict):
+                        moved = uploads | {file.name: uploads[file.name] | {"key": new_key}}
+                        checkpoint.params = checkpoint.params | {"multipart_upload": moved}
+                    return True
+            return False
 
     async def save_refusal(self, checkpoint_id: UUID, error: str) -> None:
         """Disables a checkpoint whose content was refused, and frees its names. One that is gone is fine."""

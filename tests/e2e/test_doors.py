@@ -24,15 +24,11 @@ NOT_BUILT = [
     ("PUT", "/trainings/x/stop", None),
     ("POST", "/trainings", {"lora_train_type": "kohya", "params": {}}),
     ("DELETE", "/trainings", {"training_id_list": ["x"]}),
-    ("GET", "/datasets", None),
-    ("GET", "/datasets/x", None),
     (
         "POST",
         "/datasets",
         {"dataset_name": "a", "content": [{"filename": "a", "name": "a", "type": "a", "params": {}}]},
     ),
-    ("PUT", "/datasets/x", {"status": "Enabled"}),
-    ("DELETE", "/datasets", {"dataset_name_list": ["x"]}),
     ("POST", "/checkpoints", {"checkpoint_type": "VAE", "urls": ["https://example.com/a.pt"], "params": {}}),
 ]
 

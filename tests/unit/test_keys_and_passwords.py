@@ -5,7 +5,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import VerifyMismatchError
 from cryptography.fernet import Fernet
 
-from services.identity.keys import is_mistyped, new_api_key
+from services.identity.keys import is_mistyped, new_api_key, shown_prefix
 from services.identity.passwords import Passwords
 
 
@@ -42,3 +42,11 @@ async def test_a_password_is_hashed_with_argon2id_and_can_be_revealed_with_its_k
 def test_a_key_of_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match="Fernet"):
         Passwords("short")
+
+
+def test_what_is_shown_of_a_key_leaves_128_bits_secret() -> None:
+    key = new_api_key()
+    assert shown_prefix(key) == key[:12]
+    for chosen in ("09876543210987654321", "esd_secret", "abc", ""):
+        assert len(shown_prefix(chosen)) <= len(chosen) / 4
+        assert chosen.startswith(shown_prefix(chosen))

@@ -17,6 +17,7 @@ from services.common.auth import Caller, Profile
 from services.common.database import Database
 from services.identity.authz import SECRET_METADATA, AuthorizationServicer
 from services.identity.domain import Identity
+from services.identity.key_uses import KeyUses
 from services.identity.keys import new_api_key
 from services.identity.passwords import Passwords
 from services.identity.servicer import IdentityServicer
@@ -92,7 +93,8 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
             database = Database(database_url)
             stack.push_async_callback(database.dispose)
             store = IdentityStore(database)
-            issued = IdentityTokens(store, tokens.signer, {sha256(MODELS_SECRET): "models"})
+            uses = KeyUses(store)
+            issued = IdentityTokens(store, tokens.signer, {sha256(MODELS_SECRET): "models"}, uses.note)
             identity = Identity(store, Passwords(password_key), issued.forget)
             await database.migrate("identity")
             await identity.bootstrap(first_key)
@@ -108,6 +110,7 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
                 ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(servicer, server)
 
             stack.push_async_callback(_cancel, asyncio.create_task(database.listen([CHANGED], on_notify)))
+            stack.push_async_callback(_cancel, asyncio.create_task(uses.write()))
             channel = await stack.enter_async_context(serving(add, tokens.verifier()))
             await notified.wait()
             return Running(channel, database, issued, tokens, first_key, notified)

@@ -1,5 +1,6 @@
 """Owns a running models service: the real server on a real database, object store and identity service."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
@@ -24,16 +25,21 @@ from services.common.database import Database
 from services.common.server import Server
 from services.common.settings import BlobSettings
 from services.identity.domain import Identity as IdentityDomain
+from services.identity.key_uses import KeyUses
 from services.identity.keys import new_api_key
 from services.identity.passwords import Passwords
 from services.identity.servicer import IdentityServicer
 from services.identity.store import IdentityStore, Role, User
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
+from services.models.background import Background
+from services.models.chores import Chores
+from services.models.dataset_store import DatasetStore
+from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
-from services.models.store import ModelStore
+from services.models.store import MOVE_OBJECTS, ModelStore
 from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens, serving
 
@@ -56,8 +62,10 @@ class Running:
     bob: Metadata = field(init=False)
 
     def __post_init__(self) -> None:
-        self.admin = self.tokens.user("api", ["checkpoint:all", "user:all"], ["IT Operator"], impersonate=True)
-        self.ann = self.tokens.user("ann", ["checkpoint:all"], ["designer"])
+        self.admin = self.tokens.user(
+            "api", ["checkpoint:all", "train:all", "user:all"], ["IT Operator"], impersonate=True
+        )
+        self.ann = self.tokens.user("ann", ["checkpoint:all", "train:all"], ["designer"])
         self.bob = self.tokens.user("bob", ["checkpoint:all"], ["guest"])
 
     async def create(
@@ -128,7 +136,7 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
     database = Database(new_database(postgres), pool_size=2)
     await database.migrate("identity")
     store = IdentityStore(database)
-    issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"})
+    issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"}, KeyUses(store).note)
     domain = IdentityDomain(store, Passwords(Fernet.generate_key().decode()), issued.forget)
     await domain.bootstrap(new_api_key())
     for name in ("designer", "guest"):
@@ -148,19 +156,27 @@ async def service(
     postgres: Postgres, s3: S3Access, tokens: Tokens, identity_address: str
 ) -> AsyncIterator[tuple[Running, Database]]:
     """The service for the tests of a module."""
-    database = Database(new_database(postgres), pool_size=4)
+    url = new_database(postgres)
+    database = Database(url, pool_size=4)
     await database.migrate("models")
+    chores = Chores(url, first_wait_seconds=0.1)
+    await chores.prepare()
+    store = ModelStore(database, chores)
     names = ("bucket", "region", "endpoint_url", "access_key", "secret_key_file")
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
-        servicer = ModelsServicer(Models(ModelStore(database), blobs, Identity(identity)))
+        servicer = ModelsServicer(Models(store, blobs, Identity(identity)), Datasets(DatasetStore(database), blobs))
 
         def add(server: grpc.aio.Server) -> None:
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)
 
         channel = await stack.enter_async_context(serving(add, tokens.verifier()))
+        chores.add(MOVE_OBJECTS, Background(store, blobs).move_objects)
+        doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, tokens), database
+        doing.cancel()
+        await asyncio.wait([doing])
     await database.dispose()
 
 
@@ -169,5 +185,5 @@ async def models(service: tuple[Running, Database]) -> Running:
     """The service without any checkpoints."""
     running, database = service
     async with database.transaction() as session:
-        await session.execute(sa.text("TRUNCATE checkpoints CASCADE"))
+        await session.execute(sa.text("TRUNCATE checkpoints, datasets CASCADE"))
     return running

@@ -185,12 +185,6 @@ async def test_services_resolve_active_files_that_the_user_may_use(models: Runni
         await models.stub.ResolveCheckpoints(pb.ResolveCheckpointsRequest(), metadata=models.admin)
 
 
-async def test_datasets_are_not_built_yet(models: Running) -> None:
-    token = models.tokens.user("ann", ["train:all"])
-    async with refused("UNIMPLEMENTED"):
-        await models.stub.ListDatasets(pb.ListDatasetsRequest(), metadata=token)
-
-
 async def test_a_backslash_before_u0000_is_no_nul(models: Running) -> None:
     request = pb.CreateCheckpointRequest(
         checkpoint_type="Lora",

@@ -1,0 +1,121 @@
+"""Owns this service's chores: work that is deferred in the transaction of the row it is for, and survives restarts.
+
+procrastinate keeps them in a schema of their own, `chores`, which Alembic never looks at. A chore that was cut short,
+by an end of the process or by an error that may pass, is done again: each must bear that, and tell by its row whether
+it is still wanted. A process that died is noticed by its missing heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import procrastinate
+import sqlalchemy as sa
+import structlog
+from procrastinate.exceptions import ConnectorException
+from procrastinate.jobs import DeleteJobCondition, Job
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncSession
+
+log = structlog.get_logger()
+
+MAX_ATTEMPTS = 10
+_SCHEMA = "chores"
+_SCHEMA_LOCK = 0x63686F72
+_HEARTBEAT_SECONDS = 3.0
+_DEAD_AFTER_SECONDS = 10.0
+_MAX_WAIT_SECONDS = 300
+
+# Called with the deferred arguments, and `is_last` where no further attempt follows.
+Work = Callable[..., Awaitable[None]]
+
+
+class Chores:
+    """The chores of one service. `url` is `postgresql+psycopg://…`; at most `concurrency` run at once here."""
+
+    def __init__(self, url: str, concurrency: int = 4, first_wait_seconds: float = 2.0) -> None:
+        self._conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+        connector = procrastinate.PsycopgConnector(
+            conninfo=self._conninfo, kwargs={"options": f"-c search_path={_SCHEMA}"}, min_size=1, max_size=4
+        )
+        self._app = procrastinate.App(connector=connector)
+        self._retry = _Again(first_wait_seconds)
+        self._concurrency = concurrency
+
+    def add(self, name: str, work: Work) -> None:
+        """Says who does the chores of this name."""
+
+        async def run(context: procrastinate.JobContext, /, **arguments: Any) -> None:
+            await work(**arguments, is_last=context.job.attempts + 1 >= MAX_ATTEMPTS)
+
+        self._app.task(name=name, pass_context=True, retry=self._retry)(run)
+
+    def add_periodic(self, name: str, cron: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Has this done at the times of `cron`, by one of the replicas."""
+
+        async def run(timestamp: int) -> None:
+            await work()
+
+        self._app.periodic(cron=cron)(self._app.task(name=name, queueing_lock=name)(run))
+
+    async def defer(self, session: AsyncSession, name: str, lock: str, **arguments: str) -> None:
+        """Has the chore done once the session's transaction commits. Chores of one `lock` are done one by one."""
+        raw = await (await session.connection()).get_raw_connection()
+        await session.execute(sa.text(f"SET LOCAL search_path TO public, {_SCHEMA}"))
+        await self._app.configure_task(name, lock=lock, connection=raw.driver_connection).defer_async(**arguments)
+
+    async def prepare(self) -> None:
+        """Makes the schema where it is missing; replicas that start at once wait for each other."""
+        connector = self._app.connector
+        assert isinstance(connector, procrastinate.PsycopgConnector)
+        async with self._app.open_async(), connector.pool.connection() as connection:
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SCHEMA_LOCK])
+            found = await connection.execute(f"SELECT to_regclass('{_SCHEMA}.procrastinate_jobs')")
+            if (await found.fetchone()) == (None,):
+                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {_SCHEMA}")
+                await connection.execute(self._app.schema_manager.get_schema())
+
+    async def run(self) -> None:
+        """Does chores until it is cancelled; what is under way then waits for the next one who runs."""
+        while True:
+            try:
+                async with self._app.open_async(), asyncio.TaskGroup() as group:
+                    group.create_task(self._revive())
+                    await self._app.run_worker_async(
+                        concurrency=self._concurrency,
+                        install_signal_handlers=False,
+                        shutdown_graceful_timeout=0,
+                        update_heartbeat_interval=_HEARTBEAT_SECONDS,
+                        stalled_worker_timeout=_DEAD_AFTER_SECONDS,
+                        delete_jobs=DeleteJobCondition.ALWAYS,
+                    )
+            except* ConnectorException as errors:
+                log.warning("chores wait for the database", error=str(errors.exceptions[0]))
+                await asyncio.sleep(0.5)  # nothing tells when a database that is down comes back
+
+    async def _revive(self) -> None:
+        """Gives chores of processes that died to those that live."""
+        manager = self._app.job_manager
+        while True:
+            for job in await manager.get_stalled_jobs(seconds_since_heartbeat=_DEAD_AFTER_SECONDS):
+                log.warning("doing again what a lost process did", chore=job.task_name, arguments=job.task_kwargs)
+                await manager.retry_job(job)
+            await asyncio.sleep(_HEARTBEAT_SECONDS)  # a dead process tells nobody
+
+
+class _Again(procrastinate.BaseRetryStrategy):
+    """At once after the end of a process, else after a wait that doubles."""
+
+    def __init__(self, first_wait_seconds: float) -> None:
+        self._first_wait_seconds = first_wait_seconds
+
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> procrastinate.RetryDecision | None:
+        """When to try again; None for never."""
+        if isinstance(exception, asyncio.CancelledError):
+            return procrastinate.RetryDecision(retry_in={"seconds": 0})
+        if job.attempts + 1 >= MAX_ATTEMPTS:
+            return None
+        wait_seconds = min(self._first_wait_seconds * 2**job.attempts, _MAX_WAIT_SECONDS)
+        return procrastinate.RetryDecision(retry_in={"milliseconds": int(wait_seconds * 1000)})

@@ -1,0 +1,106 @@
+"""Speaks the dataset RPCs of esd.models.v1: parses, calls the domain, replies."""
+
+# ruff: noqa: N802 - methods are named by the proto
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import struct_pb2
+
+from esd.models.v1 import models_pb2 as pb
+from services.common.errors import InvalidArgument
+from services.models.dataset_store import Dataset, DatasetItem
+from services.models.datasets import Datasets, NewItem
+from services.models.messages import numbers_as_text, plain, struct, viewer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_DEFAULT_LIMIT = 10
+_MAX_LIMIT = 10_000
+
+
+class DatasetRpcs:
+    """The datasets' half of ModelsService."""
+
+    def __init__(self, datasets: Datasets) -> None:
+        self._datasets = datasets
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
+        rows, key = await self._datasets.list_datasets(
+            viewer(), request.dataset_status, _limit(request.limit), request.exclusive_start_key
+        )
+        null = struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
+        return pb.ListDatasetsResponse(
+            datasets=[self._list_item(row) for row in rows],
+            last_evaluated_key=null if key is None else struct_pb2.Value(string_value=key),
+        )
+
+    async def CreateDataset(self, request: pb.CreateDatasetRequest, context: Context) -> pb.CreateDatasetResponse:
+        if not request.HasField("params"):
+            raise InvalidArgument('[object has missing required properties (["params"])]')
+        files = [NewItem(file.filename, file.name, file.type, plain(file.params)) for file in request.content]
+        urls = await self._datasets.create_dataset(
+            viewer(), request.dataset_name, request.prefix, files, plain(request.params)
+        )
+        return pb.CreateDatasetResponse(dataset_name=request.dataset_name, s3_presign_url=urls)
+
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
+        row, items = await self._datasets.get_dataset(viewer(), request.dataset_name)
+        return pb.GetDatasetResponse(
+            data=pb.Dataset(
+                dataset_name=row.name,
+                display_name=row.name,
+                prefix=row.prefix,
+                s3=self._datasets.s3_location(row),
+                status=row.status,
+                timestamp=_timestamp(row),
+                description=_description(row),
+                data=[self._item(item) for item in items],
+            )
+        )
+
+    async def UpdateDataset(self, request: pb.UpdateDatasetRequest, context: Context) -> pb.UpdateDatasetResponse:
+        await self._datasets.update_status(viewer(), request.dataset_name, request.body.status)
+        return pb.UpdateDatasetResponse(dataset_name=request.dataset_name, status=request.body.status)
+
+    async def DeleteDatasets(self, request: pb.DeleteDatasetsRequest, context: Context) -> pb.DeleteDatasetsResponse:
+        await self._datasets.delete_datasets(viewer(), list(request.dataset_name_list))
+        return pb.DeleteDatasetsResponse()
+
+    def _list_item(self, row: Dataset) -> pb.DatasetListItem:
+        return pb.DatasetListItem(
+            dataset_name=row.name,
+            s3=self._datasets.s3_location(row),
+            status=row.status,
+            timestamp=_timestamp(row),
+            description=_description(row),
+        )
+
+    def _item(self, item: DatasetItem) -> struct_pb2.Struct:
+        own = {
+            "key": f"{_timestamp(item)}_{item.name}",
+            "name": item.name,
+            "type": item.type,
+            "preview_url": self._datasets.preview_url(item),
+            "dataStatus": item.status,
+        }
+        return struct(numbers_as_text(item.params) | own)
+
+
+def _limit(text: str) -> int | None:
+    """The size of a page, which arrives as text; None for all, which 0 and less ask for (contract 1.8)."""
+    try:
+        limit = int(text) if text.strip() else _DEFAULT_LIMIT
+    except ValueError:
+        raise InvalidArgument(f'limit should be a whole number (given: "{text[:40]}")') from None
+    return min(limit, _MAX_LIMIT) if limit > 0 else None
+
+
+def _timestamp(row: Dataset | DatasetItem) -> str:
+    return f"{row.created_at.timestamp():.6f}"
+
+
+def _description(row: Dataset) -> str:
+    description = row.params.get("description", "")
+    return description if isinstance(description, str) else ""

@@ -1,0 +1,152 @@
+"""Remembers datasets and their files. One method is one transaction."""
+
+# No `from __future__ import annotations`: SQLModel reads the columns' types at run time.
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlmodel import Field, SQLModel, col
+
+from services.common.database import Database
+from services.common.errors import NotFound, PermissionDenied
+from services.models.store import Viewer
+
+INITIALED = "Initialed"
+
+
+class DatasetNotFound(NotFound):
+    """There is no dataset of the name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"dataset {name} is not found")
+
+
+class DatasetHidden(PermissionDenied):
+    """The dataset is somebody else's."""
+
+    def __init__(self) -> None:
+        super().__init__("no permission to view dataset")
+
+
+class Dataset(SQLModel, table=True):
+    """Files under one name. `prefix` is the folder of those added last; `owners` are role names, usernames or `*`."""
+
+    __tablename__ = "datasets"
+
+    name: str = Field(primary_key=True)
+    prefix: str
+    status: str = INITIALED
+    owners: list[str] = Field(sa_type=ARRAY(sa.Text))
+    created_at: datetime = Field(sa_type=sa.DateTime(timezone=True))
+    params: dict[str, Any] = Field(sa_type=JSONB)
+
+
+class DatasetItem(SQLModel, table=True):
+    """One file of a dataset. `key` is that of its object, `position` its place in the request."""
+
+    __tablename__ = "dataset_items"
+
+    dataset_name: str = Field(foreign_key="datasets.name", primary_key=True)
+    key: str = Field(primary_key=True)
+    position: int
+    name: str
+    type: str
+    status: str = INITIALED
+    created_at: datetime = Field(sa_type=sa.DateTime(timezone=True))
+    params: dict[str, Any] = Field(sa_type=JSONB)
+
+
+class Place(NamedTuple):
+    """Where a dataset stands in the list."""
+
+    created_at: datetime
+    name: str
+
+
+class DatasetStore:
+    """The tables of datasets."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def save_dataset(self, dataset: Dataset, items: Sequence[DatasetItem], viewer: Viewer) -> None:
+        """Adds a dataset, or replaces what is known of it and adds its files.
+
+        Raises:
+            DatasetHidden: there is one of the name that the viewer may not see.
+        """
+        values = dataset.model_dump()
+        statement = insert(Dataset).values(values)
+        changes = {name: value for name, value in values.items() if name != "name"}
+        save = statement.on_conflict_do_update(index_elements=["name"], set_=changes, where=_seen_by(viewer))
+        add = insert(DatasetItem).values([item.model_dump() for item in items])
+        replaced = {
+            name: add.excluded[name] for name in DatasetItem.model_fields if name not in ("dataset_name", "key")
+        }
+        async with self._database.transaction() as session:
+            saved = await session.execute(save.returning(col(Dataset.name)))
+            if saved.scalar_one_or_none() is None:
+                raise DatasetHidden
+            await session.execute(add.on_conflict_do_update(index_elements=["dataset_name", "key"], set_=replaced))
+
+    async def page_datasets(
+        self, viewer: Viewer, status: str, after: Place | None, limit: int | None
+    ) -> tuple[list[Dataset], bool]:
+        """At most `limit` of the viewer's datasets of the status, newest first, and whether more follow."""
+        place = sa.tuple_(col(Dataset.created_at), col(Dataset.name))
+        wanted = sa.select(Dataset).where(_seen_by(viewer))
+        if status:
+            wanted = wanted.where(col(Dataset.status) == status)
+        if after is not None:
+            wanted = wanted.where(place < sa.tuple_(sa.literal(after.created_at), sa.literal(after.name)))
+        wanted = wanted.order_by(col(Dataset.created_at).desc(), col(Dataset.name).desc())
+        async with self._database.transaction() as session:
+            rows = (await session.execute(wanted.limit(None if limit is None else limit + 1))).scalars().all()
+        return list(rows[:limit]), limit is not None and len(rows) > limit
+
+    async def get_dataset(self, name: str) -> tuple[Dataset, list[DatasetItem]]:
+        """The dataset and its files, in the order in which they were added.
+
+        Raises:
+            DatasetNotFound.
+        """
+        wanted = sa.select(DatasetItem).where(col(DatasetItem.dataset_name) == name)
+        order = col(DatasetItem.created_at), col(DatasetItem.position), col(DatasetItem.key)
+        async with self._database.transaction() as session:
+            dataset = await session.get(Dataset, name)
+            if dataset is None:
+                raise DatasetNotFound(name)
+            return dataset, list((await session.execute(wanted.order_by(*order))).scalars())
+
+    async def find_datasets(self, names: Sequence[str]) -> list[Dataset]:
+        """Those of the datasets that exist."""
+        async with self._database.transaction() as session:
+            return list((await session.execute(sa.select(Dataset).where(col(Dataset.name).in_(names)))).scalars())
+
+    async def save_status(self, name: str, status: str) -> None:
+        """Sets the status of a dataset and of all its files.
+
+        Raises:
+            DatasetNotFound.
+        """
+        async with self._database.transaction() as session:
+            change = sa.update(Dataset).where(col(Dataset.name) == name).values(status=status)
+            if (await session.execute(change.returning(col(Dataset.name)))).scalar_one_or_none() is None:
+                raise DatasetNotFound(name)
+            items = sa.update(DatasetItem).where(col(DatasetItem.dataset_name) == name)
+            await session.execute(items.values(status=status))
+
+    async def remove_datasets(self, names: Sequence[str]) -> None:
+        """Forgets the datasets and their files."""
+        async with self._database.transaction() as session:
+            await session.execute(sa.delete(Dataset).where(col(Dataset.name).in_(names)))
+
+
+def _seen_by(viewer: Viewer) -> sa.ColumnElement[bool]:
+    if viewer.sees_everything:
+        return sa.true()
+    mine = sa.cast(sorted({viewer.username, "*", *viewer.roles}), ARRAY(sa.Text))
+    return col(Dataset.owners).op("&&")(mine)

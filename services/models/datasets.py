@@ -1,0 +1,161 @@
+"""Decides about datasets: who may see and change them, and where their files lie.
+
+The files of a dataset lie in `dataset/<name>[/<prefix>]/`; with the prefix `<repeats>_<concept>` that is the folder
+which the trainer reads (contract 12.3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from services.common.blobs import DAY, Blobs
+from services.common.errors import InvalidArgument
+from services.models.checks import check_params, file_name, folder
+from services.models.dataset_store import Dataset, DatasetHidden, DatasetItem, DatasetStore, Place
+from services.models.store import Viewer
+
+UPLOAD_URL_SECONDS = 7 * DAY
+PREVIEW_URL_SECONDS = DAY
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """A file that a client wants to upload."""
+
+    filename: str
+    name: str
+    type: str
+    params: dict[str, Any]
+
+
+class Datasets:
+    """Datasets, in the object store and in the tables."""
+
+    def __init__(self, store: DatasetStore, blobs: Blobs) -> None:
+        self._store = store
+        self._blobs = blobs
+
+    def s3_location(self, dataset: Dataset) -> str:
+        """The folder of the dataset's files, `s3://…`."""
+        return self._blobs.url(_folder(dataset.name, dataset.prefix).rstrip("/"))
+
+    def preview_url(self, item: DatasetItem) -> str:
+        """A URL that shows the file for a day."""
+        return self._blobs.presign_get(item.key, PREVIEW_URL_SECONDS)
+
+    async def list_datasets(
+        self, viewer: Viewer, status: str, limit: int | None, key: str
+    ) -> tuple[list[Dataset], str | None]:
+        """A page after `key` of at most `limit` datasets (None: all), newest first, and the key of the next page.
+
+        Raises:
+            InvalidArgument: no list gave the key.
+        """
+        rows, more = await self._store.page_datasets(viewer, status, parse_key(key), limit)
+        return rows, make_key(Place(rows[-1].created_at, rows[-1].name)) if more else None
+
+    async def create_dataset(
+        self, creator: Viewer, name: str, prefix: str, files: Sequence[NewItem], params: dict[str, Any]
+    ) -> dict[str, str]:
+        """Adds a dataset, or files to an existing one, and answers a PUT URL for each file name.
+
+        Raises:
+            InvalidArgument: a name that cannot be a file's or folder's, one given twice, or params that are too large.
+            DatasetHidden: somebody else has a dataset of this name.
+        """
+        check_params(params)
+        now = datetime.now(UTC)
+        owners = list(creator.roles) or [creator.username]
+        dataset = Dataset(name=name, prefix=folder(prefix), owners=owners, created_at=now, params=params)
+        items = []
+        for position, file in enumerate(files):
+            check_params(file.params)
+            key = _folder(name, dataset.prefix) + file_name(file.filename)
+            item = DatasetItem(
+                dataset_name=name, key=key, position=position, name=file.name, type=file.type, created_at=now, params={}
+            )
+            item.params = {"original_file_name": file.filename} | file.params
+            items.append(item)
+        keys = [item.key for item in items]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InvalidArgument(f"content: {twice.rpartition('/')[2]} is given more than once")
+        await self._store.save_dataset(dataset, items, creator)
+        return {
+            file.filename: self._blobs.presign_put(key, UPLOAD_URL_SECONDS)
+            for file, key in zip(files, keys, strict=True)
+        }
+
+    async def get_dataset(self, viewer: Viewer, name: str) -> tuple[Dataset, list[DatasetItem]]:
+        """The dataset and its files.
+
+        Raises:
+            DatasetNotFound, DatasetHidden.
+        """
+        dataset, items = await self._store.get_dataset(name)
+        _check_owner(viewer, dataset)
+        return dataset, items
+
+    async def update_status(self, viewer: Viewer, name: str, status: str) -> None:
+        """Sets the status of a dataset and of all its files.
+
+        Raises:
+            DatasetNotFound, DatasetHidden.
+        """
+        dataset, _ = await self._store.get_dataset(name)
+        _check_owner(viewer, dataset)
+        await self._store.save_status(name, status)
+
+    async def delete_datasets(self, viewer: Viewer, names: Sequence[str]) -> None:
+        """Deletes datasets with all their objects; unknown names are skipped.
+
+        Raises:
+            DatasetHidden: one is somebody else's; none is deleted then.
+        """
+        found = await self._store.find_datasets(names)
+        for dataset in found:
+            _check_owner(viewer, dataset)
+        await asyncio.gather(*(self._blobs.delete_prefix(_folder(dataset.name)) for dataset in found))
+        # Rows go last: what is cut short here can be asked for again.
+        await self._store.remove_datasets([dataset.name for dataset in found])
+
+
+def make_key(place: Place) -> str:
+    """The cursor after a dataset; opaque to clients."""
+    fields = {"dataset_name": place.name, "timestamp": place.created_at.isoformat()}
+    return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+
+def parse_key(key: str) -> Place | None:
+    """The place that a cursor stands for, None for an empty one.
+
+    Raises:
+        InvalidArgument: no list gave it.
+    """
+    if not key:
+        return None
+    try:
+        fields = json.loads(base64.b64decode(key, altchars=b"-_", validate=True))
+        place = Place(datetime.fromisoformat(fields["timestamp"]), fields["dataset_name"])
+        if place.created_at.tzinfo is None or not isinstance(place.name, str) or "\0" in place.name:
+            raise ValueError
+        place.name.encode()  # half a character is none that PostgreSQL would take
+    except (binascii.Error, ValueError, KeyError, TypeError, RecursionError):
+        raise InvalidArgument("exclusive_start_key is not a key that a list of datasets gave") from None
+    return place
+
+
+def _folder(name: str, prefix: str = "") -> str:
+    return f"dataset/{name}/{prefix}/" if prefix else f"dataset/{name}/"
+
+
+def _check_owner(viewer: Viewer, dataset: Dataset) -> None:
+    if not viewer.sees(dataset.owners):
+        raise DatasetHidden

@@ -1,0 +1,243 @@
+"""Datasets: the five routes over a real database and object store."""
+
+import asyncio
+import base64
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+from google.protobuf.json_format import MessageToDict, ParseDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esd.models.v1 import models_pb2 as pb
+from services.common.auth import Profile, UsernameStatus
+from services.common.errors import InvalidArgument
+from services.models.dataset_store import Place
+from services.models.datasets import make_key, parse_key
+from tests.services.models.conftest import Running
+from tests.services.models.test_uploads import refused
+from tests.serving import Metadata
+
+FILES = [("1.png", b"a picture"), ("1.txt", b"a caption")]
+
+
+async def _create(
+    models: Running, name: str, by: Metadata, files: Iterable[str] = ("1.png",), **changes: Any
+) -> pb.CreateDatasetResponse:
+    content = [{"filename": file, "name": f"shown {file}", "type": "image", "params": {"n": 1}} for file in files]
+    body = {"dataset_name": name, "content": content, "creator": "me", "prefix": "", "params": {}} | changes
+    request = ParseDict({key: value for key, value in body.items() if value is not None}, pb.CreateDatasetRequest())
+    return await models.stub.CreateDataset(request, metadata=by)
+
+
+async def _upload(created: pb.CreateDatasetResponse, files: Iterable[tuple[str, bytes]]) -> None:
+    async with httpx.AsyncClient() as client:
+        for name, content in files:
+            (await client.put(created.s3_presign_url[name], content=content)).raise_for_status()
+
+
+async def _list(models: Running, by: Metadata, **query: str) -> tuple[list[str], str | None]:
+    answer = await models.stub.ListDatasets(pb.ListDatasetsRequest(**query), metadata=by)
+    key = answer.last_evaluated_key
+    return [item.dataset_name for item in answer.datasets], key.string_value if key.HasField("string_value") else None
+
+
+async def _get(models: Running, name: str, by: Metadata) -> dict[str, Any]:
+    answer = await models.stub.GetDataset(pb.GetDatasetRequest(dataset_name=name), metadata=by)
+    return MessageToDict(answer, always_print_fields_with_no_presence=True)["data"]
+
+
+async def _update(models: Running, name: str, status: str, by: Metadata) -> pb.UpdateDatasetResponse:
+    request = pb.UpdateDatasetRequest(dataset_name=name, body=pb.UpdateDatasetBody(status=status))
+    return await models.stub.UpdateDataset(request, metadata=by)
+
+
+async def _delete(models: Running, names: list[str], by: Metadata) -> None:
+    await models.stub.DeleteDatasets(pb.DeleteDatasetsRequest(dataset_name_list=names), metadata=by)
+
+
+async def test_the_files_make_the_folder_that_the_trainer_reads(models: Running) -> None:
+    params = {"description": "my cat"}
+    created = await _create(models, "cat", models.ann, ["1.png", "1.txt"], prefix="10_cat", params=params)
+    assert created.dataset_name == "cat"
+    assert parse_qs(urlsplit(created.s3_presign_url["1.png"]).query)["X-Amz-Expires"] == [str(7 * 24 * 3600)]
+    await _upload(created, FILES)
+    found = await models.blobs.find("dataset/cat/")
+    assert [blob.key for blob in found] == ["dataset/cat/10_cat/1.png", "dataset/cat/10_cat/1.txt"]
+
+    shown = await _get(models, "cat", models.ann)
+    assert (shown["dataset_name"], shown["datasetName"], shown["prefix"]) == ("cat", "cat", "10_cat")
+    assert shown["s3"] == f"s3://{models.blobs.bucket}/dataset/cat/10_cat"
+    assert (shown["status"], shown["description"]) == ("Initialed", "my cat")
+    assert float(shown["timestamp"]) > 0
+    picture, caption = shown["data"]
+    assert picture["key"] == f"{shown['timestamp']}_shown 1.png"
+    assert (picture["name"], picture["type"], picture["dataStatus"]) == ("shown 1.png", "image", "Initialed")
+    assert (picture["n"], picture["original_file_name"]) == ("1", "1.png")
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(picture["preview_url"])).content == b"a picture"
+        assert (await client.get(caption["preview_url"])).content == b"a caption"
+    assert parse_qs(urlsplit(picture["preview_url"]).query)["X-Amz-Expires"] == [str(24 * 3600)]
+
+
+async def test_a_description_is_always_there(models: Running) -> None:
+    await _create(models, "bare", models.ann)
+    await _create(models, "odd", models.ann, params={"description": 3})
+    for name in ("bare", "odd"):
+        assert (await _get(models, name, models.ann))["description"] == ""
+    shown = await _get(models, "bare", models.ann)
+    assert (shown["prefix"], shown["s3"]) == ("", f"s3://{models.blobs.bucket}/dataset/bare")
+
+
+async def test_five_hundred_files_are_taken_and_one_more_is_not(models: Running) -> None:
+    names = [f"{n}.png" for n in range(500)]
+    assert set((await _create(models, "many", models.ann, names)).s3_presign_url) == set(names)
+    assert [item["original_file_name"] for item in (await _get(models, "many", models.ann))["data"]] == names
+    async with refused("INVALID_ARGUMENT", "at most 500 elements"):
+        await _create(models, "more", models.ann, [*names, "500.png"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset_name": None}, 'missing required properties (["dataset_name"])'),
+        ({"dataset_name": ""}, "too short"),
+        ({"dataset_name": "x" * 21}, "too long"),
+        ({"dataset_name": "1x"}, "does not match"),
+        ({"dataset_name": "a/b"}, "does not match"),
+        ({"content": None}, 'missing required properties (["content"])'),
+        ({"content": []}, 'missing required properties (["content"])'),
+        ({"content": [{"filename": "a", "name": "a", "type": "t"}]}, "content[0]: object has missing required pr"),
+        ({"content": [{"filename": "a/b", "name": "a", "type": "t", "params": {}}]}, "content[0].filename"),
+        ({"content": [{"filename": "..", "name": "a", "type": "t", "params": {}}]}, '".." cannot be'),
+        ({"content": [{"filename": "x" * 256, "name": "a", "type": "t", "params": {}}]}, "too long"),
+        ({"content": [{"filename": "a", "name": "a", "type": "t", "params": {"x": "y" * 70_000}}]}, "65536 are"),
+        ({"content": [{"filename": n, "name": "a", "type": "t", "params": {}} for n in ("a", "a ")]}, "more than once"),
+        ({"prefix": "../other"}, 'prefix "../other" cannot be'),
+        ({"prefix": "a//b"}, "cannot be the name of a folder"),
+        ({"prefix": "a\\b"}, "cannot be the name of a folder"),
+        ({"prefix": "ü" * 200}, "400 bytes, 255 are allowed"),
+        ({"params": None}, 'missing required properties (["params"])'),
+        ({"params": {"description": "x" * 70_000}}, "65536 are allowed"),
+    ],
+)
+async def test_a_bad_dataset_is_refused_in_words(models: Running, changes: dict[str, Any], words: str) -> None:
+    async with refused("INVALID_ARGUMENT", words):
+        await _create(models, **({"name": "d", "by": models.ann} | changes))
+    assert await _list(models, models.admin) == ([], None)
+
+
+async def test_creating_again_replaces_what_is_known_and_adds_files(models: Running) -> None:
+    await _create(models, "d", models.ann, ["a.png", "b.png"], prefix="1_a", params={"description": "old"})
+    await _update(models, "d", "Enabled", models.ann)
+    await _create(models, "d", models.ann, ["b.png", "c.png"], prefix="1_a", params={"description": "new"})
+    shown = await _get(models, "d", models.ann)
+    assert (shown["description"], shown["status"]) == ("new", "Initialed")
+    assert [item["original_file_name"] for item in shown["data"]] == ["a.png", "b.png", "c.png"]
+
+
+async def test_the_status_of_a_dataset_is_that_of_its_files(models: Running) -> None:
+    await _create(models, "d", models.ann)
+    answer = await _update(models, "d", "Enabled", models.ann)
+    assert (answer.dataset_name, answer.status) == ("d", "Enabled")
+    shown = await _get(models, "d", models.ann)
+    assert (shown["status"], shown["data"][0]["dataStatus"]) == ("Enabled", "Enabled")
+    async with refused("INVALID_ARGUMENT", "[status: instance value", "not found in enum"):
+        await _update(models, "d", "Active", models.ann)
+    async with refused("NOT_FOUND", "dataset x is not found"):
+        await _update(models, "x", "Enabled", models.ann)
+
+
+async def test_the_list_filters_before_it_limits_and_its_cursor_reaches_the_end(models: Running) -> None:
+    for n in range(7):
+        await _create(models, f"d{n}", models.ann)
+        if n % 2:
+            await _update(models, f"d{n}", "Enabled", models.ann)
+    assert await _list(models, models.ann) == ([f"d{n}" for n in range(6, -1, -1)], None)
+    page, key = await _list(models, models.ann, dataset_status="Enabled", limit="2")
+    assert page == ["d5", "d3"]
+    assert key
+    await _create(models, "newer", models.ann)
+    rest = await _list(models, models.ann, dataset_status="Enabled", limit="2", exclusive_start_key=key)
+    assert rest == (["d1"], None)
+    for everything in ("0", "-1", "100"):
+        assert len((await _list(models, models.ann, limit=everything))[0]) == 8
+    for limit in ("x", "1.5"):
+        async with refused("INVALID_ARGUMENT", "limit should be a whole number"):
+            await _list(models, models.ann, limit=limit)
+    for bad in ("x", "e30=", "bnVsbA==", "ü"):
+        async with refused("INVALID_ARGUMENT", "exclusive_start_key"):
+            await _list(models, models.ann, exclusive_start_key=bad)
+
+
+async def test_a_dataset_is_for_its_creators_roles_and_for_administrators(models: Running) -> None:
+    colleague = models.tokens.user("cora", ["train:all"], ["designer"])
+    ann, bob = (models.tokens.user(name, ["train:all"], [role]) for name, role in (("ann", "designer"), ("bob", "g")))
+    admin = models.tokens.user("root", ["train:all", "user:all"])
+    created = await _create(models, "d", ann)
+    await _upload(created, FILES[:1])
+    for seer in (ann, colleague, admin):
+        assert await _list(models, seer) == (["d"], None)
+        assert (await _get(models, "d", seer))["status"] == "Initialed"
+    assert await _list(models, bob) == ([], None)
+    hidden = "no permission to view dataset"
+    async with refused("PERMISSION_DENIED", hidden):
+        await _get(models, "d", bob)
+    async with refused("PERMISSION_DENIED", hidden):
+        await _update(models, "d", "Enabled", bob)
+    async with refused("PERMISSION_DENIED", hidden):
+        await _create(models, "d", bob, ["evil.png"])
+    await _create(models, "bobs", bob)
+    async with refused("PERMISSION_DENIED", hidden):
+        await _delete(models, ["bobs", "d"], bob)
+    assert await _list(models, admin) == (["bobs", "d"], None)
+    assert len((await _get(models, "d", ann))["data"]) == 1
+    async with refused("PERMISSION_DENIED", "['train:all']"):
+        await _list(models, models.tokens.user("dora", ["checkpoint:all"]))
+
+
+async def test_deleting_takes_rows_and_objects_and_nothing_of_others(models: Running) -> None:
+    for name in ("a", "ab"):
+        await _upload(await _create(models, name, models.ann, ["1.png", "1.txt"], prefix="1_x"), FILES)
+    await _delete(models, ["a", "a", "unknown"], models.ann)
+    assert await _list(models, models.ann) == (["ab"], None)
+    assert await models.blobs.find("dataset/a/") == []
+    assert len(await models.blobs.find("dataset/ab/")) == 2
+    async with refused("NOT_FOUND", "dataset a is not found"):
+        await _get(models, "a", models.ann)
+    for names in ([], ["1"], ["x" * 21], [f"d{n}" for n in range(11)]):
+        async with refused("INVALID_ARGUMENT"):
+            await _delete(models, names, models.ann)
+
+
+async def test_the_webui_client_deletes_without_naming_anybody(models: Running) -> None:
+    await _create(models, "d", models.ann)
+    nobody = models.tokens.user(
+        "api", [], profile=Profile.WEBUI, username_status=UsernameStatus.ABSENT, impersonate=True
+    )
+    async with refused("UNAUTHENTICATED"):
+        await _get(models, "d", nobody)
+    await _delete(models, ["d"], nobody)
+    assert await _list(models, models.admin) == ([], None)
+
+
+async def test_two_who_create_the_same_name_at_once_share_nothing(models: Running) -> None:
+    bob = models.tokens.user("bob", ["train:all"], ["guest"])
+    results = await asyncio.gather(*(_create(models, "d", by) for by in (models.ann, bob)), return_exceptions=True)
+    assert sum(isinstance(result, Exception) for result in results) == 1
+
+
+@given(st.datetimes(timezones=st.just(UTC)), st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_a_cursor_reads_back_as_the_place_it_was_made_of(created_at: Any, name: str) -> None:
+    assert parse_key(make_key(Place(created_at, name))) == Place(created_at, name)
+
+
+@given(st.text() | st.binary().map(lambda content: base64.b64encode(content).decode()))
+def test_any_text_is_a_cursor_or_refused(text: str) -> None:
+    with suppress(InvalidArgument):
+        assert parse_key(text) is None or text

@@ -1,0 +1,118 @@
+"""Renaming a checkpoint: the name at once, the object in the background, over real parts."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from esd.models.v1 import models_pb2 as pb
+from services.common.blobs import BlobNotFound
+from tests.services.models.conftest import Running
+from tests.services.models.files import safetensors
+from tests.services.models.test_uploads import refused
+from tests.serving import Metadata
+
+
+async def _rename(models: Running, checkpoint_id: str, name: str, by: Metadata | None = None) -> tuple[int, str]:
+    body = pb.UpdateCheckpointBody(name=name)
+    request = pb.UpdateCheckpointRequest(checkpoint_id=checkpoint_id, body=body)
+    answer = await models.stub.UpdateCheckpoint(request, metadata=by or models.ann)
+    assert not answer.HasField("checkpoint")
+    return answer.status_code, answer.message
+
+
+async def _keys(models: Running, checkpoint_id: str, *expected: str) -> list[str]:
+    """The names of the objects, once they are those expected."""
+    prefix = f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/"
+    async with asyncio.timeout(60):
+        while True:
+            found = [blob.key.removeprefix(prefix) for blob in await models.blobs.find(prefix)]
+            if found == sorted(expected):
+                return found
+            await asyncio.sleep(0.02)  # the store tells nobody
+
+
+async def _resolved(models: Running, name: str) -> Any:
+    request = pb.ResolveCheckpointsRequest(
+        names=[pb.CheckpointName(type="Stable-diffusion", name=name)], username="ann", roles=["designer"]
+    )
+    answer = await models.stub.ResolveCheckpoints(request, metadata=models.tokens.service("inference"))
+    return next(iter(answer.checkpoints), None)
+
+
+async def test_a_rename_keeps_the_extension_and_moves_the_object(models: Running) -> None:
+    content = safetensors()
+    checkpoint_id = await models.upload("old.safetensors", content)
+    assert await _rename(models, checkpoint_id, "new") == (202, "rename is processing, please wait")
+    shown = await models.show(checkpoint_id)
+    assert (shown["name"], shown["status"]) == (["new.safetensors"], "Active")
+    await _keys(models, checkpoint_id, "new.safetensors")
+    found = await _resolved(models, "new.safetensors")
+    assert found.key.endswith("/new.safetensors")
+    assert await models.blobs.get(found.key) == content
+    assert await _resolved(models, "old.safetensors") is None
+    params = (await models.show(checkpoint_id))["params"]
+    for word in ("multipart_upload", "size", "sha256", "format", "architecture"):
+        assert list(params[word]) == ["new.safetensors"], word
+    assert params["multipart_upload"]["new.safetensors"]["key"] == found.key
+    await models.upload("old.safetensors", content)  # the name is free
+
+
+async def test_only_the_first_file_is_renamed(models: Running) -> None:
+    created = await models.create(("a.safetensors", 1), ("a.yaml", 1))
+    tags = {
+        "a.safetensors": await models.put(created, "a.safetensors", safetensors()),
+        "a.yaml": await models.put(created, "a.yaml", b"model: {}"),
+    }
+    await models.update(created.checkpoint.id, tags)
+    assert (await _rename(models, created.checkpoint.id, "b"))[0] == 202
+    assert (await models.show(created.checkpoint.id))["name"] == ["b.safetensors", "a.yaml"]
+    await _keys(models, created.checkpoint.id, "a.yaml", "b.safetensors")
+
+
+async def test_a_name_in_use_and_a_foreign_checkpoint_are_refused(models: Running) -> None:
+    checkpoint_id = await models.upload("a.safetensors", safetensors())
+    await models.create(("b.safetensors", 1), kind="Lora")
+    async with refused("FAILED_PRECONDITION", "b.safetensors already exists"):
+        await _rename(models, checkpoint_id, "b")
+    async with refused("PERMISSION_DENIED", "bob"):
+        await _rename(models, checkpoint_id, "c", by=models.bob)
+    for name, words in (("a.b", "does not match"), ("1a", "does not match"), ("x" * 21, "too long"), ("", "too short")):
+        async with refused("INVALID_ARGUMENT", words):
+            await _rename(models, checkpoint_id, name)
+    assert await _rename(models, checkpoint_id, "a") == (200, "no need to update")
+
+
+async def test_of_two_who_take_the_same_name_at_once_one_gets_it(models: Running) -> None:
+    ids = [await models.upload(f"{n}.safetensors", safetensors()) for n in "ab"]
+    results = await asyncio.gather(*(_rename(models, each, "c") for each in ids), return_exceptions=True)
+    assert sum(isinstance(result, Exception) for result in results) == 1
+
+
+async def test_renaming_there_and_back_ends_where_it_began(models: Running) -> None:
+    content = safetensors()
+    checkpoint_id = await models.upload("a.safetensors", content)
+    for name in ("b", "a", "b", "c", "a"):
+        assert (await _rename(models, checkpoint_id, name))[0] == 202
+    async with asyncio.timeout(60):
+        while not (found := await _resolved(models, "a.safetensors")).key.endswith("/a.safetensors"):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    await _keys(models, checkpoint_id, "a.safetensors")
+    assert await models.blobs.get(found.key) == content
+
+
+async def test_deleting_while_the_object_moves_leaves_nothing(models: Running) -> None:
+    checkpoint_id = await models.upload("a.safetensors", safetensors())
+    await _rename(models, checkpoint_id, "b")
+    await models.delete([checkpoint_id])
+    await _keys(models, checkpoint_id)
+
+
+async def test_a_large_object_is_copied_by_parts(models: Running) -> None:
+    content = bytes(range(256)) * 4096 * 11
+    await models.blobs.put("large", content)
+    await models.blobs.copy("large", "copied", max_single_bytes=1, part_bytes=5 * 1024 * 1024)
+    assert await models.blobs.get("copied") == content
+    assert "-3" in (await models.blobs.head("copied")).etag, "three parts"
+    with pytest.raises(BlobNotFound):
+        await models.blobs.copy("none", "copied")

@@ -58,6 +58,8 @@ class WorkerSettings(Settings):
     worker_id: str = Field(default_factory=lambda: str(uuid4()))
     cache_max_bytes: int = Field(100 * 2**30, ge=0)
     max_resident_models: int = Field(2, ge=1)
+    # How many jobs may be in the worker at a time, besides those whose results are being uploaded.
+    max_jobs: int = Field(16, ge=1)
     # torch's threads on the CPU; 0 leaves the number to torch.
     num_threads: int = Field(0, ge=0)
     # How long a job under way may take to finish after SIGTERM.
@@ -70,7 +72,8 @@ async def work(settings: WorkerSettings) -> int:
     engine.start()
     address, credentials = _gateway(settings.server_url)
     async with Transfer() as transfer, plain_channel(address, credentials) as channel:
-        worker = Worker(engine, ModelCache(settings.cache_dir, settings.cache_max_bytes, transfer), transfer)
+        cache = ModelCache(settings.cache_dir, settings.cache_max_bytes, transfer)
+        worker = Worker(engine, cache, transfer, settings.max_jobs)
         tokens = TokenSource(address, read_secret(settings.secret_file), credentials)
         stream = WorkStream(worker, tokens, channel, worker_id=settings.worker_id)
         server = await _serve(settings, worker)

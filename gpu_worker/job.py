@@ -19,6 +19,7 @@ from esd.worker.v1 import worker_pb2
 
 T = TypeVar("T")
 
+INTERNAL = "an internal error occurred in the worker; its log has the details under this job's id"
 MAX_STEPS = 1000
 MAX_PIXELS = 4096 * 4096
 MAX_IMAGES = 100
@@ -87,6 +88,19 @@ class Txt2Img:
     seed: int
     batch_size: int
     n_iter: int
+    eta: float
+    # Shares no UNet call with other jobs, so that the picture repeats bit for bit on the same device and versions.
+    exclusive: bool
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row."""
+        return self.cfg_scale > 1
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of a denoising step, over all its rows."""
+        return self.width * self.height * self.batch_size * (2 if self.is_guided else 1)
 
     @property
     def num_images(self) -> int:
@@ -115,6 +129,8 @@ class Txt2Img:
             seed=seed if seed >= 0 else _uuid(job_id).int % 2**32,
             batch_size=read.integer("batch_size", 1, 1, MAX_IMAGES),
             n_iter=read.integer("n_iter", 1, 1, MAX_IMAGES),
+            eta=read.number("eta", 0.0),
+            exclusive=read.flag("exclusive"),
         )
         if request.num_images > MAX_IMAGES:
             raise JobError(f"batch_size * n_iter is {request.num_images}; at most {MAX_IMAGES} images are possible")
@@ -154,6 +170,12 @@ class _Reader:
         if not low <= value <= high:
             raise JobError(f"{name} is {int(value)}; it must be from {low} to {high}")
         return int(value)
+
+    def flag(self, name: str) -> bool:
+        value = self._payload.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise JobError(f"{name} must be true or false, not {value!r}")
+        return bool(value)
 
     def size(self, name: str) -> int:
         value = self.integer(name, 512, 8, 8192)

@@ -65,8 +65,9 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, seed: int = 0) -> None:
-    """Writes the checkpoint, a few MB."""
-    save_file(weights(seed), path, metadata={"format": "pt", "esd_config": json.dumps(config())})
+    """Writes the checkpoint, a few MB, the same bytes for the same seed: safetensors writes metadata in any order, so
+    there is one entry only."""
+    save_file(weights(seed), path, metadata={"esd_config": json.dumps(config())})
 
 
 def main() -> None:

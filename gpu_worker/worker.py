@@ -17,25 +17,28 @@ import structlog
 from esd.worker.v1 import worker_pb2
 from gpu_worker import results
 from gpu_worker.cache import CachedModel, ModelCache
-from gpu_worker.engine import INTERNAL, Engine, Produced
-from gpu_worker.job import Job, JobCancelled, JobError, Txt2Img, to_python
+from gpu_worker.engine import Engine
+from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, Txt2Img, to_python
+from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
 
 log = structlog.get_logger()
 
 TASK_TYPES = ("txt2img",)
-_MAX_JOBS = 1  # before and in the engine
-_MAX_UPLOADING = 4
+_MAX_UPLOADING = 4  # for each job that the engine may have
 _PROGRESS_INTERVAL_SECONDS = 0.2
 
 
 class Worker:
     """Runs jobs. `on_change` is called when room or readiness may have changed."""
 
-    def __init__(self, engine: Engine, cache: ModelCache, transfer: Transfer) -> None:
+    def __init__(self, engine: Engine, cache: ModelCache, transfer: Transfer, max_jobs: int) -> None:
         self._engine = engine
         self._cache = cache
         self._transfer = transfer
+        self._max_jobs = max_jobs  # before and in the engine
+        # The next job is taken to be as large as the last one; the first, to be a guided one of 512x512.
+        self._typical_pixels = 2 * 512 * 512
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._num_uploading = 0
         self.on_change: Callable[[], None] = lambda: None
@@ -43,11 +46,18 @@ class Worker:
 
     @property
     def room(self) -> int:
-        """How many more jobs the worker can take now. While results are uploaded the GPU takes the next job."""
+        """How many more jobs the worker can take now: those that fit into one UNet call, so that jobs wait where
+        another worker can have them. While results are uploaded the GPU takes the next job."""
         ready = self._engine.ready
-        if not ready.done() or ready.cancelled() or ready.exception() or self._num_uploading >= _MAX_UPLOADING:
+        if (
+            not ready.done()
+            or ready.cancelled()
+            or ready.exception()
+            or self._num_uploading >= _MAX_UPLOADING * self._max_jobs
+        ):
             return 0
-        return max(0, _MAX_JOBS - (len(self._tasks) - self._num_uploading))
+        num_fitting = max(1, self._engine.max_pixels // self._typical_pixels)
+        return max(0, min(self._max_jobs, num_fitting) - (len(self._tasks) - self._num_uploading))
 
     @property
     def device(self) -> str:
@@ -103,6 +113,8 @@ class Worker:
             request = Txt2Img.from_payload(payload, job.id)
             if len(job.spec.image_uploads) < request.num_images:
                 raise JobError(f"the job makes {request.num_images} images, but has a place for only some of them")
+            self._typical_pixels = request.num_pixels
+            self.on_change()
             files = await job.stage(self._fetch(job, held))
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)

@@ -34,7 +34,9 @@ OWNERS = {
     "httpcore": {"outbound.py"},
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
-TORCH_OWNERS = {"engine.py", "fault.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py"}
+TORCH_OWNERS = {
+    "core.py", "denoise.py", "fault.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py",
+}  # fmt: skip
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -18,10 +18,39 @@ from services.common.errors import InvalidArgument
 MAX_BYTES = 64 * 1024 * 1024
 MAX_IMAGES = 64
 TASKS = ("txt2img",)
-SAMPLERS = ("Euler", "Euler a", "DPM++ 2M Karras")
-# (sampler, scheduler) as newer A1111 builds split them → the sampler's one name here.
-_SPLIT_NAMES = {("DPM++ 2M", "Karras"): "DPM++ 2M Karras", ("DPM++ 2M", "Automatic"): "DPM++ 2M Karras"}
-_SCHEDULERS = {"Euler": ("Automatic",), "Euler a": ("Automatic",), "DPM++ 2M Karras": ("Automatic", "Karras")}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The noise schedules that a sampler can follow, and the one that `Automatic` means for it."""
+
+    schedules: tuple[str, ...] = ("Uniform",)
+    automatic: str = "Uniform"
+
+
+_KARRAS = ("Uniform", "Karras", "Exponential", "Beta")
+_ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
+# What gpu_worker/samplers.py can run; a test keeps the two equal.
+SAMPLERS = {
+    "Euler": Sampler(_ALL),
+    "Euler a": Sampler(("Uniform", "SGM Uniform")),
+    "LMS": Sampler(_ALL),
+    "Heun": Sampler(_ALL),
+    "DPM2": Sampler(_ALL, "Karras"),
+    "DPM2 a": Sampler(_ALL, "Karras"),
+    "DPM++ 2S a": Sampler(_KARRAS, "Karras"),
+    "DPM++ 2M": Sampler(_ALL, "Karras"),
+    "DPM++ SDE": Sampler(_ALL, "Karras"),
+    "DPM++ 2M SDE": Sampler(_ALL, "Exponential"),
+    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential"),
+    "DPM++ 3M SDE": Sampler(_ALL, "Exponential"),
+    "DPM fast": Sampler(),
+    "DDIM": Sampler(),
+    "PLMS": Sampler(),
+    "UniPC": Sampler(),
+    "LCM": Sampler(),
+}
+REFUSED_SAMPLERS = ("DPM adaptive", "Restart")
 # What would change the picture and is not built yet; refused unless it has one of these harmless values.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
@@ -52,6 +81,9 @@ class Txt2Img(BaseModel):
     height: int = Field(512, ge=64, le=4096, multiple_of=8)
     batch_size: int = Field(1, ge=1, le=8)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
+    eta: float = Field(0.0, ge=0, le=1)
+    # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
+    exclusive: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -161,15 +193,35 @@ def _float(digits: str) -> float:
 
 
 def _sampler(fields: dict[str, Any]) -> str:
-    name = fields.get("sampler_name") or fields.get("sampler_index") or "Euler"
-    scheduler = fields.get("scheduler") or "Automatic"
-    known = _SPLIT_NAMES.get((name, scheduler), name) if isinstance(name, str) and isinstance(scheduler, str) else name
-    possible = ", ".join(SAMPLERS)
-    if known not in SAMPLERS:
-        raise ValueError(f"sampler_name {_shown(name)} is not known; possible: {possible}")
-    if scheduler not in _SCHEDULERS[known]:
-        raise ValueError(f"scheduler {_shown(scheduler)} does not go with sampler_name {_shown(name)}")
-    return str(known)
+    """The sampler and its schedule as one name, such as `DPM++ 2M Karras`: what A1111 1.8 labels them, from whichever
+    fields a client uses. Without a `scheduler` a bare name means the uniform schedule, as it did there."""
+    given, scheduler = fields.get("sampler_name") or fields.get("sampler_index") or "Euler", fields.get("scheduler")
+    name, ending = _split(given)
+    if not isinstance(name, str) or name not in SAMPLERS:
+        problem = "cannot be run here" if name in REFUSED_SAMPLERS else "is not known"
+        raise ValueError(f"sampler_name {_shown(given)} {problem}; possible: {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[name]
+    possible = {known.lower(): known for known in sampler.schedules}
+    possible["automatic"] = sampler.automatic
+    wanted = ending or scheduler or "Uniform"
+    schedule = possible.get(wanted.lower()) if isinstance(wanted, str) else None
+    if schedule is None:
+        choice = ", ".join(("Automatic", *sampler.schedules))
+        raise ValueError(f"scheduler {_shown(wanted)} does not go with sampler_name {_shown(name)}; possible: {choice}")
+    return name if schedule == "Uniform" else f"{name} {schedule}"
+
+
+def _split(given: Any) -> tuple[Any, str]:
+    """A sampler's own name, and the schedule that a name ends in or an empty text."""
+    if not isinstance(given, str):
+        return given, ""
+    samplers = {known.lower(): known for known in (*SAMPLERS, *REFUSED_SAMPLERS)}
+    name = given.strip().lower()
+    for schedule in (*_ALL, "Automatic"):
+        stem = name.removesuffix(f" {schedule.lower()}")
+        if stem in samplers and stem != name:
+            return samplers[stem], schedule
+    return samplers.get(name, given), ""
 
 
 def _sentence(problem: Any) -> str:

@@ -24,11 +24,6 @@ NOT_BUILT = [
     ("PUT", "/trainings/x/stop", None),
     ("POST", "/trainings", {"lora_train_type": "kohya", "params": {}}),
     ("DELETE", "/trainings", {"training_id_list": ["x"]}),
-    (
-        "POST",
-        "/datasets",
-        {"dataset_name": "a", "content": [{"filename": "a", "name": "a", "type": "a", "params": {}}]},
-    ),
     ("POST", "/checkpoints", {"checkpoint_type": "VAE", "urls": ["https://example.com/a.pt"], "params": {}}),
 ]
 

@@ -59,7 +59,7 @@ class Connection:
 
     async def until_room(self) -> None:
         """Reads until the worker wants a job."""
-        while (await self.until("want")).num_jobs != 1:
+        while (await self.until("want")).num_jobs < 1:
             pass
 
     async def send(self, **message: Any) -> None:

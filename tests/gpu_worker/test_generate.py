@@ -109,7 +109,7 @@ async def test_a_large_payload_is_read_from_its_url(generate: Any, store: Object
     ("change", "reason"),
     [
         ({"task_type": "rembg"}, "task type 'rembg' is not supported by this worker yet; possible: txt2img"),
-        ({"sampler_name": "Restart"}, "sampler 'Restart' is not known"),
+        ({"sampler_name": "Restart"}, "sampler 'Restart' cannot be run here"),
         ({"width": 100}, "width is 100; it must be a multiple of 8"),
         ({"n_iter": 3}, "the job makes 3 images"),
     ],

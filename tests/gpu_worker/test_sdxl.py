@@ -1,13 +1,14 @@
 """SDXL: a tiny checkpoint in Stability's layout against diffusers' own pipeline."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -16,6 +17,8 @@ from gpu_worker import ldm, weights
 from gpu_worker.job import Txt2Img
 from gpu_worker.tasks import txt2img
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.driving import assert_close, drive, latents
+from tests.gpu_worker.reference import pipeline_latents, scheduler_of
 
 BIG_G = "conditioner.embedders.1.model."
 TINY: dict[str, dict[str, Any]] = {
@@ -92,29 +95,38 @@ def checkpoint(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-def test_pixels_equal_those_of_the_diffusers_pipeline(parts: dict[str, Any], checkpoint: Path) -> None:
-    models = weights.load(as_cached(checkpoint), None, "cpu")
-    assert models.is_sdxl
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="linspace"
-    )
-    pipeline = StableDiffusionXLPipeline(
+@pytest.fixture(scope="module")
+def models(checkpoint: Path) -> weights.Models:
+    return weights.load(as_cached(checkpoint), None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def pipeline(parts: dict[str, Any], models: weights.Models) -> Any:
+    made = StableDiffusionXLPipeline(
         vae=parts["vae"],
         unet=parts["unet"],
         text_encoder=parts["text_encoder"],
         text_encoder_2=parts["text_encoder_2"],
         tokenizer=models.text_encoders[0].tokenizer,
         tokenizer_2=models.text_encoders[1].tokenizer,
-        scheduler=scheduler,
+        scheduler=scheduler_of("Euler", 0),
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    request = Txt2Img.from_payload(
-        {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 3, "batch_size": 2}, "job"
-    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+REQUEST = Txt2Img.from_payload(
+    {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 3, "batch_size": 2}, "job"
+)
+
+
+def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pipeline: Any) -> None:
+    assert models.is_sdxl
+    pipeline.scheduler = scheduler_of("Euler", 0)
     expected = pipeline(
-        [request.prompt] * 2,
+        [REQUEST.prompt] * 2,
         negative_prompt=[""] * 2,
         num_inference_steps=3,
         guidance_scale=7.0,
@@ -123,12 +135,24 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(parts: dict[str, Any], che
         generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
         output_type="np",
     ).images
-    steps = txt2img.generate(request, models)
-    with torch.inference_mode():
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                pixels = np.stack(end.value)
-                break
+    pixels = np.stack(drive(models.unet, [(0, txt2img.generate(REQUEST, models, lambda _: None))])[0])
     assert np.abs(pixels / 255 - expected).max() <= 0.5 / 255 + 1e-5
+
+
+def test_a_job_in_company_has_the_latents_of_the_diffusers_pipeline(models: weights.Models, pipeline: Any) -> None:
+    names = ("Euler", "DPM++ 2M Karras", "Heun", "Euler a", "DDIM", "DPM++ SDE Karras")
+    requests = [
+        replace(
+            REQUEST,
+            sampler_name=name,
+            prompt=f"picture {index}",
+            seed=index,
+            steps=3 + index % 3,
+            cfg_scale=(7.0, 1.0, 3.0)[index % 3],
+            batch_size=1 + index % 2,
+        )
+        for index, name in enumerate(names)
+    ]
+    tasks = [(index, latents(request, models)) for index, request in enumerate(requests)]
+    for request, found in zip(requests, drive(models.unet, tasks, max_rows=5), strict=True):
+        assert_close(found, pipeline_latents(pipeline, request.sampler_name, request))

@@ -1,6 +1,5 @@
-"""Pictures against an independent source: diffusers' own pipeline with its own single-file loading."""
+"""Pictures and latents against an independent source: diffusers' own pipeline with its own single-file loading."""
 
-import json
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -9,24 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-)
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import EulerDiscreteScheduler
 
-from gpu_worker import tiny, weights
+from gpu_worker import samplers, weights
 from gpu_worker.job import JobError, Txt2Img
 from gpu_worker.tasks import txt2img
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.driving import assert_close, drive, latents
+from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of
 
 REQUEST = Txt2Img.from_payload(
     {"prompt": "a red circle", "negative_prompt": "blurry", "steps": 4, "width": 64, "height": 64, "seed": 3}, "job"
 )
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+COMPANY = 6
+NAMES = samplers.names()
 
 
 @pytest.fixture(scope="module")
@@ -42,81 +37,65 @@ def models(tiny_checkpoint: Path) -> weights.Models:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """diffusers' own way with the same file: from_single_file with a local config, models included."""
-    folder = tmp_path_factory.mktemp("config")
-    config = tiny.config()
-    for part, name in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config[part] | {"_class_name": name}))
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    index |= {"vae": ["diffusers", "AutoencoderKL"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**config["text_encoder"])).eval()
-    prefix = "cond_stage_model.transformer.text_model."
-    state = load_file(tiny_checkpoint)
-    text_encoder.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    options = {"config": str(folder), "local_files_only": True, "torch_dtype": torch.float32}
-    made = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_single_file(str(tiny_checkpoint), subfolder="vae", **options),
-        unet=UNet2DConditionModel.from_single_file(str(tiny_checkpoint), subfolder="unet", **options),
-        text_encoder=text_encoder,
-        tokenizer=models.text_encoders[0].tokenizer,
-        scheduler=EulerDiscreteScheduler(**BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
+    return pipeline_of(tiny_checkpoint, models.text_encoders[0].tokenizer, tmp_path_factory.mktemp("config"))
 
 
 def run(request: Txt2Img, models: weights.Models) -> tuple[list[int], np.ndarray]:
     """Progress and pixels."""
-    steps = txt2img.generate(request, models)
-    progress = []
-    with torch.inference_mode():
-        while True:
-            try:
-                progress.append(next(steps))
-            except StopIteration as end:
-                return progress, np.stack(end.value)
+    progress: list[int] = []
+    images = drive(models.unet, [(0, txt2img.generate(request, models, progress.append))])[0]
+    return progress, np.stack(images)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "schedule", "scheduler"),
-    [
-        ("Euler", "", (EulerDiscreteScheduler, {"timestep_spacing": "linspace"})),
-        ("Euler a", "", (EulerAncestralDiscreteScheduler, {"timestep_spacing": "linspace"})),
-        ("DPM++ 2M Karras", "", (DPMSolverMultistepScheduler, {"use_karras_sigmas": True})),
-        ("DPM++ 2M", "Karras", (DPMSolverMultistepScheduler, {"use_karras_sigmas": True})),
-        ("DPM++ 2M", "Automatic", (DPMSolverMultistepScheduler, {"use_karras_sigmas": True})),
-        ("DPM++ 2M", "", (DPMSolverMultistepScheduler, {})),
-    ],
-)
-def test_latents_equal_those_of_the_diffusers_pipeline(
-    pipeline: Any, models: weights.Models, sampler: str, schedule: str, scheduler: Any
+def expected_latents(pipeline: Any, request: Txt2Img) -> torch.Tensor:
+    return pipeline_latents(pipeline, request.sampler_name, request)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_alone_has_the_latents_of_the_diffusers_pipeline(
+    pipeline: Any, models: weights.Models, name: str
 ) -> None:
-    kind, options = scheduler
-    pipeline.scheduler = kind(**BETAS, **options)
-    expected = pipeline(
-        [REQUEST.prompt] * 2,
-        negative_prompt=[REQUEST.negative_prompt] * 2,
-        num_inference_steps=REQUEST.steps,
-        guidance_scale=REQUEST.cfg_scale,
-        width=64,
-        height=64,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
-        output_type="latent",
-    ).images
-    request = replace(REQUEST, sampler_name=sampler, scheduler=schedule, batch_size=2)
-    texts = [txt2img._encode(models, text, request) for text in (request.prompt, request.negative_prompt)]
-    with torch.inference_mode():
-        denoising = txt2img._Denoising(request, models, txt2img._repeated(*texts, 2), request.seed)
-        for index in range(request.steps):
-            denoising.step(index)
-    assert (denoising.latents - expected).abs().max() <= 1e-5 * expected.abs().max()
+    request = replace(REQUEST, sampler_name=name, steps=5)
+    assert_close(drive(models.unet, [(0, latents(request, models))])[0], expected_latents(pipeline, request))
+
+
+@pytest.mark.parametrize("first", range(0, len(NAMES), COMPANY))
+def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diffusers_pipeline(
+    pipeline: Any, models: weights.Models, first: int
+) -> None:
+    """Every sampler of the table is once in such a company, with guidance and without, of one row or two."""
+    names = [NAMES[(first + index) % len(NAMES)] for index in range(COMPANY)]
+    requests = [
+        replace(
+            REQUEST,
+            sampler_name=name,
+            prompt=f"picture {index}",
+            seed=index,
+            steps=3 + 2 * index % 5,
+            cfg_scale=(7.0, 1.0, 4.5, 0.0, 12.0, 2.0)[index],
+            batch_size=1 + (index == 2),
+        )
+        for index, name in enumerate(names)
+    ]
+    tasks = [(2 * index % 7, latents(request, models)) for index, request in enumerate(requests)]
+    for request, found in zip(requests, drive(models.unet, tasks), strict=True):
+        assert_close(found, expected_latents(pipeline, request))
+
+
+def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models: weights.Models) -> None:
+    for name in ("Euler a", "DPM++ SDE", "DPM++ 2M SDE", "LCM", "DPM2 a"):
+        request = replace(REQUEST, sampler_name=name, batch_size=2)
+        found = drive(models.unet, [(0, latents(request, models))])[0]
+        for index in range(2):
+            alone = replace(REQUEST, sampler_name=name, seed=REQUEST.seed + index)
+            assert_close(found[index : index + 1], expected_latents(pipeline, alone))
+
+
+def test_ddim_takes_eta(pipeline: Any, models: weights.Models) -> None:
+    request = replace(REQUEST, sampler_name="DDIM", eta=0.7)
+    found = drive(models.unet, [(0, latents(request, models))])[0]
+    assert_close(found, pipeline_latents(pipeline, "DDIM", request))
+    assert not torch.allclose(found, expected_latents(pipeline, replace(request, eta=0.0)))
 
 
 def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: weights.Models) -> None:
@@ -143,6 +122,13 @@ def test_image_i_of_a_job_is_the_image_of_seed_plus_i_alone(models: weights.Mode
     for index, pixels in enumerate(together):
         alone = run(replace(REQUEST, seed=REQUEST.seed + index), models)[1][0]
         assert np.abs(alone.astype(int) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["Heun", "PLMS", "DPM++ SDE"])
+def test_progress_counts_steps_where_a_sampler_needs_more_evaluations(models: weights.Models, name: str) -> None:
+    progress = run(replace(REQUEST, sampler_name=name), models)[0]
+    assert progress == sorted(progress)
+    assert progress[-1] == REQUEST.steps
 
 
 def test_without_guidance_the_negative_prompt_has_no_effect(models: weights.Models) -> None:

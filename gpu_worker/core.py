@@ -1,0 +1,189 @@
+"""What the GPU thread does: starts runs, ticks, gives runs turns for stages of their own. Nobody else calls a model.
+
+A run's task is advanced to its next wish: a UNet call, which the batch arranges with those of other runs, or a turn for
+a stage (encoding text, decoding a picture), which it gets between ticks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+import torch
+
+from gpu_worker import weights
+from gpu_worker.batch import Batch
+from gpu_worker.denoise import predict
+from gpu_worker.fault import leave_if_device_failed
+from gpu_worker.job import INTERNAL, JobError
+from gpu_worker.resident import Resident
+from gpu_worker.run import Produced, Run
+from gpu_worker.tasks import txt2img
+
+log = structlog.get_logger()
+
+NO_MEMORY = "the GPU has not enough memory for this job"
+# Rows x pixels of a UNet call, until one does not fit: 16 rows of SDXL. On the CPU 4 of SD1.5; more gain nothing.
+_MAX_PIXELS = {"cuda": 16 * 1024 * 1024, "cpu": 4 * 512 * 512}
+
+
+class Core:
+    """Belongs to one thread, but for `on_loaded`, which is called in another: work() has something to do again."""
+
+    def __init__(
+        self, device: str, max_resident_models: int, on_loaded: Callable[[], None], max_pixels: int | None = None
+    ) -> None:
+        self._device = device
+        self._waiting: deque[Run] = deque()  # for their models
+        self._stages: deque[Run] = deque()
+        self._batch: Batch[Run] = Batch(max_pixels or _MAX_PIXELS[device])
+        self._resident: Resident[weights.Models] = Resident(max_resident_models, on_loaded)
+        self._last_tick: torch.cuda.Event | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing can be done until a run comes or a load ends."""
+        return not self._batch and not self._stages
+
+    @property
+    def max_pixels(self) -> int:
+        """Rows x pixels that one UNet call may have now."""
+        return self._batch.max_pixels
+
+    @property
+    def warm_models(self) -> tuple[str, ...]:
+        """Keys of the files whose models are in memory."""
+        return self._resident.keys
+
+    def add(self, run: Run) -> None:
+        """Takes a run; it ends with its `on_end`."""
+        self._waiting.append(run)
+
+    def cancel(self, run: Run, reason: BaseException) -> None:
+        """Ends a run wherever it is; nothing happens if it has ended."""
+        if run in self._waiting or run in self._stages or run in self._batch:
+            self._end(run, reason)
+
+    def close(self) -> None:
+        """Ends the thread that loads."""
+        self._resident.close()
+
+    def work(self) -> None:
+        """A tick, and about as much time for stages, so that neither waits long for the other."""
+        self.start_waiting()
+        began = time.monotonic()
+        self._tick()
+        until = 2 * time.monotonic() - began
+        while self._stages:
+            self._advance(self._stages.popleft())
+            if time.monotonic() >= until:
+                break
+        self.start_waiting()
+
+    def start_waiting(self) -> None:
+        """Starts the runs whose models are here, and the loads there is room for, in order of arrival."""
+        for run in list(self._waiting):
+            try:
+                run.models = self._resident.take(run.key, lambda: weights.load(run.base, run.vae, self._device))  # noqa: B023
+            except Exception as error:
+                self._fail(run, error)
+                continue
+            if run.models is None and run.key not in self._resident:
+                return  # it waits for a place, which nobody behind it may take
+            if not run.is_started:
+                run.is_started = True
+                run.on_started()
+                run.lap()
+            if run.models is not None:
+                run.load_seconds = run.lap()
+                run.task = txt2img.generate(run.request, run.models, run.on_step)
+                self._waiting.remove(run)
+                self._stages.append(run)
+
+    def _tick(self) -> None:
+        runs = self._batch.next()
+        if not runs:
+            return
+        began = time.monotonic()
+        self._evaluate(runs)
+        self._keep_pace()
+        self._batch.spent(time.monotonic() - began)
+
+    def _keep_pace(self) -> None:
+        """Lets the thread be one tick ahead of the GPU, not more: cancelling and time slices count in ticks."""
+        if self._device == "cuda":
+            tick = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            tick.record()
+            if self._last_tick is not None:
+                self._last_tick.synchronize()
+            self._last_tick = tick
+
+    def _evaluate(self, runs: list[Run]) -> None:
+        """Fulfils the wishes of runs that share a UNet and a size. Their latents change only after the UNet's success,
+        so a call can be tried again."""
+        wishes = [run.wish for run in runs if run.wish is not None]
+        max_rows = self._batch.max_rows(runs[0].row_pixels)
+        try:
+            with torch.inference_mode():
+                assert runs[0].models is not None
+                predictions = predict(runs[0].models.unet, wishes, max_rows)
+        except torch.OutOfMemoryError:
+            predictions = None
+        except Exception as error:
+            if len(runs) == 1:
+                return self._fail(runs[0], error)
+            for run in runs:  # only whose wish it was shall fail
+                self._evaluate([run])
+            return None
+        if predictions is None:
+            return self._shrink(runs, sum(wish.num_rows for wish in wishes))
+        for run, prediction in zip(runs, predictions, strict=True):
+            self._advance(run, prediction)
+        return None
+
+    def _shrink(self, runs: list[Run], num_rows: int) -> None:
+        """After a call that did not fit the memory: the next tick is half of it."""
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        if not self._batch.shrink(num_rows, runs[0].row_pixels):
+            self._fail(runs[0], JobError(NO_MEMORY))
+        log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=self._batch.max_pixels)
+
+    def _advance(self, run: Run, prediction: torch.Tensor | None = None) -> None:
+        """Takes a task to its next wish or its end."""
+        assert run.task is not None
+        try:
+            with torch.inference_mode():
+                run.wish = run.task.send(prediction)
+        except StopIteration as end:
+            self._end(run, Produced(end.value, run.load_seconds, run.lap()))
+        except Exception as error:
+            self._fail(run, error)
+        else:
+            if run.wish is None:
+                self._batch.remove(run)
+                self._stages.append(run)
+            elif run not in self._batch:
+                group = (run.key, run.request.width, run.request.height)
+                self._batch.add(run, group, run.request.num_pixels, run.request.exclusive)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = JobError(NO_MEMORY)
+        elif not isinstance(error, JobError):
+            leave_if_device_failed(error, run.job_id)
+            log.error("job failed in the engine", job_id=run.job_id, exc_info=error)
+            error = JobError(INTERNAL)
+        self._end(run, error)
+
+    def _end(self, run: Run, outcome: Produced | BaseException) -> None:
+        self._batch.remove(run)
+        for queue in (self._waiting, self._stages):
+            if run in queue:
+                queue.remove(run)
+        if run.models is not None:
+            self._resident.give_back(run.key)
+        run.models = run.task = run.wish = None  # with them go the latents
+        run.on_end(outcome)

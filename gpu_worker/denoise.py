@@ -1,0 +1,154 @@
+"""The tick: one UNet call over the rows of many jobs, each at its own timestep, guidance scale and prompt length.
+
+A task (`tasks/`) is a generator. It yields an `Evaluation` when it needs the UNet and is sent the guided prediction, or
+yields None where others may go first. Nothing here mixes rows, so a job's latents do not depend on its company beyond
+the last bits that the size of a matrix product changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+
+from gpu_worker.samplers import Sampling
+
+T = TypeVar("T")
+Task = Generator["Evaluation | None", torch.Tensor | None, T]
+
+CHUNK_TOKENS = 77
+# Prompts of 2 and 3 chunks meet at 6; a call whose common length would be larger becomes two calls.
+_MAX_CHUNKS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What the UNet is told: the text of shape (1, 77 x chunks, width), and for SDXL the pooled text and sizes, each of
+    shape (1, n)."""
+
+    text: torch.Tensor
+    added: dict[str, torch.Tensor] | None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of 77 tokens."""
+        return self.text.shape[1] // CHUNK_TOKENS
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and text. Without
+    a negative text there is no guidance, and no row for it."""
+
+    x: torch.Tensor
+    timestep: float
+    positive: Conditioning
+    negative: Conditioning | None
+    cfg_scale: float
+
+    @property
+    def texts(self) -> list[Conditioning]:
+        """One for each half of the rows, the negative first."""
+        return [self.positive] if self.negative is None else [self.negative, self.positive]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that this takes in a UNet call."""
+        return len(self.x) * len(self.texts)
+
+    def guided(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, equation 6) over the outputs for `texts`."""
+        if len(outputs) == 1:
+            return outputs[0]
+        negative, positive = outputs
+        return negative + self.cfg_scale * (positive - negative)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one evaluation with one text."""
+
+    x: torch.Tensor
+    timestep: float
+    text: Conditioning
+
+
+def denoise(
+    sampling: Sampling,
+    latents: torch.Tensor,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    cfg_scale: float,
+    on_evaluation: Callable[[int], None],
+) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
+    """Takes a job's latents from the sampler's first noise level to its last, and returns them, fp32.
+
+    `on_evaluation` hears how many of the sampler's evaluations are done.
+    """
+    for index, timestep in enumerate(sampling.timesteps):
+        x = sampling.scaled(latents, index)
+        prediction = yield Evaluation(x, timestep, positive, negative, cfg_scale)
+        latents = sampling.step(prediction, index, latents)
+        on_evaluation(index + 1)
+    return latents
+
+
+def predict(unet: Any, evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
+    """The guided predictions in fp32, in as few UNet calls as prompt lengths and `max_rows` allow."""
+    parts = [_Part(wish.x, wish.timestep, text) for wish in evaluations for text in wish.texts]
+    outputs = (output for call in _calls(parts) for output in _call(unet, call, max_rows))
+    return [wish.guided(list(islice(outputs, len(wish.texts)))) for wish in evaluations]
+
+
+def _calls(parts: list[_Part]) -> list[list[_Part]]:
+    """The parts in order, cut where prompt lengths have no reasonable common multiple."""
+    calls: list[list[_Part]] = []
+    num_chunks = 1
+    for part in parts:
+        num_chunks = math.lcm(num_chunks, part.text.num_chunks)
+        if not calls or num_chunks > max(_MAX_CHUNKS, part.text.num_chunks):
+            calls.append([])
+            num_chunks = part.text.num_chunks
+        calls[-1].append(part)
+    return calls
+
+
+def _call(unet: Any, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, ...]:
+    """The UNet's output in fp32 for each part."""
+    first = parts[0].text
+    counts = [len(part.x) for part in parts]
+    # Attention over a context that is repeated k times is attention over the context: softmax does not change.
+    num_chunks = math.lcm(*{part.text.num_chunks for part in parts})
+    texts = [part.text.text.repeat(1, num_chunks // part.text.num_chunks, 1) for part in parts]
+    timesteps = [part.timestep for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+    x = torch.cat([part.x for part in parts]).to(first.text.dtype)
+    timestep = torch.tensor(timesteps, dtype=torch.float32).to(x.device, non_blocking=True)
+    text = _rows(texts, counts)
+    added = {name: _rows([_added(part, name) for part in parts], counts) for name in first.added or ()}
+    outputs = []
+    for start in range(0, len(x), max_rows):
+        rows = slice(start, start + max_rows)
+        outputs.append(
+            unet(
+                x[rows],
+                timestep[rows],
+                encoder_hidden_states=text[rows],
+                added_cond_kwargs={name: tensor[rows] for name, tensor in added.items()},
+                return_dict=False,
+            )[0]
+        )
+    return torch.split(torch.cat(outputs).float(), counts)
+
+
+def _added(part: _Part, name: str) -> torch.Tensor:
+    assert part.text.added is not None  # all parts are of one UNet
+    return part.text.added[name]
+
+
+def _rows(tensors: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+    """The first row of each tensor, so many times."""
+    return torch.cat([t if n == 1 else t.expand(n, *t.shape[1:]) for t, n in zip(tensors, counts, strict=True)])

@@ -1,0 +1,71 @@
+"""A request on its way through the engine: what it needs, who hears of it, and where it is. Knows nothing of torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.cache import CachedModel
+from gpu_worker.job import Txt2Img
+
+if TYPE_CHECKING:
+    from gpu_worker.denoise import Evaluation, Task
+    from gpu_worker.weights import Models
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What the engine made: pixels of shape (height, width, 3) for each image, and where the time went."""
+
+    images: list[NDArray[np.uint8]]
+    load_seconds: float
+    pipeline_seconds: float
+
+
+@dataclass(eq=False)
+class Run:
+    """A run waits for its models, which it then holds until its end, and is a task from there on. The engine's thread
+    calls the listeners: `on_step` with how many of steps x images are done, `on_end` once, with what became of it."""
+
+    job_id: str
+    request: Txt2Img
+    files: list[CachedModel]
+    on_started: Callable[[], None]
+    on_step: Callable[[int], None]
+    on_end: Callable[[Produced | BaseException], None]
+    models: Models | None = None
+    task: Task[list[NDArray[np.uint8]]] | None = None
+    wish: Evaluation | None = None
+    is_started: bool = False
+    load_seconds: float = 0.0
+    _since: float = field(default_factory=time.monotonic, init=False)
+
+    @property
+    def base(self) -> CachedModel:
+        """The checkpoint."""
+        return next(file for file in self.files if file.type == "Stable-diffusion")
+
+    @property
+    def vae(self) -> CachedModel | None:
+        """The VAE that takes the place of the checkpoint's own."""
+        return next((file for file in self.files if file.type == "VAE"), None)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names its models in memory."""
+        return (self.base.key, self.vae.key) if self.vae else (self.base.key,)
+
+    @property
+    def row_pixels(self) -> int:
+        """Pixels of one row."""
+        return self.request.width * self.request.height
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._since = self._since, time.monotonic()
+        return self._since - before

@@ -1,0 +1,53 @@
+"""Owns how a test advances tasks without an engine: alone, or in company that joins and leaves between ticks."""
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from gpu_worker import weights
+from gpu_worker.denoise import predict
+from gpu_worker.job import Txt2Img
+from gpu_worker.tasks import txt2img
+
+
+def drive(unet: Any, tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows: int = 64) -> list[Any]:
+    """Runs tasks to their ends, each joining at the tick given with it, and answers what each returned."""
+    results: dict[int, Any] = {}
+    wishes: dict[int, Any] = {}
+
+    def advance(index: int, prediction: Any) -> None:
+        wishes.pop(index, None)
+        try:
+            while (wish := tasks[index][1].send(prediction)) is None:
+                prediction = None
+            wishes[index] = wish
+        except StopIteration as end:
+            results[index] = end.value
+
+    tick = 0
+    with torch.inference_mode():
+        while len(results) < len(tasks):
+            for index, (joins_at, _) in enumerate(tasks):
+                if joins_at == tick:
+                    advance(index, None)
+            active = list(wishes)
+            if active:
+                predictions = predict(unet, [wishes[index] for index in active], max_rows)
+                for index, prediction in zip(active, predictions, strict=True):
+                    advance(index, prediction)
+            tick += 1
+    return [results[index] for index in range(len(tasks))]
+
+
+def latents(request: Txt2Img, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
+    """The task of a request's first batch up to its final latents."""
+    positive = txt2img.encode(models, request.prompt, request)
+    negative = txt2img.encode(models, request.negative_prompt, request) if request.is_guided else None
+    return (yield from txt2img.denoised(request, models, positive, negative, 0, lambda _: None))
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest value."""
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert error <= 1e-5, error

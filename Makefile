@@ -30,7 +30,7 @@ fix: install  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 test: install  ## All tests, with the real parts on free ports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up

@@ -92,3 +92,10 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     swift.bootstrap(bucket)
     return S3Access(swift.url, bucket, S3_REGION, S3_ACCESS_KEY, esd_home.s3_secret_key_file, swift)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a file's tests in one process, and all that share the whole stack in one, when tests run in two."""
+    for item in items:
+        group = "stack" if item.path.parent.name == "e2e" else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

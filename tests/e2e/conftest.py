@@ -19,6 +19,8 @@ from deploy.local.stack import Stack
 
 PARTS = 2
 PART_BYTES = 5 * 2**20  # the smallest that S3 takes for any part but the last
+# One thread, because torch's threads spin while they wait for a core that another test has.
+SETTINGS = {"ESD_BASE_PATH": "/prod", "ESD_NUM_THREADS": "1"}
 PICTURE = {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 7, "sampler_name": "Euler a"}
 
 
@@ -102,7 +104,7 @@ def stack() -> Iterator[Stack]:
     """The one-machine stack with both listeners and a base path, in a home of its own."""
     with tempfile.TemporaryDirectory(prefix="esd-e2e-") as folder:
         Path(folder).chmod(0o711)  # PostgreSQL's user must get through, when root runs this
-        stack = Stack(Path(folder) / "home", webui=True, env_overrides={"ESD_BASE_PATH": "/prod"})
+        stack = Stack(Path(folder) / "home", webui=True, env_overrides=SETTINGS)
         stack.start()
         try:
             yield stack

@@ -14,7 +14,7 @@ import pytest
 from deploy.local.stack import Stack
 from tests.e2e.conftest import PICTURE, Api, Studio, create_job, finished, wait_for
 
-SLOW = PICTURE | {"steps": 150}
+SLOW = PICTURE | {"steps": 100}
 
 
 def workers(stack: Stack) -> list[psutil.Process]:

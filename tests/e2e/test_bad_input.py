@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import PICTURE, Answer, Api, Studio, create_job, finished, new_user, upload
+
+NOBODY = "5b47fc8f-c1b0-47ad-9d85-ad0f08526e28"  # an id of the right form
 
 
 def refused_start(studio: Studio, payload: Any) -> Answer:
@@ -103,14 +104,14 @@ def test_an_unknown_task_type_is_answered_with_the_possible_ones(studio: Studio)
     assert "task type paint should be in" in answer.message
 
 
-@pytest.mark.parametrize("job_id", ["no-uuid", "%00", str(uuid.uuid4())])
+@pytest.mark.parametrize("job_id", ["no-uuid", "%00", NOBODY])
 def test_an_unknown_or_impossible_job_id_is_not_found(studio: Studio, job_id: str) -> None:
     answer = studio.api.call("GET", f"/inferences/{job_id}")
     assert answer.status in ({404, 400} if job_id == "%00" else {404}), answer.body
     assert studio.api.call("PUT", f"/inferences/{job_id}/start").status == 400
 
 
-@pytest.mark.parametrize("checkpoint_id", ["no-uuid", str(uuid.uuid4())])
+@pytest.mark.parametrize("checkpoint_id", ["no-uuid", NOBODY])
 def test_an_unknown_or_impossible_checkpoint_id_is_not_found(studio: Studio, checkpoint_id: str) -> None:
     answer = studio.api.call("PUT", f"/checkpoints/{checkpoint_id}", {"status": "Active", "multi_parts_tags": {}})
     assert answer.status == 404

@@ -19,6 +19,8 @@ FORBIDDEN = {
     "dataset_servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "datasets.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "background.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "imports.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "import_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
 }

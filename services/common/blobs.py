@@ -170,6 +170,17 @@ class Blobs:
         answer = await self._run(self._client.list_parts, Key=key, UploadId=upload_id)
         return {part["PartNumber"]: part["ETag"].strip('"') for part in answer.get("Parts", [])}
 
+    async def put_part(self, key: str, upload_id: str, number: int, content: bytes) -> str:
+        """Writes one part of an open upload, and answers its ETag without its quotes.
+
+        Raises:
+            BlobNotFound: there is no such upload.
+        """
+        names = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": content}
+        answer = await self._run(self._client.upload_part, **names)
+        etag: str = answer["ETag"].strip('"')
+        return etag
+
     async def complete_multipart(self, key: str, upload_id: str, parts: list[tuple[int, str]]) -> None:
         """Completes an upload from (part number, ETag) pairs in order.
 

@@ -10,21 +10,25 @@ from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.logs import configure
+from services.common.outbound import Outbound
 from services.common.server import serve
-from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.common.settings import BlobSettings, load, read_secret
 from services.models.background import Background
 from services.models.chores import Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
+from services.models.import_store import IMPORT, ImportStore
+from services.models.imports import Imports, Limits
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
+from services.models.settings import ModelsSettings
 from services.models.store import MOVE_OBJECTS, ModelStore
 
 
 async def main() -> None:
     """Serves until it is told to stop."""
-    settings = load(ServiceSettings)
+    settings = load(ModelsSettings)
     blobs = Blobs(load(BlobSettings))
     configure("models", settings)
     verifier = Verifier.from_file(settings.verifying_key_file)
@@ -35,8 +39,15 @@ async def main() -> None:
     chores = Chores(settings.database_url)
     await chores.prepare()
     store = ModelStore(database, chores)
-    chores.add(MOVE_OBJECTS, Background(store, blobs).move_objects)
-    servicer = ModelsServicer(Models(store, blobs, identity), Datasets(DatasetStore(database), blobs))
+    models = Models(store, blobs, identity)
+    outbound = Outbound(settings.import_allowed_networks)
+    limits = Limits(settings.import_max_bytes, settings.import_max_hours)
+    imports = Imports(models, store, ImportStore(database, chores), blobs, outbound, limits)
+    background = Background(models, store, blobs, settings.upload_max_hours)
+    chores.add(MOVE_OBJECTS, background.move_objects)
+    chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
+    chores.add(IMPORT, imports.run)
+    servicer = ModelsServicer(models, imports, Datasets(DatasetStore(database), blobs))
     try:
         async with asyncio.TaskGroup() as group:  # should the chores fail, serving ends, and the process starts again
             doing = group.create_task(chores.run())

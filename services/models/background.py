@@ -1,12 +1,14 @@
-"""Does what checkpoints need after their requests were answered: moves renamed objects."""
+"""Does what checkpoints need after their requests were answered: moves renamed objects, ends abandoned uploads."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
+from services.models.domain import Models
 from services.models.store import CheckpointNotFound, ModelStore
 
 log = structlog.get_logger()
@@ -15,9 +17,19 @@ log = structlog.get_logger()
 class Background:
     """The chores of checkpoints. Each may be cut short anywhere and done again."""
 
-    def __init__(self, store: ModelStore, blobs: Blobs) -> None:
+    def __init__(self, models: Models, store: ModelStore, blobs: Blobs, upload_max_hours: float) -> None:
+        self._models = models
         self._store = store
         self._blobs = blobs
+        self._upload_max_hours = upload_max_hours
+
+    async def end_stale_uploads(self) -> None:
+        """Ends uploads that were not finished in time: their parts go, their names are free, the row says why."""
+        before = datetime.now(UTC) - timedelta(hours=self._upload_max_hours)
+        reason = f"the upload was not finished within {self._upload_max_hours:g} h"
+        while found := await self._store.find_stale_uploads(before):
+            for checkpoint in found:
+                await self._models.refuse(checkpoint, reason, only_initial=True)
 
     async def move_objects(self, checkpoint_id: str, is_last: bool) -> None:
         """Moves the objects of renamed files to their new keys. Until then each is found, and used, under the old."""

@@ -23,6 +23,7 @@ from services.models.peers import Identity
 from services.models.pickles import Refused
 from services.models.store import (
     ACTIVE,
+    INITIAL,
     STATUSES,
     Checkpoint,
     CheckpointFile,
@@ -69,7 +70,7 @@ class Models:
 
     def s3_location(self, checkpoint: Checkpoint) -> str:
         """The folder of the checkpoint's objects, `s3://…`."""
-        return self._blobs.url(_prefix(checkpoint).rstrip("/"))
+        return self._blobs.url(prefix_of(checkpoint).rstrip("/"))
 
     async def list_checkpoints(
         self, viewer: Viewer, page: int, per_page: int, filters: Filters, username: str
@@ -147,7 +148,7 @@ class Models:
         """Completes and inspects the files of which tags are given, then sets the status; answers the one before.
 
         `Active` takes effect once every file is complete, so a client may finish file by file. Complete files may be
-        named again. A wrong tag changes nothing; a refused file ends the checkpoint (see `_refuse`).
+        named again. A wrong tag changes nothing; a refused file ends the checkpoint (see `refuse`).
 
         Raises:
             InvalidArgument: status or tags are wrong. FailedPrecondition: a file is no sound model.
@@ -160,6 +161,8 @@ class Models:
             raise InvalidArgument(
                 f'[status: instance value ("{status}") not found in enum (possible values: {allowed})]'
             )
+        if checkpoint.source is not None and checkpoint.status == INITIAL:
+            raise FailedPrecondition(f"checkpoint {checkpoint.id} is being imported from {checkpoint.source}")
         if checkpoint.error is not None:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")
         given = {name.strip(): parts for name, parts in tags.items()}
@@ -173,7 +176,7 @@ class Models:
         parts = {file.name: complete_parts(file, given[file.name]) for file in named}
         for file in named:
             await self._complete(file, parts[file.name])
-            await self._keep(checkpoint, file)
+            await self.keep(checkpoint, file)
         return await self._store.save_status(checkpoint.id, status), before
 
     async def rename(self, checkpoint: Checkpoint, name: str) -> bool:
@@ -193,7 +196,7 @@ class Models:
             return False
         if await self._store.find_used_name([name]):
             raise NameInUse(name)
-        await self._store.save_name(checkpoint.id, first, name, _prefix(checkpoint) + name)
+        await self._store.save_name(checkpoint.id, first, name, prefix_of(checkpoint) + name)
         return True
 
     async def delete_checkpoints(self, viewer: Viewer, checkpoint_ids: Sequence[str]) -> None:
@@ -220,7 +223,7 @@ class Models:
         ]
 
     async def _open(self, checkpoint: Checkpoint, position: int, name: str, parts_number: int) -> None:
-        key = _prefix(checkpoint) + name
+        key = prefix_of(checkpoint) + name
         checkpoint.files.append(
             CheckpointFile(
                 checkpoint_id=checkpoint.id,
@@ -254,16 +257,21 @@ class Models:
                     "create it again"
                 ) from None
 
-    async def _keep(self, checkpoint: Checkpoint, file: CheckpointFile) -> None:
-        """Inspects a complete object and remembers what it is, or refuses it."""
+    async def keep(self, checkpoint: Checkpoint, file: CheckpointFile, sha256: str = "") -> None:
+        """Inspects a complete object and remembers what it is, or refuses it. Its hash is taken where none is given.
+
+        Raises:
+            FailedPrecondition: it was refused. CheckpointNotFound: it was deleted meanwhile.
+        """
         size = (await self._blobs.head(file.key)).size_bytes
         try:
             findings = await self._inspect(file, size)
         except Refused as refusal:
             reason = f"{file.name} {refusal}"
-            await self._refuse(checkpoint, reason)
+            await self.refuse(checkpoint, reason)
             raise FailedPrecondition(reason) from None
-        sha256 = await self._blobs.read(file.key, _sha256) if size <= MAX_HASHED_BYTES else ""
+        if not sha256 and size <= MAX_HASHED_BYTES:
+            sha256 = await self._blobs.read(file.key, sha256_of)
         found = {"format": findings.format, "architecture": findings.architecture} if findings.format else {}
         try:
             await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found))
@@ -279,27 +287,28 @@ class Models:
 
         return await asyncio.to_thread(inspect, file.name, size, fetch)
 
-    async def _refuse(self, checkpoint: Checkpoint, reason: str) -> None:
+    async def refuse(self, checkpoint: Checkpoint, reason: str, only_initial: bool = False) -> None:
         """Ends a checkpoint with a file that must not be loaded.
 
         It becomes `Disabled` with the reason in `params.error`, all its objects go, and its names are free again: what
         people want next is to upload the mended file under the same name. The row stays, so that they can read why.
         """
         log.warning("checkpoint refused", checkpoint=str(checkpoint.id), reason=reason)
-        await self._store.save_refusal(checkpoint.id, reason)
-        await self._delete_objects(checkpoint)
+        if await self._store.save_refusal(checkpoint.id, reason, only_initial):
+            await self._delete_objects(checkpoint)
 
     async def _delete_objects(self, checkpoint: Checkpoint) -> None:
         await self._abort_uploads(checkpoint)
-        await self._blobs.delete_prefix(_prefix(checkpoint))
+        await self._blobs.delete_prefix(prefix_of(checkpoint))
 
     async def _abort_uploads(self, checkpoint: Checkpoint) -> None:
         for file in checkpoint.files:
-            if not file.complete:
+            if not file.complete and file.upload_id:
                 await self._blobs.abort_multipart(file.key, file.upload_id)
 
 
-def _prefix(checkpoint: Checkpoint) -> str:
+def prefix_of(checkpoint: Checkpoint) -> str:
+    """The folder of the checkpoint's objects in the bucket."""
     return f"{checkpoint.type}/checkpoint/custom/{checkpoint.id}/"
 
 
@@ -319,7 +328,8 @@ def _uuid(text: str) -> UUID | None:
     return None
 
 
-def _sha256(body: Any) -> str:
+def sha256_of(body: Any) -> str:
+    """The SHA-256 of a stream, in hex."""
     digest = hashlib.sha256()
     while chunk := body.read(_CHUNK_BYTES):
         digest.update(chunk)

@@ -17,6 +17,7 @@ from services.models.checks import Tag
 from services.models.dataset_servicer import DatasetRpcs
 from services.models.datasets import Datasets
 from services.models.domain import Models, NewFile, Resolved
+from services.models.imports import Imports
 from services.models.messages import numbers_as_text, plain, struct, viewer
 from services.models.store import Checkpoint, Filters, Viewer
 
@@ -28,9 +29,10 @@ MAX_PER_PAGE = 10_000
 class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
     """The service's RPCs."""
 
-    def __init__(self, models: Models, datasets: Datasets) -> None:
+    def __init__(self, models: Models, imports: Imports, datasets: Datasets) -> None:
         super().__init__(datasets)
         self._models = models
+        self._imports = imports
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
         page = _count("page", request.page, 1, MAX_PAGE)
@@ -55,7 +57,11 @@ class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
         if not request.HasField("params"):
             raise InvalidArgument('[object has missing required properties (["params"])]')
         if request.urls:
-            raise NotImplementedError("import by URL")
+            await self._imports.create_imports(
+                viewer(), request.checkpoint_type, list(request.urls), dict(request.sha256), plain(request.params)
+            )
+            set_reply(202, "Checkpoint creation in progress, please check later")
+            return pb.CreateCheckpointResponse()
         files = [NewFile(file.filename, file.parts_number) for file in request.filenames]
         row, urls = await self._models.create_checkpoint(
             viewer(), request.checkpoint_type, files, plain(request.params)

@@ -24,6 +24,7 @@ from services.models.chores import Chores
 INITIAL, ACTIVE, DISABLED = "Initial", "Active", "Disabled"
 STATUSES = (INITIAL, ACTIVE, DISABLED)
 MOVE_OBJECTS = "move_objects"  # a chore
+_MAX_STALE = 100  # that are looked at together
 # The words of params whose values are kept by the names of files.
 _WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture"})
 
@@ -64,7 +65,10 @@ class CheckpointFile(SQLModel, table=True):
 
 
 class Checkpoint(SQLModel, table=True):
-    """Files that belong together. `owners` are role names, usernames or `*`; `error` says why it was refused."""
+    """Files that belong together. `owners` are role names, usernames or `*`; `error` says why it was refused.
+
+    `source` is the URL, without its query, of an imported one.
+    """
 
     __tablename__ = "checkpoints"
 
@@ -75,6 +79,7 @@ class Checkpoint(SQLModel, table=True):
     created_at: datetime = Field(sa_type=sa.DateTime(timezone=True))
     params: dict[str, Any] = Field(sa_type=JSONB)
     error: str | None = None
+    source: str | None = None
     files: list[CheckpointFile] = Relationship(
         sa_relationship_kwargs={
             "lazy": "selectin",
@@ -262,15 +267,27 @@ class ModelStore:
                     return True
             return False
 
-    async def save_refusal(self, checkpoint_id: UUID, error: str) -> None:
-        """Disables a checkpoint whose content was refused, and frees its names. One that is gone is fine."""
+    async def find_stale_uploads(self, before: datetime) -> list[Checkpoint]:
+        """Uploads that were opened before then and are not finished."""
+        opened = col(Checkpoint.status) == INITIAL, col(Checkpoint.error).is_(None), col(Checkpoint.source).is_(None)
+        wanted = sa.select(Checkpoint).where(*opened, col(Checkpoint.created_at) < before)
+        async with self._database.transaction() as session:
+            return list((await session.execute(wanted.limit(_MAX_STALE))).scalars())
+
+    async def save_refusal(self, checkpoint_id: UUID, error: str, only_initial: bool = False) -> bool:
+        """Disables a checkpoint that is refused, and frees its names.
+
+        False, and nothing done, for one that is gone, or with `only_initial` is not `Initial` any more.
+        """
         async with self._database.transaction() as session:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
-            if checkpoint is not None:
-                checkpoint.status, checkpoint.error = DISABLED, error
-                checkpoint.params = checkpoint.params | {"error": error}
-                for file in checkpoint.files:
-                    file.reserved = False
+            if checkpoint is None or (only_initial and checkpoint.status != INITIAL):
+                return False
+            checkpoint.status, checkpoint.error = DISABLED, error
+            checkpoint.params = checkpoint.params | {"error": error}
+            for file in checkpoint.files:
+                file.reserved = False
+            return True
 
     async def remove_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> None:
         """Forgets the checkpoints and their files."""

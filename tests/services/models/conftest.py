@@ -1,6 +1,7 @@
 """Owns a running models service: the real server on a real database, object store and identity service."""
 
 import asyncio
+import ipaddress
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
@@ -22,6 +23,7 @@ from services.common.blobs import Blobs
 from services.common.clients import TokenSource
 from services.common.clients import channel as channel_to
 from services.common.database import Database
+from services.common.outbound import Outbound
 from services.common.server import Server
 from services.common.settings import BlobSettings
 from services.identity.domain import Identity as IdentityDomain
@@ -37,12 +39,16 @@ from services.models.chores import Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
+from services.models.import_store import IMPORT, ImportStore
+from services.models.imports import Imports, Limits
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
 from services.models.store import MOVE_OBJECTS, ModelStore
 from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens, serving
 
+UPLOAD_MAX_HOURS = 48
+MAX_IMPORT_BYTES = 64 * 1024 * 1024
 SECRET = "the models service's secret"
 
 
@@ -166,13 +172,19 @@ async def service(
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
-        servicer = ModelsServicer(Models(store, blobs, Identity(identity)), Datasets(DatasetStore(database), blobs))
+        domain = Models(store, blobs, Identity(identity))
+        outbound = Outbound([ipaddress.ip_network("127.0.0.0/8")])
+        imports = Imports(domain, store, ImportStore(database, chores), blobs, outbound, Limits(MAX_IMPORT_BYTES))
+        servicer = ModelsServicer(domain, imports, Datasets(DatasetStore(database), blobs))
 
         def add(server: grpc.aio.Server) -> None:
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)
 
         channel = await stack.enter_async_context(serving(add, tokens.verifier()))
-        chores.add(MOVE_OBJECTS, Background(store, blobs).move_objects)
+        background = Background(domain, store, blobs, UPLOAD_MAX_HOURS)
+        chores.add(MOVE_OBJECTS, background.move_objects)
+        chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
+        chores.add(IMPORT, imports.run)
         doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, tokens), database
         doing.cancel()

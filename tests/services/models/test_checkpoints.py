@@ -61,13 +61,6 @@ async def test_numbers_that_json_cannot_hold_are_refused(models: Running) -> Non
         await models.stub.CreateCheckpoint(request, metadata=models.ann)
 
 
-async def test_import_by_url_is_not_built_yet(models: Running) -> None:
-    request = pb.CreateCheckpointRequest(checkpoint_type="Lora", urls=["https://example.com/a"], params={})
-    request.params.SetInParent()
-    async with refused("UNIMPLEMENTED", "not implemented yet"):
-        await models.stub.CreateCheckpoint(request, metadata=models.ann)
-
-
 async def test_a_name_belongs_to_one_file_of_all_checkpoints(models: Running) -> None:
     await models.create(("a.safetensors", 1))
     used = "a.safetensors already exists, please use another or rename/delete exists"

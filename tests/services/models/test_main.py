@@ -1,24 +1,34 @@
 """The process: `python -m services.models` with the settings in the environment."""
 
+import asyncio
 import sys
 from pathlib import Path
 
 import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.ports import free_port
 from deploy.local.store import process_environment
+from esd.models.v1 import models_pb2 as pb
+from esd.models.v1 import models_pb2_grpc
 from tests.conftest import S3Access
 from tests.processes import running
+from tests.services.models.files import safetensors
+from tests.services.models.test_imports import MIB, serving_files
 from tests.serving import Tokens
 
+COMMAND = [sys.executable, "-m", "services.models"]
 
-async def test_the_process_migrates_and_serves(tmp_path: Path, database_url: str, s3: S3Access, tokens: Tokens) -> None:
+
+@pytest.fixture
+def environment(tmp_path: Path, database_url: str, s3: S3Access, tokens: Tokens) -> dict[str, str]:
+    """The settings of a models process."""
     (tmp_path / "key.pem").write_text(tokens.public_key_pem)
     (tmp_path / "secret").write_text("secret")
-    port = free_port()
-    environment = {
-        "ESD_LISTEN": f"127.0.0.1:{port}",
+    return process_environment() | {
+        "ESD_LISTEN": f"127.0.0.1:{free_port()}",
         "ESD_DATABASE_URL": database_url,
         "ESD_IDENTITY_ADDRESS": "127.0.0.1:1",
         "ESD_SECRET_FILE": str(tmp_path / "secret"),
@@ -28,11 +38,58 @@ async def test_the_process_migrates_and_serves(tmp_path: Path, database_url: str
         "ESD_S3_REGION": s3.region,
         "ESD_S3_ACCESS_KEY": s3.access_key,
         "ESD_S3_SECRET_KEY_FILE": str(s3.secret_key_file),
+        "ESD_IMPORT_ALLOWED_NETWORKS": '["127.0.0.0/8"]',
+        "ESD_IMPORT_MAX_BYTES": str(1024 * MIB),
     }
-    with running([sys.executable, "-m", "services.models"], process_environment() | environment) as process:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            health = health_pb2_grpc.HealthStub(channel)
-            answer = await health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def _wait_until_serving(channel: grpc.aio.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_the_process_migrates_and_serves(environment: dict[str, str]) -> None:
+    with running(COMMAND, environment) as process:
+        async with grpc.aio.insecure_channel(environment["ESD_LISTEN"]) as channel:
+            await _wait_until_serving(channel)
         process.terminate()
         assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+async def test_an_import_goes_on_after_the_process_has_ended(
+    environment: dict[str, str], tokens: Tokens, end: str
+) -> None:
+    ann = tokens.user("ann", ["checkpoint:all"], ["designer"])
+    content = safetensors(23 * MIB)
+
+    async def show(stub: models_pb2_grpc.ModelsServiceStub) -> dict[str, object]:
+        answer = await stub.ListCheckpoints(pb.ListCheckpointsRequest(), metadata=ann)
+        (item,) = MessageToDict(answer)["checkpoints"]
+        return dict(item)
+
+    async with serving_files() as source:
+        source.gate.clear()
+        url = source.put("/a.safetensors", content)
+        source.stop_after["/a.safetensors"] = [16 * MIB]
+        with running(COMMAND, environment) as process:
+            async with grpc.aio.insecure_channel(environment["ESD_LISTEN"]) as channel:
+                await _wait_until_serving(channel)
+                stub = models_pb2_grpc.ModelsServiceStub(channel)
+                request = pb.CreateCheckpointRequest(checkpoint_type="Lora", urls=[url], params={"message": "m"})
+                await stub.CreateCheckpoint(request, metadata=ann)
+                async with asyncio.timeout(60):
+                    while str(10 * MIB) not in str(await show(stub)):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+            getattr(process, end)()
+            assert process.wait(20) == (-9 if end == "kill" else 0)
+        with running(COMMAND, environment):
+            async with grpc.aio.insecure_channel(environment["ESD_LISTEN"]) as channel:
+                await _wait_until_serving(channel)
+                stub = models_pb2_grpc.ModelsServiceStub(channel)
+                async with asyncio.timeout(120):
+                    while (await show(stub))["status"] == "Initial":  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
+                assert (await show(stub))["status"] == "Active"
+        assert source.asked == [("/a.safetensors", ""), ("/a.safetensors", str(10 * MIB))]

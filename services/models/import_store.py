@@ -1,0 +1,143 @@
+"""Remembers imports while they are under way. One method is one transaction.
+
+Each attempt at an import takes the row for its `run`; one that another has followed finds that it is `Superseded`.
+"""
+
+# No `from __future__ import annotations`: SQLModel reads the columns' types at run time.
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import Field, SQLModel
+
+from services.common.database import Database
+from services.models.chores import Chores
+from services.models.store import Checkpoint, CheckpointFile, NameInUse
+
+IMPORT = "import"  # a chore, and the word of params that shows how far it is
+
+
+class Superseded(Exception):
+    """The import is somebody else's now, or its checkpoint was deleted."""
+
+
+class Import(SQLModel, table=True):
+    """An import under way. `parts` are (ETag, size) in order; by `validator` the source is known to be the same."""
+
+    __tablename__ = "imports"
+
+    checkpoint_id: UUID = Field(foreign_key="checkpoints.id", primary_key=True)
+    url: str
+    sha256: str = ""
+    run: UUID | None = None
+    validator: str = ""
+    parts: list[list[Any]] = Field(default_factory=list, sa_type=JSONB)
+    bytes_done: int = Field(default=0, sa_type=sa.BigInteger)
+    bytes_total: int | None = Field(default=None, sa_type=sa.BigInteger)
+
+
+class ImportStore:
+    """The table of imports, and what they change in checkpoints."""
+
+    def __init__(self, database: Database, chores: Chores) -> None:
+        self._database = database
+        self._chores = chores
+
+    async def add_imports(self, imports: Sequence[tuple[Checkpoint, Import]]) -> None:
+        """Adds checkpoints and their imports, which begin when this is committed: all or none.
+
+        Raises:
+            NameInUse: somebody else was faster.
+        """
+        try:
+            async with self._database.transaction() as session:
+                session.add_all([checkpoint for checkpoint, _ in imports])
+                await session.flush()
+                session.add_all([one for _, one in imports])
+                await session.flush()
+                for checkpoint, _ in imports:
+                    await self._chores.defer(session, IMPORT, lock=str(checkpoint.id), checkpoint_id=str(checkpoint.id))
+        except IntegrityError:
+            raise NameInUse(", ".join(name for checkpoint, _ in imports for name in checkpoint.names)) from None
+
+    async def begin(self, checkpoint_id: UUID) -> tuple[Checkpoint, Import] | None:
+        """Takes the import for a new attempt; None when there is nothing to do any more."""
+        async with self._database.transaction() as session:
+            row = await session.get(Import, checkpoint_id, with_for_update=True)
+            checkpoint = await session.get(Checkpoint, checkpoint_id)
+            if row is None or checkpoint is None:
+                return None
+            row.run = uuid4()
+            return checkpoint, row
+
+    async def save_name(self, held: Import, name: str, key: str) -> Checkpoint:
+        """Gives the import's file its name.
+
+        Raises:
+            NameInUse, Superseded.
+        """
+        try:
+            async with self._database.transaction() as session:
+                checkpoint, _ = await _held(session, held)
+                checkpoint.files.append(new_file(checkpoint.id, name, key))
+                return checkpoint
+        except IntegrityError:
+            raise NameInUse(name) from None
+
+    async def save_start(self, held: Import, upload: dict[str, str], validator: str, total: int | None) -> Import:
+        """Notes that the transfer begins, from the first byte, with this upload (`uploadId`, `bucket`, `key`).
+
+        Raises:
+            Superseded.
+        """
+        async with self._database.transaction() as session:
+            checkpoint, row = await _held(session, held)
+            row.parts, row.bytes_done, row.bytes_total, row.validator = [], 0, total, validator
+            file = checkpoint.files[0]
+            file.upload_id = upload["uploadId"]
+            _show(checkpoint, row)
+            checkpoint.params = checkpoint.params | {"multipart_upload": {file.name: upload}}
+            return row
+
+    async def save_part(self, held: Import, etag: str, size_bytes: int, is_last: bool) -> Import:
+        """Notes a part that the object store has; the last tells the total.
+
+        Raises:
+            Superseded.
+        """
+        async with self._database.transaction() as session:
+            checkpoint, row = await _held(session, held)
+            row.parts = [*row.parts, [etag, size_bytes]]
+            row.bytes_done += size_bytes
+            row.bytes_total = row.bytes_done if is_last else row.bytes_total
+            _show(checkpoint, row)
+            return row
+
+    async def remove(self, checkpoint_id: UUID) -> None:
+        """Forgets an import that has ended."""
+        async with self._database.transaction() as session:
+            if row := await session.get(Import, checkpoint_id):
+                await session.delete(row)
+
+
+def new_file(checkpoint_id: UUID, name: str, key: str) -> CheckpointFile:
+    """A file whose upload is not open yet."""
+    return CheckpointFile(checkpoint_id=checkpoint_id, position=0, name=name, key=key, upload_id="", parts_number=0)
+
+
+async def _held(session: AsyncSession, held: Import) -> tuple[Checkpoint, Import]:
+    checkpoint = await session.get(Checkpoint, held.checkpoint_id, with_for_update=True)
+    row = await session.get(Import, held.checkpoint_id, with_for_update=True)
+    if checkpoint is None or row is None or row.run != held.run:
+        raise Superseded
+    return checkpoint, row
+
+
+def _show(checkpoint: Checkpoint, row: Import) -> None:
+    shown = {"url": checkpoint.source, "bytes_done": row.bytes_done, "bytes_total": row.bytes_total}
+    checkpoint.params = checkpoint.params | {IMPORT: shown}

@@ -1,0 +1,345 @@
+"""Brings checkpoints from URLs: streamed into the object store part by part, without touching the disk.
+
+Every part that the store has is noted in the import's row. Another attempt, after a lost connection or process, goes on
+behind the last of them where the source can give a range of what is provably the same file, else from the beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.message import Message
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+from uuid import UUID, uuid4
+
+import structlog
+
+from services.common.blobs import GIB, BlobNotFound, Blobs
+from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
+from services.common.outbound import Answer, Outbound, Unreachable, Url, UrlRefused, parse_url
+from services.models.checks import check_params, file_name
+from services.models.domain import Models, prefix_of, sha256_of
+from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
+from services.models.store import ACTIVE, INITIAL, Checkpoint, CheckpointFile, ModelStore, NameInUse, Viewer
+
+log = structlog.get_logger()
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".yaml")
+_MIB = 1024 * 1024
+_MIN_PART_BYTES = 5 * _MIB  # of S3
+_MAX_PARTS = 9_000  # S3 takes 10,000
+_MAY_PASS = frozenset({408, 425, 429})
+_INTERNAL = "an internal error ended the import; the service's log has the details"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an import may take. The time counts from the request."""
+
+    max_bytes: int = 100 * GIB
+    max_hours: float = 24
+
+    @property
+    def part_bytes(self) -> int:
+        """The size of each part but the last."""
+        return max(_MIN_PART_BYTES, -(-self.max_bytes // _MAX_PARTS // _MIB) * _MIB)
+
+
+class Imports:
+    """Imports, from the request to the active checkpoint."""
+
+    def __init__(
+        self, models: Models, store: ModelStore, imports: ImportStore, blobs: Blobs, outbound: Outbound, limits: Limits
+    ) -> None:
+        self._models = models
+        self._store = store
+        self._imports = imports
+        self._blobs = blobs
+        self._outbound = outbound
+        self._limits = limits
+
+    async def create_imports(
+        self, creator: Viewer, kind: str, urls: Sequence[str], hashes: Mapping[str, str], params: dict[str, Any]
+    ) -> None:
+        """Adds a checkpoint for each different URL, and has it filled in the background.
+
+        `hashes` are the SHA-256 in hex that are expected, by URL.
+
+        Raises:
+            InvalidArgument: a URL that cannot be fetched, a hash for no URL, or params that are too large. NameInUse.
+        """
+        check_params(params)
+        different = list(dict.fromkeys(urls))
+        if strangers := sorted(set(hashes) - set(different)):
+            raise InvalidArgument(f'sha256["{strangers[0]}"] is none of the urls')
+        parsed = [parse_url(url) for url in different]
+        names = [name_in(url) for url in parsed]
+        known = [name for name in names if name]
+        if used := next((name for name in known if known.count(name) > 1), await self._store.find_used_name(known)):
+            raise NameInUse(used)
+        now = datetime.now(UTC)
+        added = []
+        for text, url, name in zip(different, parsed, names, strict=True):
+            checkpoint = Checkpoint(
+                id=uuid4(),
+                type=kind,
+                owners=list(creator.roles) or [creator.username],
+                created_at=now,
+                source=url.shown,
+                params=params
+                | {
+                    "creator": creator.username,
+                    "created": now.strftime("%Y-%m-%d %H:%M:%S.%f"),
+                    "multipart_upload": {},
+                    IMPORT: {"url": url.shown, "bytes_done": 0, "bytes_total": None},
+                },
+            )
+            if name:
+                checkpoint.files.append(new_file(checkpoint.id, name, prefix_of(checkpoint) + name))
+            added.append((checkpoint, Import(checkpoint_id=checkpoint.id, url=str(url), sha256=hashes.get(text, ""))))
+        await self._imports.add_imports(added)
+
+    async def run(self, checkpoint_id: str, is_last: bool) -> None:
+        """One attempt at an import, as a chore.
+
+        Raises:
+            Unavailable: what may pass, unless this is the last attempt.
+        """
+        taken = await self._imports.begin(UUID(checkpoint_id))
+        if taken is None:
+            return
+        checkpoint, held = taken
+        try:
+            await self._attempt(checkpoint, held)
+        except Superseded:
+            await self._clean_up(checkpoint)
+        except Unavailable as error:
+            if not is_last:
+                log.warning("import to be tried again", checkpoint=checkpoint_id, reason=str(error))
+                raise
+            await self._fail(checkpoint, str(error))
+        except EsdError as error:
+            await self._fail(checkpoint, str(error))
+        except Exception:
+            log.exception("import failed", checkpoint=checkpoint_id)
+            if not is_last:
+                raise
+            await self._fail(checkpoint, _INTERNAL)
+
+    async def _attempt(self, checkpoint: Checkpoint, held: Import) -> None:
+        if checkpoint.error is not None:  # an earlier attempt ended before it had cleaned up
+            await self._fail(checkpoint, checkpoint.error)
+            return
+        if checkpoint.status == INITIAL and not (checkpoint.files and checkpoint.files[0].complete):
+            left = checkpoint.created_at.timestamp() + self._limits.max_hours * 3600 - datetime.now(UTC).timestamp()
+            digest = ""
+            if not held.parts or held.bytes_done != held.bytes_total:
+                try:
+                    async with asyncio.timeout(max(left, 0)) as clock:
+                        digest, held = await self._transfer(checkpoint, held)
+                except TimeoutError:
+                    if not clock.expired():
+                        raise
+                    raise UrlRefused(f"the import took longer than {self._limits.max_hours:g} h") from None
+            checkpoint = await self._store.get_checkpoint(checkpoint.id)
+            await self._complete(checkpoint, held, digest)
+        await self._store.save_status(checkpoint.id, ACTIVE)
+        await self._imports.remove(checkpoint.id)
+
+    async def _transfer(self, checkpoint: Checkpoint, held: Import) -> tuple[str, Import]:
+        """Streams what is missing; answers the SHA-256, empty where the beginning came in an earlier attempt."""
+        headers = {}
+        if held.parts and held.validator:
+            headers = {"Range": f"bytes={held.bytes_done}-", "If-Range": held.validator}
+        async with self._outbound.open(held.url, headers=headers) as answer:
+            if answer.status == 416 and headers:
+                await self._start(checkpoint.files[0], held, "", None)
+                raise Unreachable(f"{answer.hops[-1].shown} has no more of the file, so it is fetched again")
+            _check_status(answer)
+            goes_on = answer.status == 206 and _first_byte(answer) == held.bytes_done and bool(headers)
+            if answer.status == 206 and not goes_on:
+                raise UrlRefused(f"{answer.hops[-1].shown} sends another part of the file than was asked for")
+            length = answer.headers.get("content-length", "")
+            total = int(length) + (held.bytes_done if goes_on else 0) if length.isdecimal() else None
+            if total is not None and total > self._limits.max_bytes:
+                raise UrlRefused(f"{total} bytes are too many, {self._limits.max_bytes} are allowed")
+            if not checkpoint.files:
+                name = name_of(answer)
+                checkpoint = await self._imports.save_name(held, name, prefix_of(checkpoint) + name)
+            file = checkpoint.files[0]
+            if not goes_on:
+                held = await self._start(file, held, _validator(answer), total)
+            upload_id = file.upload_id if goes_on else await self._upload_id(checkpoint.id)
+            parts = _Parts(self._blobs, self._imports, file.key, upload_id, held, self._limits)
+            async with contextlib.aclosing(parts):
+                async for chunk in answer.chunks():
+                    await parts.add(chunk)
+                return "" if goes_on else parts.digest.hexdigest(), await parts.end()
+
+    async def _start(self, file: CheckpointFile, held: Import, validator: str, total: int | None) -> Import:
+        if file.upload_id:
+            await self._blobs.abort_multipart(file.key, file.upload_id)
+        upload_id = await self._blobs.create_multipart(file.key)
+        upload = {"uploadId": upload_id, "key": file.key, "bucket": self._blobs.bucket}
+        try:
+            return await self._imports.save_start(held, upload, validator, total)
+        except BaseException:
+            await asyncio.shield(self._blobs.abort_multipart(file.key, upload_id))
+            raise
+
+    async def _upload_id(self, checkpoint_id: UUID) -> str:
+        return (await self._store.get_checkpoint(checkpoint_id)).files[0].upload_id
+
+    async def _complete(self, checkpoint: Checkpoint, held: Import, digest: str) -> None:
+        """Makes the object of its parts, checks its hash and looks at what it is."""
+        file = checkpoint.files[0]
+        try:
+            parts = [(number, etag) for number, (etag, _) in enumerate(held.parts, 1)]
+            await self._blobs.complete_multipart(file.key, file.upload_id, parts)
+        except BlobNotFound:
+            await self._blobs.head(file.key)  # an earlier attempt got this far
+        digest = digest or await self._blobs.read(file.key, sha256_of)
+        if held.sha256 and digest != held.sha256.lower():
+            raise FailedPrecondition(f"the SHA-256 is {digest}, not {held.sha256.lower()}")
+        await self._models.keep(checkpoint, file, digest)
+
+    async def _fail(self, checkpoint: Checkpoint, reason: str) -> None:
+        current = await self._store.find_checkpoints([checkpoint.id])
+        for found in current:
+            await self._models.refuse(found, found.error or reason)
+        await self._imports.remove(checkpoint.id)
+        await self._clean_up(checkpoint)
+
+    async def _clean_up(self, checkpoint: Checkpoint) -> None:
+        """After a deletion, removes what this attempt had made meanwhile; another attempt's work stays."""
+        if not await self._store.find_checkpoints([checkpoint.id]):
+            await self._blobs.delete_prefix(prefix_of(checkpoint))
+
+
+class _Parts:
+    """Collects bytes into parts; one is being stored while the next is being filled."""
+
+    def __init__(
+        self, blobs: Blobs, imports: ImportStore, key: str, upload_id: str, held: Import, limits: Limits
+    ) -> None:
+        self._blobs = blobs
+        self._imports = imports
+        self._key = key
+        self._upload_id = upload_id
+        self._held = held
+        self._limits = limits
+        self._received = held.bytes_done
+        self._number = len(held.parts)
+        self._buffer = bytearray()
+        self._storing: asyncio.Task[tuple[str, int]] | None = None
+        self.digest = hashlib.sha256()
+
+    async def add(self, chunk: bytes) -> None:
+        """Takes the next bytes.
+
+        Raises:
+            UrlRefused: they are too many. Superseded.
+        """
+        self._received += len(chunk)
+        if self._received > self._limits.max_bytes:
+            raise UrlRefused(f"more than the {self._limits.max_bytes} bytes that are allowed")
+        self.digest.update(chunk)
+        self._buffer += chunk
+        if len(self._buffer) >= self._limits.part_bytes:
+            content = bytes(self._buffer[: self._limits.part_bytes])
+            del self._buffer[: self._limits.part_bytes]
+            await self._store(content)
+
+    async def end(self) -> Import:
+        """Stores what is left, and answers the import with all its parts.
+
+        Raises:
+            UrlRefused: there was nothing.
+        """
+        if self._received == 0:
+            raise UrlRefused("the file is empty")
+        if self._buffer:
+            await self._store(bytes(self._buffer))
+        await self._settle(is_last=True)
+        if self._held.bytes_total != self._held.bytes_done:
+            # The range that was asked for was empty: all parts were there.
+            raise Unreachable("the file ended before its last part")
+        return self._held
+
+    async def aclose(self) -> None:
+        """Lets go of a part that is under way."""
+        if self._storing is not None:
+            self._storing.cancel()
+            await asyncio.gather(self._storing, return_exceptions=True)
+
+    async def _store(self, content: bytes) -> None:
+        await self._settle(is_last=False)
+        self._number += 1
+        self._storing = asyncio.create_task(self._put(self._number, content))
+
+    async def _put(self, number: int, content: bytes) -> tuple[str, int]:
+        return await self._blobs.put_part(self._key, self._upload_id, number, content), len(content)
+
+    async def _settle(self, is_last: bool) -> None:
+        if self._storing is not None:
+            etag, size_bytes = await self._storing
+            self._storing = None
+            self._held = await self._imports.save_part(self._held, etag, size_bytes, is_last)
+
+
+def name_in(url: Url) -> str:
+    """The name of a model's file at the end of the URL's path; empty where there is none."""
+    return _model_name(unquote(url.path))
+
+
+def name_of(answer: Answer) -> str:
+    """The name of what came: as its sender calls it, else as the end of a URL on the way does.
+
+    Raises:
+        UrlRefused: none of them is the name of a model's file.
+    """
+    disposition = re.sub(r"[^\x20-\x7e\xa0-\xff]", "", answer.headers.get("content-disposition", ""))
+    header = Message()
+    header["Content-Disposition"] = disposition
+    extended = re.search(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^;\s]+)", disposition)  # RFC 6266: it wins
+    called = unquote(extended[1]) if extended else header.get_filename() or ""
+    names = [_model_name(called), *(name_in(hop) for hop in reversed(answer.hops))]
+    name = next((name for name in names if name), None)
+    if name is None:
+        raise UrlRefused(f"{answer.hops[0].shown} gives no file whose name ends in {', '.join(SUFFIXES)}")
+    return name
+
+
+def _model_name(path: str) -> str:
+    name = re.split(r"[/\\]", path)[-1].strip()
+    if PurePosixPath(name).suffix.lower() not in SUFFIXES or re.search(r"[\x00-\x1f\x7f]", name):
+        return ""
+    with contextlib.suppress(InvalidArgument, UnicodeEncodeError):
+        return file_name(name)
+    return ""
+
+
+def _check_status(answer: Answer) -> None:
+    shown = answer.hops[-1].shown
+    if answer.status in _MAY_PASS or answer.status >= 500:
+        raise Unreachable(f"{shown} answers {answer.status}")
+    if answer.status not in (200, 206):
+        raise UrlRefused(f"{shown} answers {answer.status}")
+
+
+def _first_byte(answer: Answer) -> int | None:
+    found = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(?:\d{1,18}|\*)", answer.headers.get("content-range", "").strip())
+    return int(found[1]) if found else None
+
+
+def _validator(answer: Answer) -> str:
+    """What proves that the source did not change: a strong ETag, or a date of change."""
+    etag = answer.headers.get("etag", "")
+    return etag if etag.startswith('"') else answer.headers.get("last-modified", "")

@@ -1,0 +1,379 @@
+"""Importing checkpoints by URL, over real parts and a web server of the test's own."""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import sqlalchemy as sa
+
+from esd.models.v1 import models_pb2 as pb
+from services.common.database import Database
+from services.common.outbound import Answer, UrlRefused, parse_url
+from services.models.imports import SUFFIXES, name_in, name_of
+from tests.services.models.conftest import MAX_IMPORT_BYTES, Running
+from tests.services.models.files import malicious, safetensors, torch_zip
+from tests.services.models.test_uploads import refused
+from tests.serving import Metadata
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class Source:
+    """A web server of files. `stop_after[path]` lists after how many bytes answers end, one entry per request."""
+
+    port: int = 0
+    files: dict[str, bytes] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    statuses: dict[str, list[int]] = field(default_factory=dict)
+    stop_after: dict[str, list[int]] = field(default_factory=dict)
+    validator: str = 'ETag: "one"'
+    chunked: bool = False
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def put(self, path: str, content: bytes) -> str:
+        self.files[path] = content
+        return self.url(path)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._answer((await reader.readuntil(b"\r\n\r\n")).decode(), writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, request: str, writer: asyncio.StreamWriter) -> None:
+        path = request.split(" ")[1].partition("?")[0]
+        wanted = re.search(r"(?i)\r\nrange: bytes=(\d+)-", request)
+        same = re.search(r"(?i)\r\nif-range: (.+?)\r\n", request)
+        self.asked.append((path, wanted[1] if wanted else ""))
+        if path in self.redirects:
+            writer.write(f"HTTP/1.1 307 T\r\nLocation: {self.redirects[path]}\r\nContent-Length: 0\r\n\r\n".encode())
+            return
+        status = self.statuses[path].pop(0) if self.statuses.get(path) else 200 if path in self.files else 404
+        content, first = self.files.get(path, b""), 0
+        if status == 200 and wanted and same and same[1] in self.validator:
+            status, first = 206, int(wanted[1])
+        head = f"HTTP/1.1 {status} X\r\n{self.validator}\r\n{self.heads.get(path, '')}"
+        if status == 206:
+            head += f"Content-Range: bytes {first}-{len(content) - 1}/{len(content)}\r\n"
+        body = content[first:]
+        head += "Connection: close\r\n" + ("" if self.chunked else f"Content-Length: {len(body)}\r\n")
+        writer.write(head.encode() + b"\r\n")
+        if self.stop_after.get(path):
+            writer.write(body[: self.stop_after[path].pop(0)])
+            await writer.drain()
+            await self.gate.wait()
+        else:
+            writer.write(body)
+        await writer.drain()
+
+
+@asynccontextmanager
+async def serving_files() -> AsyncIterator[Source]:
+    source = Source()
+    source.gate.set()
+    server = await asyncio.start_server(source.answer, "127.0.0.1", 0)
+    source.port = server.sockets[0].getsockname()[1]
+    yield source
+    source.gate.set()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.fixture
+async def source() -> AsyncIterator[Source]:
+    async with serving_files() as serving:
+        yield serving
+
+
+async def _import(
+    models: Running, *urls: str, by: Metadata | None = None, sha256: dict[str, str] | None = None, kind: str = "Lora"
+) -> None:
+    request = pb.CreateCheckpointRequest(
+        checkpoint_type=kind, urls=urls, params={"message": "m", "creator": "x"}, sha256=sha256
+    )
+    call = models.stub.CreateCheckpoint(request, metadata=by or models.ann)
+    assert await call == pb.CreateCheckpointResponse()
+    metadata = dict(await call.initial_metadata())
+    assert metadata["x-esd-status"] == "202"
+    assert unquote(metadata["x-esd-message"]) == "Checkpoint creation in progress, please check later"
+
+
+async def _items(models: Running) -> list[dict[str, Any]]:
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(await models.list(per_page="100")).get("checkpoints", [])
+
+
+async def _until(models: Running, test: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The only checkpoint, once the test holds."""
+    async with asyncio.timeout(120):
+        while True:
+            items = await _items(models)
+            if items and test(items[0]):
+                assert len(items) == 1
+                return items[0]
+            await asyncio.sleep(0.03)
+
+
+async def _ended(models: Running, status: str) -> dict[str, Any]:
+    item = await _until(models, lambda item: item["status"] != "Initial")
+    assert item["status"] == status, item["params"]
+    return item
+
+
+async def _no_objects(models: Running, item: dict[str, Any]) -> None:
+    prefix = f"{item['type']}/checkpoint/custom/{item['id']}/"
+    async with asyncio.timeout(60):
+        while await models.blobs.find(prefix):  # noqa: ASYNC110 - the store tells nobody
+            await asyncio.sleep(0.02)
+
+
+async def test_a_file_is_imported_and_becomes_active(models: Running, source: Source) -> None:
+    content = safetensors(11 * MIB)
+    url = source.put("/a.safetensors", content)
+    await _import(models, url + "?token=secret", url + "?token=secret")
+    item = await _ended(models, "Active")
+    assert item["name"] == ["a.safetensors"]
+    assert item["allowed_roles_or_users"] == ["designer"]
+    params = item["params"]
+    assert (params["creator"], params["message"]) == ("ann", "m")
+    done = str(len(content))
+    assert params["import"] == {"url": url, "bytes_done": done, "bytes_total": done}
+    assert params["sha256"] == {"a.safetensors": hashlib.sha256(content).hexdigest()}
+    assert params["architecture"] == {"a.safetensors": "sd_1_5"}
+    upload = params["multipart_upload"]["a.safetensors"]
+    assert set(upload) == {"uploadId", "key", "bucket"}
+    assert upload["key"] == f"Lora/checkpoint/custom/{item['id']}/a.safetensors"
+    assert await models.blobs.get(upload["key"]) == content
+    assert "secret" not in str(item)
+
+
+async def test_the_row_is_there_at_once_and_shows_how_far_it_is(models: Running, source: Source) -> None:
+    source.gate.clear()
+    url = source.put("/a.safetensors", safetensors(11 * MIB))
+    source.stop_after["/a.safetensors"] = [6 * MIB]
+    await _import(models, url)
+    (item,) = await _items(models)
+    assert (item["status"], item["name"]) == ("Initial", ["a.safetensors"])
+    async with refused("FAILED_PRECONDITION", "a.safetensors already exists"):
+        await models.create(("a.safetensors", 1))
+    async with refused("FAILED_PRECONDITION", "is being imported"):
+        await models.update(item["id"], {"a.safetensors": [{"ETag": "x", "PartNumber": 1}]})
+    total = str(len(source.files["/a.safetensors"]))
+    item = await _until(models, lambda item: item["params"]["import"]["bytes_total"] == total)
+    assert item["status"] == "Initial"
+    source.gate.set()
+    await _ended(models, "Active")
+
+
+async def test_a_lost_connection_goes_on_behind_the_last_part(models: Running, source: Source) -> None:
+    content = safetensors(23 * MIB)
+    url = source.put("/a.safetensors", content)
+    source.stop_after["/a.safetensors"] = [16 * MIB]
+    await _import(models, url, sha256={url: hashlib.sha256(content).hexdigest().upper()})
+    item = await _ended(models, "Active")
+    assert source.asked == [("/a.safetensors", ""), ("/a.safetensors", str(10 * MIB))]
+    assert await models.blobs.get(item["params"]["multipart_upload"]["a.safetensors"]["key"]) == content
+    assert item["params"]["sha256"] == {"a.safetensors": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize("validator", ['ETag: "two"', "X: y", 'ETag: W/"weak"'])
+async def test_a_source_that_may_have_changed_is_fetched_from_the_beginning(
+    models: Running, source: Source, validator: str
+) -> None:
+    source.validator = validator if "two" not in validator else source.validator
+    url = source.put("/a.safetensors", safetensors(23 * MIB, name="old"))
+    source.stop_after["/a.safetensors"] = [16 * MIB]
+    source.gate.clear()
+    await _import(models, url)
+    done = str(10 * MIB)
+    await _until(models, lambda item: item["params"]["import"]["bytes_done"] == done)
+    content = source.files["/a.safetensors"] = safetensors(12 * MIB)
+    source.validator = validator
+    source.gate.set()
+    item = await _ended(models, "Active")
+    assert await models.blobs.get(item["params"]["multipart_upload"]["a.safetensors"]["key"]) == content
+
+
+async def test_a_body_without_a_length_is_taken(models: Running, source: Source) -> None:
+    source.chunked = True
+    content = safetensors(10 * MIB)
+    await _import(models, source.put("/a.safetensors", content))
+    item = await _ended(models, "Active")
+    assert item["params"]["size"] == {"a.safetensors": str(len(content))}
+
+
+async def test_names_come_from_the_sender_or_a_url_on_the_way(models: Running, source: Source) -> None:
+    source.put("/files/x", safetensors())
+    source.heads["/files/x"] = 'Content-Disposition: attachment; filename="my model.safetensors"\r\n'
+    source.redirects["/api/download/models/7"] = "/files/x"
+    await _import(models, source.url("/api/download/models/7"))
+    item = await _ended(models, "Active")
+    assert item["name"] == ["my model.safetensors"]
+
+
+async def test_an_import_whose_name_is_found_too_late_is_told_so(models: Running, source: Source) -> None:
+    await models.create(("taken.safetensors", 1))
+    source.put("/x", safetensors())
+    source.heads["/x"] = "Content-Disposition: attachment; filename=taken.safetensors\r\n"
+    await _import(models, source.url("/x"))
+    async with asyncio.timeout(60):
+        while not (failed := [item for item in await _items(models) if item["status"] == "Disabled"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.03)
+    assert "taken.safetensors already exists" in failed[0]["params"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "words"),
+    [
+        ("/missing.safetensors", None, "answers 404"),
+        ("/x", b"abc", "gives no file whose name ends in"),
+        ("/empty.safetensors", b"", "the file is empty"),
+        ("/bad.safetensors", b"no header", "bad.safetensors"),
+        ("/evil.ckpt", torch_zip(malicious("true")), "evil.ckpt"),
+        ("/large.safetensors", bytes(MAX_IMPORT_BYTES + 1), "bytes are too many"),
+    ],
+)
+async def test_what_cannot_be_imported_is_disabled_with_the_reason(
+    models: Running, source: Source, path: str, content: bytes | None, words: str
+) -> None:
+    if content is not None:
+        source.put(path, content)
+    await _import(models, source.url(path))
+    item = await _ended(models, "Disabled")
+    assert words in item["params"]["error"]
+    await _no_objects(models, item)
+    if path != "/x":
+        await models.create((path[1:], 1))  # the name is free
+
+
+async def test_too_many_bytes_without_a_length_end_the_import(models: Running, source: Source) -> None:
+    source.chunked = True
+    await _import(models, source.put("/a.safetensors", bytes(MAX_IMPORT_BYTES + MIB)))
+    item = await _ended(models, "Disabled")
+    assert "more than the" in item["params"]["error"]
+    await _no_objects(models, item)
+
+
+async def test_a_wrong_hash_ends_the_import(models: Running, source: Source) -> None:
+    url = source.put("/a.safetensors", safetensors())
+    await _import(models, url, sha256={url: "0" * 64})
+    item = await _ended(models, "Disabled")
+    assert "the SHA-256 is" in item["params"]["error"]
+    await _no_objects(models, item)
+
+
+async def test_errors_that_may_pass_are_tried_again(models: Running, source: Source) -> None:
+    url = source.put("/a.safetensors", safetensors())
+    source.statuses["/a.safetensors"] = [503, 429]
+    await _import(models, url)
+    await _ended(models, "Active")
+    assert len(source.asked) == 3
+
+
+async def test_an_import_ends_when_its_time_is_over(
+    models: Running, source: Source, service: tuple[Running, Database]
+) -> None:
+    url = source.put("/a.safetensors", safetensors())
+    source.statuses["/a.safetensors"] = [503] * 5
+    await _import(models, url)
+    async with service[1].transaction() as session:
+        await session.execute(sa.text("UPDATE checkpoints SET created_at = created_at - interval '25 hours'"))
+    item = await _ended(models, "Disabled")
+    assert "the import took longer than 24 h" in item["params"]["error"]
+
+
+async def test_a_redirect_to_a_private_address_ends_the_import(models: Running, source: Source) -> None:
+    source.redirects["/a.safetensors"] = "http://169.254.169.254/latest/meta-data/a.safetensors"
+    await _import(models, source.url("/a.safetensors"))
+    assert "169.254.169.254 is not a public address" in (await _ended(models, "Disabled"))["params"]["error"]
+
+
+async def test_bad_requests_are_refused_at_once(models: Running) -> None:
+    good = "https://example.com/a.safetensors"
+    for urls, sha256, words in [
+        (["ftp://example.com/a"], {}, "only http and https"),
+        (["https://u:p@example.com/a"], {}, "password"),
+        (["x" * 5000], {}, "too long"),
+        ([good], {"https://example.com/b": "0" * 64}, "is none of the urls"),
+        ([good], {good: "xyz"}, "does not match"),
+        ([f"{good}?{n}" for n in range(21)], {}, "at most 20"),
+        ([""], {}, "too short"),
+    ]:
+        async with refused("INVALID_ARGUMENT", words):
+            await _import(models, *urls, sha256=sha256)
+    async with refused("FAILED_PRECONDITION", "a.safetensors already exists"):
+        await _import(models, good, "https://example.com/b/a.safetensors")
+    assert await _items(models) == []
+
+
+async def test_each_url_is_a_checkpoint_of_its_own(models: Running, source: Source) -> None:
+    urls = [source.put(f"/{name}.safetensors", safetensors()) for name in "abc"]
+    await _import(models, *urls)
+    assert len(await _items(models)) == 3
+    async with asyncio.timeout(60):
+        while {item["status"] for item in await _items(models)} != {"Active"}:  # noqa: ASYNC110
+            await asyncio.sleep(0.03)
+
+
+async def test_deleting_during_an_import_leaves_nothing(models: Running, source: Source) -> None:
+    source.gate.clear()
+    url = source.put("/a.safetensors", safetensors(23 * MIB))
+    source.stop_after["/a.safetensors"] = [16 * MIB]
+    await _import(models, url)
+    done = str(10 * MIB)
+    item = await _until(models, lambda item: item["params"]["import"]["bytes_done"] == done)
+    await models.delete([item["id"]])
+    source.gate.set()
+    await _import(models, url)  # the name is free, and the next one works
+    again = await _ended(models, "Active")
+    assert again["id"] != item["id"]
+    await _no_objects(models, item)
+
+
+@pytest.mark.parametrize(
+    ("headers", "urls", "name"),
+    [
+        ({}, ["https://x/a/b.safetensors?c=d.pt"], "b.safetensors"),
+        ({"content-disposition": 'attachment; filename="c.ckpt"'}, ["https://x/b.safetensors"], "c.ckpt"),
+        ({"content-disposition": "attachment; filename*=UTF-8''%C3%BC.pt; filename=\"x.pt\""}, ["https://x/"], "ü.pt"),
+        ({"content-disposition": 'attachment; filename="../../etc/x.pt"'}, ["https://x/"], "x.pt"),
+        ({"content-disposition": 'attachment; filename="..\\\\x.pt"'}, ["https://x/"], "x.pt"),
+        ({"content-disposition": 'inline; filename="x.exe"'}, ["https://x/a.vae.pt"], "a.vae.pt"),
+        ({"content-disposition": "a" * 5000}, ["https://x/first.pt", "https://y/no"], "first.pt"),
+        ({}, ["https://x/first.pt", "https://y/last.BIN"], "last.BIN"),
+        ({}, ["https://x/a%2Fb%20c.yaml"], "b c.yaml"),
+        ({}, ["https://x/a%00.pt"], None),
+        ({}, [f"https://x/{'a' * 300}.pt"], None),
+        ({}, ["https://x/.pt"], None),
+        ({}, ["https://x/"], None),
+    ],
+)
+def test_the_name_of_what_came(headers: dict[str, str], urls: list[str], name: str | None) -> None:
+    answer = Answer(200, headers, [parse_url(url) for url in urls], None)  # type: ignore[arg-type]
+    if name is None:
+        with pytest.raises(UrlRefused, match="gives no file"):
+            name_of(answer)
+    else:
+        assert name_of(answer) == name
+        assert name.lower().endswith(SUFFIXES)
+
+
+def test_hugging_face_urls_tell_the_name_at_once() -> None:
+    url = parse_url("https://huggingface.co/org/model/resolve/main/v1-5.safetensors?download=true")
+    assert name_in(url) == "v1-5.safetensors"
+    assert not name_in(parse_url("https://civitai.com/api/download/models/130072"))

@@ -1,0 +1,52 @@
+"""Uploads that are never finished: over real parts, with the chore running every second."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from services.common.blobs import BlobNotFound
+from services.common.database import Database
+from tests.services.models.conftest import UPLOAD_MAX_HOURS, Running
+from tests.services.models.files import safetensors
+
+
+async def _make_older(database: Database, checkpoint_id: str, hours: float) -> None:
+    async with database.transaction() as session:
+        older = sa.text("UPDATE checkpoints SET created_at = created_at - :age WHERE id = CAST(:id AS uuid)")
+        await session.execute(older, {"age": timedelta(hours=hours), "id": checkpoint_id})
+
+
+async def _is_open(models: Running, upload: Any) -> bool:
+    try:
+        await models.blobs.list_parts(upload["key"], upload["upload_id"])
+    except BlobNotFound:
+        return False
+    return True
+
+
+async def test_an_upload_that_is_not_finished_in_time_is_ended(
+    models: Running, service: tuple[Running, Database]
+) -> None:
+    _, database = service
+    stale = await models.create(("a.safetensors", 2))
+    await models.put(stale, "a.safetensors", *[bytes(5 * 1024 * 1024)] * 2)
+    fresh = await models.create(("b.safetensors", 1))
+    active = await models.upload("c.safetensors", safetensors())
+    await _make_older(database, fresh.checkpoint.id, UPLOAD_MAX_HOURS - 1)
+    await _make_older(database, active, UPLOAD_MAX_HOURS + 1)
+    await _make_older(database, stale.checkpoint.id, UPLOAD_MAX_HOURS + 1)
+
+    async with asyncio.timeout(60):
+        while (item := await models.show(stale.checkpoint.id))["status"] == "Initial":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert item["status"] == "Disabled"
+    assert item["params"]["error"] == f"the upload was not finished within {UPLOAD_MAX_HOURS} h"
+    upload: Any = stale.checkpoint.params["multipart_upload"]["a.safetensors"]
+    async with asyncio.timeout(60):
+        while await _is_open(models, upload):  # noqa: ASYNC110 - the store tells nobody
+            await asyncio.sleep(0.02)
+    assert (await models.show(fresh.checkpoint.id))["status"] == "Initial"
+    assert (await models.show(active))["status"] == "Active"
+    await models.create(("a.safetensors", 1))  # the name is free

@@ -7,6 +7,7 @@ a stage (encoding text, decoding a picture), which it gets between ticks.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 
@@ -172,7 +173,9 @@ class Core:
         if isinstance(error, torch.OutOfMemoryError):
             error = JobError(NO_MEMORY)
         elif not isinstance(error, JobError):
-            log.error("job failed in the engine", job_id=run.job_id, exc_info=error)
+            # Formatted here: a console that shows local variables would hold the thread up with pages of tensors.
+            told = "".join(traceback.format_exception(error))
+            log.error("job failed in the engine", job_id=run.job_id, exception=told)
             error = JobError(INTERNAL)
         self._end(run, error)
 

@@ -89,6 +89,7 @@ class Txt2Img:
     batch_size: int
     n_iter: int
     eta: float
+    clip_skip: int
     # Shares no UNet call with other jobs, so that the picture repeats bit for bit on the same device and versions.
     exclusive: bool
 
@@ -130,6 +131,7 @@ class Txt2Img:
             batch_size=read.integer("batch_size", 1, 1, MAX_IMAGES),
             n_iter=read.integer("n_iter", 1, 1, MAX_IMAGES),
             eta=read.number("eta", 0.0),
+            clip_skip=read.integer("clip_skip", 1, 1, 12),
             exclusive=read.flag("exclusive"),
         )
         if request.num_images > MAX_IMAGES:

@@ -51,6 +51,7 @@ def infotext(request: Txt2Img, index: int, origin: Origin) -> str:
         "Model": PurePosixPath(origin.model_name).stem,
         "VAE hash": origin.vae_sha256 and origin.vae_sha256[:10],
         "VAE": origin.vae_name,
+        "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Version": f"esd {VERSION}",
     }
     lines = [request.prompt]
@@ -96,7 +97,7 @@ def param_json(
         "infotexts": infotexts,
         "styles": [],
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
-        "clip_skip": 1,
+        "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": False,
         "version": f"esd {VERSION}",
     }

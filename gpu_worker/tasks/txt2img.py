@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import samplers
+from gpu_worker import prompt, samplers
 from gpu_worker.denoise import Conditioning, Evaluation, Task, denoise
 from gpu_worker.job import JobError, Txt2Img
 from gpu_worker.weights import Models
@@ -24,7 +24,7 @@ def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -
     picture is decoded by itself: the decoder needs far more memory than a step.
 
     Raises:
-        JobError: the sampler is not known, or the latents became NaN.
+        JobError: the sampler is not known, a prompt is too long, or the latents became NaN.
     """
     samplers.find(request.sampler_name, request.scheduler)  # refuses before any work
     positive = encode(models, request.prompt, request)
@@ -63,20 +63,13 @@ def denoised(
 
 
 def encode(models: Models, text: str, request: Txt2Img) -> Conditioning:
-    """Encodes a text of up to 75 tokens; what is longer is cut off."""
-    hidden, pooled = [], None
-    for encoder in models.text_encoders:
-        tokens = encoder.tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        output = encoder.model(tokens.input_ids.to(models.device), output_hidden_states=models.is_sdxl)
-        # SDXL reads both encoders before their last layer, and the second one's projection.
-        hidden.append(output.hidden_states[-2] if models.is_sdxl else output[0])
-        pooled = output[0]
-    if not models.is_sdxl:
-        return Conditioning(hidden[0], None)
+    """What the UNet is told of a text; SDXL also of the picture's size."""
+    hidden, pooled = prompt.encode(models, text, request.clip_skip)
+    if pooled is None:
+        return Conditioning(hidden, None)
     sizes = [request.height, request.width, 0, 0, request.height, request.width]
     time_ids = torch.tensor([sizes], dtype=models.dtype, device=models.device)
-    assert pooled is not None  # there are two encoders
-    return Conditioning(torch.cat(hidden, dim=-1), {"text_embeds": pooled, "time_ids": time_ids})
+    return Conditioning(hidden, {"text_embeds": pooled, "time_ids": time_ids})
 
 
 def _decode(models: Models, latents: torch.Tensor) -> NDArray[np.uint8]:

@@ -82,6 +82,8 @@ class Txt2Img(BaseModel):
     batch_size: int = Field(1, ge=1, le=8)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     eta: float = Field(0.0, ge=0, le=1)
+    # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
+    clip_skip: int = Field(1, ge=1, le=12)
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
     exclusive: bool = False
 
@@ -93,6 +95,9 @@ class Txt2Img(BaseModel):
             if name in given and given[name] not in harmless:
                 raise ValueError(f"{name} {_shown(given[name])} is not supported yet; leave it out")
         given["sampler_name"] = _sampler(given)
+        settings = given.get("override_settings")
+        if isinstance(settings, dict) and settings.get("CLIP_stop_at_last_layers") is not None:
+            given["clip_skip"] = settings["CLIP_stop_at_last_layers"]
         return given
 
     @model_validator(mode="after")

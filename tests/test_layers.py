@@ -29,7 +29,17 @@ OWNERS = {
     "pydantic_settings": {"settings.py"},
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
-TORCH_OWNERS = {"core.py", "denoise.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py"}
+TORCH_OWNERS = {
+    "core.py",
+    "denoise.py",
+    "noise.py",
+    "samplers.py",
+    "weights.py",
+    "pickles.py",
+    "tiny.py",
+    "prompt.py",
+    "lora.py",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -12,9 +12,12 @@ from esd.worker.v1 import worker_pb2
 from gpu_worker.cache import ModelCache
 from gpu_worker.engine import Engine
 from gpu_worker.job import Job
+from gpu_worker.stream import WorkStream
 from gpu_worker.transfer import Transfer
 from gpu_worker.worker import Worker, is_last
+from services.common.clients import TokenSource, plain_channel
 from tests.gpu_worker.conftest import ObjectStore
+from tests.gpu_worker.doors import SECRET, services
 
 MAX_JOBS = 4
 
@@ -68,3 +71,22 @@ async def test_room_counts_jobs_and_what_fits_into_one_call(worker: Worker, engi
         job.cancel()
     await asyncio.gather(*(last for _, last in jobs))
     assert worker.room == MAX_JOBS
+
+
+async def test_the_queue_is_asked_for_several_jobs_and_runs_them_together(worker: Worker, make_spec: Any) -> None:
+    specs = {f"lease-{index}": make_spec(steps=20, seed=index) for index in range(MAX_JOBS)}
+    async with services() as peers, plain_channel(peers.address) as channel:
+        stream = WorkStream(worker, TokenSource(peers.address, SECRET), channel, "worker-1")
+        task = asyncio.create_task(stream.run())
+        connection = await peers.queue.connection()
+        await connection.welcome()
+        assert (await connection.until("want")).num_jobs == 2
+        for lease_id, spec in specs.items():
+            await connection.assign(lease_id, spec)
+        running: set[str] = set()
+        while len(running) < MAX_JOBS:
+            running.add((await connection.until("progress")).lease_id)
+        assert not any(message.event.event.HasField("done") for message in connection.seen)
+        assert {(await connection.until("done")).lease_id for _ in specs} == set(specs)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 INTERNAL = "an internal error occurred in the worker; its log has the details under this job's id"
 MAX_STEPS = 1000
+MAX_SIZE = 8192
 MAX_PIXELS = 4096 * 4096
 MAX_IMAGES = 100
 
@@ -75,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Txt2Img:
-    """What a txt2img payload asks for. Sizes are in pixels; image i of all uses seed + i."""
+    """What a txt2img payload asks for. Sizes are in pixels; those of `seed_resize_from` are used where both are > 0."""
 
     prompt: str
     negative_prompt: str
@@ -86,9 +87,14 @@ class Txt2Img:
     width: int
     height: int
     seed: int
+    subseed: int
+    subseed_strength: float
+    seed_resize_from_w: int
+    seed_resize_from_h: int
     batch_size: int
     n_iter: int
     eta: float
+    clip_skip: int
     # Shares no UNet call with other jobs, so that the picture repeats bit for bit on the same device and versions.
     exclusive: bool
 
@@ -96,6 +102,14 @@ class Txt2Img:
     def is_guided(self) -> bool:
         """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row."""
         return self.cfg_scale > 1
+
+    def seed_of(self, image: int) -> int:
+        """The seed of an image: those of a variation share one, and differ in their subseeds."""
+        return self.seed if self.subseed_strength else self.seed + image
+
+    def subseed_of(self, image: int) -> int:
+        """The subseed of an image."""
+        return self.subseed + image
 
     @property
     def num_pixels(self) -> int:
@@ -115,7 +129,7 @@ class Txt2Img:
             JobError: a value is of the wrong type or out of bounds; the message names field and value.
         """
         read = _Reader(payload)
-        seed = read.integer("seed", -1, -1, 2**63 - MAX_IMAGES)
+        seed, subseed = (read.integer(name, -1, -1, 2**63 - MAX_IMAGES) for name in ("seed", "subseed"))
         request = cls(
             prompt=read.text("prompt", ""),
             negative_prompt=read.text("negative_prompt", ""),
@@ -127,9 +141,14 @@ class Txt2Img:
             height=read.size("height"),
             # The same number for every try of the job.
             seed=seed if seed >= 0 else _uuid(job_id).int % 2**32,
+            subseed=subseed if subseed >= 0 else _uuid(f"{job_id} subseed").int % 2**32,
+            subseed_strength=read.number("subseed_strength", 0.0),
+            seed_resize_from_w=read.integer("seed_resize_from_w", 0, -1, MAX_SIZE),
+            seed_resize_from_h=read.integer("seed_resize_from_h", 0, -1, MAX_SIZE),
             batch_size=read.integer("batch_size", 1, 1, MAX_IMAGES),
             n_iter=read.integer("n_iter", 1, 1, MAX_IMAGES),
             eta=read.number("eta", 0.0),
+            clip_skip=read.integer("clip_skip", 1, 1, 12),
             exclusive=read.flag("exclusive"),
         )
         if request.num_images > MAX_IMAGES:
@@ -178,7 +197,7 @@ class _Reader:
         return bool(value)
 
     def size(self, name: str) -> int:
-        value = self.integer(name, 512, 8, 8192)
+        value = self.integer(name, 512, 8, MAX_SIZE)
         if value % 8:
             raise JobError(f"{name} is {value}; it must be a multiple of 8")
         return value

@@ -40,17 +40,22 @@ def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
 def infotext(request: Txt2Img, index: int, origin: Origin) -> str:
     """The text that A1111 writes into image `index` of the job, and reads back from a dropped picture."""
     sampler = request.sampler_name
+    resized_from = f"{request.seed_resize_from_w}x{request.seed_resize_from_h}"
     fields: dict[str, Any] = {
         "Steps": request.steps,
         "Sampler": sampler,
         "Schedule type": request.scheduler or None,
         "CFG scale": request.cfg_scale,
-        "Seed": request.seed + index,
+        "Seed": request.seed_of(index),
         "Size": f"{request.width}x{request.height}",
         "Model hash": origin.model_sha256[:10],
         "Model": PurePosixPath(origin.model_name).stem,
         "VAE hash": origin.vae_sha256 and origin.vae_sha256[:10],
         "VAE": origin.vae_name,
+        "Variation seed": request.subseed_of(index) if request.subseed_strength else None,
+        "Variation seed strength": request.subseed_strength or None,
+        "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
+        "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Version": f"esd {VERSION}",
     }
     lines = [request.prompt]
@@ -65,7 +70,8 @@ def param_json(
 ) -> bytes:
     """The content of `<job id>_param.json`; its `info` is JSON text inside JSON."""
     num_images = len(infotexts)
-    seeds = [request.seed + index for index in range(num_images)]
+    seeds = [request.seed_of(index) for index in range(num_images)]
+    subseeds = [request.subseed_of(index) for index in range(num_images)]
     info = {
         "prompt": request.prompt,
         "all_prompts": [request.prompt] * num_images,
@@ -73,9 +79,9 @@ def param_json(
         "all_negative_prompts": [request.negative_prompt] * num_images,
         "seed": request.seed,
         "all_seeds": seeds,
-        "subseed": request.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": request.subseed,
+        "all_subseeds": subseeds,
+        "subseed_strength": request.subseed_strength,
         "width": request.width,
         "height": request.height,
         "sampler_name": request.sampler_name,
@@ -88,15 +94,15 @@ def param_json(
         "sd_model_hash": origin.model_sha256[:10],
         "sd_vae_name": origin.vae_name,
         "sd_vae_hash": origin.vae_sha256 and origin.vae_sha256[:10],
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
+        "seed_resize_from_w": request.seed_resize_from_w or -1,
+        "seed_resize_from_h": request.seed_resize_from_h or -1,
         "denoising_strength": None,
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": infotexts,
         "styles": [],
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
-        "clip_skip": 1,
+        "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": False,
         "version": f"esd {VERSION}",
     }

@@ -6,7 +6,6 @@ services/inference/payload.py has the same names, because it refuses a job befor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +90,8 @@ class Sampling:
     Timesteps are on the CPU, where reading them does not wait for the GPU.
     """
 
-    def __init__(self, scheduler: Any, num_steps: int, seeds: Sequence[int], eta: float) -> None:
+    def __init__(self, scheduler: Any, num_steps: int, generators: list[torch.Generator], eta: float) -> None:
         self._scheduler = scheduler
-        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         steps: dict[str, Any] = {}
         if isinstance(scheduler, LCMScheduler):
             steps["original_inference_steps"] = max(_LCM_STEPS, num_steps)
@@ -101,18 +99,16 @@ class Sampling:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         taken = inspect.signature(scheduler.step).parameters
-        given = {"generator": self._generators, "eta": eta, "return_dict": False}
+        given = {"generator": generators, "eta": eta, "return_dict": False}
         self._options = {name: value for name, value in given.items() if name in taken}
         self._times = list(scheduler.timesteps)
         # One for each evaluation of the UNet, of which some samplers have two in a step.
         self.timesteps = [float(time) for time in self._times]
 
-    def noise(self, height: int, width: int) -> torch.Tensor:
-        """The latents to begin with, on the CPU in fp32: a picture depends neither on the device nor on its company."""
-        shape = (1, 4, height, width)
-        noise = torch.cat([torch.randn(shape, generator=generator) for generator in self._generators])
-        scaled: torch.Tensor = noise * self._scheduler.init_noise_sigma
-        return scaled
+    def latents(self, noise: torch.Tensor) -> torch.Tensor:
+        """The latents to begin with, from noise of deviation 1."""
+        latents: torch.Tensor = noise * self._scheduler.init_noise_sigma
+        return latents
 
     def scaled(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The UNet's input for the evaluation of that index."""
@@ -126,9 +122,14 @@ class Sampling:
 
 
 def create(
-    name: str, schedule: str, model_config: dict[str, Any], num_steps: int, seeds: Sequence[int], eta: float = 0.0
+    name: str,
+    schedule: str,
+    model_config: dict[str, Any],
+    num_steps: int,
+    generators: list[torch.Generator],
+    eta: float = 0.0,
 ) -> Sampling:
-    """A fresh sampler for rows with these seeds. `eta` is DDIM's.
+    """A fresh sampler for rows with these generators of noise. `eta` is DDIM's.
 
     `name` may end in a schedule (`DPM++ 2M Karras`); `schedule` is the payload's `scheduler`, empty when absent.
 
@@ -141,8 +142,8 @@ def create(
     options |= sampler.options | SCHEDULES[schedule]
     if sampler.scheduler is DPMSolverSDEScheduler:
         # One Brownian tree for each row; diffusers' own batch draws all rows from one.
-        options["noise_sampler_seed"] = list(seeds)
-    return Sampling(sampler.scheduler(**options), num_steps, seeds, eta)
+        options["noise_sampler_seed"] = [generator.initial_seed() for generator in generators]
+    return Sampling(sampler.scheduler(**options), num_steps, generators, eta)
 
 
 def find(name: str, schedule: str) -> tuple[Sampler, str]:

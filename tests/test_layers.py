@@ -37,8 +37,17 @@ OWNERS = {
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
 TORCH_OWNERS = {
-    "core.py", "denoise.py", "fault.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py",
-}  # fmt: skip
+    "core.py",
+    "denoise.py",
+    "fault.py",
+    "noise.py",
+    "samplers.py",
+    "weights.py",
+    "pickles.py",
+    "tiny.py",
+    "prompt.py",
+    "lora.py",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

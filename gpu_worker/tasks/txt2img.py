@@ -8,23 +8,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import samplers
+from gpu_worker import noise, prompt, samplers
 from gpu_worker.denoise import Conditioning, Evaluation, Task, denoise
 from gpu_worker.job import JobError, Txt2Img
 from gpu_worker.weights import Models
 
-_LATENT_SCALE = 8  # pixels per latent, both ways
 NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 
 
 def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels of shape (height, width, 3) for each image. `on_step` hears how many of steps x images are done.
 
-    Each image has a generator of its own, seeded with seed + its index. Batches of a job follow each other, and each
+    Each image has noise of its own seed. Batches of a job follow each other, and each
     picture is decoded by itself: the decoder needs far more memory than a step.
 
     Raises:
-        JobError: the sampler is not known, or the latents became NaN.
+        JobError: the sampler is not known, a prompt is too long, or the latents became NaN.
     """
     samplers.find(request.sampler_name, request.scheduler)  # refuses before any work
     positive = encode(models, request.prompt, request)
@@ -47,36 +46,29 @@ def denoised(
     on_step: Callable[[int], None],
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
     """The final latents of a batch, of shape (batch_size, 4, height/8, width/8)."""
-    first = batch * request.batch_size
-    seeds = [request.seed + first + row for row in range(request.batch_size)]
+    images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
+    generators = noise.generators([request.seed_of(image) for image in images])
     sampling = samplers.create(
-        request.sampler_name, request.scheduler, models.scheduler_config, request.steps, seeds, request.eta
+        request.sampler_name, request.scheduler, models.scheduler_config, request.steps, generators, request.eta
     )
-    noise = sampling.noise(request.height // _LATENT_SCALE, request.width // _LATENT_SCALE)
+    latents = sampling.latents(noise.first(request, images, generators)).to(models.device)
 
     def on_evaluation(num_done: int) -> None:
         # Some samplers need two evaluations for a step.
         num_steps = num_done * request.steps // len(sampling.timesteps)
         on_step((batch * request.steps + num_steps) * request.batch_size)
 
-    return (yield from denoise(sampling, noise.to(models.device), positive, negative, request.cfg_scale, on_evaluation))
+    return (yield from denoise(sampling, latents, positive, negative, request.cfg_scale, on_evaluation))
 
 
 def encode(models: Models, text: str, request: Txt2Img) -> Conditioning:
-    """Encodes a text of up to 75 tokens; what is longer is cut off."""
-    hidden, pooled = [], None
-    for encoder in models.text_encoders:
-        tokens = encoder.tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        output = encoder.model(tokens.input_ids.to(models.device), output_hidden_states=models.is_sdxl)
-        # SDXL reads both encoders before their last layer, and the second one's projection.
-        hidden.append(output.hidden_states[-2] if models.is_sdxl else output[0])
-        pooled = output[0]
-    if not models.is_sdxl:
-        return Conditioning(hidden[0], None)
+    """What the UNet is told of a text; SDXL also of the picture's size."""
+    hidden, pooled = prompt.encode(models, text, request.clip_skip)
+    if pooled is None:
+        return Conditioning(hidden, None)
     sizes = [request.height, request.width, 0, 0, request.height, request.width]
     time_ids = torch.tensor([sizes], dtype=models.dtype, device=models.device)
-    assert pooled is not None  # there are two encoders
-    return Conditioning(torch.cat(hidden, dim=-1), {"text_embeds": pooled, "time_ids": time_ids})
+    return Conditioning(hidden, {"text_embeds": pooled, "time_ids": time_ids})
 
 
 def _decode(models: Models, latents: torch.Tensor) -> NDArray[np.uint8]:

@@ -56,7 +56,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
     "tiling": (False,),
-    "subseed_strength": (0,),
     "s_churn": (0,),
     "refiner_checkpoint": ("", "None"),
 }
@@ -74,6 +73,10 @@ class Txt2Img(BaseModel):
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
+    subseed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
+    subseed_strength: float = Field(0.0, ge=0, le=1)
+    seed_resize_from_w: int = Field(0, ge=-1, le=4096)
+    seed_resize_from_h: int = Field(0, ge=-1, le=4096)
     sampler_name: str = "Euler"
     steps: int = Field(50, ge=1, le=150)
     cfg_scale: float = Field(7.0, ge=0, le=30)
@@ -82,6 +85,8 @@ class Txt2Img(BaseModel):
     batch_size: int = Field(1, ge=1, le=8)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     eta: float = Field(0.0, ge=0, le=1)
+    # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
+    clip_skip: int = Field(1, ge=1, le=12)
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
     exclusive: bool = False
 
@@ -93,6 +98,9 @@ class Txt2Img(BaseModel):
             if name in given and given[name] not in harmless:
                 raise ValueError(f"{name} {_shown(given[name])} is not supported yet; leave it out")
         given["sampler_name"] = _sampler(given)
+        settings = given.get("override_settings")
+        if isinstance(settings, dict) and settings.get("CLIP_stop_at_last_layers") is not None:
+            given["clip_skip"] = settings["CLIP_stop_at_last_layers"]
         return given
 
     @model_validator(mode="after")
@@ -158,8 +166,8 @@ def check_payload(content: bytes | str, task_type: str, job_id: str) -> CheckedP
         payload = Txt2Img.model_validate(_parse(content))
     except ValidationError as error:
         raise InvalidArgument("; ".join(_sentence(problem) for problem in error.errors())) from None
-    if payload.seed == -1:
-        payload.seed = seed_of(job_id)
+    payload.seed = seed_of(job_id) if payload.seed == -1 else payload.seed
+    payload.subseed = seed_of(f"{job_id} subseed") if payload.subseed == -1 else payload.subseed
     fields = payload.model_dump()
     encoded = json.dumps(fields, ensure_ascii=False).encode()
     return CheckedPayload(fields, encoded, payload.num_images, payload.cost_seconds)

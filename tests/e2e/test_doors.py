@@ -10,7 +10,7 @@ import pytest
 
 from deploy.local.stack import Stack
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
-from esd.inference.v1 import inference_pb2, inference_pb2_grpc
+from esd.inference.v1 import inference_pb2_grpc
 from tests.e2e.conftest import Api
 
 ROUTES = [
@@ -24,7 +24,6 @@ NOT_BUILT = [
     ("PUT", "/trainings/x/stop", None),
     ("POST", "/trainings", {"lora_train_type": "kohya", "params": {}}),
     ("DELETE", "/trainings", {"training_id_list": ["x"]}),
-    ("POST", "/checkpoints", {"checkpoint_type": "VAE", "urls": ["https://example.com/a.pt"], "params": {}}),
 ]
 
 
@@ -155,10 +154,8 @@ async def test_what_is_inside_stays_closed_to_users_and_to_nobody(stack: Stack, 
         assert unknown.value.code() == grpc.StatusCode.UNAUTHENTICATED
         for metadata in ((), key, (("x-esd-token", "forged"),)):
             stream = queue.Work(metadata=metadata)
-            await stream.write(inference_pb2.WorkRequest(hello=inference_pb2.Hello(worker_id="x")))
-            with pytest.raises(grpc.aio.AioRpcError) as closed:
-                await stream.read()
-            assert closed.value.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+            # The stream may be refused before a word is said on it, so only its end is looked at.
+            assert await stream.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 
 def test_the_store_behind_the_gateway_wants_its_own_signature(stack: Stack, admin: Api) -> None:

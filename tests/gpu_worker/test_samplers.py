@@ -20,8 +20,9 @@ def test_the_service_and_the_worker_know_the_same_names() -> None:
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 60])
 @pytest.mark.parametrize("name", samplers.names())
 def test_every_sampler_stays_finite_in_any_number_of_steps(name: str, num_steps: int) -> None:
-    sampling = samplers.create(name, "", MODEL, num_steps, [0])
-    latents = sampling.noise(8, 8)
+    generator = torch.Generator().manual_seed(0)
+    sampling = samplers.create(name, "", MODEL, num_steps, [generator])
+    latents = sampling.latents(torch.randn((1, 4, 8, 8), generator=generator))
     for index in range(len(sampling.timesteps)):
         x = sampling.scaled(latents, index)
         assert torch.isfinite(x).all()

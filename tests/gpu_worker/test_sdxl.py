@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gpu_worker import ldm, weights
+from gpu_worker import ldm, prompt, weights
 from gpu_worker.job import Txt2Img
 from gpu_worker.tasks import txt2img
 from tests.gpu_worker.conftest import as_cached
@@ -156,3 +156,23 @@ def test_a_job_in_company_has_the_latents_of_the_diffusers_pipeline(models: weig
     tasks = [(index, latents(request, models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(models.unet, tasks, max_rows=5), strict=True):
         assert_close(found, pipeline_latents(pipeline, request.sampler_name, request))
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "A photo, of: a cat; 8k B&W", "word, " * 37])
+def test_a_plain_prompt_is_encoded_as_by_diffusers_bit_for_bit(
+    models: weights.Models, pipeline: Any, text: str
+) -> None:
+    expected, _, pooled, _ = pipeline.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)
+    with torch.inference_mode():
+        found = prompt.encode(models, text, 1)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], pooled)
+
+
+def test_a_long_prompt_has_the_pooled_text_of_its_first_chunk(models: weights.Models) -> None:
+    with torch.inference_mode():
+        long, pooled = prompt.encode(models, "a cat BREAK (a dog:1.2)", 1)
+        first, first_pooled = prompt.encode(models, "a cat", 1)
+    assert long.shape == (1, 2 * 77, first.shape[2])
+    assert torch.allclose(pooled, first_pooled, atol=1e-6)
+    assert torch.allclose(long[:, :77], first, atol=1e-6)

@@ -14,6 +14,10 @@ ADMINS = Role(role_name="admins", creator="ESD", permissions=["b:all", "a:all"])
 FIRST = User(username="first", roles=["admins"], creator="ESD")
 
 
+def first_key(key_hash: str) -> ApiKey:
+    return ApiKey(key_hash=key_hash, owner="first", impersonate=True)
+
+
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
@@ -33,14 +37,14 @@ async def _count(database: Database, table: str) -> int:
 
 
 async def test_many_bootstraps_at_once_make_everything_once(store: IdentityStore, database: Database) -> None:
-    await asyncio.gather(*(store.bootstrap([ADMINS], FIRST, "hash") for _ in range(6)))
+    await asyncio.gather(*(store.bootstrap([ADMINS], FIRST, first_key("hash")) for _ in range(6)))
     assert [await _count(database, table) for table in ("roles", "users", "api_keys")] == [1, 1, 1]
 
 
 async def test_a_bootstrap_keeps_what_was_changed_and_adds_a_new_key(store: IdentityStore) -> None:
-    await store.bootstrap([ADMINS], FIRST, "old")
+    await store.bootstrap([ADMINS], FIRST, first_key("old"))
     await store.save_user(User(username="first", roles=[], creator="ann", password_hash="h"))
-    await store.bootstrap([ADMINS], FIRST, "new")
+    await store.bootstrap([ADMINS], FIRST, first_key("new"))
     (user,) = await store.find_users("first")
     assert (user.creator, user.password_hash) == ("ann", "h")
     for key_hash in ("old", "new"):
@@ -48,7 +52,7 @@ async def test_a_bootstrap_keeps_what_was_changed_and_adds_a_new_key(store: Iden
 
 
 async def test_a_key_is_used_by_its_owner_or_by_whom_the_request_names(store: IdentityStore) -> None:
-    await store.bootstrap([ADMINS, Role(role_name="r", creator="x", permissions=["a:all"])], FIRST, "hash")
+    await store.bootstrap([ADMINS, Role(role_name="r", creator="x", permissions=["a:all"])], FIRST, first_key("hash"))
     await store.save_user(User(username="ann", roles=["r", "gone"], creator="first"))
     assert await store.find_key_use("hash", None) == KeyUse("first", True, ["admins"], ["a:all", "b:all"])
     assert await store.find_key_use("hash", "ann") == KeyUse("first", True, ["r", "gone"], ["a:all"])
@@ -73,7 +77,7 @@ async def test_removed_roles_leave_the_others_of_a_user_in_order(store: Identity
 
 
 async def test_keys_go_with_their_owner_and_none_is_made_for_nobody(store: IdentityStore, database: Database) -> None:
-    await store.bootstrap([ADMINS], FIRST, "hash")
+    await store.bootstrap([ADMINS], FIRST, first_key("hash"))
     await store.remove_users(["first"])
     assert await _count(database, "api_keys") == 0
     assert not await store.add_key(ApiKey(key_hash="x", owner="first"))

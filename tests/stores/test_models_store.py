@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from services.common.database import Database
+from services.models.chores import Chores
 from services.models.store import (
     ACTIVE,
     DISABLED,
@@ -36,8 +37,8 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-def store(database: Database) -> ModelStore:
-    return ModelStore(database)
+def store(database: Database, database_url: str) -> ModelStore:
+    return ModelStore(database, Chores(database_url))
 
 
 def checkpoint(*names: str, owners: tuple[str, ...] = ("designer",), age: int = 0) -> Checkpoint:

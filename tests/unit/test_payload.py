@@ -19,6 +19,10 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "prompt": "a cat",
         "negative_prompt": "",
         "seed": seed_of(JOB),
+        "subseed": seed_of(f"{JOB} subseed"),
+        "subseed_strength": 0.0,
+        "seed_resize_from_w": 0,
+        "seed_resize_from_h": 0,
         "sampler_name": "Euler",
         "steps": 50,
         "cfg_scale": 7.0,
@@ -27,8 +31,14 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "batch_size": 1,
         "n_iter": 1,
         "eta": 0.0,
+        "clip_skip": 1,
         "exclusive": False,
     }
+
+
+def test_clip_skip_comes_from_the_overridden_setting() -> None:
+    assert check(override_settings={"CLIP_stop_at_last_layers": 2, "sd_vae": None})["clip_skip"] == 2
+    assert check(override_settings=None)["clip_skip"] == 1
 
 
 def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
@@ -58,6 +68,10 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
             'scheduler "Karras" does not go with sampler_name "Euler a"; possible: Automatic, Uniform, SGM Uniform',
         ),
         ({"scheduler": "Polyexponential"}, 'scheduler "Polyexponential" does not go with sampler_name "Euler"'),
+        (
+            {"override_settings": {"CLIP_stop_at_last_layers": 13}},
+            "clip_skip 13 is out of range: 1 to 12 is possible",
+        ),
         ({"exclusive": "perhaps"}, 'exclusive "perhaps": input should be a valid boolean'),
         ({"scheduler": [1]}, 'scheduler [1] does not go with sampler_name "Euler"'),
         ({"enable_hr": True}, "enable_hr true is not supported yet; leave it out"),

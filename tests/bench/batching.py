@@ -1,0 +1,179 @@
+"""Throughput of jobs at once in the engine's core against the same jobs one by one in a diffusers pipeline.
+
+    python -m tests.bench.batching [--steps N] [--repeats N]
+
+Both run a tiny Stable Diffusion 1.5 with random weights in the same process on one thread of the CPU, from prompt to
+pixels. Figures are the medians of alternating repeats. The last table says which part of a tick is not the UNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gpu_worker import tiny, weights
+from gpu_worker.cache import CachedModel
+from gpu_worker.core import Core
+from gpu_worker.job import Txt2Img
+from gpu_worker.run import Produced, Run
+from tests.gpu_worker.reference import pipeline_of, scheduler_of
+
+SAMPLERS = ("Euler", "Euler a", "DPM++ 2M Karras", "DDIM")
+# Pixels of a side, jobs, and the ratio that the project wants.
+CASES = ((64, 1, 0.0), (64, 4, 0.0), (64, 8, 0.0), (64, 16, 3.5), (128, 8, 2.0))
+console = Console(width=110)
+
+
+class TimedCore(Core):
+    """Knows how long ticks took, and the UNet in them."""
+
+    tick_seconds = 0.0
+    unet_seconds = 0.0
+    num_ticks = 0
+
+    def _tick(self) -> None:
+        began = time.perf_counter()
+        super()._tick()
+        self.tick_seconds += time.perf_counter() - began
+        self.num_ticks += 1
+
+    def watch(self, unet: Any) -> None:
+        """Counts the time of a UNet."""
+        forward = unet.forward
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return forward(*arguments, **options)
+            finally:
+                self.unet_seconds += time.perf_counter() - began
+
+        unet.forward = timed
+
+
+def at_once(core: Core, model: CachedModel, requests: list[Txt2Img]) -> float:
+    """Seconds until the last of the jobs, which come together, has its pixels."""
+    outcomes: list[Any] = []
+    began = time.perf_counter()
+    for index, request in enumerate(requests):
+        core.add(Run(str(index), request, [model], lambda: None, lambda _: None, outcomes.append))
+    while len(outcomes) < len(requests):
+        core.work()
+    seconds = time.perf_counter() - began
+    failed = [outcome for outcome in outcomes if not isinstance(outcome, Produced)]
+    if failed:
+        raise failed[0]
+    return seconds
+
+
+def one_by_one(pipeline: Any, requests: list[Txt2Img]) -> float:
+    """Seconds of the same jobs in the pipeline."""
+    began = time.perf_counter()
+    for request in requests:
+        pipeline.scheduler = scheduler_of(request.sampler_name, request.seed)
+        pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.steps,
+            guidance_scale=request.cfg_scale,
+            width=request.width,
+            height=request.height,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+        )
+    return time.perf_counter() - began
+
+
+def jobs(size: int, num_jobs: int, steps: int) -> list[Txt2Img]:
+    """Jobs that differ in prompt, seed and sampler."""
+    base = Txt2Img.from_payload({"negative_prompt": "blurry", "steps": steps, "width": size, "height": size}, "bench")
+    return [
+        replace(base, prompt=f"picture {index}", seed=index, sampler_name=SAMPLERS[index % len(SAMPLERS)])
+        for index in range(num_jobs)
+    ]
+
+
+def loaded_core(model: CachedModel) -> TimedCore:
+    """A core that has the model in memory."""
+    loaded = threading.Event()
+    core = TimedCore("cpu", 1, loaded.set)
+    core.add(Run("first", jobs(64, 1, 1)[0], [model], lambda: None, lambda _: None, lambda _: None))
+    core.work()
+    loaded.wait()
+    while not core.is_idle or not core.warm_models:
+        core.work()
+    return core
+
+
+def throughput(core: Core, model: CachedModel, pipeline: Any, steps: int, repeats: int) -> Table:
+    """The first table."""
+    table = Table("pixels", "jobs", "one by one", "at once", "ratio", "target", title=f"Jobs of {steps} steps, guided")
+    for size, num_jobs, target in CASES:
+        requests = jobs(size, num_jobs, steps)
+        pairs = [(one_by_one(pipeline, requests), at_once(core, model, requests)) for _ in range(repeats)]
+        single, together = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(one / other for one, other in pairs)
+        table.add_row(
+            f"{size}x{size}",
+            str(num_jobs),
+            f"{num_jobs / single:.2f} jobs/s",
+            f"{num_jobs / together:.2f} jobs/s",
+            f"{ratio:.2f}",
+            f">= {target}" if target else "",
+        )
+    return table
+
+
+def overhead(core: TimedCore, model: CachedModel, steps: int) -> Table:
+    """The second table."""
+    table = Table("sampler", "tick", "outside the UNet", "share", "target", title="A tick of 8 guided jobs, 64x64")
+    models = core._resident.take((model.key,), lambda: weights.load(model, None, "cpu"))
+    assert models is not None
+    core.watch(models.unet)
+    for sampler in ("Euler", "Euler a", "DPM++ 2M Karras", "UniPC"):
+        core.tick_seconds = core.unet_seconds = core.num_ticks = 0
+        at_once(core, model, [replace(request, sampler_name=sampler) for request in jobs(64, 8, steps)])
+        outside = core.tick_seconds - core.unet_seconds
+        table.add_row(
+            sampler,
+            f"{1e3 * core.tick_seconds / core.num_ticks:.1f} ms",
+            f"{1e3 * outside / core.num_ticks:.2f} ms",
+            f"{100 * outside / core.tick_seconds:.1f} %",
+            "<= 10 %",
+        )
+    return table
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # of diffusers, about NumPy 2
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.safetensors"
+        tiny.write(path)
+        model = CachedModel("tiny", "Stable-diffusion", path.name, path, "")
+        core = loaded_core(model)
+        pipeline = pipeline_of(path, weights._tokenizer("<|endoftext|>"), Path(folder))
+        one_by_one(pipeline, jobs(64, 1, 2))
+        console.print(throughput(core, model, pipeline, arguments.steps, arguments.repeats))
+        console.print(overhead(core, model, arguments.steps))
+        core.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The GPU thread's work, driven by hand: company, memory, cancelling, fairness between checkpoints."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker import tiny
+from gpu_worker.core import NO_MEMORY, Core
+from gpu_worker.job import INTERNAL, JobError, Txt2Img
+from gpu_worker.run import Produced, Run
+from tests.gpu_worker.conftest import as_cached
+
+REQUEST = Txt2Img.from_payload(
+    {"prompt": "a cat", "negative_prompt": "bad", "steps": 6, "width": 64, "height": 64, "seed": 3}, "job"
+)
+
+
+@dataclass(eq=False)
+class Driven:
+    """A core whose work a test does, and what its UNet calls looked like."""
+
+    checkpoint: Path
+    num_rows: list[int] = field(default_factory=list)
+    max_pixels: int | None = None
+    max_models: int = 2
+
+    def __post_init__(self) -> None:
+        self.loaded = threading.Semaphore(0)
+        self.core = Core("cpu", self.max_models, self.loaded.release, self.max_pixels)
+        self.outcomes: dict[str, Any] = {}
+        self.progress: dict[str, list[int]] = {}
+        self.ended: list[str] = []
+        # Called with the rows of a UNet call before it.
+        self.before: Callable[[torch.Tensor], None] = lambda _: None
+
+    def add(self, name: str, request: Txt2Img, checkpoint: Path | None = None) -> Run:
+        steps = self.progress.setdefault(name, [])
+
+        def end(outcome: Any) -> None:
+            self.outcomes[name] = outcome
+            self.ended.append(name)
+
+        run = Run(name, request, [as_cached(checkpoint or self.checkpoint)], lambda: None, steps.append, end)
+        self.core.add(run)
+        return run
+
+    def work(self) -> None:
+        """One round of the thread."""
+        self.core.work()
+        if self.core.is_idle and self.core._waiting:  # for a load
+            self.loaded.acquire(timeout=30)
+            self.core.work()
+        for entry in self.core._resident._entries.values():
+            if entry.models.done() and entry.models.exception() is None:
+                self._watch(entry.models.result().unet)
+
+    def _watch(self, unet: Any) -> None:
+        if not hasattr(unet, "is_watched"):
+            unet.is_watched = True
+
+            def before(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+                self.num_rows.append(len(arguments[0]))
+                self.before(arguments[0])
+
+            unet.register_forward_pre_hook(before)
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        for _ in range(2000):
+            if condition():
+                return
+            self.work()
+        raise AssertionError("it did not come to that")
+
+    def until_ended(self, *names: str) -> None:
+        self.until(lambda: all(name in self.outcomes for name in names))
+
+    def pixels(self, name: str) -> np.ndarray:
+        outcome = self.outcomes[name]
+        assert isinstance(outcome, Produced), outcome
+        return np.stack(outcome.images).astype(int)
+
+
+@pytest.fixture
+def driven(tiny_checkpoint: Path) -> Iterator[Driven]:
+    found = Driven(tiny_checkpoint)
+    yield found
+    found.core.close()
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("others")
+    paths = [folder / f"{seed}.safetensors" for seed in (2, 3)]
+    for seed, path in enumerate(paths):
+        tiny.write(path, seed=seed + 2)
+    return paths
+
+
+def test_jobs_that_come_while_others_run_share_their_ticks_and_leave_with_the_same_pictures(driven: Driven) -> None:
+    requests = {str(seed): replace(REQUEST, seed=seed, steps=3 + seed, n_iter=1 + seed % 2) for seed in range(5)}
+    for name, request in requests.items():
+        driven.add(f"alone {name}", request)
+        driven.until_ended(f"alone {name}")
+    alone_calls = len(driven.num_rows)
+    driven.num_rows.clear()
+    for name, request in requests.items():
+        driven.add(name, request)
+        driven.work()
+        driven.work()
+    driven.until_ended(*requests)
+    assert len(driven.num_rows) < 0.7 * alone_calls
+    assert max(driven.num_rows) > 4
+    for name, request in requests.items():
+        assert np.abs(driven.pixels(name) - driven.pixels(f"alone {name}")).max() <= 1
+        assert driven.progress[name] == driven.progress[f"alone {name}"]
+        assert driven.progress[name][-1] == request.steps * request.num_images
+
+
+def test_an_exclusive_job_shares_no_call_and_repeats_bit_for_bit(driven: Driven) -> None:
+    for name in ("one", "two"):
+        driven.add(f"company of {name}", replace(REQUEST, seed=9, steps=9))
+        driven.add(name, replace(REQUEST, exclusive=True))
+        driven.until_ended(name, f"company of {name}")
+    assert set(driven.num_rows) == {2}
+    assert np.array_equal(driven.pixels("one"), driven.pixels("two"))
+
+
+def test_a_cancelled_job_has_no_further_call_and_its_company_goes_on(driven: Driven) -> None:
+    run = driven.add("gone", replace(REQUEST, steps=1000))
+    driven.add("stays", replace(REQUEST, steps=30))
+    driven.until(lambda: driven.num_rows and driven.num_rows[-1] == 4)
+    driven.core.cancel(run, KeyboardInterrupt())
+    driven.core.cancel(run, KeyboardInterrupt())
+    assert isinstance(driven.outcomes["gone"], KeyboardInterrupt)
+    driven.num_rows.clear()
+    driven.until_ended("stays")
+    assert set(driven.num_rows) == {2}
+    assert run.models is None
+    assert driven.ended == ["gone", "stays"]
+
+
+def test_a_call_that_does_not_fit_the_memory_is_halved_and_no_job_fails(driven: Driven) -> None:
+    def before(rows: torch.Tensor) -> None:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    driven.before = before
+    for index in range(3):
+        driven.add(str(index), REQUEST)
+    driven.add("batch", replace(REQUEST, batch_size=3))
+    driven.until_ended("0", "1", "2", "batch")
+    assert driven.core.max_pixels <= 2 * 64 * 64
+    for name in ("0", "1", "2"):
+        assert np.abs(driven.pixels(name) - driven.pixels("first")).max() <= 1
+    assert np.abs(driven.pixels("batch")[:1] - driven.pixels("first")).max() <= 1
+
+
+def test_a_single_row_that_does_not_fit_fails_its_job_only(driven: Driven) -> None:
+    def before(rows: torch.Tensor) -> None:
+        if rows.shape[-1] > 8:
+            raise torch.OutOfMemoryError
+
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    driven.before = before
+    driven.add("large", replace(REQUEST, width=128))
+    driven.add("small", REQUEST)
+    driven.until_ended("large", "small")
+    assert str(driven.outcomes["large"]) == NO_MEMORY
+    assert np.array_equal(driven.pixels("small"), driven.pixels("first"))
+
+
+def test_a_call_that_breaks_fails_only_the_job_that_breaks_it(driven: Driven) -> None:
+    def before(rows: torch.Tensor) -> None:
+        if bool((rows.abs() > 50).any()):
+            raise ValueError("a broken wish")
+
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    driven.before = before
+    driven.add("good", REQUEST)
+    driven.until(lambda: driven.progress["good"])
+    bad = driven.add("bad", REQUEST)
+    driven.until(lambda: bad.wish is not None)
+    assert bad.wish is not None
+    bad.wish = replace(bad.wish, x=bad.wish.x * 1000)
+    driven.until_ended("good", "bad")
+    assert str(driven.outcomes["bad"]) == INTERNAL
+    assert np.abs(driven.pixels("good") - driven.pixels("first")).max() <= 1
+
+
+def test_nan_fails_its_own_job_and_not_its_company(driven: Driven) -> None:
+    driven.add("good", REQUEST)
+    bad = driven.add("bad", REQUEST)
+    driven.until(lambda: bad.wish is not None)
+    assert bad.wish is not None
+    bad.wish = replace(bad.wish, x=bad.wish.x * float("nan"))
+    driven.until_ended("good", "bad")
+    assert isinstance(driven.outcomes["bad"], JobError)
+    assert "NaN" in str(driven.outcomes["bad"])
+    driven.pixels("good")
+
+
+def test_checkpoints_and_sizes_take_turns(driven: Driven, others: list[Path]) -> None:
+    """A long job that came first does not keep others waiting to its end."""
+    driven.add("long", replace(REQUEST, steps=400))
+    driven.until(lambda: driven.progress["long"])
+    driven.add("other size", replace(REQUEST, width=128))
+    driven.add("other checkpoint", REQUEST, others[0])
+    driven.until_ended("other size", "other checkpoint")
+    assert "long" not in driven.outcomes
+
+
+def test_more_checkpoints_than_places_are_run_in_order_of_arrival(driven: Driven, others: list[Path]) -> None:
+    driven.add("long", replace(REQUEST, steps=40))
+    driven.add("second", replace(REQUEST, steps=20), others[0])
+    driven.add("third", REQUEST, others[1])  # waits for a place
+    driven.add("late", REQUEST)  # its checkpoint is here, but it must not keep the place for ever
+    driven.until_ended("long", "second", "third", "late")
+    assert driven.ended.index("third") > driven.ended.index("second")
+    assert len(driven.core.warm_models) == 2
+
+
+def test_a_checkpoint_that_cannot_be_loaded_fails_its_job(driven: Driven, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    driven.add("broken", REQUEST, broken)
+    driven.add("good", REQUEST)
+    driven.until_ended("broken", "good")
+    assert "broken.safetensors is damaged" in str(driven.outcomes["broken"])
+    driven.pixels("good")

@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKPOINT ?=
-PROMPT ?=
+# Through the environment, so that a prompt may contain any character.
+export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install check fix test up demo bench
@@ -36,7 +36,7 @@ up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up
 
 demo: install  ## A picture through the REST API: make demo CHECKPOINT=model.safetensors PROMPT="…"
-	$(BIN)/esd demo $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(PROMPT),--prompt '$(PROMPT)') $(ARGS)
+	@$(BIN)/esd demo $${CHECKPOINT:+--checkpoint "$$CHECKPOINT"} $${PROMPT:+--prompt "$$PROMPT"} $(ARGS)
 
 bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench $(ARGS)

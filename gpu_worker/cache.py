@@ -1,21 +1,23 @@
 """Model files on the worker's disk, by content: one folder per cache key, the least recently used ones go first.
 
-An entry appears by an atomic rename, so that workers which share the folder never see half a file. The object may be an
-uncompressed tar around the model, whatever its name says (contract 10.2): the tar magic decides, and only the bytes of
-the inner file are taken, never a path.
+All workers of a machine share the folder. An entry comes and goes by an atomic rename, and whoever uses one holds a
+shared lock on it (flock(2), which ends with the process), so that nobody evicts it. The object may be an uncompressed
+tar around the model, whatever its name says (contract 10.2): the tar magic decides, and only the bytes of the inner
+file are taken, never a path.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
@@ -32,6 +34,7 @@ _TAR_MAGIC = b"ustar"
 _TAR_MAGIC_AT = 257  # POSIX 1003.1, the header's `magic`
 _MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _ABANDONED_SECONDS = 3600.0
+_INSTALLING = "installing"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class ModelCache:
     def __init__(self, folder: Path, max_bytes: int, transfer: Transfer) -> None:
         self._models = folder / "models"
         self._partial = folder / "partial"
+        self._lock_files = folder / "locks"  # empty files; they stay, as one that is removed would lock nothing
         self._max_bytes = max_bytes
         self._transfer = transfer
         self._locks: dict[str, asyncio.Lock] = {}
-        self._num_users: dict[str, int] = {}
-        for path in (self._models, self._partial):
+        for path in (self._models, self._partial, self._lock_files):
             path.mkdir(parents=True, exist_ok=True)
         self._sweep_partial()
 
@@ -73,18 +76,13 @@ class ModelCache:
             JobError: it cannot be had, or is not what was recorded.
         """
         folder = self._models / _folder_name(model.cache_key)
-        self._num_users[folder.name] = self._num_users.get(folder.name, 0) + 1
-        try:
+        with self._lock(folder.name, fcntl.LOCK_SH):  # whoever has it exclusively renames a folder: no wait to speak of
             async with self._locks.setdefault(folder.name, asyncio.Lock()):
                 entry = _read_entry(folder)
                 if entry is None:
                     entry = await self._fetch(model, folder)
             os.utime(folder)
             yield CachedModel(model.cache_key, model.type, model.name, folder / "model", entry.sha256)
-        finally:
-            self._num_users[folder.name] -= 1
-            if not self._num_users[folder.name]:
-                del self._num_users[folder.name]
 
     async def _fetch(self, model: worker_pb2.ModelFile, folder: Path) -> _Entry:
         partial = self._partial / uuid4().hex
@@ -96,36 +94,63 @@ class ModelCache:
             )
             entry = await asyncio.to_thread(_unpack, partial, model.name, sha256)
             (partial / "entry.json").write_text(json.dumps(asdict(entry)))
-            await asyncio.to_thread(self._make_room, entry.size_bytes)
-            try:
-                partial.rename(folder)
-            except OSError:
-                if _read_entry(folder) is None:  # else another worker was faster
-                    raise
+            await asyncio.to_thread(self._install, partial, folder, entry.size_bytes)
         finally:
             await asyncio.to_thread(shutil.rmtree, partial, True)
         log.info("model fetched", name=model.name, bytes=entry.size_bytes, seconds=round(time.monotonic() - began, 2))
         return entry
 
-    def _make_room(self, size_bytes: int) -> None:
+    def _install(self, partial: Path, folder: Path, size_bytes: int) -> None:
+        """Makes the fetched folder an entry, unless another worker was faster. One at a time on this machine."""
+        with self._lock(_INSTALLING, fcntl.LOCK_EX):
+            if _read_entry(folder) is not None:
+                return
+            removed = self._make_room(size_bytes)
+            if folder.exists():
+                removed.append(self._take_out(folder))
+            partial.rename(folder)
+        for path in removed:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _make_room(self, size_bytes: int) -> list[Path]:
+        """Takes out damaged entries, and then the least recently used; answers where they lie now."""
         found = []
         for folder in self._models.iterdir():
             entry = _read_entry(folder)
-            if entry is not None:
-                found.append((folder.stat().st_mtime, folder, entry.size_bytes))
+            found.append((folder.stat().st_mtime if entry else 0.0, folder, entry.size_bytes if entry else 0))
         total_bytes = sum(entry_bytes for _, _, entry_bytes in found) + size_bytes
-        for _, folder, entry_bytes in sorted(found):
-            if total_bytes <= self._max_bytes:
-                return
-            if folder.name not in self._num_users:
-                log.info("model evicted from disk", folder=folder.name, bytes=entry_bytes)
-                shutil.rmtree(folder, ignore_errors=True)
-                total_bytes -= entry_bytes
+        removed = []
+        for used_at, folder, entry_bytes in sorted(found):
+            if used_at and total_bytes <= self._max_bytes:
+                break
+            try:
+                with self._lock(folder.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    removed.append(self._take_out(folder))
+            except BlockingIOError:
+                continue  # in use
+            log.info("model evicted from disk", folder=folder.name, bytes=entry_bytes)
+            total_bytes -= entry_bytes
+        return removed
+
+    def _take_out(self, folder: Path) -> Path:
+        """Ends an entry at once, whole: a worker that is killed while it removes the files leaves no half of it."""
+        return folder.rename(self._partial / uuid4().hex)
+
+    @contextmanager
+    def _lock(self, name: str, operation: int) -> Iterator[None]:
+        """Holds the lock of that name. Each use opens the file anew, and so locks against this process too."""
+        with (self._lock_files / name).open("wb") as file:
+            fcntl.flock(file, operation)
+            yield
 
     def _sweep_partial(self) -> None:
         """Removes what a killed worker left. Young ones may be another worker's download."""
         for path in self._partial.iterdir():
-            if time.time() - max(item.stat().st_mtime for item in (path, *path.iterdir())) > _ABANDONED_SECONDS:
+            try:
+                changed_at = max(item.stat().st_mtime for item in (path, *path.iterdir()))
+            except FileNotFoundError:
+                continue  # its worker has just removed it
+            if time.time() - changed_at > _ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -170,9 +195,11 @@ def _extract(archive: Path, target: Path, name: str) -> str:
 
 
 def _read_entry(folder: Path) -> _Entry | None:
+    """The entry in the folder; None if there is none, or not all of it."""
     try:
-        return _Entry(**json.loads((folder / "entry.json").read_text()))
-    except FileNotFoundError:
+        entry = _Entry(**json.loads((folder / "entry.json").read_text()))
+        return entry if (folder / "model").stat().st_size == entry.size_bytes else None
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

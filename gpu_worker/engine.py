@@ -175,6 +175,8 @@ class Engine:
         """One step of a run: the first loads its models, the last settles its result."""
         import torch  # noqa: PLC0415
 
+        from gpu_worker.fault import leave_if_device_failed  # noqa: PLC0415
+
         try:
             if run.steps is None:
                 self._post(run.on_started)
@@ -192,7 +194,8 @@ class Engine:
             self._end(run, error)
         except torch.OutOfMemoryError:
             self._end(run, JobError("the GPU has not enough memory for this job"))
-        except Exception:  # the job fails; the worker lives
+        except Exception as error:  # the job fails; the worker lives, unless it was the GPU that failed
+            leave_if_device_failed(error, run.job_id)
             log.exception("job failed in the engine", job_id=run.job_id)
             self._end(run, JobError(INTERNAL))
 

@@ -61,6 +61,7 @@ class WorkStream:
         self._idle.set()
         self._left = asyncio.Event()
         self._delay_seconds = _FIRST_DELAY_SECONDS
+        self._conversation: asyncio.Task[None] | None = None
         worker.on_change = self._say_want
 
     async def run(self) -> None:
@@ -72,13 +73,20 @@ class WorkStream:
         drain = asyncio.create_task(self._leave_when_drained())
         try:
             while not self._left.is_set():
+                self._conversation = asyncio.create_task(self._converse())
                 try:
-                    await self._converse()
+                    await self._conversation
+                except asyncio.CancelledError:
+                    if not self._left.is_set():
+                        raise
                 except grpc.aio.AioRpcError as error:
                     log.warning("the queue is not reached", code=error.code().name, details=error.details())
                 await self._back_off()
         finally:
             drain.cancel()
+            if self._conversation is not None:
+                self._conversation.cancel()
+                await asyncio.gather(self._conversation, return_exceptions=True)
 
     def drain(self) -> None:
         """Takes no more jobs, and makes run() return when those held have ended and are acknowledged."""
@@ -91,6 +99,8 @@ class WorkStream:
         self._left.set()
         if self._outbox is not None:
             self._outbox.put_nowait(None)
+        elif self._conversation is not None:
+            self._conversation.cancel()  # not welcomed yet: there is nothing to take leave from
 
     async def _back_off(self) -> None:
         """Waits before the next attempt, with jitter so that a service's workers do not return all at once."""

@@ -30,8 +30,31 @@ class _Refused(JobError):
     """The store's answer is final."""
 
 
+class _Patience:
+    """When to give up. Attempts begin at the first byte again, so that only what exceeds them all counts as progress:
+    an object whose transfer breaks at the same place each time is given up.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._give_up_at = time.monotonic() + seconds
+        self._most_bytes = 0
+
+    def received(self, num_bytes: int) -> None:
+        """So many bytes of the object came in the present attempt."""
+        if num_bytes > self._most_bytes:
+            self._most_bytes = num_bytes
+            self._give_up_at = time.monotonic() + self._seconds
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it is over by then."""
+        return time.monotonic() + seconds > self._give_up_at
+
+
 class Transfer:
-    """Downloads and uploads. A failure of the connection or a 5xx is tried again for `patience_seconds`."""
+    """Downloads and uploads. A failure of the connection or a 5xx is tried again, until `patience_seconds` have passed
+    since the last progress: the first attempt, or bytes of the object that no attempt before had received.
+    """
 
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(60, connect=10), follow_redirects=False)
@@ -51,7 +74,9 @@ class Transfer:
         Raises:
             JobError: the store does not have it or does not answer, or size or SHA-256 differ (0 and "": not known).
         """
-        found_bytes, found_sha256 = await self._patiently(f"{name} cannot be downloaded", lambda: self._get(url, path))
+        found_bytes, found_sha256 = await self._patiently(
+            f"{name} cannot be downloaded", lambda patience: self._get(url, path, patience)
+        )
         if size_bytes and found_bytes != size_bytes:
             raise JobError(f"{name} has {found_bytes} bytes in the store, not the {size_bytes} that were recorded")
         if sha256 and found_sha256 != sha256.lower():
@@ -60,7 +85,7 @@ class Transfer:
 
     async def read(self, url: str, name: str, sha256: str = "") -> bytes:
         """The object's content. Raises JobError as download() does."""
-        response = await self._patiently(f"{name} cannot be downloaded", lambda: self._send("GET", url))
+        response = await self._patiently(f"{name} cannot be downloaded", lambda _: self._send("GET", url))
         if sha256 and hashlib.sha256(response.content).hexdigest() != sha256.lower():
             raise JobError(f"the SHA-256 of {name} in the store is not the one that was recorded")
         return response.content
@@ -71,14 +96,14 @@ class Transfer:
         Raises:
             JobError: the store refuses it or does not answer.
         """
-        await self._patiently(f"{name} cannot be uploaded", lambda: self._send("PUT", url, content))
+        await self._patiently(f"{name} cannot be uploaded", lambda _: self._send("PUT", url, content))
 
     async def _send(self, method: str, url: str, content: bytes | None = None) -> httpx.Response:
         response = await self._client.request(method, url, content=content)
         _check(response)
         return response
 
-    async def _get(self, url: str, path: Path) -> tuple[int, str]:
+    async def _get(self, url: str, path: Path, patience: _Patience) -> tuple[int, str]:
         digest = hashlib.sha256()
         num_bytes = 0
         with path.open("wb") as file:
@@ -91,15 +116,16 @@ class Transfer:
                 _check(response)
                 async for chunk in response.aiter_raw(_CHUNK_BYTES):
                     num_bytes += len(chunk)
+                    patience.received(num_bytes)
                     await asyncio.to_thread(take, chunk)
         return num_bytes, digest.hexdigest()
 
-    async def _patiently(self, problem: str, attempt: Callable[[], Awaitable[T]]) -> T:
-        give_up_at = time.monotonic() + self._patience_seconds
+    async def _patiently(self, problem: str, attempt: Callable[[_Patience], Awaitable[T]]) -> T:
+        patience = _Patience(self._patience_seconds)
         delay = _FIRST_DELAY_SECONDS
         while True:
             try:
-                return await attempt()
+                return await attempt(patience)
             except _Refused as error:
                 raise JobError(f"{problem}: {error}") from None
             except httpx.HTTPStatusError as error:
@@ -110,7 +136,7 @@ class Transfer:
                 if error.errno == errno.ENOSPC:
                     raise JobError(f"{problem}: the worker's disk is full") from error
                 raise
-            if time.monotonic() + delay > give_up_at:
+            if patience.ends_within(delay):
                 raise JobError(f"{problem}: {reason}")
             log.warning("transfer is tried again", problem=problem, reason=reason)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter

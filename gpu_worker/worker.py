@@ -114,7 +114,7 @@ class Worker:
             done = await job.stage(self._finish(job, payload, request, files, produced))
         finally:
             self._num_uploading -= 1
-        done.timings.fetch_seconds = fetch_seconds + produced.load_seconds
+        done.timings.fetch_seconds = fetch_seconds
         return done
 
     async def _payload(self, job: Job) -> dict[str, Any]:
@@ -155,7 +155,10 @@ class Worker:
             *(self._upload(upload, content) for upload, content in zip(uploads, [*images, param], strict=True))
         )
         timings = worker_pb2.Timings(
-            pipeline_seconds=produced.pipeline_seconds + encoded - began, upload_seconds=time.monotonic() - encoded
+            load_seconds=produced.load_seconds,
+            pipeline_seconds=produced.pipeline_seconds,
+            encode_seconds=encoded - began,
+            upload_seconds=time.monotonic() - encoded,
         )
         return worker_pb2.JobDone(images=objects[:-1], param=objects[-1], timings=timings)
 

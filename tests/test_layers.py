@@ -36,7 +36,7 @@ OWNERS = {
     "httpcore": {"outbound.py"},
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
-TORCH_OWNERS = {"engine.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py"}
+TORCH_OWNERS = {"engine.py", "fault.py", "samplers.py", "weights.py", "pickles.py", "tiny.py", "prompt.py", "lora.py"}
 
 
 def imports(path: Path) -> Iterator[str]:

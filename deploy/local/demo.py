@@ -136,11 +136,13 @@ def run(
 
 def upload(client: Client, checkpoint: Path, console: Console, part_bytes: int) -> None:
     """Uploads the checkpoint in presigned parts and activates it, unless one of that name is active already."""
-    listed = client.call("GET", "/checkpoints", per_page="1000", status="Active")["checkpoints"]
-    if any(checkpoint.name in (item["name"] or []) for item in listed):
-        console.print(f"checkpoint [bold]{checkpoint.name}[/] is there already")
-        return
     size = checkpoint.stat().st_size
+    for item in client.call("GET", "/checkpoints", per_page="1000", status="Active")["checkpoints"]:
+        if checkpoint.name in (item["name"] or []):
+            if int(item["params"]["size"][checkpoint.name]) != size:
+                raise DemoFailed(f"another file named {checkpoint.name} is there already: rename yours")
+            console.print(f"checkpoint [bold]{checkpoint.name}[/] is there already")
+            return
     part_bytes = max(part_bytes, math.ceil(size / MAX_PARTS))
     opened = client.call(
         "POST",

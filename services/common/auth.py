@@ -7,6 +7,7 @@ seconds; services, workers and trainers trade their secret for one of five minut
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -105,6 +106,7 @@ class Caller:
 
 
 _caller: ContextVar[Caller] = ContextVar("caller")
+_judgement: ContextVar[Callable[[], None]] = ContextVar("judgement")
 
 
 def current_caller() -> Caller:
@@ -115,6 +117,20 @@ def current_caller() -> Caller:
 def set_caller(caller: Caller) -> None:
     """Remembers the caller for this task; the server's interceptor does so before the servicer runs."""
     _caller.set(caller)
+
+
+def enforce() -> None:
+    """Refuses a user who may not, by what the RPC under way declares; for RPCs with `enforced_by_servicer`.
+
+    Raises:
+        Unauthenticated, PermissionDenied.
+    """
+    _judgement.get()()
+
+
+def set_judgement(judge: Callable[[], None]) -> None:
+    """Remembers for this task what `enforce` does; the server's interceptor does so before the servicer runs."""
+    _judgement.set(judge)
 
 
 class Signer:

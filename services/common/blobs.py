@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import boto3
+import structlog
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from services.common.errors import InvalidArgument, NotFound, Unavailable
 from services.common.settings import BlobSettings, read_secret
+
+log = structlog.get_logger()
 
 HOUR = 3600
 DAY = 24 * HOUR
@@ -32,6 +35,14 @@ class Blob:
 
 class BlobNotFound(NotFound):
     """There is no object under the key."""
+
+
+class BlobTooLarge(InvalidArgument):
+    """The object has more bytes than the reader wants."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(f"the object has {size_bytes} bytes")
+        self.size_bytes = size_bytes
 
 
 class Blobs:
@@ -68,12 +79,25 @@ class Blobs:
         answer = await self._run(self._client.head_object, Key=key)
         return Blob(key, answer["ContentLength"], answer["ETag"].strip('"'))
 
-    async def get(self, key: str, first: int | None = None, last: int | None = None) -> bytes:
-        """The object's bytes, or those from `first` to `last`, both included."""
+    async def get(
+        self, key: str, first: int | None = None, last: int | None = None, max_bytes: int | None = None
+    ) -> bytes:
+        """The object's bytes, or those from `first` to `last`, both included.
+
+        Raises:
+            BlobNotFound: there is none. BlobTooLarge: it has more than `max_bytes`; none of them is read then.
+        """
         ranged = {} if first is None else {"Range": f"bytes={first}-{'' if last is None else last}"}
-        content: bytes = await self._run(
-            lambda **names: self._client.get_object(**names)["Body"].read(), Key=key, **ranged
-        )
+
+        def read(**names: Any) -> bytes:
+            answer = self._client.get_object(**names)
+            if max_bytes is not None and answer["ContentLength"] > max_bytes:
+                answer["Body"].close()
+                raise BlobTooLarge(answer["ContentLength"])
+            content: bytes = answer["Body"].read()
+            return content
+
+        content: bytes = await self._run(read, Key=key, **ranged)
         return content
 
     async def read(self, key: str, consume: Callable[[Any], T]) -> T:
@@ -224,6 +248,6 @@ def _error(error: ClientError, key: str) -> Exception:
         return BlobNotFound(f"there is no object {key}")
     if code in {"InvalidPart", "InvalidPartOrder", "EntityTooSmall", "MalformedXML"}:
         return InvalidArgument(f"the object store refuses the parts of {key}: {error.response['Error']['Message']}")
-    if code.startswith(("5", "SlowDown", "ServiceUnavailable", "InternalError")):
-        return Unavailable("the object store does not answer at present")
-    return FailedPrecondition(f"the object store refuses {key}: {code}")
+    # Whatever else the store dislikes (our key, the bucket, the load) no caller can mend.
+    log.error("the object store refuses", key=key, code=code, operation=error.operation_name)
+    return Unavailable("the object store does not answer at present")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import structlog
 
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
 from services.common.auth import TOKEN_METADATA
@@ -23,12 +24,19 @@ from services.common.errors import (
     Unavailable,
 )
 
+log = structlog.get_logger()
+
 # A service that restarts is back within a second or two, so look for it again soon.
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
+    # A peer that vanished without a word is noticed within 20 seconds while a call waits for it; idle channels rest.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: a stream may be silent for hours
 ]
 _RENEW_AT = 0.7  # of a token's life
 
@@ -86,8 +94,14 @@ def channel(address: str, tokens: TokenSource, credentials: grpc.ChannelCredenti
 
 
 def domain_error(error: grpc.aio.AioRpcError, service: str) -> EsdError:
-    """The error of our own kind for a failed call to another service, for peers to raise."""
+    """The error of our own kind for a failed call to another service, for peers to raise.
+
+    A peer that refuses us refuses our own token: that is our trouble, not something the user may or may not do.
+    """
     kind = KIND_OF.get(error.code())
+    if kind in {Unauthenticated, PermissionDenied}:
+        log.error("a service refuses ours", service=service, code=error.code().name, details=error.details())
+        return Unavailable(f"the {service} service refuses this service at present")
     if kind is Unavailable:
         return Unavailable(f"the {service} service does not answer at present")
     if kind is None:

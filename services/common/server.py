@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from esd.options.v1 import options_pb2 as options
 from services.common import errors, validation
-from services.common.auth import TOKEN_METADATA, Absence, Caller, Kind, Profile, Verifier, set_caller
+from services.common.auth import TOKEN_METADATA, Absence, Caller, Kind, Profile, Verifier, set_caller, set_judgement
 from services.common.status import ReplyStatus, begin_reply
 
 log = structlog.get_logger()
@@ -41,6 +41,17 @@ STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
 INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAIN_SECONDS = 10.0
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    # A caller that vanished without a word is noticed, and its streams end.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # The gateway and other services look after us in the same way; by default such pings would end their connections.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+]
 
 _KINDS = {
     options.CALLER_KEY: Kind.USER,
@@ -60,8 +71,7 @@ class Server:
     """A gRPC server on `host:port`. Add servicers with their generated `add_…_to_server(servicer, server.grpc)`."""
 
     def __init__(self, listen: str, verifier: Verifier) -> None:
-        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
-        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier)], options=limits)
+        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier)], options=_OPTIONS)
         self._listen = listen
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
@@ -122,8 +132,10 @@ class _Rules:
             raise errors.PermissionDenied(f"this is not open to a {caller.kind}")
 
     def judge(self, caller: Caller) -> None:
-        """Refuses a user who may not, unless the servicer judges."""
-        if self.permissions and not self.enforced_by_servicer:
+        """Refuses a user who may not; where the servicer says when, it is ready for its `auth.enforce()`."""
+        if self.enforced_by_servicer:
+            set_judgement(lambda: caller.enforce(self.permissions, self.absence))
+        elif self.permissions:
             caller.enforce(self.permissions, self.absence)
 
     def metadata(self, response: Message, caller: Caller | None, reply: ReplyStatus) -> tuple[tuple[str, str], ...]:

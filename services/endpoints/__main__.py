@@ -25,13 +25,17 @@ from services.endpoints.store import EndpointStore
 
 
 class EndpointsSettings(ServiceSettings):
-    """`worker_dir` keeps the workers' secrets, logs and model cache; `max_instances` bounds one endpoint."""
+    """`worker_dir` keeps the workers' secrets, logs and model cache; `max_instances` bounds one endpoint.
+
+    A worker that is stopped may take `drain_seconds` to finish its job.
+    """
 
     cluster: Literal["local"] = "local"
     worker_dir: Path
     worker_command: list[str] = Field(default=[sys.executable, "-m", "gpu_worker"], min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_instances: int = Field(64, ge=1)
+    drain_seconds: float = Field(60.0, ge=0)
 
     def local(self) -> LocalSettings:
         """How workers run on this machine."""
@@ -42,6 +46,7 @@ class EndpointsSettings(ServiceSettings):
             verifying_key_file=self.verifying_key_file.resolve(),
             device=self.device,
             gpus=[] if self.device == "cpu" else find_gpus(),
+            drain_seconds=self.drain_seconds,
         )
 
 

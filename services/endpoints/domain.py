@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import uuid4
 
 from services.common.errors import InvalidArgument, NotFound
+from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.endpoints.peers import Identity, User
 from services.endpoints.store import IN_SERVICE, UPDATING, Endpoint, EndpointStore
 
 ASYNC, REAL_TIME, SERVERLESS = "Async", "Real-time", "Serverless"
-_DEFAULT_LIMIT = 10
+_KEY_NAMES = KeyNames("EndpointDeploymentJobId", "startTime")
 _MAX_EXTENSIONS = 2  # the text says 3, and refuses the third: so does the original
 
 
@@ -58,7 +56,8 @@ class Endpoints:
             InvalidArgument: the user is not known, the limit no number, the key none of ours.
         """
         user = await self._find_user(username) if username else None
-        num_wanted, after = _parse_limit(limit), _parse_key(key)
+        num_wanted, position = parse_limit(limit), parse_key(_KEY_NAMES, key)
+        after = (-position[0].timestamp(), str(position[1])) if position else None
         rows = [
             row
             for row in await self._store.page_endpoints()
@@ -66,8 +65,9 @@ class Endpoints:
             and (not endpoint_id or row.id == endpoint_id)
             and (after is None or _position(row) > after)
         ]
-        page = rows[:num_wanted] if num_wanted else rows
-        return Page(page, _make_key(page[-1]) if len(page) < len(rows) else None)
+        page = rows[:num_wanted]
+        last = page[-1] if len(page) < len(rows) else None
+        return Page(page, make_key(_KEY_NAMES, last.id, last.start_time) if last else None)
 
     async def create_endpoint(self, new: NewEndpoint, creator: str) -> Endpoint:
         """Adds an endpoint; the control loop starts its workers.
@@ -156,29 +156,6 @@ def _split_extensions(text: str) -> list[str]:
     return list(dict.fromkeys(part for part in re.split(r"[ ,\n]+", text) if part))
 
 
-def _parse_limit(text: str) -> int:
-    """The size of a page; 0 is all."""
-    try:
-        return max(0, int(text)) if text else _DEFAULT_LIMIT
-    except ValueError:
-        raise InvalidArgument(f'limit should be a whole number (given: "{text}")') from None
-
-
 def _position(row: Endpoint) -> tuple[float, str]:
     """Where a row stands in the list, newest first."""
     return -row.start_time.timestamp(), row.id
-
-
-def _make_key(row: Endpoint) -> str:
-    fields = {"EndpointDeploymentJobId": row.id, "startTime": row.start_time.isoformat()}
-    return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
-
-
-def _parse_key(key: str) -> tuple[float, str] | None:
-    if not key:
-        return None
-    try:
-        fields = json.loads(base64.b64decode(key, altchars=b"-_", validate=True))
-        return -datetime.fromisoformat(fields["startTime"]).timestamp(), str(fields["EndpointDeploymentJobId"])
-    except (binascii.Error, ValueError, KeyError, TypeError):
-        raise InvalidArgument("exclusive_start_key is not a key that a list of endpoints gave") from None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from google.protobuf.struct_pb2 import NULL_VALUE, Value
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
-from services.common.auth import current_caller
+from services.common.auth import current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
+from services.common.times import time_text
 from services.endpoints.domain import ASYNC, Endpoints, NewEndpoint, check_custom
 from services.endpoints.store import Endpoint
 
@@ -42,7 +42,7 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
         minimum = _sent_or(_DEFAULT_MIN, request.min_instance_number)
         maximum = _sent_or(_DEFAULT_MAX, request.max_instance_number)
         new = _new_endpoint(request, _count("min_instance_number", minimum), _count("max_instance_number", maximum))
-        current_caller().enforce(["sagemaker_endpoint:all", "sagemaker_endpoint:create"])
+        enforce()
 
         row = await self._endpoints.create_endpoint(new, creator=current_caller().name)
         set_reply(message=f"Endpoint deployment started: {row.name}")
@@ -112,8 +112,8 @@ def _message(row: Endpoint) -> pb.Endpoint:
         min_instance_number=_text(str(row.num_min)),
         max_instance_number=_text(str(row.num_max)),
         current_instance_count=str(row.num_live),
-        start_time=_time(row.start_time),
-        end_time=_text(_time(row.end_time) if row.end_time else None),
+        start_time=time_text(row.start_time),
+        end_time=_text(time_text(row.end_time)),
         status=_text(None),
         error=_text(row.error),
         owner_group_or_role=row.owners,
@@ -123,7 +123,3 @@ def _message(row: Endpoint) -> pb.Endpoint:
 
 def _text(text: str | None) -> Value:
     return Value(null_value=NULL_VALUE) if text is None else Value(string_value=text)
-
-
-def _time(time: datetime) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S.%f")

@@ -226,7 +226,9 @@ def _results(done: worker_pb2.JobDone) -> Results:
         param=(done.param.name, done.param.size_bytes),
         timings={
             "fetch_seconds": done.timings.fetch_seconds,
+            "load_seconds": done.timings.load_seconds,
             "pipeline_seconds": done.timings.pipeline_seconds,
+            "encode_seconds": done.timings.encode_seconds,
             "upload_seconds": done.timings.upload_seconds,
         },
     )

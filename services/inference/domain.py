@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from services.common.blobs import BlobNotFound, Blobs
+from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.times import time_text
 from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
 from services.inference.peers import Endpoint, Model, Peers
-from services.inference.rows import ASYNC, REAL_TIME, Job, now, time_text
+from services.inference.rows import ASYNC, REAL_TIME, Job, now
 from services.inference.signals import JOB_ENDED, Signals, wait
 from services.inference.store import JobStore
 
 SIMPLE_TASKS = ["txt2img", "img2img"]
 EXTRA_TASKS = ["extra-single-image", "extra-batch-images", "rembg"]
-_MAX_PAGE = 1000
+_KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _SWEEP_SECONDS = 7.0
@@ -155,7 +155,7 @@ class Inference:
         """
         job = await self._find(job_id)
         if job is None:
-            raise NotFound(f"inference with id {job_id} is not found")
+            raise NotFound(f"inference with id {job_id} not found")
         if not user.is_anonymous:
             _check_owner(job, user)
         return job
@@ -170,13 +170,14 @@ class Inference:
         """
         if username and await self._peers.find_roles(username) is None:
             raise InvalidArgument(f'user: "{username}" not exist')
-        size, after = _parse_limit(limit), _parse_key(start_key) if start_key else None
+        size, after = parse_limit(limit), parse_key(_KEY_NAMES, start_key)
         sees_everything = user.sees_everything or user.is_anonymous
         if (username and not sees_everything and username != user.name) or "\0" in task_type:
             return [], None
         owners = [username] if username else None if sees_everything else [user.name]
         jobs = await self._store.page(task_type or "txt2img", owners, size + 1, after)
-        return jobs[:size], _key(jobs[size - 1]) if len(jobs) > size else None
+        last = jobs[size - 1] if len(jobs) > size else None
+        return jobs[:size], make_key(_KEY_NAMES, last.id, last.create_time, taskType=last.task_type) if last else None
 
     async def delete_jobs(self, job_ids: list[str], user: User) -> None:
         """Cancels and deletes jobs with their input and results; unknown ids are skipped.
@@ -265,16 +266,18 @@ class Inference:
 
     async def _fetch_payload(self, job: Job) -> bytes:
         try:
-            size_bytes = (await self._blobs.head(job.input_key)).size_bytes
-            if size_bytes > MAX_BYTES:
-                raise InvalidArgument(f"the payload has {size_bytes} bytes; at most {MAX_BYTES} are possible")
-            if size_bytes == 0:
-                raise InvalidArgument("the payload is empty")
-            return await self._blobs.get(job.input_key, 0, MAX_BYTES)  # the range holds if it was replaced just now
+            content = await self._blobs.get(job.input_key, max_bytes=MAX_BYTES)
+        except BlobTooLarge as error:
+            raise InvalidArgument(
+                f"the payload has {error.size_bytes} bytes; at most {MAX_BYTES} are possible"
+            ) from None
         except BlobNotFound:
             raise FailedPrecondition(
                 f"the payload of inference {job.id} was never uploaded: PUT it to api_params_s3_upload_url first"
             ) from None
+        if not content:
+            raise InvalidArgument("the payload is empty")
+        return content
 
     async def _freeze(self, job: Job, content: bytes | str, submit_time: datetime) -> dict[str, Any]:
         """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`."""
@@ -351,25 +354,3 @@ def _parse_id(job_id: str) -> UUID | None:
     except ValueError:
         return None
     return parsed if str(parsed) == job_id.lower() else None
-
-
-def _parse_limit(limit: str) -> int:
-    try:
-        size = int(limit or 10)
-    except ValueError:
-        raise InvalidArgument(f'limit "{limit}" is not a number') from None
-    return min(size, _MAX_PAGE) if size > 0 else _MAX_PAGE
-
-
-def _key(job: Job) -> str:
-    position = {"InferenceJobId": str(job.id), "taskType": job.task_type, "createTime": time_text(job.create_time)}
-    return base64.b64encode(json.dumps(position).encode()).decode()
-
-
-def _parse_key(key: str) -> tuple[datetime, UUID]:
-    try:
-        position = json.loads(base64.b64decode(key, validate=True))
-        time = datetime.strptime(position["createTime"], "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC)
-        return time, UUID(position["InferenceJobId"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidArgument(f'exclusive_start_key "{key}" is malformed') from None

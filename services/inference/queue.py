@@ -13,14 +13,16 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from services.common.blobs import BlobNotFound, Blobs
+from services.common.blobs import DAY, BlobNotFound, Blobs
 from services.common.errors import EsdError, InvalidArgument, Unavailable
-from services.inference.peers import Model, Peers
+from services.inference.peers import Endpoint, Model, Peers
 from services.inference.rows import ASYNC, Job, Worker, now
 from services.inference.signals import Signals
 from services.inference.store import JobStore
 
 log = structlog.get_logger()
+
+_URL_SECONDS = DAY  # a worker may wait with a job, and works at it for long
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,14 @@ class Queue:
         timings = {**results.timings, "check_seconds": (now() - began).total_seconds()}
         names = [name for name, _ in results.images]
         ended = await self._store.succeed(stream.endpoint_id, lease_id, names, timings)
-        if ended is None:
-            self.in_background(self._remove_lost(lease_id, results.param[0]))
-            return False
-        self._follow_up(ended)
-        return True
+        if ended is not None:
+            self._follow_up(ended)
+            return True
+        again = await self._store.find_by_lease(lease_id)
+        if again is not None and again.result_lease == lease_id:
+            return True  # the worker told twice at once, and the other telling was recorded
+        self.in_background(self._remove_lost(lease_id, results.param[0]))
+        return False
 
     async def fail(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
         """Records that a job failed; False when the lease is lost."""
@@ -178,8 +183,9 @@ class Queue:
         await self._store.retire(endpoint_id, reason)
         moved = failed = 0
         while stranded := await self._store.stranded(endpoint_id):
+            homes = _Homes(self._peers)
             for job, why in stranded:
-                if await self._rehome(job, why, revivable=False):
+                if await self._rehome(job, why, homes, revivable=False):
                     moved += 1
                 else:
                     failed += 1
@@ -197,11 +203,18 @@ class Queue:
                 # Nobody could renew while the database was away, so everybody gets a lease's time first.
                 if clock() > max(quiet_until, self._signals.connected_at + self.limits.lease_seconds):
                     await self._store.reap(self.limits.lease_seconds)
-                for job, why in await self._store.stranded():
-                    await self._rehome(job, why, revivable=True)
+                await self._rehome_stranded()
             except Unavailable as error:
                 quiet_until = clock() + self.limits.lease_seconds
                 log.warning("the queue's sweep waits", reason=str(error))
+
+    async def _rehome_stranded(self) -> None:
+        homes = _Homes(self._peers)
+        for job, why in await self._store.stranded():
+            try:
+                await self._rehome(job, why, homes, revivable=True)
+            except EsdError as error:  # one job's trouble is not the others'; the next sweep tries again
+                log.warning("a stranded job waits", job=str(job.id), reason=str(error))
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs a chore whose failure concerns nobody but the log."""
@@ -232,10 +245,10 @@ class Queue:
         return Assignment(
             job=job,
             lease_id=lease_id,
-            payload_url=self._blobs.presign_get(job.frozen_key) if job.payload is None else "",
-            models=[(model, self._blobs.presign_get(model.key)) for model in models if model.key],
-            image_uploads=[(name, self._blobs.presign_put(prefix + name)) for name in image_names],
-            param_upload=(job.param_name, self._blobs.presign_put(prefix + job.param_name)),
+            payload_url=self._blobs.presign_get(job.frozen_key, _URL_SECONDS) if job.payload is None else "",
+            models=[(model, self._blobs.presign_get(model.key, _URL_SECONDS)) for model in models if model.key],
+            image_uploads=[(name, self._blobs.presign_put(prefix + name, _URL_SECONDS)) for name in image_names],
+            param_upload=(job.param_name, self._blobs.presign_put(prefix + job.param_name, _URL_SECONDS)),
         )
 
     async def _problem(self, job: Job, lease_id: UUID, results: Results) -> str:
@@ -282,6 +295,8 @@ class Queue:
 
     async def _remove_lost(self, lease_id: UUID, param_name: str) -> None:
         """Removes what was uploaded under a lease that counts for no job; the worker's words tell whose it was."""
+        if await self._store.find_by_lease(lease_id) is not None:
+            return
         stem = PurePosixPath(param_name).name.removesuffix("_param.json")
         try:
             job_id = UUID(stem)
@@ -289,10 +304,9 @@ class Queue:
             return
         await self._remove(f"out/{job_id}/result/{lease_id}/")
 
-    async def _rehome(self, job: Job, reason: str, *, revivable: bool) -> bool:
+    async def _rehome(self, job: Job, reason: str, homes: _Homes, *, revivable: bool) -> bool:
         """Moves a stranded job to an endpoint that its owner may use, or fails it; True when it was moved."""
-        roles = await self._peers.find_roles(job.owner) or []
-        usable = await self._peers.find_endpoints(job.inference_type, job.owner, roles)
+        usable = await homes.find(job.owner, job.inference_type)
         if revivable and any(endpoint.id == job.endpoint_id for endpoint in usable):
             await self._store.revive(job.endpoint_id)
             return True
@@ -303,6 +317,26 @@ class Queue:
         new = random.choice(others)  # noqa: S311 - load, not secrets
         await self._store.move(job.id, (new.id, new.name, new.instance_type))
         return True
+
+
+class _Homes:
+    """The endpoints that a user's jobs of a type may run on; during one sweep each pair is asked for once."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._found: dict[tuple[str, str], list[Endpoint]] = {}
+
+    async def find(self, owner: str, inference_type: str) -> list[Endpoint]:
+        """The usable endpoints.
+
+        Raises:
+            Unavailable: a service does not answer.
+        """
+        pair = (owner, inference_type)
+        if pair not in self._found:
+            roles = await self._peers.find_roles(owner) or []
+            self._found[pair] = await self._peers.find_endpoints(inference_type, owner, roles)
+        return self._found[pair]
 
 
 def parse_lease(text: str) -> UUID:

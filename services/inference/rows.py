@@ -29,11 +29,6 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def time_text(time: datetime) -> str:
-    """`YYYY-MM-DD HH:MM:SS.ffffff` in UTC: always six digits, clients parse it so."""
-    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-
-
 class Job(SQLModel, table=True):
     """An inference job. Costs and virtual times are estimated GPU-seconds; `failure` is shown as sagemakerRaw."""
 

@@ -10,12 +10,11 @@ from google.protobuf.struct_pb2 import ListValue, NullValue, Struct, Value
 
 from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
-from services.common.auth import current_caller
+from services.common.auth import current_caller, enforce
 from services.common.status import set_reply
+from services.common.times import time_text
 from services.inference.domain import SIMPLE_TASKS, Draft, Inference, User
-from services.inference.rows import REAL_TIME, Job, time_text
-
-_MAY_CREATE = ["inference:all", "inference:create"]
+from services.inference.rows import REAL_TIME, Job
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -30,7 +29,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         payload_string = request.payload_string if request.HasField("payload_string") else None
         if payload_string is not None:
             await self._inference.check_payload_string(payload_string)
-        current_caller().enforce(_MAY_CREATE)
+        enforce()
         draft = Draft(
             task_type=request.task_type,
             inference_type=request.inference_type,
@@ -118,7 +117,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         succeeded = job.status == "succeed"
         return {
             "start_time": time_text(job.start_time or job.create_time),
-            "complete_time": time_text(job.complete_time) if job.complete_time else None,
+            "complete_time": time_text(job.complete_time),
             "image_names": job.image_names,
             "inference_info_name": f"/tmp/{job.param_name}" if succeeded else None,  # noqa: S108 - an opaque name
             "sagemaker_raw": job.failure,

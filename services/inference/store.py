@@ -38,9 +38,7 @@ class JobStore:
 
     async def get(self, job_id: UUID) -> Job | None:
         """The job, if there is one."""
-        async with self._database.transaction() as session:
-            # One statement needs no BEGIN and COMMIT: this is what clients poll.
-            await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        async with self._database.reading() as session:  # this is what clients poll
             return await session.get(Job, job_id)
 
     async def page(

@@ -26,6 +26,14 @@ NOT_BUILT = [
     ("DELETE", "/trainings", {"training_id_list": ["x"]}),
     ("GET", "/datasets", None),
     ("GET", "/datasets/x", None),
+    (
+        "POST",
+        "/datasets",
+        {"dataset_name": "a", "content": [{"filename": "a", "name": "a", "type": "a", "params": {}}]},
+    ),
+    ("PUT", "/datasets/x", {"status": "Enabled"}),
+    ("DELETE", "/datasets", {"dataset_name_list": ["x"]}),
+    ("POST", "/checkpoints", {"checkpoint_type": "VAE", "urls": ["https://example.com/a.pt"], "params": {}}),
 ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import httpx
 import psutil
@@ -15,22 +17,18 @@ from tests.e2e.conftest import PICTURE, Api, Studio, create_job, finished, wait_
 SLOW = PICTURE | {"steps": 150}
 
 
-def workers() -> list[psutil.Process]:
-    """The worker processes of this machine's stack under test."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "gpu_worker" in command and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+def workers(stack: Stack) -> list[psutil.Process]:
+    """The worker processes of the stack under test."""
+    below = psutil.Process(stack.launcher_pid).children(recursive=True)
+    return [process for process in below if "gpu_worker" in process.cmdline()]
 
 
-def test_a_job_whose_worker_is_killed_finishes_once(studio: Studio) -> None:
+def test_a_job_whose_worker_is_killed_finishes_once(stack: Stack, studio: Studio) -> None:
     job_id = create_job(studio.api, studio.model, payload=SLOW)
     studio.api.ok("PUT", f"/inferences/{job_id}/start", status=202)
     job = studio.api.ok("GET", f"/inferences/{job_id}")
     wait_for(lambda: studio.api.ok("GET", f"/inferences/{job_id}")["startTime"] != job["createTime"])
-    for process in workers():
+    for process in workers(stack):
         process.send_signal(signal.SIGKILL)
     job = finished(studio.api, job_id)
     assert job["status"] == "succeed", job
@@ -38,42 +36,66 @@ def test_a_job_whose_worker_is_killed_finishes_once(studio: Studio) -> None:
     studio.api.get(job["img_presigned_urls"][0])
 
 
+def test_a_job_whose_worker_falls_silent_is_taken_from_it_and_finishes_once(stack: Stack, studio: Studio) -> None:
+    def count() -> str:
+        endpoints = studio.api.ok("GET", "/endpoints")["endpoints"]
+        return str(next(row for row in endpoints if row["endpoint_name"] == studio.endpoint)["current_instance_count"])
+
+    job_id = create_job(studio.api, studio.model, payload=PICTURE | {"steps": 60})
+    studio.api.ok("PUT", f"/inferences/{job_id}/start", status=202)
+    job = studio.api.ok("GET", f"/inferences/{job_id}")
+    wait_for(lambda: studio.api.ok("GET", f"/inferences/{job_id}")["startTime"] != job["createTime"])
+    stopped = workers(stack)
+    assert stopped
+    try:
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)  # its connections stay open, and nobody answers on them
+        wait_for(lambda: count() == "0", seconds=35)
+        assert studio.api.ok("GET", f"/inferences/{job_id}")["status"] == "inprogress"
+    finally:
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+    job = finished(studio.api, job_id)
+    assert (job["status"], job["image_names"]) == ("succeed", ["image_0.png"])
+    wait_for(lambda: count() == "1")
+
+
 PROCESSES = ["postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"]
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_killed_process_comes_back_and_jobs_go_on(stack: Stack, studio: Studio, name: str) -> None:
+def test_a_killed_process_comes_back_and_a_job_under_way_ends_well(stack: Stack, studio: Studio, name: str) -> None:
+    job_id = create_job(studio.api, studio.model, payload=SLOW)
+    studio.api.ok("PUT", f"/inferences/{job_id}/start", status=202)
     pid = stack.processes()[name]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: stack.processes().get(name) not in {None, pid})
-
-    def up_again() -> bool:
-        try:
-            answers = [studio.api.call("GET", path) for path in ("/ping", "/checkpoints", "/endpoints", "/inferences")]
-            training = studio.api.call("GET", "/trainings")
-        except httpx.TransportError:
-            return False  # the gateway itself is down
-        assert all(answer.body is None or "message" in answer.body for answer in answers)
-        return {answer.status for answer in answers} == {200} and training.status in {403, 501}
-
-    wait_for(up_again)
-    job_id = create_job_when_usable(studio)
+    wait_for(lambda: is_up(studio.api))
     job = finished(studio.api, job_id)
     assert job["status"] == "succeed", job
+    studio.api.get(job["img_presigned_urls"][0])
 
 
-def create_job_when_usable(studio: Studio) -> str:
-    """Creates and starts a job once everything behind the routes is back, too."""
+def is_up(api: Api) -> bool:
+    """Whether every service answers; until then each answer must be an envelope, or no answer at all."""
+    try:
+        answers = [api.call("GET", path) for path in ("/ping", "/checkpoints", "/endpoints", "/inferences")]
+        training = api.call("GET", "/trainings")
+    except httpx.TransportError:
+        return False  # the gateway itself is down
+    assert all("message" in answer.body for answer in answers)
+    return {answer.status for answer in answers} == {200} and training.status == 403
 
-    def created() -> str | None:
-        body = {"task_type": "txt2img", "inference_type": "Async", "models": {"Stable-diffusion": [studio.model]}}
-        answer = studio.api.call("POST", "/inferences", body)
-        return answer.data["inference"]["id"] if answer.status == 201 else None
 
-    wait_for(created)
-    job_id = create_job(studio.api, studio.model)
-    wait_for(lambda: studio.api.call("PUT", f"/inferences/{job_id}/start").status == 202)
-    return job_id
+def test_after_everything_was_killed_at_once_the_demo_can_be_repeated(stack: Stack, studio: Studio) -> None:
+    before = stack.processes()
+    for process in [psutil.Process(pid) for pid in before.values()]:
+        process.kill()
+    wait_for(lambda: not set(stack.processes().values()) & set(before.values()))
+    wait_for(lambda: len(stack.processes()) == len(before) and is_up(studio.api))
+    command = [sys.executable, "-m", "deploy.local.cli", "demo", "--home", str(stack.home)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(

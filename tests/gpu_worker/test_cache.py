@@ -77,6 +77,39 @@ async def test_the_least_recently_used_goes_first_and_what_is_in_use_stays(
             assert third.path.exists()
 
 
+async def test_what_another_worker_of_the_machine_uses_stays(
+    store: ObjectStore, cache: ModelCache, transfer: Transfer, tmp_path: Path
+) -> None:
+    files = [model(store, f"{name}.ckpt", bytes(1000)) for name in "abc"]
+    other = ModelCache(tmp_path, 2500, transfer)
+    async with other.hold(files[0]) as first:
+        os.utime(first.path.parent, (1, 1))
+        async with cache.hold(files[1]), cache.hold(files[2]):
+            assert first.path.exists()
+    os.utime(first.path.parent, (1, 1))
+    async with cache.hold(model(store, "d.ckpt", bytes(1000))):
+        assert not first.path.exists()
+
+
+@pytest.mark.parametrize("lost", ["entry.json", "model"])
+async def test_half_an_entry_is_replaced(store: ObjectStore, cache: ModelCache, lost: str, tmp_path: Path) -> None:
+    file = model(store, "one.ckpt", b"weights")
+    async with cache.hold(file) as held:
+        (held.path.parent / lost).unlink()
+    async with cache.hold(file) as held:
+        assert held.path.read_bytes() == b"weights"
+    assert len(store.requests) == 2
+    assert not list((tmp_path / "partial").iterdir())
+
+
+async def test_half_an_entry_that_nobody_asks_for_makes_room(store: ObjectStore, cache: ModelCache) -> None:
+    async with cache.hold(model(store, "one.ckpt", b"weights")) as damaged:
+        damaged.path.write_bytes(b"half")
+    async with cache.hold(model(store, "two.ckpt", b"weights")) as sound:
+        assert not damaged.path.parent.exists()
+        assert sound.path.exists()
+
+
 async def test_a_tar_gives_its_inner_file_whatever_its_name(store: ObjectStore, cache: ModelCache) -> None:
     members = {"models/Stable-diffusion/x.yaml": b"a: 1", "models/Stable-diffusion/x.safetensors": b"inner"}
     async with cache.hold(model(store, "x.safetensors", tar_of(members))) as held:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from gpu_worker.__main__ import EXIT_REFUSED
@@ -41,6 +42,18 @@ async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peer
     process.terminate()
     await connection.until("done")
     await connection.acknowledge("lease-1")
+    _, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+
+
+async def test_an_idle_worker_told_to_stop_leaves_without_draining(tmp_path: Path, peers: Services) -> None:
+    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="3600")
+    connection = await peers.queue.connection()
+    await connection.welcome()
+    await connection.until_room()
+    process.terminate()
+    while await connection.read() is not grpc.aio.EOF:
+        pass
     _, log = await process.communicate()
     assert process.returncode == 0, log.decode()
 

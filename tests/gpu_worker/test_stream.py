@@ -158,3 +158,14 @@ async def test_a_worker_whose_secret_is_forgotten_gives_up_and_one_without_a_que
     async with working(worker, peers) as task:
         with pytest.raises(Refused, match="the secret is not known"):
             await asyncio.wait_for(task, 30)
+
+
+async def test_a_worker_that_is_drained_before_its_welcome_leaves_at_once(worker: Worker, peers: Services) -> None:
+    async with plain_channel(peers.address) as channel:
+        stream = WorkStream(worker, TokenSource(peers.address, SECRET), channel, "worker-1")
+        task = asyncio.create_task(stream.run())
+        connection = await peers.queue.connection()
+        await connection.until("hello")  # which the queue does not answer
+        stream.drain()
+        await asyncio.wait_for(task, 30)
+        connection.sever()

@@ -18,13 +18,13 @@ import structlog
 
 from services.endpoints.cluster import Pool, PoolState
 from services.endpoints.cluster.process import Process, start
+from services.endpoints.cluster.tail import last_words
 from services.endpoints.store import EndpointStore, Worker
 
 log = structlog.get_logger()
 
 MAX_FAILURES = 3
 _FIRST_BACKOFF_SECONDS = 0.5  # doubled at each further failure
-_TAIL_LINES, _TAIL_BYTES = 20, 4096
 # What a worker inherits. It gets no other variable: the service's own name the database and its secret.
 _INHERITED = {"PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE"}
 _INHERITED_PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "PYTORCH_", "OMP_", "MKL_", "HF_")
@@ -48,7 +48,9 @@ class LocalSettings:
     verifying_key_file: Path
     device: str
     gpus: list[str]
-    stop_seconds: float = 10.0
+    # How long a worker that is stopped may take to finish its job, and then to leave, before it is killed.
+    drain_seconds: float = 60.0
+    leave_seconds: float = 10.0
 
 
 class LocalCluster:
@@ -60,6 +62,7 @@ class LocalCluster:
         self._on_change = on_change
         self._processes: dict[tuple[str, int], Process] = {}
         self._not_before: dict[tuple[str, int], float] = {}  # the loop's time
+        self._exits: dict[tuple[str, int], int | None] = {}  # of the process before, as Process.exit
         self._starting = asyncio.Lock()  # so that two endpoints do not choose the same GPU
 
     async def has_secret(self, endpoint_id: str) -> bool:
@@ -86,7 +89,7 @@ class LocalCluster:
             elif process is None:
                 await self._store.remove_worker(worker)
             elif worker.slot >= num_workers:
-                process.stop(self._settings.stop_seconds)
+                process.stop(self._settings.drain_seconds + self._settings.leave_seconds)
             elif worker.worker_id in live and not worker.was_live:
                 await self._store.set_worker_live(worker)
             num_running += process is not None
@@ -122,7 +125,10 @@ class LocalCluster:
             return process
         del self._processes[key]
         failed = not worker.was_live and not process.is_stopping
-        log.warning("a worker ended", worker=worker.worker_id, exit=process.exit, last_lines=self._tail(worker))
+        log.warning(
+            "a worker ended", worker=worker.worker_id, exit=process.exit, last_words=last_words(self._log_file(worker))
+        )
+        self._exits[key] = process.exit
         await self._record_end(worker, worker.num_failures + 1 if failed else 0)
         return None
 
@@ -177,20 +183,16 @@ class LocalCluster:
             "ESD_CACHE_DIR": str(self._settings.folder / "cache"),
             "ESD_DEVICE": self._settings.device,
             "ESD_VERIFYING_KEY_FILE": str(self._settings.verifying_key_file),
+            "ESD_DRAIN_SECONDS": str(self._settings.drain_seconds),
             "ESD_WORKER_ID": worker.worker_id,
         }
         return kept | own | ({} if worker.gpu is None else {"CUDA_VISIBLE_DEVICES": worker.gpu})
 
     def _failure(self, worker: Worker) -> str:
-        lines = self._tail(worker)
-        return f"a worker failed to start {worker.num_failures} times in a row; its last log lines:\n{lines}"
-
-    def _tail(self, worker: Worker) -> str:
-        try:
-            end = self._log_file(worker).read_bytes()[-_TAIL_BYTES:]
-        except FileNotFoundError:
-            return ""
-        return "\n".join(end.decode(errors="replace").splitlines()[-_TAIL_LINES:])
+        code = self._exits.get((worker.endpoint_id, worker.slot))  # None also where another control loop saw it end
+        how = "ended" if code is None else f"ended with code {code}"
+        words = last_words(self._log_file(worker)) or "its log is empty"
+        return f"a worker failed to start {worker.num_failures} times in a row; the last one {how}: {words}"
 
     def _folder(self, endpoint_id: str) -> Path:
         return self._settings.folder / endpoint_id

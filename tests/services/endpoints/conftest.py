@@ -204,7 +204,8 @@ async def run_loop(
             verifying_key_file=verifying_key_file,
             device="cpu",
             gpus=list(gpus),
-            stop_seconds=stop_seconds,
+            drain_seconds=stop_seconds / 2,
+            leave_seconds=stop_seconds / 2,
         )
         wake = asyncio.Event()
         cluster = LocalCluster(store, settings, wake.set)

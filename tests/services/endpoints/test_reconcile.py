@@ -93,6 +93,7 @@ async def test_a_worker_gets_no_credentials_but_its_own(
     worker = await worker_of(store, await endpoint_in("InService"))
     environment = environment_of(worker.pid)
     assert environment["ESD_WORKER_ID"] == worker.worker_id
+    assert float(environment["ESD_DRAIN_SECONDS"]) > 0
     assert "not for workers" not in environment.values()
 
 
@@ -165,16 +166,16 @@ async def test_two_loops_run_one_set_of_workers_and_the_second_takes_over(
     assert [row.pid for row in await store.get_workers(endpoint.id)][1] == workers[1].pid
 
 
-async def test_three_failed_starts_make_the_endpoint_failed_with_the_last_log_lines(
+async def test_three_failed_starts_make_the_endpoint_failed_with_the_reason(
     run_loop: RunLoop, create: Create, store: EndpointStore, endpoint_in: Any, peers: Peers
 ) -> None:
     run_loop(["/bin/sh", "-c", "echo no CUDA here; exit 3"])
     await create()
     endpoint = await endpoint_in("Failed", 0)
-    assert endpoint.error == "a worker failed to start 3 times in a row; its last log lines:\nno CUDA here"
+    sentence = "a worker failed to start 3 times in a row; the last one ended with code 3: no CUDA here"
+    assert endpoint.error == sentence
     (retired,) = await until(lambda: peers.queue.retired)
-    sentence = "endpoint esd-async-test failed: a worker failed to start 3 times in a row; its last log lines:"
-    assert retired == (endpoint.id, sentence)
+    assert retired == (endpoint.id, f"endpoint esd-async-test failed: {sentence}")
 
     async def no_workers() -> bool:
         return await store.get_workers(endpoint.id) == []

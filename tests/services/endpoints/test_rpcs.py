@@ -225,10 +225,10 @@ async def test_who_may_only_list_sees_what_the_user_of_the_query_may_use(
     ("query", "sentence"),
     [
         ({"username": "eve"}, 'user: "eve" not exist'),
-        ({"limit": "few"}, 'limit should be a whole number (given: "few")'),
-        ({"exclusive_start_key": "!"}, "exclusive_start_key is not a key that a list of endpoints gave"),
-        ({"exclusive_start_key": "e30="}, "exclusive_start_key is not a key that a list of endpoints gave"),
-        ({"exclusive_start_key": "é"}, "exclusive_start_key is not a key that a list of endpoints gave"),
+        ({"limit": "few"}, 'limit "few" is not a number'),
+        ({"exclusive_start_key": "!"}, 'exclusive_start_key "!" is malformed'),
+        ({"exclusive_start_key": "e30="}, 'exclusive_start_key "e30=" is malformed'),
+        ({"exclusive_start_key": "é"}, 'exclusive_start_key "é" is malformed'),
     ],
 )
 async def test_a_bad_query_is_refused(stub: Any, admin: Metadata, query: dict[str, str], sentence: str) -> None:

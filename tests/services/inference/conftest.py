@@ -45,6 +45,8 @@ class World(
 
     endpoints: list[endpoints_pb2.Endpoint] = field(default_factory=list)
     checkpoint_id: str = field(default_factory=lambda: str(uuid4()))
+    refusal: grpc.StatusCode | None = None  # what FindEndpoints answers instead
+    num_searches: int = 0  # of endpoints, so far
 
     def add_endpoint(self, inference_type: str = "Async", status: str = "InService") -> str:
         endpoint_id = str(uuid4())
@@ -61,6 +63,9 @@ class World(
         return endpoint_id
 
     async def FindEndpoints(self, request: Any, context: Any) -> endpoints_pb2.FindEndpointsResponse:
+        self.num_searches += 1
+        if self.refusal is not None:
+            await context.abort(self.refusal, "not now")
         if request.endpoint_name:
             found = [endpoint for endpoint in self.endpoints if endpoint.endpoint_name == request.endpoint_name]
         else:
@@ -208,7 +213,9 @@ class ScriptedWorker:
         done = worker_pb2.JobDone(
             images=[worker_pb2.ResultObject(name=place.name, size_bytes=size) for place in spec.image_uploads],
             param=worker_pb2.ResultObject(name=spec.param_upload.name, size_bytes=size),
-            timings=worker_pb2.Timings(fetch_seconds=0.1, pipeline_seconds=0.2, upload_seconds=0.3),
+            timings=worker_pb2.Timings(
+                fetch_seconds=0.1, load_seconds=0.4, pipeline_seconds=0.2, encode_seconds=0.5, upload_seconds=0.3
+            ),
         )
         await self.tell(assign.lease_id, done=done)
         return await self.read()

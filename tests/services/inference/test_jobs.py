@@ -88,7 +88,10 @@ async def test_an_async_job_runs_on_a_worker_and_shows_its_pictures(service: Ser
     assert job["inference_info_name"] == f"/tmp/{receipt.id}_param.json"
     assert "sagemakerRaw" not in job
     assert job["createTime"] < job["startTime"] < job["completeTime"]
-    assert job["params"]["timings"]["pipeline_seconds"] == 0.2
+    parts = {
+        name: job["params"]["timings"][f"{name}_seconds"] for name in ("fetch", "load", "pipeline", "encode", "upload")
+    }
+    assert parts == {"fetch": 0.1, "load": 0.4, "pipeline": 0.2, "encode": 0.5, "upload": 0.3}
     for url in job["img_presigned_urls"] + job["output_presigned_urls"]:
         assert (await service.http.get(url)).content == PNG
     assert job["output_presigned_urls"][0].split("?")[0].endswith(f"/{receipt.id}_param.json")
@@ -242,7 +245,7 @@ async def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> Non
     assert await refusal(service.start(job_id)) == not_started
     assert await refusal(service.get(job_id)) == (
         grpc.StatusCode.NOT_FOUND,
-        f"inference with id {job_id} is not found",
+        f"inference with id {job_id} not found",
     )
 
 

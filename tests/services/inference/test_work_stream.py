@@ -1,7 +1,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID, uuid4
 
 import grpc
 import psycopg
@@ -9,7 +10,10 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
-from tests.services.inference.conftest import Service, ended_with
+from services.common.database import Database
+from services.inference.queue import Limits, Queue, Results, WorkerStream
+from services.inference.store import JobStore
+from tests.services.inference.conftest import PNG, Service, ended_with
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -103,6 +107,35 @@ async def test_done_told_twice_is_acknowledged_twice_and_keeps_the_result(servic
         assert kind(await worker.finish(assign)) == "acknowledge"
         assert kind(await worker.finish(assign)) == "acknowledge"
     assert len(await service.blobs.find(f"out/{job_id}/")) == 2
+
+
+async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
+    service: Service, database_url: str
+) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        for place in [*assign.spec.image_uploads, assign.spec.param_upload]:
+            (await service.http.put(place.url, content=PNG)).raise_for_status()
+        database = Database(database_url)
+        queue = Queue(JobStore(database), service.blobs, None, service.signals, Limits())  # type: ignore[arg-type]
+        results = Results([("image_0.png", len(PNG))], (f"{job_id}_param.json", len(PNG)), {})
+        stream = WorkerStream(UUID(service.endpoint_id), "w", uuid4())
+        told = (queue.succeed(stream, UUID(assign.lease_id), results) for _ in range(2))
+        assert await asyncio.gather(*told) == [True, True]
+        await queue.stop()
+        await database.dispose()
+    assert len(await service.blobs.find(f"out/{job_id}/")) == 2
+
+
+async def test_the_urls_of_a_worker_live_a_day(service: Service) -> None:
+    receipt = await service.create()
+    await service.upload(receipt, prompt="x" * 50_000)  # too long for the row, so it goes by URL too
+    await service.start(receipt.id)
+    async with service.worker() as worker:
+        spec = (await worker.take()).spec
+    urls = [spec.payload_url, spec.param_upload.url, spec.image_uploads[0].url, spec.models[0].url]
+    assert [parse_qs(urlsplit(url).query)["X-Amz-Expires"] for url in urls] == [["86400"]] * 4
 
 
 @pytest.mark.parametrize(
@@ -249,6 +282,32 @@ async def test_a_job_that_was_running_when_its_endpoint_retired_finds_its_way_to
         assert await retire(service, service.endpoint_id) == (0, 0)
     job = await service.ended(job_id)
     assert job.sagemaker_raw.string_value == "endpoint esd-x was deleted"
+
+
+async def test_the_homes_of_many_jobs_of_one_user_are_looked_for_once(service: Service) -> None:
+    for _ in range(3):
+        await service.started()
+    service.world.add_endpoint()
+    before = service.world.num_searches
+    assert await retire(service, service.endpoint_id) == (3, 0)
+    assert service.world.num_searches == before + 1
+
+
+async def test_a_refusal_by_another_service_does_not_end_the_sweep(service: Service) -> None:
+    receipt = await service.create()
+    await service.upload(receipt)
+    assert await retire(service, service.endpoint_id) == (0, 0)
+    del service.world.endpoints[:]
+    other = service.world.add_endpoint()
+    service.world.refusal = grpc.StatusCode.RESOURCE_EXHAUSTED
+    before = service.world.num_searches
+    await service.start(receipt.id)
+    async with asyncio.timeout(10):
+        while service.world.num_searches == before:  # noqa: ASYNC110 - the sweep asks when it likes
+            await asyncio.sleep(0.05)
+    service.world.refusal = None
+    async with service.worker(endpoint_id=other) as worker:
+        assert (await worker.take()).spec.job_id == receipt.id
 
 
 async def test_a_job_that_is_started_after_its_endpoint_retired_finds_its_way_too(service: Service) -> None:

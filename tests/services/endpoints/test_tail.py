@@ -1,0 +1,47 @@
+"""Why a worker ended, out of logs that the platform's own logging wrote."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.endpoints.cluster.tail import last_words
+
+WORKER = """
+import logging, sys, structlog
+from services.common import logs
+from services.common.settings import Settings
+
+logs.configure("worker", Settings(log_format=sys.argv[1]))
+log = structlog.get_logger()
+log.info("the engine starts", device="cuda")
+"""
+RAISE = "raise ValueError('no such\\nthing')"
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            "log.error('the engine cannot start', device='cuda', reason=\"it's not\\nhere\")",
+            "the engine cannot start: it's not",
+        ),
+        ("log.error('short', reason='here')", "short: here"),
+        (f"try:\n    {RAISE}\nexcept ValueError:\n    log.exception('job failed', job_id=3)", "job failed"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("sys.exit('setting ESD_DEVICE: Field required')", "setting ESD_DEVICE: Field required"),
+        ("", "the engine starts"),
+    ],
+)
+def test_the_last_words_are_one_sentence_without_traceback(
+    tmp_path: Path, log_format: str, code: str, words: str
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run([sys.executable, "-c", WORKER + code, log_format], stderr=log, check=False)
+    assert last_words(tmp_path / "log") == words
+
+
+def test_no_log_has_no_last_words(tmp_path: Path) -> None:
+    assert last_words(tmp_path / "log") == ""

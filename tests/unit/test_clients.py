@@ -1,0 +1,26 @@
+"""What becomes of another service's refusal."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from services.common.clients import domain_error
+from services.common.errors import EsdError, NotFound, Unavailable
+
+
+def failed(code: grpc.StatusCode) -> EsdError:
+    error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="its own words")
+    return domain_error(error, "models")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+def test_a_refusal_of_our_own_token_is_not_the_users_fault(code: grpc.StatusCode) -> None:
+    error = failed(code)
+    assert type(error) is Unavailable
+    assert str(error) == "the models service refuses this service at present"
+
+
+def test_what_another_service_does_not_find_is_not_found_in_its_words() -> None:
+    error = failed(grpc.StatusCode.NOT_FOUND)
+    assert (type(error), str(error)) == (NotFound, "its own words")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from esd.identity.v1 import identity_pb2_grpc as rpc
 from esd.options.v1 import options_pb2 as options
 from services.common.auth import Caller, current_caller, enforce
 from services.common.errors import InvalidArgument
+from services.common.times import time_text
 from services.identity.domain import ADMINISTRATORS, DEFAULT_ROLES, Actor, Identity, UserView
 from services.identity.store import ApiKey, Role
 from services.identity.tokens import SECRET_TOKEN_SECONDS, Tokens
@@ -85,8 +85,8 @@ class IdentityServicer(rpc.IdentityServiceServicer):
             key=new.value,
             impersonate=new.key.impersonate,
             prefix=new.key.prefix,
-            created=_time(new.key.created_at),
-            expires=_time(new.key.expires_at),
+            created=time_text(new.key.created_at),
+            expires=time_text(new.key.expires_at),
         )
 
     async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Context) -> pb.ListApiKeysResponse:
@@ -141,15 +141,10 @@ def _key(key: ApiKey) -> pb.ApiKey:
         username=key.owner,
         prefix=key.prefix,
         impersonate=key.impersonate,
-        created=_time(key.created_at),
-        last_used=_time(key.last_used_at),
-        expires=_time(key.expires_at),
+        created=time_text(key.created_at),
+        last_used=time_text(key.last_used_at),
+        expires=time_text(key.expires_at),
     )
-
-
-def _time(moment: datetime | None) -> str | None:
-    """UTC in the form of contract 1.7."""
-    return None if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def _initial_user(username: str) -> pb.CreateUserResponse:

@@ -11,13 +11,12 @@ from google.protobuf import struct_pb2
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.errors import InvalidArgument
+from services.common.paging import parse_limit
 from services.models.dataset_store import Dataset, DatasetItem
 from services.models.datasets import Datasets, NewItem
 from services.models.messages import numbers_as_text, plain, struct, viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_DEFAULT_LIMIT = 10
-_MAX_LIMIT = 10_000
 
 
 class DatasetRpcs:
@@ -28,7 +27,7 @@ class DatasetRpcs:
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
         rows, key = await self._datasets.list_datasets(
-            viewer(), request.dataset_status, _limit(request.limit), request.exclusive_start_key
+            viewer(), request.dataset_status, parse_limit(request.limit), request.exclusive_start_key
         )
         null = struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
         return pb.ListDatasetsResponse(
@@ -86,15 +85,6 @@ class DatasetRpcs:
             "dataStatus": item.status,
         }
         return struct(numbers_as_text(item.params) | own)
-
-
-def _limit(text: str) -> int | None:
-    """The size of a page, which arrives as text; None for all, which 0 and less ask for (contract 1.8)."""
-    try:
-        limit = int(text) if text.strip() else _DEFAULT_LIMIT
-    except ValueError:
-        raise InvalidArgument(f'limit should be a whole number (given: "{text[:40]}")') from None
-    return min(limit, _MAX_LIMIT) if limit > 0 else None
 
 
 def _timestamp(row: Dataset | DatasetItem) -> str:

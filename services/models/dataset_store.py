@@ -93,7 +93,7 @@ class DatasetStore:
             await session.execute(add.on_conflict_do_update(index_elements=["dataset_name", "key"], set_=replaced))
 
     async def page_datasets(
-        self, viewer: Viewer, status: str, after: Place | None, limit: int | None
+        self, viewer: Viewer, status: str, after: Place | None, limit: int
     ) -> tuple[list[Dataset], bool]:
         """At most `limit` of the viewer's datasets of the status, newest first, and whether more follow."""
         place = sa.tuple_(col(Dataset.created_at), col(Dataset.name))
@@ -104,8 +104,8 @@ class DatasetStore:
             wanted = wanted.where(place < sa.tuple_(sa.literal(after.created_at), sa.literal(after.name)))
         wanted = wanted.order_by(col(Dataset.created_at).desc(), col(Dataset.name).desc())
         async with self._database.transaction() as session:
-            rows = (await session.execute(wanted.limit(None if limit is None else limit + 1))).scalars().all()
-        return list(rows[:limit]), limit is not None and len(rows) > limit
+            rows = (await session.execute(wanted.limit(limit + 1))).scalars().all()
+        return list(rows[:limit]), len(rows) > limit
 
     async def get_dataset(self, name: str) -> tuple[Dataset, list[DatasetItem]]:
         """The dataset and its files, in the order in which they were added.

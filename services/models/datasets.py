@@ -51,9 +51,9 @@ class Datasets:
         return self._blobs.presign_get(item.key, PREVIEW_URL_SECONDS)
 
     async def list_datasets(
-        self, viewer: Viewer, status: str, limit: int | None, key: str
+        self, viewer: Viewer, status: str, limit: int, key: str
     ) -> tuple[list[Dataset], str | None]:
-        """A page after `key` of at most `limit` datasets (None: all), newest first, and the key of the next page.
+        """A page after `key` of at most `limit` datasets, newest first, and the key of the next page.
 
         Raises:
             InvalidArgument: no list gave the key.

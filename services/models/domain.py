@@ -17,6 +17,7 @@ import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from services.common.times import time_text
 from services.models.checks import Tag, check_params, complete_parts, file_name
 from services.models.inspection import Findings, inspect
 from services.models.peers import Identity
@@ -117,8 +118,11 @@ class Models:
                 file.name: {"upload_id": file.upload_id, "bucket": self._blobs.bucket, "key": file.key}
                 for file in checkpoint.files
             }
-            created = now.strftime("%Y-%m-%d %H:%M:%S.%f")
-            checkpoint.params = params | {"creator": creator.username, "created": created, "multipart_upload": uploads}
+            checkpoint.params = params | {
+                "creator": creator.username,
+                "created": time_text(now),
+                "multipart_upload": uploads,
+            }
             await self._store.add_checkpoint(checkpoint)
         except BaseException:
             await asyncio.shield(self._abort_uploads(checkpoint))
@@ -213,6 +217,9 @@ class Models:
             await self._delete_objects(checkpoint)
         # Rows go last: what is cut short here can be asked for again.
         await self._store.remove_checkpoints([checkpoint.id for checkpoint in found])
+        # A chore may have made an object between the two; from here on it finds no row, and removes what it makes.
+        for checkpoint in found:
+            await self._blobs.delete_prefix(prefix_of(checkpoint))
 
     async def resolve_checkpoints(self, names: Sequence[tuple[str, str]], viewer: Viewer) -> list[Resolved | None]:
         """For each (type, name) the active file that the viewer may use, or None."""

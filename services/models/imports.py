@@ -24,6 +24,7 @@ import structlog
 from services.common.blobs import GIB, BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
 from services.common.outbound import Answer, Outbound, Unreachable, Url, UrlRefused, parse_url
+from services.common.times import time_text
 from services.models.checks import check_params, file_name
 from services.models.domain import Models, prefix_of, sha256_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
@@ -96,7 +97,7 @@ class Imports:
                 params=params
                 | {
                     "creator": creator.username,
-                    "created": now.strftime("%Y-%m-%d %H:%M:%S.%f"),
+                    "created": time_text(now),
                     "multipart_upload": {},
                     IMPORT: {"url": url.shown, "bytes_done": 0, "bytes_total": None},
                 },

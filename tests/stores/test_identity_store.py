@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from services.common.database import Database
 from services.common.errors import Unavailable
-from services.identity.store import ApiKey, IdentityStore, KeyUse, Role, Secret, User
+from services.identity.store import ApiKey, IdentityStore, Role, Secret, User
 
 ADMINS = Role(role_name="admins", creator="ESD", permissions=["b:all", "a:all"])
 FIRST = User(username="first", roles=["admins"], creator="ESD")
@@ -16,6 +16,14 @@ FIRST = User(username="first", roles=["admins"], creator="ESD")
 
 def first_key(key_hash: str) -> ApiKey:
     return ApiKey(key_hash=key_hash, owner="first", impersonate=True)
+
+
+async def use(store: IdentityStore, key_hash: str, username: str | None) -> tuple[object, ...]:
+    """What a key without an end gives: its owner, whether it may impersonate, the user's roles and permissions."""
+    found = await store.find_key_use(key_hash, username)
+    assert found is not None
+    assert found.seconds_left is None
+    return found.owner, found.impersonate, found.roles, found.permissions
 
 
 @pytest.fixture
@@ -48,15 +56,15 @@ async def test_a_bootstrap_keeps_what_was_changed_and_adds_a_new_key(store: Iden
     (user,) = await store.find_users("first")
     assert (user.creator, user.password_hash) == ("ann", "h")
     for key_hash in ("old", "new"):
-        assert await store.find_key_use(key_hash, None) == KeyUse("first", True, [], [])
+        assert await use(store, key_hash, None) == ("first", True, [], [])
 
 
 async def test_a_key_is_used_by_its_owner_or_by_whom_the_request_names(store: IdentityStore) -> None:
     await store.bootstrap([ADMINS, Role(role_name="r", creator="x", permissions=["a:all"])], FIRST, first_key("hash"))
     await store.save_user(User(username="ann", roles=["r", "gone"], creator="first"))
-    assert await store.find_key_use("hash", None) == KeyUse("first", True, ["admins"], ["a:all", "b:all"])
-    assert await store.find_key_use("hash", "ann") == KeyUse("first", True, ["r", "gone"], ["a:all"])
-    assert await store.find_key_use("hash", "nobody") == KeyUse("first", True, None, [])
+    assert await use(store, "hash", None) == ("first", True, ["admins"], ["a:all", "b:all"])
+    assert await use(store, "hash", "ann") == ("first", True, ["r", "gone"], ["a:all"])
+    assert await use(store, "hash", "nobody") == ("first", True, None, [])
     assert await store.find_key_use("other", "ann") is None
 
 

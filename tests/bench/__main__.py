@@ -129,7 +129,7 @@ def bench_jobs(client: Client, model: str, number: int) -> None:
     table = new_table(f"Time added by the platform: {number} Async jobs one at a time, warm tiny model")
     row(table, "added (submit to succeed less pipeline)", added, "ms", "p50 ≤ 150, p99 ≤ 500")
     store = {
-        "payload_seconds": "HEAD and GET of the payload",
+        "payload_seconds": "GET of the payload",
         "fetch_seconds": "the worker's downloads",
         "upload_seconds": "the worker's uploads",
         "check_seconds": "HEAD of the results",

@@ -15,8 +15,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from gpu_worker.cache import CachedModel
-from gpu_worker.job import Txt2Img
 from gpu_worker.run import Produced, Run
+from payloads import Generation
 
 if TYPE_CHECKING:
     from gpu_worker.core import Core
@@ -72,7 +72,7 @@ class Engine:
     async def run(
         self,
         job_id: str,
-        request: Txt2Img,
+        request: Generation,
         files: list[CachedModel],
         on_started: Callable[[], None],
         on_step: Callable[[int], None],

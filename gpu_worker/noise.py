@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_worker.job import Txt2Img
+from payloads import Generation
 
 _LATENT_SCALE = 8  # pixels per latent, both ways
 _CHANNELS = 4
@@ -20,12 +20,12 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def first(request: Txt2Img, images: Sequence[int], rows: Sequence[torch.Generator]) -> torch.Tensor:
+def first(request: Generation, images: Sequence[int], rows: Sequence[torch.Generator]) -> torch.Tensor:
     """Noise of shape (rows, 4, height/8, width/8) for these images of the job; draws from each row's generator once."""
     return torch.stack([_image(request, image, row) for image, row in zip(images, rows, strict=True)])
 
 
-def _image(request: Txt2Img, image: int, row: torch.Generator) -> torch.Tensor:
+def _image(request: Generation, image: int, row: torch.Generator) -> torch.Tensor:
     shape = (_CHANNELS, request.height // _LATENT_SCALE, request.width // _LATENT_SCALE)
     small = (_CHANNELS, request.seed_resize_from_h // _LATENT_SCALE, request.seed_resize_from_w // _LATENT_SCALE)
     own = torch.randn(shape, generator=row)
@@ -35,7 +35,7 @@ def _image(request: Txt2Img, image: int, row: torch.Generator) -> torch.Tensor:
     return _pasted(_varied(request, image, resized), own)
 
 
-def _varied(request: Txt2Img, image: int, noise: torch.Tensor) -> torch.Tensor:
+def _varied(request: Generation, image: int, noise: torch.Tensor) -> torch.Tensor:
     """The noise on its way to that of the second seed."""
     if not request.subseed_strength:
         return noise

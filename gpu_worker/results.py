@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
-from gpu_worker.job import Txt2Img
+from payloads import Generation
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,12 @@ def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
     return file.getvalue()
 
 
-def infotext(request: Txt2Img, index: int, origin: Origin) -> str:
+def infotext(request: Generation, index: int, origin: Origin) -> str:
     """The text that A1111 writes into image `index` of the job, and reads back from a dropped picture."""
-    sampler = request.sampler_name
     resized_from = f"{request.seed_resize_from_w}x{request.seed_resize_from_h}"
     fields: dict[str, Any] = {
         "Steps": request.steps,
-        "Sampler": sampler,
-        "Schedule type": request.scheduler or None,
+        "Sampler": request.sampler_name,
         "CFG scale": request.cfg_scale,
         "Seed": request.seed_of(index),
         "Size": f"{request.width}x{request.height}",
@@ -65,9 +63,7 @@ def infotext(request: Txt2Img, index: int, origin: Origin) -> str:
     return "\n".join(lines)
 
 
-def param_json(
-    payload: dict[str, Any], request: Txt2Img, origin: Origin, infotexts: list[str], endpoint_name: str, job_id: str
-) -> bytes:
+def param_json(request: Generation, origin: Origin, infotexts: list[str], endpoint_name: str, job_id: str) -> bytes:
     """The content of `<job id>_param.json`; its `info` is JSON text inside JSON."""
     num_images = len(infotexts)
     seeds = [request.seed_of(index) for index in range(num_images)]
@@ -104,10 +100,11 @@ def param_json(
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
         "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": False,
+        "ignored": request.ignored,
         "version": f"esd {VERSION}",
     }
     content = {
-        "parameters": payload,
+        "parameters": request.echo(),
         "info": json.dumps(info, ensure_ascii=False),
         "endpoint_name": endpoint_name,
         "inference_id": job_id,

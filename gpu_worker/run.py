@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.cache import CachedModel
-from gpu_worker.job import Txt2Img
+from payloads import Generation
 
 if TYPE_CHECKING:
     from gpu_worker.denoise import Evaluation, Task
@@ -33,7 +33,7 @@ class Run:
     calls the listeners: `on_step` with how many of steps x images are done, `on_end` once, with what became of it."""
 
     job_id: str
-    request: Txt2Img
+    request: Generation
     files: list[CachedModel]
     on_started: Callable[[], None]
     on_step: Callable[[int], None]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -14,17 +11,19 @@ from typing import Any
 
 import structlog
 
+import payloads
 from esd.worker.v1 import worker_pb2
 from gpu_worker import results
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.engine import Engine
-from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, Txt2Img, to_python
+from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
 from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
+from payloads import Generation
+from services.common.errors import InvalidArgument
 
 log = structlog.get_logger()
 
-TASK_TYPES = ("txt2img",)
 _MAX_UPLOADING = 4  # for each job that the engine may have
 _PROGRESS_INTERVAL_SECONDS = 0.2
 
@@ -102,15 +101,9 @@ class Worker:
         Raises:
             JobError, JobCancelled.
         """
-        if job.spec.task_type not in TASK_TYPES:
-            possible = ", ".join(TASK_TYPES)
-            raise JobError(
-                f"task type {job.spec.task_type!r} is not supported by this worker yet; possible: {possible}"
-            )
         async with AsyncExitStack() as held:
             began = time.monotonic()
-            payload = await job.stage(self._payload(job))
-            request = Txt2Img.from_payload(payload, job.id)
+            request = await job.stage(self._request(job))
             if len(job.spec.image_uploads) < request.num_images:
                 raise JobError(f"the job makes {request.num_images} images, but has a place for only some of them")
             self._typical_pixels = request.num_pixels
@@ -118,23 +111,23 @@ class Worker:
             files = await job.stage(self._fetch(job, held))
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
-            progress = _Progress(job, request.steps * request.num_images)
+            progress = _Progress(job, request.num_steps * request.num_images)
             produced = await job.stage(self._engine.run(job.id, request, files, progress.started, progress.step))
         self._num_uploading += 1
         self.on_change()
         try:
-            done = await job.stage(self._finish(job, payload, request, files, produced))
+            done = await job.stage(self._finish(job, request, files, produced))
         finally:
             self._num_uploading -= 1
         done.timings.fetch_seconds = fetch_seconds
         return done
 
-    async def _payload(self, job: Job) -> dict[str, Any]:
+    async def _request(self, job: Job) -> Generation:
+        """What the job asks for."""
         if not job.spec.payload_url:
-            payload: dict[str, Any] = to_python(job.spec.payload)
-            return payload
+            return _checked(job, to_python(job.spec.payload))
         content = await self._transfer.read(job.spec.payload_url, "the payload", job.spec.payload_sha256)
-        return await asyncio.to_thread(_parse, content)
+        return await asyncio.to_thread(_checked, job, content)
 
     async def _fetch(self, job: Job, held: AsyncExitStack) -> list[CachedModel]:
         """The model files, in the cache for as long as `held` is open."""
@@ -147,7 +140,7 @@ class Worker:
         return [await held.enter_async_context(self._cache.hold(model)) for model in used if model is not None]
 
     async def _finish(
-        self, job: Job, payload: dict[str, Any], request: Txt2Img, files: list[CachedModel], produced: Produced
+        self, job: Job, request: Generation, files: list[CachedModel], produced: Produced
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
@@ -160,7 +153,7 @@ class Worker:
                 for pixels, text in zip(produced.images, infotexts, strict=True)
             )
         )
-        param = results.param_json(payload, request, origin, infotexts, job.spec.endpoint_name, job.id)
+        param = results.param_json(request, origin, infotexts, job.spec.endpoint_name, job.id)
         encoded = time.monotonic()
         uploads = [*job.spec.image_uploads[: len(images)], job.spec.param_upload]
         objects = await asyncio.gather(
@@ -208,18 +201,9 @@ def _failed(reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
     return worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=reason, cancelled=cancelled))
 
 
-def _parse(content: bytes) -> dict[str, Any]:
-    """A payload as the client writes it: Python's JSON, with Infinity but without NaN (contract 10.1)."""
-
-    def constant(name: str) -> float:
-        if name == "NaN":
-            raise ValueError
-        return math.copysign(sys.float_info.max, float(name))
-
+def _checked(job: Job, payload: bytes | dict[str, Any]) -> Generation:
     try:
-        payload = json.loads(content, parse_constant=constant)
-    except ValueError:
-        raise JobError("the payload is not JSON") from None
-    if not isinstance(payload, dict):
-        raise JobError("the payload is not a JSON object")
-    return payload
+        fields = payloads.parse(payload) if isinstance(payload, bytes) else payload
+        return payloads.check(job.spec.task_type, fields, job.id)
+    except InvalidArgument as error:
+        raise JobError(str(error)) from None

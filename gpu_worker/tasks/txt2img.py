@@ -10,22 +10,22 @@ from numpy.typing import NDArray
 
 from gpu_worker import noise, prompt, samplers
 from gpu_worker.denoise import Conditioning, Evaluation, Task, denoise
-from gpu_worker.job import JobError, Txt2Img
+from gpu_worker.job import JobError
 from gpu_worker.weights import Models
+from payloads import Generation
 
 NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 
 
-def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -> Task[list[NDArray[np.uint8]]]:
+def generate(request: Generation, models: Models, on_step: Callable[[int], None]) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels of shape (height, width, 3) for each image. `on_step` hears how many of steps x images are done.
 
     Each image has noise of its own seed. Batches of a job follow each other, and each
     picture is decoded by itself: the decoder needs far more memory than a step.
 
     Raises:
-        JobError: the sampler is not known, a prompt is too long, or the latents became NaN.
+        JobError: a prompt is too long, or the latents became NaN.
     """
-    samplers.find(request.sampler_name, request.scheduler)  # refuses before any work
     positive = encode(models, request.prompt, request)
     negative = encode(models, request.negative_prompt, request) if request.is_guided else None
     images = []
@@ -38,7 +38,7 @@ def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -
 
 
 def denoised(
-    request: Txt2Img,
+    request: Generation,
     models: Models,
     positive: Conditioning,
     negative: Conditioning | None,
@@ -48,9 +48,7 @@ def denoised(
     """The final latents of a batch, of shape (batch_size, 4, height/8, width/8)."""
     images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
     generators = noise.generators([request.seed_of(image) for image in images])
-    sampling = samplers.create(
-        request.sampler_name, request.scheduler, models.scheduler_config, request.steps, generators, request.eta
-    )
+    sampling = samplers.create(request.sampler_name, models.scheduler_config, request.steps, generators, request.eta)
     latents = sampling.latents(noise.first(request, images, generators)).to(models.device)
 
     def on_evaluation(num_done: int) -> None:
@@ -61,7 +59,7 @@ def denoised(
     return (yield from denoise(sampling, latents, positive, negative, request.cfg_scale, on_evaluation))
 
 
-def encode(models: Models, text: str, request: Txt2Img) -> Conditioning:
+def encode(models: Models, text: str, request: Generation) -> Conditioning:
     """What the UNet is told of a text; SDXL also of the picture's size."""
     hidden, pooled = prompt.encode(models, text, request.clip_skip)
     if pooled is None:

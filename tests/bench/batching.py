@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from rich.table import Table
 from gpu_worker import tiny, weights
 from gpu_worker.cache import CachedModel
 from gpu_worker.core import Core
-from gpu_worker.job import Txt2Img
 from gpu_worker.run import Produced, Run
+from payloads import Generation
+from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of
 
 SAMPLERS = ("Euler", "Euler a", "DPM++ 2M Karras", "DDIM")
@@ -62,7 +62,7 @@ class TimedCore(Core):
         unet.forward = timed
 
 
-def at_once(core: Core, model: CachedModel, requests: list[Txt2Img]) -> float:
+def at_once(core: Core, model: CachedModel, requests: list[Generation]) -> float:
     """Seconds until the last of the jobs, which come together, has its pixels."""
     outcomes: list[Any] = []
     began = time.perf_counter()
@@ -77,7 +77,7 @@ def at_once(core: Core, model: CachedModel, requests: list[Txt2Img]) -> float:
     return seconds
 
 
-def one_by_one(pipeline: Any, requests: list[Txt2Img]) -> float:
+def one_by_one(pipeline: Any, requests: list[Generation]) -> float:
     """Seconds of the same jobs in the pipeline."""
     began = time.perf_counter()
     for request in requests:
@@ -95,11 +95,11 @@ def one_by_one(pipeline: Any, requests: list[Txt2Img]) -> float:
     return time.perf_counter() - began
 
 
-def jobs(size: int, num_jobs: int, steps: int) -> list[Txt2Img]:
+def jobs(size: int, num_jobs: int, steps: int) -> list[Generation]:
     """Jobs that differ in prompt, seed and sampler."""
-    base = Txt2Img.from_payload({"negative_prompt": "blurry", "steps": steps, "width": size, "height": size}, "bench")
+    base = txt2img_of(negative_prompt="blurry", steps=steps, width=size, height=size)
     return [
-        replace(base, prompt=f"picture {index}", seed=index, sampler_name=SAMPLERS[index % len(SAMPLERS)])
+        changed(base, prompt=f"picture {index}", seed=index, sampler_name=SAMPLERS[index % len(SAMPLERS)])
         for index in range(num_jobs)
     ]
 
@@ -143,7 +143,7 @@ def overhead(core: TimedCore, model: CachedModel, steps: int) -> Table:
     core.watch(models.unet)
     for sampler in ("Euler", "Euler a", "DPM++ 2M Karras", "UniPC"):
         core.tick_seconds = core.unet_seconds = core.num_ticks = 0
-        at_once(core, model, [replace(request, sampler_name=sampler) for request in jobs(64, 8, steps)])
+        at_once(core, model, [changed(request, sampler_name=sampler) for request in jobs(64, 8, steps)])
         outside = core.tick_seconds - core.unet_seconds
         table.add_row(
             sampler,

@@ -1,14 +1,16 @@
 """Owns how a test advances tasks without an engine: alone, or in company that joins and leaves between ticks."""
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gpu_worker import weights
 from gpu_worker.denoise import predict
-from gpu_worker.job import Txt2Img
 from gpu_worker.tasks import txt2img
+from payloads import Generation, Txt2Img, check
+
+R = TypeVar("R", bound=Generation)
 
 
 def drive(unet: Any, tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows: int = 64) -> list[Any]:
@@ -40,7 +42,19 @@ def drive(unet: Any, tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows
     return [results[index] for index in range(len(tasks))]
 
 
-def latents(request: Txt2Img, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
+def txt2img_of(**fields: Any) -> Txt2Img:
+    """The request of a txt2img payload."""
+    request = check("txt2img", fields, "job")
+    assert isinstance(request, Txt2Img)
+    return request
+
+
+def changed(request: R, **changes: Any) -> R:
+    """The request with other values, checked again."""
+    return type(request).model_validate(request.model_dump() | changes)
+
+
+def latents(request: Generation, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
     """The task of a request's first batch up to its final latents."""
     positive = txt2img.encode(models, request.prompt, request)
     negative = txt2img.encode(models, request.negative_prompt, request) if request.is_guided else None

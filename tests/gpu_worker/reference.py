@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gpu_worker import tiny
-from gpu_worker.job import Txt2Img
+from payloads import Generation
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 LINSPACE = {"timestep_spacing": "linspace"}
@@ -85,7 +85,7 @@ def pipeline_of(checkpoint: Path, tokenizer: Any, folder: Path) -> Any:
     return made
 
 
-def pipeline_latents(pipeline: Any, sampler: str, request: Txt2Img, **options: Any) -> torch.Tensor:
+def pipeline_latents(pipeline: Any, sampler: str, request: Generation, **options: Any) -> torch.Tensor:
     """The final latents of the request's first batch, made by the pipeline alone."""
     seeds = [request.seed + row for row in range(request.batch_size)]
     pipeline.scheduler = scheduler_of(sampler, seeds)

@@ -52,7 +52,7 @@ async def test_jobs_at_once_leave_each_its_own_results(worker: Worker, store: Ob
 async def test_a_short_job_does_not_wait_for_a_long_one_and_cancelling_one_leaves_the_other(
     worker: Worker, make_spec: Any
 ) -> None:
-    long, long_last = submit(worker, make_spec(steps=1000))
+    long, long_last = submit(worker, make_spec(steps=150, n_iter=2))
     assert (await submit(worker, make_spec(steps=2))[1]).HasField("done")
     assert not long_last.done()
     other = submit(worker, make_spec(steps=100))[1]
@@ -65,7 +65,7 @@ async def test_room_counts_jobs_and_what_fits_into_one_call(worker: Worker, engi
     assert worker.room == engine.max_pixels // (2 * 512 * 512)  # nothing is known of the jobs yet
     assert (await submit(worker, make_spec())[1]).HasField("done")
     assert worker.room == MAX_JOBS  # the last one was small
-    jobs = [submit(worker, make_spec(steps=1000)) for _ in range(3)]
+    jobs = [submit(worker, make_spec(steps=150, n_iter=2)) for _ in range(3)]
     assert worker.room == MAX_JOBS - 3
     for job, _ in jobs:
         job.cancel()

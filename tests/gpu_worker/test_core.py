@@ -12,13 +12,13 @@ import torch
 
 from gpu_worker import tiny
 from gpu_worker.core import NO_MEMORY, Core
-from gpu_worker.job import INTERNAL, JobError, Txt2Img
+from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.run import Produced, Run
+from payloads import Generation
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.driving import changed, txt2img_of
 
-REQUEST = Txt2Img.from_payload(
-    {"prompt": "a cat", "negative_prompt": "bad", "steps": 6, "width": 64, "height": 64, "seed": 3}, "job"
-)
+REQUEST = txt2img_of(prompt="a cat", negative_prompt="bad", steps=6, width=64, height=64, seed=3)
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Driven:
         # Called with the rows of a UNet call before it.
         self.before: Callable[[torch.Tensor], None] = lambda _: None
 
-    def add(self, name: str, request: Txt2Img, checkpoint: Path | None = None) -> Run:
+    def add(self, name: str, request: Generation, checkpoint: Path | None = None) -> Run:
         steps = self.progress.setdefault(name, [])
 
         def end(outcome: Any) -> None:
@@ -103,7 +103,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_jobs_that_come_while_others_run_share_their_ticks_and_leave_with_the_same_pictures(driven: Driven) -> None:
-    requests = {str(seed): replace(REQUEST, seed=seed, steps=3 + seed, n_iter=1 + seed % 2) for seed in range(5)}
+    requests = {str(seed): changed(REQUEST, seed=seed, steps=3 + seed, n_iter=1 + seed % 2) for seed in range(5)}
     for name, request in requests.items():
         driven.add(f"alone {name}", request)
         driven.until_ended(f"alone {name}")
@@ -124,16 +124,16 @@ def test_jobs_that_come_while_others_run_share_their_ticks_and_leave_with_the_sa
 
 def test_an_exclusive_job_shares_no_call_and_repeats_bit_for_bit(driven: Driven) -> None:
     for name in ("one", "two"):
-        driven.add(f"company of {name}", replace(REQUEST, seed=9, steps=9))
-        driven.add(name, replace(REQUEST, exclusive=True))
+        driven.add(f"company of {name}", changed(REQUEST, seed=9, steps=9))
+        driven.add(name, changed(REQUEST, exclusive=True))
         driven.until_ended(name, f"company of {name}")
     assert set(driven.num_rows) == {2}
     assert np.array_equal(driven.pixels("one"), driven.pixels("two"))
 
 
 def test_a_cancelled_job_has_no_further_call_and_its_company_goes_on(driven: Driven) -> None:
-    run = driven.add("gone", replace(REQUEST, steps=1000))
-    driven.add("stays", replace(REQUEST, steps=30))
+    run = driven.add("gone", changed(REQUEST, steps=150))
+    driven.add("stays", changed(REQUEST, steps=30))
     driven.until(lambda: driven.num_rows and driven.num_rows[-1] == 4)
     driven.core.cancel(run, KeyboardInterrupt())
     driven.core.cancel(run, KeyboardInterrupt())
@@ -155,7 +155,7 @@ def test_a_call_that_does_not_fit_the_memory_is_halved_and_no_job_fails(driven: 
     driven.before = before
     for index in range(3):
         driven.add(str(index), REQUEST)
-    driven.add("batch", replace(REQUEST, batch_size=3))
+    driven.add("batch", changed(REQUEST, batch_size=3))
     driven.until_ended("0", "1", "2", "batch")
     assert driven.core.max_pixels <= 2 * 64 * 64
     for name in ("0", "1", "2"):
@@ -171,7 +171,7 @@ def test_a_single_row_that_does_not_fit_fails_its_job_only(driven: Driven) -> No
     driven.add("first", REQUEST)
     driven.until_ended("first")
     driven.before = before
-    driven.add("large", replace(REQUEST, width=128))
+    driven.add("large", changed(REQUEST, width=128))
     driven.add("small", REQUEST)
     driven.until_ended("large", "small")
     assert str(driven.outcomes["large"]) == NO_MEMORY
@@ -211,17 +211,17 @@ def test_nan_fails_its_own_job_and_not_its_company(driven: Driven) -> None:
 
 def test_checkpoints_and_sizes_take_turns(driven: Driven, others: list[Path]) -> None:
     """A long job that came first does not keep others waiting to its end."""
-    driven.add("long", replace(REQUEST, steps=400))
+    driven.add("long", changed(REQUEST, steps=150, n_iter=3))
     driven.until(lambda: driven.progress["long"])
-    driven.add("other size", replace(REQUEST, width=128))
+    driven.add("other size", changed(REQUEST, width=128))
     driven.add("other checkpoint", REQUEST, others[0])
     driven.until_ended("other size", "other checkpoint")
     assert "long" not in driven.outcomes
 
 
 def test_more_checkpoints_than_places_are_run_in_order_of_arrival(driven: Driven, others: list[Path]) -> None:
-    driven.add("long", replace(REQUEST, steps=40))
-    driven.add("second", replace(REQUEST, steps=20), others[0])
+    driven.add("long", changed(REQUEST, steps=40))
+    driven.add("second", changed(REQUEST, steps=20), others[0])
     driven.add("third", REQUEST, others[1])  # waits for a place
     driven.add("late", REQUEST)  # its checkpoint is here, but it must not keep the place for ever
     driven.until_ended("long", "second", "third", "late")

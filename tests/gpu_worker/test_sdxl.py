@@ -1,7 +1,6 @@
 """SDXL: a tiny checkpoint in Stability's layout against diffusers' own pipeline."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_worker import ldm, prompt, weights
-from gpu_worker.job import Txt2Img
 from gpu_worker.tasks import txt2img
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, drive, latents
+from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents, scheduler_of
 
 BIG_G = "conditioner.embedders.1.model."
@@ -117,9 +115,7 @@ def pipeline(parts: dict[str, Any], models: weights.Models) -> Any:
     return made
 
 
-REQUEST = Txt2Img.from_payload(
-    {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 3, "batch_size": 2}, "job"
-)
+REQUEST = txt2img_of(prompt="a red circle", steps=3, width=64, height=64, seed=3, batch_size=2)
 
 
 def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pipeline: Any) -> None:
@@ -142,7 +138,7 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pi
 def test_a_job_in_company_has_the_latents_of_the_diffusers_pipeline(models: weights.Models, pipeline: Any) -> None:
     names = ("Euler", "DPM++ 2M Karras", "Heun", "Euler a", "DDIM", "DPM++ SDE Karras")
     requests = [
-        replace(
+        changed(
             REQUEST,
             sampler_name=name,
             prompt=f"picture {index}",

@@ -92,7 +92,7 @@ async def test_a_job_outlives_a_broken_stream_and_is_done_once(
 async def test_a_job_whose_lease_was_lost_stops_without_results(
     worker: Worker, peers: Services, store: ObjectStore, make_spec: Any
 ) -> None:
-    spec = make_spec(steps=1000)
+    spec = make_spec(steps=150, n_iter=2)
     async with working(worker, peers):
         first = await peers.queue.connection()
         await first.welcome()
@@ -116,7 +116,7 @@ async def test_a_cancelled_job_stops_within_a_step_and_the_worker_goes_on(
         connection = await peers.queue.connection()
         await connection.welcome()
         await connection.until_room()
-        await connection.assign("lease-1", make_spec(steps=1000))
+        await connection.assign("lease-1", make_spec(steps=150, n_iter=2))
         await connection.until("progress")
         await connection.send(cancel=inference_pb2.Cancel(lease_id="lease-1"))
         failed = (await connection.until("failed")).event.failed

@@ -1,7 +1,6 @@
 """Pictures and latents against an independent source: diffusers' own pipeline with its own single-file loading."""
 
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,15 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from gpu_worker import samplers, weights
-from gpu_worker.job import JobError, Txt2Img
+from gpu_worker import weights
+from gpu_worker.job import JobError
 from gpu_worker.tasks import txt2img
+from payloads import Generation, samplers
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, drive, latents
+from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of
 
-REQUEST = Txt2Img.from_payload(
-    {"prompt": "a red circle", "negative_prompt": "blurry", "steps": 4, "width": 64, "height": 64, "seed": 3}, "job"
-)
+REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
 COMPANY = 6
 NAMES = samplers.names()
 
@@ -40,14 +38,14 @@ def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: py
     return pipeline_of(tiny_checkpoint, models.text_encoders[0].tokenizer, tmp_path_factory.mktemp("config"))
 
 
-def run(request: Txt2Img, models: weights.Models) -> tuple[list[int], np.ndarray]:
+def run(request: Generation, models: weights.Models) -> tuple[list[int], np.ndarray]:
     """Progress and pixels."""
     progress: list[int] = []
     images = drive(models.unet, [(0, txt2img.generate(request, models, progress.append))])[0]
     return progress, np.stack(images)
 
 
-def expected_latents(pipeline: Any, request: Txt2Img) -> torch.Tensor:
+def expected_latents(pipeline: Any, request: Generation) -> torch.Tensor:
     return pipeline_latents(pipeline, request.sampler_name, request)
 
 
@@ -55,7 +53,7 @@ def expected_latents(pipeline: Any, request: Txt2Img) -> torch.Tensor:
 def test_a_job_alone_has_the_latents_of_the_diffusers_pipeline(
     pipeline: Any, models: weights.Models, name: str
 ) -> None:
-    request = replace(REQUEST, sampler_name=name, steps=5)
+    request = changed(REQUEST, sampler_name=name, steps=5)
     assert_close(drive(models.unet, [(0, latents(request, models))])[0], expected_latents(pipeline, request))
 
 
@@ -66,7 +64,7 @@ def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diff
     """Every sampler of the table is once in such a company, with guidance and without, of one row or two."""
     names = [NAMES[(first + index) % len(NAMES)] for index in range(COMPANY)]
     requests = [
-        replace(
+        changed(
             REQUEST,
             sampler_name=name,
             prompt=f"picture {index}",
@@ -84,18 +82,18 @@ def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diff
 
 def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models: weights.Models) -> None:
     for name in ("Euler a", "DPM++ SDE", "DPM++ 2M SDE", "LCM", "DPM2 a"):
-        request = replace(REQUEST, sampler_name=name, batch_size=2)
+        request = changed(REQUEST, sampler_name=name, batch_size=2)
         found = drive(models.unet, [(0, latents(request, models))])[0]
         for index in range(2):
-            alone = replace(REQUEST, sampler_name=name, seed=REQUEST.seed + index)
+            alone = changed(REQUEST, sampler_name=name, seed=REQUEST.seed + index)
             assert_close(found[index : index + 1], expected_latents(pipeline, alone))
 
 
 def test_ddim_takes_eta(pipeline: Any, models: weights.Models) -> None:
-    request = replace(REQUEST, sampler_name="DDIM", eta=0.7)
+    request = changed(REQUEST, sampler_name="DDIM", eta=0.7)
     found = drive(models.unet, [(0, latents(request, models))])[0]
     assert_close(found, pipeline_latents(pipeline, "DDIM", request))
-    assert not torch.allclose(found, expected_latents(pipeline, replace(request, eta=0.0)))
+    assert not torch.allclose(found, expected_latents(pipeline, changed(request, eta=0.0)))
 
 
 def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: weights.Models) -> None:
@@ -117,23 +115,23 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: wei
 
 
 def test_image_i_of_a_job_is_the_image_of_seed_plus_i_alone(models: weights.Models) -> None:
-    progress, together = run(replace(REQUEST, batch_size=2, n_iter=2), models)
+    progress, together = run(changed(REQUEST, batch_size=2, n_iter=2), models)
     assert progress[-1] == 16
     for index, pixels in enumerate(together):
-        alone = run(replace(REQUEST, seed=REQUEST.seed + index), models)[1][0]
+        alone = run(changed(REQUEST, seed=REQUEST.seed + index), models)[1][0]
         assert np.abs(alone.astype(int) - pixels).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["Heun", "PLMS", "DPM++ SDE"])
 def test_progress_counts_steps_where_a_sampler_needs_more_evaluations(models: weights.Models, name: str) -> None:
-    progress = run(replace(REQUEST, sampler_name=name), models)[0]
+    progress = run(changed(REQUEST, sampler_name=name), models)[0]
     assert progress == sorted(progress)
     assert progress[-1] == REQUEST.steps
 
 
 def test_without_guidance_the_negative_prompt_has_no_effect(models: weights.Models) -> None:
-    one = run(replace(REQUEST, cfg_scale=1), models)[1]
-    other = run(replace(REQUEST, cfg_scale=1, negative_prompt="something else"), models)[1]
+    one = run(changed(REQUEST, cfg_scale=1), models)[1]
+    other = run(changed(REQUEST, cfg_scale=1, negative_prompt="something else"), models)[1]
     assert np.array_equal(one, other)
 
 

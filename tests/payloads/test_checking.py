@@ -1,10 +1,13 @@
+"""Payloads: what is absent, what is wrong, what is ignored and what is refused."""
+
 import json
 import sys
 
 import pytest
 
+from payloads.reading import seed_of
 from services.common.errors import InvalidArgument
-from services.inference.payload import check_json, check_payload, seed_of
+from services.inference.payload import check_json, check_payload
 
 JOB = "7f3c0b0e-4f4e-4c6e-9d0a-0f6a1e6a2b11"
 
@@ -14,7 +17,7 @@ def check(**fields: object) -> dict[str, object]:
 
 
 def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
-    fields = check(prompt="a cat", steps=None, unknown_field=[1])
+    fields = check(prompt="a cat", steps=None, unknown_field=[1], alwayson_scripts={"mystery": {"args": [1]}})
     assert fields == {
         "prompt": "a cat",
         "negative_prompt": "",
@@ -33,6 +36,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "eta": 0.0,
         "clip_skip": 1,
         "exclusive": False,
+        "ignored": ["unknown_field", "script mystery"],
     }
 
 
@@ -74,7 +78,7 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
         ),
         ({"exclusive": "perhaps"}, 'exclusive "perhaps": input should be a valid boolean'),
         ({"scheduler": [1]}, 'scheduler [1] does not go with sampler_name "Euler"'),
-        ({"enable_hr": True}, "enable_hr true is not supported yet; leave it out"),
+        ({"enable_hr": True}, "enable_hr true: it is not supported yet; set it to false"),
         ({"steps": "many"}, 'steps "many": input should be a valid integer'),
         ({"prompt": "a\0b"}, "prompt contains a character that is no text"),
         ({"prompt": "\ud800"}, "prompt contains a character that is no text"),
@@ -148,3 +152,60 @@ def test_a_job_costs_what_its_size_steps_and_number_of_images_say() -> None:
     large = check_payload('{"steps": 10, "width": 1024}', "txt2img", JOB)
     assert (four.num_images, four.cost_seconds) == (4, pytest.approx(4 * one.cost_seconds))
     assert large.cost_seconds == pytest.approx(2 * one.cost_seconds)
+
+
+def test_the_checked_form_is_its_own_checked_form() -> None:
+    """The worker reads with the same classes what the service froze."""
+    fields = check(prompt="a cat", sampler_name="DPM++ 2M", scheduler="Automatic", unknown=1)
+    assert check_payload(json.dumps(fields), "txt2img", "another job").fields == fields
+
+
+@pytest.mark.parametrize(
+    ("scripts", "sentence"),
+    [
+        ({"reactor": {"args": ["", True]}}, 'the script "reactor" cannot be run here: it needs weights'),
+        ({"Tiled Diffusion": {"args": [True]}}, 'the script "Tiled Diffusion" cannot be run here'),
+        ({"ADetailer": {"args": [True, False, {"ad_model": "face_yolov8n.pt"}]}}, '"ADetailer" cannot be run here'),
+        ({"AnimateDiff": {"args": [{"enabled": True}]}}, '"AnimateDiff" cannot be run here: pictures are possible'),
+        ({"controlnet": {"args": [{"model": "canny [abc]", "module": "canny"}]}}, "controlnet unit 0 is enabled"),
+    ],
+)
+def test_a_script_that_cannot_be_had_is_refused_by_name_when_it_is_on(scripts: object, sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        check(alwayson_scripts=scripts)
+    assert sentence in str(refused.value)
+
+
+def test_what_is_off_changes_nothing() -> None:
+    """As the original's client sends it: everything present, most of it at its default."""
+    plain = check()
+    scripts = {
+        "reactor": {"args": ["", False]},
+        "tiled diffusion": {"args": [False, "MultiDiffusion"]},
+        "tiled vae": {"args": [False, 1536]},
+        "adetailer": {"args": [False, {"ad_model": "face_yolov8n.pt"}]},
+        "controlnet": {"args": [{"enabled": False, "model": "x"}, {"enabled": True, "model": "None"}]},
+        "refiner": {"args": [False, "", 0.8]},
+        "seed": {"args": [-1, False, -1, 0, 0, 0]},
+        "hypertile": {"args": [False]},
+        "not even a script": 3,
+    }
+    off = {"restore_faces": False, "tiling": None, "s_churn": 0, "s_tmax": 1e30, "styles": [], "script_name": None}
+    off |= {"send_images": True, "override_settings_restore_afterwards": True, "comments": {}, "enable_hr": False}
+    assert check(alwayson_scripts=scripts, override_settings={}, script_args=[], **off) == plain
+    assert plain["ignored"] == []
+
+
+def test_what_is_ignored_is_named() -> None:
+    fields = check(
+        styles=["noir"],
+        script_name="sd upscale",
+        override_settings={"samples_format": "jpg", "CLIP_stop_at_last_layers": 2},
+        alwayson_scripts={"dynamic prompts": {"args": [True]}},
+    )
+    assert fields["ignored"] == [
+        "styles",
+        "script_name",
+        "override_settings.samples_format",
+        "script dynamic prompts",
+    ]

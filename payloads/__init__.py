@@ -1,0 +1,11 @@
+"""The payloads of jobs: A1111's JSON as one typed object that checks itself, for the service and the worker alike.
+
+The service checks what a client sent and freezes the checked form; the worker reads that form with the same classes, so
+a bound stands in one place. Knows neither gRPC nor torch.
+"""
+
+from payloads.generation import Generation
+from payloads.reading import check, parse
+from payloads.txt2img import Txt2Img
+
+__all__ = ["Generation", "Txt2Img", "check", "parse"]

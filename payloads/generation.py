@@ -1,0 +1,153 @@
+"""What txt2img and img2img have in common: the fields of contract 10.4 with A1111's defaults, and their bounds.
+
+Fields that change nothing here are ignored; `ignored` names those that a client might miss. What would change the
+picture in a way that cannot be had is refused, unless it is switched off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from payloads import samplers
+from payloads.scripts import check_scripts
+from payloads.showing import shown
+
+MAX_IMAGES = 64
+_LARGEST_EXACT_INTEGER = 2**53 - 1  # payloads travel as JSON numbers
+# GPU-seconds of one step at 512x512. Only ratios between jobs matter to the queue, so any constant will do.
+_STEP_SECONDS = 0.05
+_OFF = (False, 0, "", "None", "none")
+# What would change the picture and cannot be had, and what is possible instead.
+_REFUSED = {
+    "restore_faces": "face restoration needs weights that this service does not have; set it to false",
+    "tiling": "it is not supported yet; set it to false",
+    "s_churn": "it is not supported yet; set it to 0",
+    "refiner_checkpoint": "a refiner is not supported yet; leave it out",
+    "firstpass_image": "it is deprecated in A1111 too; use img2img",
+}
+# Fields of A1111 that say how its own interface shows, stores or repeats a picture.
+_WITHOUT_EFFECT = {
+    "alwayson_scripts", "comments", "denoising_strength", "disable_extra_networks", "do_not_save_grid",
+    "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
+    "override_settings_restore_afterwards", "refiner_switch_at", "s_noise", "s_tmax", "s_tmin", "sampler_index",
+    "save_images", "scheduler", "send_images",
+}  # fmt: skip
+_SETTINGS = {"CLIP_stop_at_last_layers": "clip_skip"}
+
+
+class Generation(BaseModel):
+    """One job's request. Sizes are in pixels; those of `seed_resize_from` are used where both are > 0."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
+    subseed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
+    subseed_strength: float = Field(0.0, ge=0, le=1)
+    seed_resize_from_w: int = Field(0, ge=-1, le=4096)
+    seed_resize_from_h: int = Field(0, ge=-1, le=4096)
+    # The sampler with its schedule, such as `DPM++ 2M Karras`.
+    sampler_name: str = "Euler"
+    steps: int = Field(50, ge=1, le=150)
+    cfg_scale: float = Field(7.0, ge=0, le=30)
+    width: int = Field(512, ge=64, le=4096, multiple_of=8)
+    height: int = Field(512, ge=64, le=4096, multiple_of=8)
+    batch_size: int = Field(1, ge=1, le=8)
+    n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
+    eta: float = Field(0.0, ge=0, le=1)
+    # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
+    clip_skip: int = Field(1, ge=1, le=12)
+    # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
+    exclusive: bool = False
+    # Names of what the payload has and nothing here uses; goes into the result's `info`.
+    ignored: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name, instead in _REFUSED.items():
+            if given.get(name) not in (None, *_OFF):
+                raise ValueError(f"{name} {shown(given[name])}: {instead}")
+        ignored = _unused(given, cls) + check_scripts(given.get("alwayson_scripts"))
+        given.setdefault("ignored", ignored)
+        name = given.get("sampler_name") or given.get("sampler_index") or "Euler"
+        given["sampler_name"] = samplers.find(name, given.get("scheduler"))
+        settings = given.get("override_settings")
+        for setting, value in (settings if isinstance(settings, dict) else {}).items():
+            if setting in _SETTINGS and value is not None:
+                given[_SETTINGS[setting]] = value
+        return given
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _storable(cls, text: str, info: Any) -> str:
+        # Neither JSONB nor protobuf can carry these; JSON's escapes can.
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(
+                f"{info.field_name} contains a character that is no text (U+0000 or half of a surrogate pair)"
+            )
+        return text
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Generation:
+        if self.num_images > MAX_IMAGES:
+            raise ValueError(
+                f"batch_size {self.batch_size} times n_iter {self.n_iter} is {self.num_images} images; "
+                f"at most {MAX_IMAGES} are possible"
+            )
+        return self
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row."""
+        return self.cfg_scale > 1
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures the job makes."""
+        return self.batch_size * self.n_iter
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of each image."""
+        return self.steps
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of a denoising step, over all its rows."""
+        return self.width * self.height * self.batch_size * (2 if self.is_guided else 1)
+
+    @property
+    def cost_seconds(self) -> float:
+        """The job's estimated GPU time, up to a constant factor."""
+        return _STEP_SECONDS * self.num_steps * self.num_images * self.width * self.height / (512 * 512)
+
+    def seed_of(self, image: int) -> int:
+        """The seed of an image: those of a variation share one, and differ in their subseeds."""
+        return self.seed if self.subseed_strength else self.seed + image
+
+    def subseed_of(self, image: int) -> int:
+        """The subseed of an image."""
+        return self.subseed + image
+
+    def echo(self) -> dict[str, Any]:
+        """The request as it is shown to its owner."""
+        return self.model_dump()
+
+
+def _unused(given: dict[str, Any], cls: type[Generation]) -> list[str]:
+    """Names of fields and settings that say something and are not used."""
+    fields = [
+        name
+        for name, value in given.items()
+        if name not in cls.model_fields and name not in _WITHOUT_EFFECT and value not in (*_OFF, [], {})
+    ]
+    settings = given.get("override_settings")
+    if isinstance(settings, dict):
+        known = {name for name, value in settings.items() if name in _SETTINGS or value is None}
+        fields += [f"override_settings.{name}" for name in settings if name not in known]
+    return fields

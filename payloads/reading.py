@@ -1,0 +1,82 @@
+"""From JSON to a checked payload, and from what pydantic found wrong to sentences for the client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+from pydantic import ValidationError
+
+from payloads.generation import Generation
+from payloads.showing import shown
+from payloads.txt2img import Txt2Img
+from services.common.errors import InvalidArgument
+
+TASKS: dict[str, type[Generation]] = {"txt2img": Txt2Img}
+_SEED_RANGE = 2**32
+
+
+def parse(content: bytes | str) -> dict[str, Any]:
+    """JSON as original clients write it: `Infinity` is the largest float, `NaN` an error (contract 10.1).
+
+    Raises:
+        InvalidArgument: it is no JSON object.
+    """
+    try:
+        parsed = json.loads(content, parse_constant=_constant, parse_float=_float)
+    except RecursionError:
+        raise InvalidArgument("the payload is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidArgument(f"the payload is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise InvalidArgument("the payload is not a JSON object")
+    return parsed
+
+
+def check(task_type: str, fields: dict[str, Any], job_id: str) -> Generation:
+    """The request in a payload. Null means absent, and a seed of -1 becomes a number that only depends on the job's id.
+    The checked form, `model_dump()` of the answer, gives the same answer again.
+
+    Raises:
+        InvalidArgument: the message names each wrong field with its value and what is possible.
+    """
+    task = TASKS.get(task_type)
+    if task is None:
+        raise InvalidArgument(f"task type {task_type} is not supported yet; possible: {', '.join(TASKS)}")
+    try:
+        request = task.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidArgument("; ".join(_sentence(problem, task) for problem in error.errors())) from None
+    texts = {"seed": job_id, "subseed": f"{job_id} subseed"}
+    seeds = {name: seed_of(text) for name, text in texts.items() if getattr(request, name) == -1}
+    return request.model_copy(update=seeds)
+
+
+def seed_of(job_id: str) -> int:
+    """The random seed of a job: the same at every attempt, so that a repeated job gives the same picture."""
+    return int.from_bytes(hashlib.sha256(job_id.encode()).digest(), "big") % _SEED_RANGE
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is not a number that can be used")
+    return -sys.float_info.max if name.startswith("-") else sys.float_info.max
+
+
+def _float(digits: str) -> float:
+    return max(-sys.float_info.max, min(sys.float_info.max, float(digits)))
+
+
+def _sentence(problem: Any, task: type[Generation]) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    first, *inner = problem["loc"]
+    name, value = f"{first}{''.join(f'[{index}]' for index in inner)}", shown(problem["input"])
+    if problem["type"] in {"greater_than_equal", "less_than_equal"}:
+        rules = task.model_json_schema()["properties"][first]
+        return f"{name} {value} is out of range: {rules['minimum']} to {rules['maximum']} is possible"
+    if problem["type"] == "multiple_of":
+        return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
+    return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

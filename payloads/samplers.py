@@ -1,0 +1,95 @@
+"""The names of A1111's samplers and of the noise schedules that each can follow.
+
+gpu_worker/samplers.py makes them of diffusers' schedulers; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from payloads.showing import shown
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The noise schedules that a sampler can follow, and the one that `Automatic` means for it (A1111's
+    modules/sd_samplers_kdiffusion.py, the option `scheduler`)."""
+
+    schedules: tuple[str, ...] = ("Uniform",)
+    automatic: str = "Uniform"
+
+
+_KARRAS = ("Uniform", "Karras", "Exponential", "Beta")
+_ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
+SAMPLERS = {
+    "Euler": Sampler(_ALL),
+    "Euler a": Sampler(("Uniform", "SGM Uniform")),
+    "LMS": Sampler(_ALL),
+    "Heun": Sampler(_ALL),
+    "DPM2": Sampler(_ALL, "Karras"),
+    "DPM2 a": Sampler(_ALL, "Karras"),
+    "DPM++ 2S a": Sampler(_KARRAS, "Karras"),
+    "DPM++ 2M": Sampler(_ALL, "Karras"),
+    "DPM++ SDE": Sampler(_ALL, "Karras"),
+    "DPM++ 2M SDE": Sampler(_ALL, "Exponential"),
+    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential"),
+    "DPM++ 3M SDE": Sampler(_ALL, "Exponential"),
+    "DPM fast": Sampler(),
+    "DDIM": Sampler(),
+    "PLMS": Sampler(),
+    "UniPC": Sampler(),
+    "LCM": Sampler(),
+}
+# A1111 has these too; they choose their own number of steps, or go back in noise, which no scheduler here does.
+REFUSED = ("DPM adaptive", "Restart")
+
+
+def names() -> list[str]:
+    """All names that a checked payload may have, as A1111 1.8 labels them."""
+    return [_label(name, schedule) for name, sampler in SAMPLERS.items() for schedule in sampler.schedules]
+
+
+def find(given: Any, scheduler: Any, field: str = "sampler_name") -> str:
+    """A sampler and its schedule as one name, such as `DPM++ 2M Karras`. Without a `scheduler` a bare name means the
+    uniform schedule, as A1111 1.8 labels it; a schedule that the name ends in wins.
+
+    Raises:
+        ValueError: no such sampler, or it cannot follow that schedule; the message says what is possible.
+    """
+    name, ending = _split(given)
+    if not isinstance(name, str) or name not in SAMPLERS:
+        problem = "cannot be run here" if name in REFUSED else "is not known"
+        raise ValueError(f"{field} {shown(given)} {problem}; possible: {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[name]
+    possible = {known.lower(): known for known in sampler.schedules}
+    possible["automatic"] = sampler.automatic
+    wanted = ending or scheduler or "Uniform"
+    schedule = possible.get(wanted.lower()) if isinstance(wanted, str) else None
+    if schedule is None:
+        choice = ", ".join(("Automatic", *sampler.schedules))
+        raise ValueError(f"scheduler {shown(wanted)} does not go with {field} {shown(name)}; possible: {choice}")
+    return _label(name, schedule)
+
+
+def parts(name: str) -> tuple[str, str]:
+    """The sampler and the schedule in a checked name."""
+    sampler, schedule = _split(name)
+    return sampler, schedule or "Uniform"
+
+
+def _label(name: str, schedule: str) -> str:
+    return name if schedule == "Uniform" else f"{name} {schedule}"
+
+
+def _split(given: Any) -> tuple[Any, str]:
+    """A sampler's own name, and the schedule that a name ends in or an empty text."""
+    if not isinstance(given, str):
+        return given, ""
+    samplers = {known.lower(): known for known in (*SAMPLERS, *REFUSED)}
+    name = given.strip().lower()
+    for schedule in (*_ALL, "Automatic"):
+        stem = name.removesuffix(f" {schedule.lower()}")
+        if stem in samplers and stem != name:
+            return samplers[stem], schedule
+    return samplers.get(name, given), ""

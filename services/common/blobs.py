@@ -7,9 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import boto3
 import structlog
+from botocore.auth import S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -51,7 +54,12 @@ class Blobs:
     def __init__(self, settings: BlobSettings) -> None:
         self.bucket = settings.bucket
         self._client = _client(settings, settings.endpoint_url)
-        self._signer = _client(settings, settings.public_url or settings.endpoint_url)
+        # Presigning through the client looks up endpoints and checks arguments for three times as long as it signs.
+        signer = _client(settings, settings.public_url or settings.endpoint_url)
+        probe: str = signer.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "-"})
+        self._public_url = probe.partition("/-?")[0]
+        self._credentials = _session(settings).get_credentials()
+        self._region = settings.region
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="blobs")
 
     def url(self, key: str) -> str:
@@ -60,15 +68,15 @@ class Blobs:
 
     def presign_get(self, key: str, seconds: int = HOUR) -> str:
         """A URL that reads the object."""
-        return self._presign("get_object", {"Key": key}, seconds)
+        return self._presign("GET", key, seconds)
 
     def presign_put(self, key: str, seconds: int = HOUR) -> str:
         """A URL that writes the object, with whatever headers the client sends."""
-        return self._presign("put_object", {"Key": key}, seconds)
+        return self._presign("PUT", key, seconds)
 
     def presign_part(self, key: str, upload_id: str, part_number: int, seconds: int = DAY) -> str:
         """A URL that writes one part of a multipart upload."""
-        return self._presign("upload_part", {"Key": key, "UploadId": upload_id, "PartNumber": part_number}, seconds)
+        return self._presign("PUT", key, seconds, partNumber=str(part_number), uploadId=upload_id)
 
     async def head(self, key: str) -> Blob:
         """Size and ETag of an object.
@@ -199,11 +207,10 @@ class Blobs:
         except BlobNotFound:
             return
 
-    def _presign(self, operation: str, names: dict[str, Any], seconds: int) -> str:
-        url: str = self._signer.generate_presigned_url(
-            operation, Params={"Bucket": self.bucket, **names}, ExpiresIn=seconds
-        )
-        return url
+    def _presign(self, method: str, key: str, seconds: int, **query: str) -> str:
+        request = AWSRequest(method, f"{self._public_url}/{quote(key, safe='/~')}", params=query)
+        S3SigV4QueryAuth(self._credentials, "s3", self._region, expires=seconds).add_auth(request)
+        return str(request.url)
 
     def _find(self, prefix: str, **bucket: str) -> list[Blob]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Prefix=prefix, **bucket)
@@ -223,13 +230,15 @@ class Blobs:
             raise Unavailable("the object store does not answer at present") from error
 
 
+def _session(settings: BlobSettings) -> boto3.Session:
+    secret = read_secret(settings.secret_key_file) if settings.secret_key_file else None
+    return boto3.Session(settings.access_key, secret, region_name=settings.region)
+
+
 def _client(settings: BlobSettings, endpoint_url: str | None) -> Any:
-    return boto3.client(
+    return _session(settings).client(
         "s3",
         endpoint_url=endpoint_url,
-        region_name=settings.region,
-        aws_access_key_id=settings.access_key,
-        aws_secret_access_key=read_secret(settings.secret_key_file) if settings.secret_key_file else None,
         config=Config(
             signature_version="s3v4",
             s3={"addressing_style": "path" if endpoint_url else "auto"},

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import grpc
 import structlog
+from google.api import annotations_pb2
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
@@ -125,6 +126,7 @@ class _Rules:
         self.absence = _ABSENCES[extensions[options.without_username]]
         self.enforced_by_servicer: bool = extensions[options.enforced_by_servicer]
         self.reply: options.Reply = extensions[options.reply]
+        self.is_rest = method.GetOptions().HasExtension(annotations_pb2.http)
 
     def admit(self, caller: Caller) -> None:
         """Refuses a caller whom the RPC is not for."""
@@ -208,7 +210,8 @@ class _Call:
                 caller = self._begin(request)
                 reply = begin_reply()
                 response = await behaviour(request, context)
-                await context.send_initial_metadata(self._rules.metadata(response, caller, reply))
+                if self._rules.is_rest:  # sending it apart from the response has a price
+                    await context.send_initial_metadata(self._rules.metadata(response, caller, reply))
             except Exception as error:  # every failure becomes a status here
                 await self._fail(error, context)
             log.debug("rpc", method=self._name, milliseconds=round(1000 * (time.monotonic() - self._began), 1))

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, delete, func, select, tuple_, update
+from sqlalchemy import Select, bindparam, delete, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
@@ -19,6 +19,9 @@ from services.common.database import Database, notify
 from services.inference.claim import CLAIM, QUEUE_CLOCK, QUEUED, UNDER_WAY, of_stream
 from services.inference.rows import Job, RetiredEndpoint, UserClock, Worker
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
+
+# What clients poll.
+_BY_ID = select(Job.__table__).where(col(Job.id) == bindparam("id"))  # type: ignore[attr-defined]
 
 
 class JobStore:
@@ -38,8 +41,8 @@ class JobStore:
 
     async def get(self, job_id: UUID) -> Job | None:
         """The job, if there is one."""
-        async with self._database.reading() as session:  # this is what clients poll
-            return await session.get(Job, job_id)
+        rows = await self._database.fetch(_BY_ID, id=job_id)
+        return Job(**rows[0]) if rows else None
 
     async def page(
         self, task_type: str, owners: list[str] | None, limit: int, after: tuple[datetime, UUID] | None

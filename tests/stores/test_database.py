@@ -1,0 +1,57 @@
+"""What all services expect of their database connections."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+from sqlalchemy import Integer, bindparam, select, text
+
+from services.common.database import Database
+from services.common.errors import Unavailable
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    opened = Database(database_url)
+    yield opened
+    await opened.dispose()
+
+
+async def _disconnect_everybody(database_url: str) -> None:
+    plain = database_url.replace("+psycopg", "")
+    others = (
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> %s"
+    )
+    async with await psycopg.AsyncConnection.connect(plain, autocommit=True) as connection:
+        cursor = await connection.execute(others, [connection.info.backend_pid])
+        assert all(ended for (ended,) in await cursor.fetchall())
+
+
+_NUMBER = select(bindparam("number", type_=Integer).label("number"))
+
+
+async def test_connections_that_the_server_has_closed_are_replaced_before_their_next_use(
+    database: Database, database_url: str
+) -> None:
+    for _ in range(2):
+        assert await database.fetch(_NUMBER, number=7) == [{"number": 7}]
+        async with database.transaction() as session:
+            assert await session.scalar(text("SELECT 8")) == 8
+        await _disconnect_everybody(database_url)
+
+
+async def test_many_read_at_once(database: Database) -> None:
+    async def read(number: int) -> int:
+        return int((await database.fetch(_NUMBER, number=number))[0]["number"])
+
+    assert await asyncio.gather(*(read(number) for number in range(50))) == list(range(50))
+
+
+async def test_a_database_that_is_away_is_said_to_be_unavailable() -> None:
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(Unavailable):
+        await database.fetch(_NUMBER, number=1)
+    with pytest.raises(Unavailable):
+        async with database.transaction() as session:
+            await session.scalar(text("SELECT 1"))

@@ -14,13 +14,20 @@ from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.server import Server
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.inference.background import Background
+from services.inference.cleaning import Cleaner
 from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
+from services.inference.lease_store import LeaseStore
+from services.inference.leftover_store import LeftoverStore
 from services.inference.peers import Peers
+from services.inference.pool_store import PoolStore
 from services.inference.queue import Limits, Queue
+from services.inference.rehoming import Rehoming
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
+from services.inference.views import Views
 
 
 class InferenceSettings(ServiceSettings):
@@ -42,20 +49,24 @@ async def main() -> None:
         models=channel(settings.models_address, tokens),
         identity=channel(settings.identity_address, tokens),
     )
-    signals, store, blobs = Signals(), JobStore(database), Blobs(load(BlobSettings))
+    signals, background, blobs = Signals(), Background(), Blobs(load(BlobSettings))
+    pools, leftovers = PoolStore(database), LeftoverStore(database)
     limits = Limits(
         lease_seconds=settings.lease_seconds,
         renew_seconds=settings.lease_seconds / 6,
         grace_seconds=settings.grace_seconds,
     )
-    queue = Queue(store, blobs, peers, signals, limits)
-    inference = Inference(store, blobs, peers, signals, queue.in_background)
+    rehoming, cleaner = Rehoming(pools, peers), Cleaner(leftovers, blobs, limits.renew_seconds)
+    queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
+    inference = Inference(JobStore(database), blobs, peers, signals, cleaner)
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file, audience="inference"))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(inference), server.grpc)
-    inference_pb2_grpc.add_QueueServiceServicer_to_server(QueueServicer(queue, signals, server.stopping), server.grpc)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(inference, Views(blobs)), server.grpc)
+    workers = QueueServicer(queue, pools, rehoming, signals, server.stopping)
+    inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
     chores = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
         asyncio.create_task(queue.run()),
+        asyncio.create_task(cleaner.run()),
     ]
     # A chore that dies takes the service with it, which its supervisor starts again.
     for chore in chores:
@@ -64,7 +75,7 @@ async def main() -> None:
     for chore in chores:
         chore.cancel()
     ended = await asyncio.gather(*chores, return_exceptions=True)
-    await queue.stop()
+    await background.stop()
     await database.dispose()
     for failure in ended:
         if isinstance(failure, Exception):

@@ -15,7 +15,10 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
-from services.inference.queue import Assignment, Queue, Results, WorkerStream, parse_lease
+from services.inference.pool_store import PoolStore
+from services.inference.queue import Assignment, Queue, WorkerStream, parse_lease
+from services.inference.rehoming import Rehoming
+from services.inference.results import ResultObject, Results
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, Signals, wait
 
 log = structlog.get_logger()
@@ -28,8 +31,12 @@ _RECONNECT = "the service is stopping; connect again"
 class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
     """Speaks to workers and to the endpoints service. `stopping` ends the streams, so that callers go elsewhere."""
 
-    def __init__(self, queue: Queue, signals: Signals, stopping: asyncio.Event) -> None:
+    def __init__(
+        self, queue: Queue, pools: PoolStore, rehoming: Rehoming, signals: Signals, stopping: asyncio.Event
+    ) -> None:
         self._queue = queue
+        self._pools = pools
+        self._rehoming = rehoming
         self._signals = signals
         self._stopping = stopping
 
@@ -54,7 +61,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         tell_by = loop.time()
         with self._signals.subscribed((POOLS_CHANGED, ""), (JOBS_QUEUED, ""), (JOB_ENDED, "")) as changed:
             while not self._stopping.is_set():
-                state = _pools(await self._queue.pools())
+                state = _pools(await self._pools.pools())
                 if state != told or loop.time() >= tell_by:
                     yield state
                     told, tell_by = state, loop.time() + _POOLS_AT_LEAST_SECONDS
@@ -65,7 +72,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
     async def RetireEndpoint(
         self, request: pb.RetireEndpointRequest, context: grpc.aio.ServicerContext
     ) -> pb.RetireEndpointResponse:
-        moved, failed = await self._queue.retire(UUID(request.endpoint_id), request.reason)
+        moved, failed = await self._rehoming.retire(UUID(request.endpoint_id), request.reason)
         return pb.RetireEndpointResponse(num_moved=moved, num_failed=failed)
 
 
@@ -151,6 +158,10 @@ class _WorkSession:
             case "done":
                 recorded = await self._queue.succeed(stream, lease_id, _results(leased.event.done))
                 self._end(lease_id, recorded)
+            case "failed" if leased.event.failed.cancelled:
+                # Nobody told the worker to, or the lease would be lost by now: it stops, and the job goes to others.
+                await self._queue.give_back(stream, lease_id)
+                self._end(lease_id, recorded=True)
             case "failed":
                 recorded = await self._queue.fail(stream, lease_id, leased.event.failed.reason)
                 self._end(lease_id, recorded)
@@ -167,7 +178,10 @@ class _WorkSession:
                 for assignment in assignments:
                     self._leases.add(assignment.lease_id)
                     self._send(assign=_assign(assignment))
-            await wait(wake, self._queue.limits.sweep_seconds)
+            contended = self._num_wanted > 0 and await self._queue.is_contended(stream)
+            # Nothing tells when another transaction lets go of a job without taking it, so that is tried again soon.
+            limits = self._queue.limits
+            await wait(wake, limits.contended_seconds if contended else limits.sweep_seconds)
 
     async def _renew(self, stream: WorkerStream) -> None:
         while True:
@@ -220,10 +234,14 @@ def _endpoint_of_token() -> UUID:
         raise PermissionDenied(f"the token is for {name!r}, which is no endpoint") from None
 
 
+def _result_object(told: worker_pb2.ResultObject) -> ResultObject:
+    return ResultObject(told.name, told.size_bytes, told.sha256)
+
+
 def _results(done: worker_pb2.JobDone) -> Results:
     return Results(
-        images=[(image.name, image.size_bytes) for image in done.images],
-        param=(done.param.name, done.param.size_bytes),
+        images=[_result_object(image) for image in done.images],
+        param=_result_object(done.param),
         timings={
             "fetch_seconds": done.timings.fetch_seconds,
             "load_seconds": done.timings.load_seconds,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,43 +11,18 @@ from uuid import UUID, uuid4
 from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
-from services.common.times import time_text
+from services.inference.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
+from services.inference.cleaning import Cleaner
 from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
-from services.inference.peers import Endpoint, Model, Peers
+from services.inference.peers import Peers
 from services.inference.rows import ASYNC, REAL_TIME, Job, now
 from services.inference.signals import JOB_ENDED, Signals, wait
 from services.inference.store import JobStore
 
-SIMPLE_TASKS = ["txt2img", "img2img"]
-EXTRA_TASKS = ["extra-single-image", "extra-batch-images", "rembg"]
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _SWEEP_SECONDS = 7.0
-# The order in which a worker loads (contract 10.2); JSON objects arrive in none.
-_MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE"]
-_PSEUDO_VAES = ("Automatic", "None")
-
-
-@dataclass(frozen=True)
-class User:
-    """Who asks. An anonymous one is the WebUI client that names nobody (contract 0.15)."""
-
-    name: str
-    roles: list[str]
-    sees_everything: bool
-    is_anonymous: bool = False
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A job as asked for. `models` maps checkpoint types to lists of file names."""
-
-    task_type: str
-    inference_type: str
-    models: dict[str, Any]
-    payload_string: str | None
-    endpoint_name: str
 
 
 class Inference:
@@ -61,13 +34,14 @@ class Inference:
         blobs: Blobs,
         peers: Peers,
         signals: Signals,
-        in_background: Callable[[Any], None],
+        cleaner: Cleaner,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._peers = peers
         self._signals = signals
-        self._in_background = in_background
+        self._cleaner = cleaner
+        self._choices = Choices(peers)
 
     async def check_payload_string(self, payload_string: str) -> None:
         """Refuses what is no JSON, before anything else is looked at.
@@ -87,8 +61,8 @@ class Inference:
         submit_time = now()
         if draft.task_type not in SIMPLE_TASKS + EXTRA_TASKS:
             raise InvalidArgument(f"task type {draft.task_type} should be in {EXTRA_TASKS} or {SIMPLE_TASKS}")
-        endpoint = await self._choose_endpoint(draft, user)
-        models = await self._find_models(draft.models, user) if draft.task_type in SIMPLE_TASKS else []
+        endpoint = await self._choices.choose_endpoint(draft, user)
+        models = await self._choices.find_models(draft.models, user) if draft.task_type in SIMPLE_TASKS else []
         job = Job(
             id=uuid4(),
             owner=user.name,
@@ -135,14 +109,11 @@ class Inference:
             raise FailedPrecondition(f"inference {job.id} is under way already")
         content = job.payload_string if job.payload_string is not None else await self._fetch_payload(job)
         frozen = await self._freeze(job, content, submit_time)
-        old_results = job.result_prefix if job.result_lease else None
 
         async def queue() -> Job:
             queued = await self._store.queue(job.id, **frozen)
             if queued is None:
                 raise InvalidArgument(f"InferenceJobId {job_id} not found")
-            if old_results is not None:
-                self._in_background(self._remove(old_results))
             return queued
 
         return await self._run(job, queue)
@@ -158,6 +129,20 @@ class Inference:
             raise NotFound(f"inference with id {job_id} not found")
         if not user.is_anonymous:
             _check_owner(job, user)
+        return job
+
+    async def cancel_job(self, job_id: str, user: User) -> Job:
+        """Ends a job that has not ended: one that waits at once, one that runs within a step of its worker.
+
+        Raises:
+            NotFound, PermissionDenied. FailedPrecondition: it has ended already, other than by being cancelled.
+        """
+        job = await self._find(job_id)
+        if job is not None:
+            _check_owner(job, user)
+            job = await self._store.cancel(job.id, f"the job was cancelled by {user.name}")
+        if job is None:
+            raise NotFound(f"inference with id {job_id} not found")
         return job
 
     async def list_jobs(
@@ -189,80 +174,14 @@ class Inference:
             if job is not None and not user.is_anonymous:
                 _check_owner(job, user)
         known = [parsed for job_id in job_ids if (parsed := _parse_id(job_id)) is not None]
-        jobs = await self._store.cancel(known, "the job was deleted by its owner")
-        for job in jobs:
-            await self._blobs.delete_prefix(f"out/{job.id}/")
-            await self._blobs.delete_prefix(f"frozen/{job.id}/")
-            for key in (job.input_key, job.output_key):
-                if key is not None:
-                    await self._blobs.delete(key)
-        await self._store.remove([job.id for job in jobs])
-
-    # --- what is shown of a job ---
-
-    def input_location(self, job: Job) -> str:
-        """Where the payload is or will be, `s3://…`."""
-        return self._blobs.url(job.input_key)
-
-    def output_location(self, job: Job) -> str | None:
-        """Where the raw answer of an Async job is or will be, `s3://…`."""
-        return self._blobs.url(job.output_key) if job.output_key else None
-
-    def params(self, job: Job) -> dict[str, Any]:
-        """The `params` of contract 6.1; `timings` of a finished job are our own."""
-        used_models: dict[str, list[dict[str, str]]] = {}
-        for model in (Model(**row) for row in job.models):
-            used = {"id": model.id, "model_name": model.name, "s3": model.s3_location, "type": model.type}
-            used_models.setdefault(model.type, []).append(used)
-        params = {
-            "input_body_s3": self.input_location(job),
-            "input_body_presign_url": job.input_url,
-            "sagemaker_inference_endpoint_id": str(job.endpoint_id),
-            "sagemaker_inference_endpoint_name": job.endpoint_name,
-            "sagemaker_inference_instance_type": job.instance_type,
-            "used_models": used_models if job.task_type in SIMPLE_TASKS else None,
-            "output_path": self.output_location(job),
-            "timings": _timings(job) if job.is_ended else None,
-        }
-        return {name: value for name, value in params.items() if value is not None}
-
-    def result_urls(self, job: Job) -> tuple[list[str], list[str]]:
-        """Fresh GET URLs of the images and of the result's description, valid for an hour."""
-        images = [self._blobs.presign_get(job.result_prefix + name) for name in job.image_names or []]
-        return images, [self._blobs.presign_get(job.result_prefix + job.param_name)]
+        for job in await self._store.delete(known):
+            await self._cleaner.remove(job.prefixes)
 
     # --- inside ---
 
     async def _find(self, job_id: str) -> Job | None:
         parsed = _parse_id(job_id)
         return None if parsed is None else await self._store.get(parsed)
-
-    async def _choose_endpoint(self, draft: Draft, user: User) -> Endpoint:
-        found = await self._peers.find_endpoints(draft.inference_type, user.name, user.roles, draft.endpoint_name)
-        if draft.endpoint_name:
-            if not found:
-                raise InvalidArgument(f"sagemaker endpoint with name {draft.endpoint_name} is not found")
-            if found[0].status != "InService":
-                raise FailedPrecondition(f"sagemaker endpoint is not ready with status: {found[0].status}")
-        if draft.inference_type not in {ASYNC, REAL_TIME} or not found:
-            raise FailedPrecondition(f'no available {draft.inference_type} endpoints for user "{user.name}"')
-        return random.choice(found)  # noqa: S311 - load, not secrets
-
-    async def _find_models(self, models: dict[str, Any], user: User) -> list[Model]:
-        names = []
-        for kind, files in sorted(models.items(), key=_loading_order):
-            if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-                raise InvalidArgument(f"models: {kind} is not a list of file names")
-            names += [(kind, name) for name in files]
-        real = [(kind, name) for kind, name in names if kind != "VAE" or name not in _PSEUDO_VAES]
-        found: list[Model] = []
-        if real:
-            found, missing = await self._peers.resolve_checkpoints(real, user.name, user.roles, user.sees_everything)
-            if missing:
-                texts = (f"checkpoint with name {name}, type {kind} is not found" for kind, name in missing)
-                raise InvalidArgument(" ".join(texts))
-        resolved = {(model.type, model.name): model for model in found}
-        return [resolved.get((kind, name)) or _pseudo_vae(name) for kind, name in names]
 
     async def _fetch_payload(self, job: Job) -> bytes:
         try:
@@ -314,9 +233,6 @@ class Inference:
             raise FailedPrecondition(current.failure)
         return current
 
-    async def _remove(self, prefix: str) -> None:
-        await self._blobs.delete_prefix(prefix)
-
 
 async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> Any:
     """Runs a check of a small text here, of a large one in a thread."""
@@ -326,26 +242,6 @@ async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> An
 def _check_owner(job: Job, user: User) -> None:
     if job.owner != user.name and not user.sees_everything:
         raise PermissionDenied(f"inference {job.id} belongs to another user than {user.name}")
-
-
-def _loading_order(item: tuple[str, Any]) -> tuple[int, str]:
-    kind = item[0]
-    return _MODEL_TYPES.index(kind) if kind in _MODEL_TYPES else len(_MODEL_TYPES), kind
-
-
-def _pseudo_vae(name: str) -> Model:
-    """The VAE that is part of the base checkpoint, as the original prints it (`s3` is the text None)."""
-    return Model(type="VAE", name=name, id="VAE", all_names=[name], s3_location="None")
-
-
-def _timings(job: Job) -> dict[str, Any]:
-    times = {
-        "submit_time": job.submit_time,
-        "claim_time": job.claim_time,
-        "start_time": job.start_time,
-        "complete_time": job.complete_time,
-    }
-    return {name: time_text(time) for name, time in times.items() if time is not None} | (job.timings or {})
 
 
 def _parse_id(job_id: str) -> UUID | None:

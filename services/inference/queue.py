@@ -1,28 +1,29 @@
-"""The workers' side of the jobs: leases, results that count once, jobs whose worker or endpoint went away."""
+"""The workers' side of the jobs: leases, results that count once, jobs whose worker went away."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
 
-from services.common.blobs import DAY, BlobNotFound, Blobs
-from services.common.errors import EsdError, InvalidArgument, Unavailable
-from services.inference.peers import Endpoint, Model, Peers
-from services.inference.rows import ASYNC, Job, Worker, now
+from services.common.blobs import Blobs
+from services.common.errors import InvalidArgument, Unavailable
+from services.inference.background import Background
+from services.inference.lease_store import LeaseStore
+from services.inference.leftover_store import LeftoverStore
+from services.inference.peers import Model
+from services.inference.rehoming import Rehoming
+from services.inference.results import Results, find_problem
+from services.inference.rows import ASYNC, WRITABLE_SECONDS, Job, Worker, now
 from services.inference.signals import Signals
-from services.inference.store import JobStore
 
 log = structlog.get_logger()
 
-_URL_SECONDS = DAY  # a worker may wait with a job, and works at it for long
+_URL_SECONDS = WRITABLE_SECONDS  # a worker may wait with a job, and works at it for long
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Limits:
     renew_seconds: float = 5.0
     grace_seconds: float = 5.0  # for a worker whose stream broke to come back
     sweep_seconds: float = 7.0  # the safety net under every notification
+    contended_seconds: float = 0.1  # until a claim that met only locked rows tries again
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,26 @@ class Assignment:
     param_upload: tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Results:
-    """What a worker says that it has uploaded: (name, size in bytes) each, and where the job's time went."""
-
-    images: list[tuple[str, int]]
-    param: tuple[str, int]
-    timings: dict[str, float]
-
-
 class Queue:
     """Hands jobs to workers and takes their results."""
 
-    def __init__(self, store: JobStore, blobs: Blobs, peers: Peers, signals: Signals, limits: Limits) -> None:
+    def __init__(
+        self,
+        store: LeaseStore,
+        blobs: Blobs,
+        rehoming: Rehoming,
+        leftovers: LeftoverStore,
+        signals: Signals,
+        background: Background,
+        limits: Limits,
+    ) -> None:
         self.limits = limits
         self._store = store
         self._blobs = blobs
-        self._peers = peers
+        self._rehoming = rehoming
+        self._leftovers = leftovers
         self._signals = signals
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = background
 
     # --- a worker's stream ---
 
@@ -104,6 +107,10 @@ class Queue:
         jobs = await self._store.claim(stream.endpoint_id, stream.worker_id, stream.stream_id, num_jobs, warm_models)
         return [self._assignment(job) for job in jobs]
 
+    async def is_contended(self, stream: WorkerStream) -> bool:
+        """Whether a claim came back empty only because other transactions had the jobs locked."""
+        return await self._store.has_queued(stream.endpoint_id)
+
     async def renew(self, stream: WorkerStream) -> bool:
         """Keeps the worker's leases alive; False when the stream does not speak for the worker any more."""
         return await self._store.renew(stream.endpoint_id, stream.worker_id, stream.stream_id)
@@ -125,7 +132,7 @@ class Queue:
                 await asyncio.sleep(self.limits.grace_seconds)
             await self.leave(stream)
 
-        self.in_background(take_back())
+        self._background.run(take_back())
 
     # --- a job's events ---
 
@@ -141,16 +148,16 @@ class Queue:
         """
         job = await self._store.find_by_lease(lease_id)
         if job is None:
-            self.in_background(self._remove_lost(lease_id, results.param[0]))
+            self._background.run(self._remove_lost(lease_id, results.param.name))
         if job is None or job.endpoint_id != stream.endpoint_id:
             return False
         if job.result_lease == lease_id:
             return True
         began = now()
-        if problem := await self._problem(job, lease_id, results):
+        if problem := await find_problem(self._blobs, job, lease_id, results):
             return await self.fail(stream, lease_id, problem)
         timings = {**results.timings, "check_seconds": (now() - began).total_seconds()}
-        names = [name for name, _ in results.images]
+        names = [image.name for image in results.images]
         ended = await self._store.succeed(stream.endpoint_id, lease_id, names, timings)
         if ended is not None:
             self._follow_up(ended)
@@ -158,7 +165,7 @@ class Queue:
         again = await self._store.find_by_lease(lease_id)
         if again is not None and again.result_lease == lease_id:
             return True  # the worker told twice at once, and the other telling was recorded
-        self.in_background(self._remove_lost(lease_id, results.param[0]))
+        self._background.run(self._remove_lost(lease_id, results.param.name))
         return False
 
     async def fail(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
@@ -166,30 +173,11 @@ class Queue:
         job = await self._store.fail(stream.endpoint_id, lease_id, reason or "the worker gave no reason")
         if job is not None:
             log.info("job failed", job=str(job.id), reason=job.failure)
-            self.in_background(self._remove(job.lease_prefix(lease_id)))
         return job is not None
 
-    # --- pools ---
-
-    async def pools(self) -> dict[UUID, tuple[list[str], int, int]]:
-        """Of each endpoint with workers or jobs under way: the workers' ids, how many jobs wait, how many are held."""
-        return await self._store.pools()
-
-    async def retire(self, endpoint_id: UUID, reason: str) -> tuple[int, int]:
-        """Moves the queued jobs of an endpoint elsewhere or fails them; answers how many each.
-
-        Jobs that come back to this queue later, from a worker that stops, go the same way at the next sweep.
-        """
-        await self._store.retire(endpoint_id, reason)
-        moved = failed = 0
-        while stranded := await self._store.stranded(endpoint_id):
-            homes = _Homes(self._peers)
-            for job, why in stranded:
-                if await self._rehome(job, why, homes, revivable=False):
-                    moved += 1
-                else:
-                    failed += 1
-        return moved, failed
+    async def give_back(self, stream: WorkerStream, lease_id: UUID) -> bool:
+        """The worker stops with a job that nobody told it to stop: others may have it. False when the lease is lost."""
+        return await self._store.give_back(stream.endpoint_id, lease_id)
 
     # --- the background ---
 
@@ -203,37 +191,10 @@ class Queue:
                 # Nobody could renew while the database was away, so everybody gets a lease's time first.
                 if clock() > max(quiet_until, self._signals.connected_at + self.limits.lease_seconds):
                     await self._store.reap(self.limits.lease_seconds)
-                await self._rehome_stranded()
+                await self._rehoming.sweep()
             except Unavailable as error:
                 quiet_until = clock() + self.limits.lease_seconds
                 log.warning("the queue's sweep waits", reason=str(error))
-
-    async def _rehome_stranded(self) -> None:
-        homes = _Homes(self._peers)
-        for job, why in await self._store.stranded():
-            try:
-                await self._rehome(job, why, homes, revivable=True)
-            except EsdError as error:  # one job's trouble is not the others'; the next sweep tries again
-                log.warning("a stranded job waits", job=str(job.id), reason=str(error))
-
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs a chore whose failure concerns nobody but the log."""
-
-        async def run() -> None:
-            try:
-                await work
-            except EsdError as error:
-                log.warning("chore failed", reason=str(error))
-
-        task = asyncio.create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def stop(self) -> None:
-        """Ends the chores under way."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _assignment(self, job: Job) -> Assignment:
         lease_id = job.lease_id
@@ -251,27 +212,6 @@ class Queue:
             param_upload=(job.param_name, self._blobs.presign_put(prefix + job.param_name, _URL_SECONDS)),
         )
 
-    async def _problem(self, job: Job, lease_id: UUID, results: Results) -> str:
-        """What is wrong with the results, or nothing."""
-        expected = [f"image_{number}.png" for number in range(job.num_images)]
-        names = [name for name, _ in results.images]
-        if names != expected or results.param[0] != job.param_name:
-            return f"the worker's results are {names} with {results.param[0]}, not {expected} with {job.param_name}"
-        prefix = job.lease_prefix(lease_id)
-        checks = (self._problem_of(prefix, name, size) for name, size in [*results.images, results.param])
-        return next((problem for problem in await asyncio.gather(*checks) if problem), "")
-
-    async def _problem_of(self, prefix: str, name: str, size_bytes: int) -> str:
-        try:
-            found = await self._blobs.head(prefix + name)
-        except BlobNotFound:
-            return f"the worker's result {name} is not in the object store"
-        if found.size_bytes != size_bytes:
-            return (
-                f"the worker's result {name} has {found.size_bytes} bytes in the object store instead of {size_bytes}"
-            )
-        return ""
-
     def _follow_up(self, job: Job) -> None:
         """What is nice to have after a success, off the path that somebody waits on."""
         if job.output_key is not None and job.inference_type == ASYNC:
@@ -280,21 +220,10 @@ class Queue:
                 "image_names": job.image_names,
                 "result": self._blobs.url(job.result_prefix),
             }
-            self.in_background(self._blobs.put(job.output_key, json.dumps(answer).encode()))
-        if job.num_claims > 1:
-            self.in_background(self._remove_losers(job))
-
-    async def _remove(self, prefix: str) -> None:
-        await self._blobs.delete_prefix(prefix)
-
-    async def _remove_losers(self, job: Job) -> None:
-        """Removes what workers uploaded whose lease was lost."""
-        for blob in await self._blobs.find(f"out/{job.id}/result/"):
-            if not blob.key.startswith(job.result_prefix):
-                await self._blobs.delete(blob.key)
+            self._background.run(self._blobs.put(job.output_key, json.dumps(answer).encode()))
 
     async def _remove_lost(self, lease_id: UUID, param_name: str) -> None:
-        """Removes what was uploaded under a lease that counts for no job; the worker's words tell whose it was."""
+        """Has removed what was uploaded under a lease that counts for no job; the worker's words tell whose it was."""
         if await self._store.find_by_lease(lease_id) is not None:
             return
         stem = PurePosixPath(param_name).name.removesuffix("_param.json")
@@ -302,41 +231,7 @@ class Queue:
             job_id = UUID(stem)
         except ValueError:
             return
-        await self._remove(f"out/{job_id}/result/{lease_id}/")
-
-    async def _rehome(self, job: Job, reason: str, homes: _Homes, *, revivable: bool) -> bool:
-        """Moves a stranded job to an endpoint that its owner may use, or fails it; True when it was moved."""
-        usable = await homes.find(job.owner, job.inference_type)
-        if revivable and any(endpoint.id == job.endpoint_id for endpoint in usable):
-            await self._store.revive(job.endpoint_id)
-            return True
-        others = [endpoint for endpoint in usable if endpoint.id != job.endpoint_id]
-        if not others:
-            await self._store.fail_queued(job.id, reason or f"endpoint {job.endpoint_name} went away")
-            return False
-        new = random.choice(others)  # noqa: S311 - load, not secrets
-        await self._store.move(job.id, (new.id, new.name, new.instance_type))
-        return True
-
-
-class _Homes:
-    """The endpoints that a user's jobs of a type may run on; during one sweep each pair is asked for once."""
-
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-        self._found: dict[tuple[str, str], list[Endpoint]] = {}
-
-    async def find(self, owner: str, inference_type: str) -> list[Endpoint]:
-        """The usable endpoints.
-
-        Raises:
-            Unavailable: a service does not answer.
-        """
-        pair = (owner, inference_type)
-        if pair not in self._found:
-            roles = await self._peers.find_roles(owner) or []
-            self._found[pair] = await self._peers.find_endpoints(inference_type, owner, roles)
-        return self._found[pair]
+        await self._leftovers.add([f"out/{job_id}/result/{lease_id}/"])
 
 
 def parse_lease(text: str) -> UUID:

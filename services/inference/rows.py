@@ -18,6 +18,7 @@ from sqlmodel import Field, SQLModel
 from services.common.errors import FailedPrecondition
 
 MAX_LOST = 3
+WRITABLE_SECONDS = 24 * 3600  # so long the URLs live by which workers write; clients' end sooner
 REAL_TIME = "Real-time"
 ASYNC = "Async"
 _TIME = DateTime(timezone=True)
@@ -68,6 +69,7 @@ class Job(SQLModel, table=True):
     result_lease: UUID | None = None
     image_names: list[str] | None = Field(default=None, sa_type=_JSON)
     failure: str | None = None
+    is_cancelled: bool = False
     complete_time: datetime | None = Field(default=None, sa_type=_TIME)
     timings: dict[str, float] | None = Field(default=None, sa_type=_JSON)
 
@@ -75,6 +77,12 @@ class Job(SQLModel, table=True):
     def is_ended(self) -> bool:
         """Whether nothing more happens to the job unless it is started again."""
         return self.status in {"succeed", "failed"}
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Where all objects of the job are."""
+        folders = [f"{self.task_type}/infer_v2/{self.id}/", f"frozen/{self.id}/", f"out/{self.id}/"]
+        return folders + ([self.output_key] if self.output_key else [])
 
     @property
     def input_key(self) -> str:
@@ -129,6 +137,7 @@ class Job(SQLModel, table=True):
         self.passed_over = self.num_claims = self.num_lost = 0
         self.start_time = self.claim_time = self.complete_time = None
         self.result_lease = self.image_names = self.failure = None
+        self.is_cancelled = False
         self.timings = timings
 
     def start(self) -> None:
@@ -147,6 +156,17 @@ class Job(SQLModel, table=True):
         """queued or held → failed, with a sentence for the owner."""
         self.status, self.failure = "failed", reason
         self._end()
+
+    def cancel(self, reason: str) -> None:
+        """created, queued or held → failed, because somebody wants it so.
+
+        Raises:
+            FailedPrecondition: the job has ended already.
+        """
+        if self.is_ended:
+            raise FailedPrecondition(f"inference {self.id} has ended already: its status is {self.status}")
+        self.is_cancelled = True
+        self.fail(reason)
 
     def lose(self) -> None:
         """held → queued, because the worker was lost; the third worker lost while running it fails the job."""
@@ -192,3 +212,11 @@ class RetiredEndpoint(SQLModel, table=True):
 
     endpoint_id: UUID = Field(primary_key=True)
     reason: str
+
+
+class Leftover(SQLModel, table=True):
+    """Objects that nobody may see any more. They are removed at `due_time`, and for good at `final_time`."""
+
+    prefix: str = Field(primary_key=True)
+    due_time: datetime = Field(sa_type=_TIME)
+    final_time: datetime = Field(sa_type=_TIME)

@@ -13,15 +13,18 @@ from esd.inference.v1 import inference_pb2_grpc
 from services.common.auth import current_caller, enforce
 from services.common.status import set_reply
 from services.common.times import time_text
-from services.inference.domain import SIMPLE_TASKS, Draft, Inference, User
+from services.inference.choices import SIMPLE_TASKS, Draft, User
+from services.inference.domain import Inference
 from services.inference.rows import REAL_TIME, Job
+from services.inference.views import Views
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Parses, calls the domain, replies."""
 
-    def __init__(self, inference: Inference) -> None:
+    def __init__(self, inference: Inference, views: Views) -> None:
         self._inference = inference
+        self._views = views
 
     async def CreateInferenceJob(
         self, request: pb.CreateInferenceJobRequest, context: grpc.aio.ServicerContext
@@ -54,6 +57,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         job = await self._inference.get_job(request.job_id, _user())
         return pb.GetInferenceJobResponse(data=self._detail(job))
 
+    async def CancelInferenceJob(
+        self, request: pb.CancelInferenceJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelInferenceJobResponse:
+        job = await self._inference.cancel_job(request.job_id, _user())
+        return pb.CancelInferenceJobResponse(data=self._detail(job))
+
     async def ListInferenceJobs(
         self, request: pb.ListInferenceJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListInferenceJobsResponse:
@@ -76,7 +85,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         receipt = pb.JobReceipt(
             id=str(job.id),
             type=job.task_type,
-            api_params_s3_location=self._inference.input_location(job),
+            api_params_s3_location=self._views.input_location(job),
             api_params_s3_upload_url=job.input_url,
         )
         if job.task_type in SIMPLE_TASKS:
@@ -94,7 +103,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             inference_id=str(job.id),
             status=job.status,
             endpoint_name=job.endpoint_name,
-            output_path=self._inference.output_location(job),
+            output_path=self._views.output_location(job),
         )
         return {"inference": receipt}
 
@@ -103,7 +112,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         set_fields: dict[str, Any] = {
             name: _value(value) for name, value in self._nullable(job).items() if value is not None
         }
-        images, outputs = self._inference.result_urls(job)
+        images, outputs = self._views.result_urls(job)
         return pb.InferenceJob(
             **_always(job), **set_fields, img_presigned_urls=_list(images), output_presigned_urls=_list(outputs)
         )
@@ -122,7 +131,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             "inference_info_name": f"/tmp/{job.param_name}" if succeeded else None,  # noqa: S108 - an opaque name
             "sagemaker_raw": job.failure,
             "payload_string": job.payload_string,
-            "params": self._inference.params(job),
+            "params": self._views.params(job),
         }
 
 

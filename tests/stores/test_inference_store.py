@@ -12,6 +12,9 @@ from sqlalchemy.exc import IntegrityError
 from services.common.database import Database
 from services.common.errors import FailedPrecondition
 from services.inference.claim import CLAIM, MAX_PASSED_OVER
+from services.inference.lease_store import LeaseStore
+from services.inference.leftover_store import LeftoverStore
+from services.inference.pool_store import PoolStore
 from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Worker, now
 from services.inference.store import JobStore
 
@@ -21,6 +24,8 @@ class Pool:
     """One endpoint, its jobs and its workers."""
 
     store: JobStore
+    leases: LeaseStore
+    pools: PoolStore
     database: Database
     endpoint_id: UUID = field(default_factory=uuid4)
     streams: dict[str, UUID] = field(default_factory=dict)
@@ -58,10 +63,10 @@ class Pool:
             version="0",
             last_seen=now(),
         )
-        return await self.store.welcome(worker, held or [])
+        return await self.leases.welcome(worker, held or [])
 
     async def claim(self, worker_id: str = "w", num_jobs: int = 1, warm: list[str] | None = None) -> list[Job]:
-        return await self.store.claim(self.endpoint_id, worker_id, self.streams[worker_id], num_jobs, warm or [])
+        return await self.leases.claim(self.endpoint_id, worker_id, self.streams[worker_id], num_jobs, warm or [])
 
     async def claim_one(self, worker_id: str = "w", warm: list[str] | None = None) -> Job:
         (job,) = await self.claim(worker_id, 1, warm)
@@ -73,14 +78,14 @@ class Pool:
         return job
 
     async def leave(self, worker_id: str = "w") -> int:
-        return await self.store.leave(self.endpoint_id, worker_id, self.streams[worker_id])
+        return await self.leases.leave(self.endpoint_id, worker_id, self.streams[worker_id])
 
 
 @pytest.fixture
 async def pool(database_url: str) -> AsyncIterator[Pool]:
     database = Database(database_url)
     await database.migrate("inference")
-    pool = Pool(JobStore(database), database)
+    pool = Pool(JobStore(database), LeaseStore(database), PoolStore(database), database)
     await pool.welcome()
     yield pool
     await database.dispose()
@@ -174,9 +179,9 @@ async def test_a_stream_that_was_superseded_claims_nothing(pool: Pool) -> None:
     await pool.add()
     old = pool.streams["w"]
     await pool.welcome()
-    assert await pool.store.claim(pool.endpoint_id, "w", old, 1, []) == []
-    assert await pool.store.renew(pool.endpoint_id, "w", old) is False
-    assert await pool.store.renew(pool.endpoint_id, "w", pool.streams["w"]) is True
+    assert await pool.leases.claim(pool.endpoint_id, "w", old, 1, []) == []
+    assert await pool.leases.renew(pool.endpoint_id, "w", old) is False
+    assert await pool.leases.renew(pool.endpoint_id, "w", pool.streams["w"]) is True
     assert len(await pool.claim()) == 1
 
 
@@ -186,13 +191,13 @@ async def test_a_result_counts_only_under_the_current_lease(pool: Pool) -> None:
     await pool.leave()
     await pool.welcome("v")
     new = lease(await pool.claim_one("v"))
-    assert await pool.store.succeed(pool.endpoint_id, old, ["image_0.png"], {}) is None
-    assert await pool.store.fail(pool.endpoint_id, old, "late") is None
-    assert await pool.store.start(pool.endpoint_id, old) is False
-    assert await pool.store.succeed(uuid4(), new, ["image_0.png"], {}) is None
-    ended = await pool.store.succeed(pool.endpoint_id, new, ["image_0.png"], {"pipeline_seconds": 1.0})
+    assert await pool.leases.succeed(pool.endpoint_id, old, ["image_0.png"], {}) is None
+    assert await pool.leases.fail(pool.endpoint_id, old, "late") is None
+    assert await pool.leases.start(pool.endpoint_id, old) is False
+    assert await pool.leases.succeed(uuid4(), new, ["image_0.png"], {}) is None
+    ended = await pool.leases.succeed(pool.endpoint_id, new, ["image_0.png"], {"pipeline_seconds": 1.0})
     assert ended is not None
-    assert await pool.store.succeed(pool.endpoint_id, new, ["other.png"], {}) is None
+    assert await pool.leases.succeed(pool.endpoint_id, new, ["other.png"], {}) is None
     stored = await pool.get(job_id)
     assert (stored.status, stored.result_lease, stored.image_names) == ("succeed", new, ["image_0.png"])
     assert stored.result_prefix == f"out/{job_id}/result/{new}/"
@@ -213,17 +218,17 @@ async def test_leaving_by_an_old_stream_takes_nothing_from_the_new_one(pool: Poo
     job = await pool.claim_one()
     old = pool.streams["w"]
     await pool.welcome(held=[lease(job)])
-    assert await pool.store.leave(pool.endpoint_id, "w", old) == 0
+    assert await pool.leases.leave(pool.endpoint_id, "w", old) == 0
     assert (await pool.get(job.id)).lease_id == job.lease_id
 
 
 async def test_silence_longer_than_a_lease_gives_the_jobs_to_others(pool: Pool) -> None:
     job_id = await pool.add()
     await pool.claim_one()
-    assert await pool.store.reap(lease_seconds=60) == 0
+    assert await pool.leases.reap(lease_seconds=60) == 0
     async with pool.database.transaction() as session:
         await session.execute(text("UPDATE worker SET last_seen = now() - interval '61 seconds'"))
-    assert await pool.store.reap(lease_seconds=60) == 1
+    assert await pool.leases.reap(lease_seconds=60) == 1
     assert (await pool.get(job_id)).status == "inprogress"
     await pool.welcome("v")
     assert (await pool.claim_one("v")).id == job_id
@@ -235,7 +240,7 @@ async def test_a_job_fails_when_its_worker_was_lost_three_times_while_running_it
         for started in (False, True):
             job = await pool.claim_one()
             if started:
-                await pool.store.start(pool.endpoint_id, lease(job))
+                await pool.leases.start(pool.endpoint_id, lease(job))
             await pool.leave()
             await pool.welcome()
             expected = "failed" if started and attempt == MAX_LOST - 1 else "inprogress"
@@ -249,25 +254,65 @@ async def test_a_job_under_way_cannot_be_started_and_a_finished_one_starts_afres
     job_id = await pool.add()
     with pytest.raises(FailedPrecondition, match="under way"):
         await pool.queue(job_id)
-    await pool.store.succeed(pool.endpoint_id, lease(await pool.claim_one()), ["image_0.png"], {})
+    await pool.leases.succeed(pool.endpoint_id, lease(await pool.claim_one()), ["image_0.png"], {})
     await pool.queue(job_id)
     again = await pool.get(job_id)
     assert (again.status, again.image_names, again.result_lease, again.start_time) == ("inprogress", None, None, None)
-    await pool.store.fail(pool.endpoint_id, lease(await pool.claim_one()), "broken")
+    await pool.leases.fail(pool.endpoint_id, lease(await pool.claim_one()), "broken")
     assert (await pool.get(job_id)).failure == "broken"
     await pool.queue(job_id)
     assert (await pool.get(job_id)).failure is None
 
 
-async def test_cancelling_fails_what_is_under_way_and_ends_its_lease(pool: Pool) -> None:
+async def test_cancelling_ends_what_has_not_ended_and_its_lease(pool: Pool) -> None:
     held_id, queued_id, created_id = await pool.add(), await pool.add(), await pool.add(queued=False)
     held = await pool.claim_one()
-    jobs = await pool.store.cancel([held_id, queued_id, created_id, uuid4()], "deleted")
-    assert {job.id: job.status for job in jobs} == {held_id: "failed", queued_id: "failed", created_id: "created"}
-    assert await pool.store.leases(pool.endpoint_id, "w") == set()
-    assert await pool.store.succeed(pool.endpoint_id, lease(held), ["image_0.png"], {}) is None
-    await pool.store.remove([held_id])
+    for job_id in (held_id, queued_id, created_id, queued_id):
+        job = await pool.store.cancel(job_id, "not wanted")
+        assert job is not None
+        assert (job.status, job.is_cancelled, job.failure) == ("failed", True, "not wanted")
+    assert await pool.store.cancel(uuid4(), "not wanted") is None
+    assert await pool.leases.leases(pool.endpoint_id, "w") == set()
+    assert await pool.leases.succeed(pool.endpoint_id, lease(held), ["image_0.png"], {}) is None
+    await pool.queue(held_id)
+    await pool.leases.fail(pool.endpoint_id, lease(await pool.claim_one()), "broken")
+    with pytest.raises(FailedPrecondition, match="has ended already: its status is failed"):
+        await pool.store.cancel(held_id, "too late")
+    assert (await pool.get(held_id)).failure == "broken"
+
+
+async def test_deleting_removes_jobs_in_any_state_and_ends_their_leases(pool: Pool) -> None:
+    held_id, queued_id = await pool.add(), await pool.add()
+    held = await pool.claim_one()
+    assert {job.id for job in await pool.store.delete([held_id, queued_id, uuid4()])} == {held_id, queued_id}
     assert await pool.store.get(held_id) is None
+    assert await pool.leases.leases(pool.endpoint_id, "w") == set()
+    assert await pool.leases.succeed(pool.endpoint_id, lease(held), ["image_0.png"], {}) is None
+
+
+async def test_a_job_that_its_worker_gives_back_is_queued_again(pool: Pool) -> None:
+    job_id = await pool.add()
+    job = await pool.claim_one()
+    assert await pool.leases.give_back(pool.endpoint_id, lease(job)) is True
+    assert await pool.leases.give_back(pool.endpoint_id, lease(job)) is False
+    assert (await pool.claim_one()).id == job_id
+
+
+async def test_whatever_was_uploaded_under_a_lease_that_is_lost_is_removed_now_and_at_its_end(pool: Pool) -> None:
+    job_id, leftovers = await pool.add(), LeftoverStore(pool.database)
+    lost = lease(await pool.claim_one())
+    await pool.leave()
+    (found,) = await leftovers.due(9)
+    assert found.prefix == f"out/{job_id}/result/{lost}/"
+    await leftovers.swept(found.prefix, found.due_time)
+    assert await leftovers.due(9) == []
+    async with pool.database.transaction() as session:
+        day = "interval '24 hours'"
+        await session.execute(text(f"UPDATE leftover SET due_time = due_time - {day}, final_time = final_time - {day}"))
+    (found,) = await leftovers.due(9)
+    await leftovers.swept(found.prefix, found.due_time)
+    async with pool.database.transaction() as session:
+        assert await session.scalar(text("SELECT count(*) FROM leftover")) == 0
 
 
 async def test_pools_count_workers_and_jobs(pool: Pool) -> None:
@@ -275,21 +320,21 @@ async def test_pools_count_workers_and_jobs(pool: Pool) -> None:
         await pool.add()
     await pool.welcome("v")
     await pool.claim_one()
-    assert await pool.store.pools() == {pool.endpoint_id: (["v", "w"], 2, 1)}
+    assert await pool.pools.pools() == {pool.endpoint_id: (["v", "w"], 2, 1)}
 
 
 async def test_jobs_of_a_retired_endpoint_are_found_and_moved_once(pool: Pool) -> None:
     job_id = await pool.add()
-    assert await pool.store.stranded() == []
-    await pool.store.retire(pool.endpoint_id, "endpoint deleted")
-    ((job, reason),) = await pool.store.stranded(pool.endpoint_id)
+    assert await pool.pools.stranded() == []
+    await pool.pools.retire(pool.endpoint_id, "endpoint deleted")
+    ((job, reason),) = await pool.pools.stranded(pool.endpoint_id)
     assert (job.id, reason) == (job_id, "endpoint deleted")
     other = uuid4()
-    assert await pool.store.move(job_id, (other, "esd-async-other", "any")) is True
+    assert await pool.pools.move(job_id, (other, "esd-async-other", "any")) is True
     assert (await pool.get(job_id)).endpoint_id == other
-    assert await pool.store.stranded() == []
-    assert await pool.store.fail_queued(job_id, "no endpoint") is True
-    assert await pool.store.fail_queued(job_id, "no endpoint") is False
+    assert await pool.pools.stranded() == []
+    assert await pool.pools.fail_queued(job_id, "no endpoint") is True
+    assert await pool.pools.fail_queued(job_id, "no endpoint") is False
 
 
 async def test_pages_go_from_newest_to_oldest_and_keep_owners_apart(pool: Pool) -> None:

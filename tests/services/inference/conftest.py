@@ -2,6 +2,7 @@
 worker that does what the test says."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,17 +23,25 @@ from esd.worker.v1 import worker_pb2
 from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.settings import BlobSettings
+from services.inference.background import Background
+from services.inference.cleaning import Cleaner
 from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
+from services.inference.lease_store import LeaseStore
+from services.inference.leftover_store import LeftoverStore
 from services.inference.peers import Peers
+from services.inference.pool_store import PoolStore
 from services.inference.queue import Limits, Queue
+from services.inference.rehoming import Rehoming
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
+from services.inference.views import Views
 from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens
 
 PNG = b"\x89PNG\r\n\x1a\n not really"
+SHA256 = hashlib.sha256(PNG).hexdigest()
 
 
 @dataclass
@@ -204,15 +213,17 @@ class ScriptedWorker:
     async def begin(self, assign: Any) -> None:
         await self.tell(assign.lease_id, started=worker_pb2.JobStarted())
 
-    async def finish(self, assign: Any, *, upload: bool = True, size: int = len(PNG)) -> Any:
+    async def finish(
+        self, assign: Any, *, upload: bool = True, content: bytes = PNG, size: int = len(PNG), sha256: str = SHA256
+    ) -> Any:
         """Uploads the results, says done and answers what the service says to that."""
         spec = assign.spec
         if upload:
             for place in [*spec.image_uploads, spec.param_upload]:
-                (await self._http.put(place.url, content=PNG)).raise_for_status()
+                (await self._http.put(place.url, content=content)).raise_for_status()
         done = worker_pb2.JobDone(
-            images=[worker_pb2.ResultObject(name=place.name, size_bytes=size) for place in spec.image_uploads],
-            param=worker_pb2.ResultObject(name=spec.param_upload.name, size_bytes=size),
+            images=[{"name": place.name, "size_bytes": size, "sha256": sha256} for place in spec.image_uploads],
+            param={"name": spec.param_upload.name, "size_bytes": size, "sha256": sha256},
             timings=worker_pb2.Timings(
                 fetch_seconds=0.1, load_seconds=0.4, pipeline_seconds=0.2, encode_seconds=0.5, upload_seconds=0.3
             ),
@@ -289,17 +300,20 @@ async def service(
             identity_pb2_grpc.add_IdentityServiceServicer_to_server(world, server)
 
         known = await stack.enter_async_context(peer(add_peers))
-        peers, signals, store = Peers(known, known, known), Signals(), JobStore(database)
-        queue = Queue(store, blobs, peers, signals, limits)
+        peers, signals, background = Peers(known, known, known), Signals(), Background()
+        pools, leftovers = PoolStore(database), LeftoverStore(database)
+        rehoming, cleaner = Rehoming(pools, peers), Cleaner(leftovers, blobs, limits.renew_seconds)
+        queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
 
         def add_servicers(server: grpc.aio.Server) -> None:
-            jobs = Inference(store, blobs, peers, signals, queue.in_background)
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs), server)
-            inference_pb2_grpc.add_QueueServiceServicer_to_server(QueueServicer(queue, signals, stopping), server)
+            jobs = Inference(JobStore(database), blobs, peers, signals, cleaner)
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, Views(blobs)), server)
+            workers = QueueServicer(queue, pools, rehoming, signals, stopping)
+            inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
         channel = await serve(add_servicers, audience="inference")
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
-        running = asyncio.create_task(queue.run())
+        running = asyncio.gather(queue.run(), cleaner.run())
         http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),
@@ -315,5 +329,5 @@ async def service(
         for task in (listening, running):
             task.cancel()
         await asyncio.gather(listening, running, return_exceptions=True)
-        await queue.stop()
+        await background.stop()
     await database.dispose()

@@ -3,6 +3,7 @@ import json
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from google.protobuf.json_format import MessageToDict
 
@@ -327,3 +328,84 @@ async def test_deleting_a_job_cancels_it_and_removes_its_objects(service: Servic
     assert (await refusal(service.get(job_id)))[0] == grpc.StatusCode.NOT_FOUND
     assert await service.blobs.find(f"txt2img/infer_v2/{job_id}") == []
     assert await service.blobs.find(f"out/{job_id}") == []
+
+
+async def cancel(service: Service, job_id: str, metadata: Any = None) -> Any:
+    """The job after its cancelling."""
+    request = pb.CancelInferenceJobRequest(job_id=job_id)
+    return (await service.jobs.CancelInferenceJob(request, metadata=metadata or service.user())).data
+
+
+async def test_a_queued_job_is_cancelled_at_once(service: Service) -> None:
+    job_id = await service.started()
+    for _ in range(2):  # the second time changes nothing
+        job = MessageToDict(await cancel(service, job_id))
+        assert (job["status"], job["sagemakerRaw"]) == ("failed", "the job was cancelled by ann")
+        assert job["params"]["cancelled"] is True
+        assert job["completeTime"]
+    async with service.worker() as worker:
+        other = await service.started()
+        assert (await worker.take()).spec.job_id == other
+
+
+async def test_a_running_job_is_cancelled_on_its_worker(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        await worker.begin(assign)
+        assert (await cancel(service, job_id)).status == "failed"
+        assert (await worker.read()).cancel.lease_id == assign.lease_id
+        await worker.tell(assign.lease_id, failed={"reason": "the job was cancelled", "cancelled": True})
+        await worker.read()
+    assert (await service.get(job_id)).sagemaker_raw.string_value == "the job was cancelled by ann"
+
+
+async def test_a_real_time_caller_hears_that_the_job_was_cancelled(service: Service) -> None:
+    endpoint = service.world.add_endpoint("Real-time")
+    receipt = await service.create("Real-time")
+    await service.upload(receipt)
+    waiting = asyncio.ensure_future(service.start(receipt.id))
+    async with service.worker(endpoint_id=endpoint) as worker:
+        await worker.take()
+        await cancel(service, receipt.id)
+        assert await refusal(waiting) == (grpc.StatusCode.FAILED_PRECONDITION, "the job was cancelled by ann")
+
+
+async def test_a_cancelled_job_can_be_started_again(service: Service) -> None:
+    job_id = await service.started()
+    await cancel(service, job_id)
+    assert (await service.start(job_id)).inference.status == "inprogress"
+    assert "cancelled" not in (await service.get(job_id)).params.struct_value
+
+
+async def test_only_what_is_ones_own_and_has_not_ended_can_be_cancelled(service: Service) -> None:
+    job_id = await service.started()
+    assert (await refusal(cancel(service, job_id, service.user("bob"))))[0] == grpc.StatusCode.PERMISSION_DENIED
+    assert await refusal(cancel(service, UNKNOWN)) == (
+        grpc.StatusCode.NOT_FOUND,
+        f"inference with id {UNKNOWN} not found",
+    )
+    async with service.worker() as worker:
+        await worker.finish(await worker.take())
+    code, message = await refusal(cancel(service, job_id, service.user("root", "user:all")))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert message == f"inference {job_id} has ended already: its status is succeed"
+
+
+async def test_what_is_uploaded_after_a_job_was_deleted_is_removed_too(service: Service, database_url: str) -> None:
+    receipt = await service.create()
+    await service.upload(receipt)
+    await service.start(receipt.id)
+    async with service.worker() as worker:
+        spec = (await worker.take()).spec
+        request = pb.DeleteInferenceJobsRequest(inference_id_list=[receipt.id])
+        await service.jobs.DeleteInferenceJobs(request, metadata=service.user())
+        await service.upload(receipt)
+        await service.http.put(spec.image_uploads[0].url, content=PNG)
+    assert await service.blobs.find(f"out/{receipt.id}/")
+    async with await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as time_machine:
+        await time_machine.execute("UPDATE leftover SET due_time = due_time - interval '61 seconds'")
+    async with asyncio.timeout(20):
+        for prefix in (f"out/{receipt.id}/", f"txt2img/infer_v2/{receipt.id}/"):
+            while await service.blobs.find(prefix):  # noqa: ASYNC110 - nothing tells of what is done to objects
+                await asyncio.sleep(0.05)

@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -11,9 +12,14 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.database import Database
-from services.inference.queue import Limits, Queue, Results, WorkerStream
-from services.inference.store import JobStore
-from tests.services.inference.conftest import PNG, Service, ended_with
+from services.inference.background import Background
+from services.inference.lease_store import LeaseStore
+from services.inference.leftover_store import LeftoverStore
+from services.inference.pool_store import PoolStore
+from services.inference.queue import Limits, Queue, WorkerStream
+from services.inference.rehoming import Rehoming
+from services.inference.results import ResultObject, Results
+from tests.services.inference.conftest import PNG, SHA256, Service, ended_with
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -117,13 +123,16 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
         assign = await worker.take()
         for place in [*assign.spec.image_uploads, assign.spec.param_upload]:
             (await service.http.put(place.url, content=PNG)).raise_for_status()
-        database = Database(database_url)
-        queue = Queue(JobStore(database), service.blobs, None, service.signals, Limits())  # type: ignore[arg-type]
-        results = Results([("image_0.png", len(PNG))], (f"{job_id}_param.json", len(PNG)), {})
+        database, background = Database(database_url), Background()
+        leases, leftovers = LeaseStore(database), LeftoverStore(database)
+        rehoming = Rehoming(PoolStore(database), None)  # type: ignore[arg-type]
+        queue = Queue(leases, service.blobs, rehoming, leftovers, service.signals, background, Limits())
+        told = [ResultObject(name, len(PNG), SHA256) for name in ("image_0.png", f"{job_id}_param.json")]
+        results = Results([told[0]], told[1], {})
         stream = WorkerStream(UUID(service.endpoint_id), "w", uuid4())
-        told = (queue.succeed(stream, UUID(assign.lease_id), results) for _ in range(2))
-        assert await asyncio.gather(*told) == [True, True]
-        await queue.stop()
+        tellings = (queue.succeed(stream, UUID(assign.lease_id), results) for _ in range(2))
+        assert await asyncio.gather(*tellings) == [True, True]
+        await background.stop()
         await database.dispose()
     assert len(await service.blobs.find(f"out/{job_id}/")) == 2
 
@@ -143,15 +152,20 @@ async def test_the_urls_of_a_worker_live_a_day(service: Service) -> None:
     [
         ({"upload": False}, "is not in the object store"),
         ({"size": 3}, "bytes in the object store instead of 3"),
+        ({"sha256": "00"}, "in the object store instead of 00"),
+        ({"content": b"GIF", "size": 3, "sha256": hashlib.sha256(b"GIF").hexdigest()}, "image_0.png is no PNG"),
     ],
 )
-async def test_results_that_are_not_there_fail_the_job(service: Service, options: Any, reason: str) -> None:
+async def test_results_that_are_not_as_told_fail_the_job_and_are_removed(
+    service: Service, options: Any, reason: str
+) -> None:
     job_id = await service.started()
     async with service.worker() as worker:
         assert kind(await worker.finish(await worker.take(), **options)) == "acknowledge"
     job = await service.get(job_id)
     assert job.status == "failed"
     assert reason in job.sagemaker_raw.string_value
+    await until(service, f"out/{job_id}/", gone=True)
 
 
 async def test_a_failure_is_shown_with_the_workers_reason(service: Service) -> None:
@@ -164,6 +178,33 @@ async def test_a_failure_is_shown_with_the_workers_reason(service: Service) -> N
     assert (job["status"], job["sagemakerRaw"]) == ("failed", "v1-5.safetensors is truncated")
     assert job["completeTime"]
     assert "image_names" not in job
+
+
+async def test_a_job_that_a_worker_stops_by_itself_goes_to_another(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker("first") as first:
+        assign = await first.take()
+        await first.begin(assign)
+        await first.tell(assign.lease_id, failed={"reason": "the job was cancelled", "cancelled": True})
+        assert kind(await first.read()) == "acknowledge"
+    async with service.worker("second") as second:
+        assert (await second.take()).spec.job_id == job_id
+
+
+async def test_a_claim_that_meets_only_a_locked_job_gets_it_when_the_lock_goes(
+    service: Service, database_url: str
+) -> None:
+    job_id = await service.started()
+    async with (
+        service.worker() as worker,
+        await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as holder,
+    ):
+        await holder.execute("SELECT FROM job FOR UPDATE")
+        await worker.want()
+        answer = asyncio.ensure_future(worker.read())
+        assert not (await asyncio.wait([answer], timeout=0.5))[0]  # its claims find nothing
+        await holder.rollback()  # which notifies nobody
+        assert (await answer).assign.spec.job_id == job_id
 
 
 async def test_the_raw_answer_of_an_async_job_is_written(service: Service) -> None:

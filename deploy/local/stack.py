@@ -159,12 +159,15 @@ class Stack:
         webui_port: int | None = None,
         webui: bool = False,
         insecure: bool = False,
+        replicas: int = 1,
         env_overrides: dict[str, str] | None = None,
     ) -> None:
         self.home = (home or default_home()).resolve()
         self._arguments = ["--home", str(self.home), "--listen", listen]
         if webui_port is not None or webui:
             self._arguments += ["--webui-port", str(webui_port or 0)]
+        if replicas > 1:
+            self._arguments += ["--replicas", str(replicas)]
         if insecure:
             self._arguments.append("--insecure")
         self._environment = {**os.environ, **(env_overrides or {})}
@@ -228,6 +231,10 @@ class Stack:
             self._process.terminate()
             self._process.wait()
             self._process = None
+
+    def ports(self) -> dict[str, int]:
+        """Returns name → port of the processes that listen on one."""
+        return {name: process.port for name, process in self._started().processes.items() if process.port is not None}
 
     def processes(self) -> dict[str, int]:
         """Returns name → pid of the processes that run now, the launcher (`launcher_pid`) and workers left out."""

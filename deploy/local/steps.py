@@ -32,10 +32,10 @@ async def ready(home: Home) -> None:
     """Returns when everything answers."""
     from deploy.local.health import gateway_answers, serving  # noqa: PLC0415
 
-    waiting = {name: os.environ[f"ESD_{name.upper()}_ADDRESS"] for name in SERVICES}
+    waiting = [address for name in SERVICES for address in os.environ[f"ESD_{name.upper()}_ADDRESS"].split(",")]
     while waiting:
-        answers = await asyncio.gather(*(serving(address) for address in waiting.values()))
-        waiting = {name: waiting[name] for name, up in zip(waiting, answers, strict=True) if not up}
+        answers = await asyncio.gather(*(serving(address) for address in waiting))
+        waiting = [address for address, up in zip(waiting, answers, strict=True) if not up]
         if waiting:
             await asyncio.sleep(_RETRY_SECONDS)
     while not await gateway_answers(os.environ["ESD_PROBE_URL"], home.api_key):  # noqa: ASYNC110 - of another process

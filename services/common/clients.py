@@ -81,10 +81,16 @@ class TokenSource:
 def plain_channel(
     address: str, credentials: grpc.ChannelCredentials | None = None, interceptors: list[Any] | None = None
 ) -> grpc.aio.Channel:
-    """A channel to `host:port` without a token; with TLS when credentials are given."""
+    """A channel to `host:port` without a token; with TLS when credentials are given.
+
+    Several IPv4 addresses with commas between them are replicas, called in turn; one that is down is left out.
+    """
+    options: list[tuple[str, int | str]] = [*_OPTIONS]
+    if "," in address:
+        address, options = f"ipv4:{address}", [*options, ("grpc.lb_policy_name", "round_robin")]
     if credentials is not None:
-        return grpc.aio.secure_channel(address, credentials, options=_OPTIONS, interceptors=interceptors)
-    return grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
+        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+    return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
 
 
 def channel(address: str, tokens: TokenSource, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:

@@ -19,7 +19,7 @@ import structlog
 from google.api import annotations_pb2
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from esd.options.v1 import options_pb2 as options
@@ -44,6 +44,9 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAIN_SECONDS = 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # As much as the gateway takes (60 KiB) and its token, instead of 8 KiB.
+    ("grpc.max_metadata_size", 64 * 1024),
+    ("grpc.absolute_max_metadata_size", 128 * 1024),
     ("grpc.so_reuseport", 0),
     # A caller that vanished without a word is noticed, and its streams end.
     ("grpc.keepalive_time_ms", 10_000),
@@ -179,6 +182,8 @@ class _Interceptor(grpc.aio.ServerInterceptor):
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
+        if not handler.request_streaming:
+            codecs["request_deserializer"] = _reading(handler.request_deserializer)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary), **codecs)
         if handler.unary_stream:
@@ -193,6 +198,20 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         return self._rules[name]
 
 
+class _Unreadable:
+    """In the place of a request that is no message of its type: the transcoder makes such from some wrong JSON."""
+
+
+def _reading(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Unreadable]:
+    def read(data: bytes) -> Message | _Unreadable:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
 class _Call:
     """One call on its way to the servicer and back."""
 
@@ -205,7 +224,7 @@ class _Call:
         self._began = time.monotonic()
 
     def unary(self, behaviour: Callable[[Any, Any], Awaitable[Message]]) -> Callable[[Any, Any], Awaitable[Message]]:
-        async def run(request: Message, context: grpc.aio.ServicerContext) -> Message:
+        async def run(request: Message | _Unreadable, context: grpc.aio.ServicerContext) -> Message:
             try:
                 caller = self._begin(request)
                 reply = begin_reply()
@@ -241,7 +260,7 @@ class _Call:
 
         return run
 
-    def _begin(self, request: Message | None) -> Caller | None:
+    def _begin(self, request: Message | _Unreadable | None) -> Caller | None:
         structlog.contextvars.bind_contextvars(request_id=self._request_id)
         caller = None
         if not self._rules.public:
@@ -250,6 +269,8 @@ class _Call:
             caller = self._verifier.verify(self._token)
             self._rules.admit(caller)
             set_caller(caller)
+        if isinstance(request, _Unreadable):
+            raise errors.InvalidArgument("[a field of the request has a value of another type than it should have]")
         if request is not None:
             validation.check(request)
         if caller is not None:

@@ -33,7 +33,10 @@ class BlobSettings(BaseSettings):
 
 
 class ServiceSettings(Settings):
-    """What each of the five services needs. `listen` is `host:port`; addresses are those of the other services."""
+    """What each of the five services needs. `listen` is `host:port`; addresses are those of the other services.
+
+    A service with replicas has their addresses with commas between them.
+    """
 
     listen: str = "127.0.0.1:0"
     database_url: str

@@ -302,3 +302,12 @@ async def test_an_address_in_use_stops_the_process_by_name(tokens: Tokens) -> No
     with pytest.raises(SystemExit, match=f"ESD_LISTEN=127.0.0.1:{port}"):
         await Server(f"127.0.0.1:{port}", tokens.verifier()).start()
     await first.stop(0)
+
+
+async def test_a_request_that_is_no_message_is_the_callers_mistake(
+    serve: Any, subject: Subject, user_token: Any
+) -> None:
+    channel = await serve(lambda server: identity_pb2_grpc.add_IdentityServiceServicer_to_server(subject, server))
+    create = channel.unary_unary("/esd.identity.v1.IdentityService/CreateRole")
+    assert (await _failure(create(b"\xff", metadata=user_token())))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await _failure(create(b"\xff")))[0] is grpc.StatusCode.UNAUTHENTICATED, "a bad token comes first"

@@ -13,14 +13,13 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from gpu_worker import weights
+from gpu_worker import tasks, weights
 from gpu_worker.batch import Batch
 from gpu_worker.denoise import predict
 from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.resident import Resident
 from gpu_worker.run import Produced, Run
-from gpu_worker.tasks import txt2img
 
 log = structlog.get_logger()
 
@@ -98,7 +97,7 @@ class Core:
                 run.lap()
             if run.models is not None:
                 run.load_seconds = run.lap()
-                run.task = txt2img.generate(run.request, run.models, run.on_step)
+                run.task = tasks.begin(run.request, run.canvas, run.models, run.on_step)
                 self._waiting.remove(run)
                 self._stages.append(run)
 

@@ -49,6 +49,13 @@ class Evaluation:
     positive: Conditioning
     negative: Conditioning | None
     cfg_scale: float
+    # An inpainting UNet's other channels: the mask and the latents of what stays, (rows, 5, height/8, width/8).
+    context: torch.Tensor | None = None
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The UNet's input for one text."""
+        return self.x if self.context is None else torch.cat([self.x, self.context], 1)
 
     @property
     def texts(self) -> list[Conditioning]:
@@ -84,22 +91,27 @@ def denoise(
     negative: Conditioning | None,
     cfg_scale: float,
     on_evaluation: Callable[[int], None],
+    keep: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    context: torch.Tensor | None = None,
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
     """Takes a job's latents from the sampler's first noise level to its last, and returns them, fp32.
 
-    `on_evaluation` hears how many of the sampler's evaluations are done.
+    `on_evaluation` hears how many of the sampler's evaluations are done. `keep` puts back what an evaluation must not
+    have changed, given the latents and how many are done.
     """
     for index, timestep in enumerate(sampling.timesteps):
         x = sampling.scaled(latents, index)
-        prediction = yield Evaluation(x, timestep, positive, negative, cfg_scale)
+        prediction = yield Evaluation(x, timestep, positive, negative, cfg_scale, context)
         latents = sampling.step(prediction, index, latents)
+        if keep is not None:
+            latents = keep(latents, index + 1)
         on_evaluation(index + 1)
     return latents
 
 
 def predict(unet: Any, evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
     """The guided predictions in fp32, in as few UNet calls as prompt lengths and `max_rows` allow."""
-    parts = [_Part(wish.x, wish.timestep, text) for wish in evaluations for text in wish.texts]
+    parts = [_Part(wish.input, wish.timestep, text) for wish in evaluations for text in wish.texts]
     outputs = (output for call in _calls(parts) for output in _call(unet, call, max_rows))
     return [wish.guided(list(islice(outputs, len(wish.texts)))) for wish in evaluations]
 

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from gpu_worker.cache import CachedModel
+from gpu_worker.canvas import Canvas
 from gpu_worker.run import Produced, Run
 from payloads import Generation
 
@@ -76,6 +77,7 @@ class Engine:
         files: list[CachedModel],
         on_started: Callable[[], None],
         on_step: Callable[[int], None],
+        canvas: Canvas | None = None,
     ) -> Produced:
         """Runs a request; `on_step` hears how many of steps x images are done. Cancelling acts within a step, and
         returns when the engine has let go of the job.
@@ -93,6 +95,7 @@ class Engine:
             on_started=lambda: self._post(on_started),
             on_step=lambda num_done: self._post(on_step, num_done),
             on_end=lambda outcome: self._post(_settle, result, outcome),
+            canvas=canvas,
         )
         self._commands.put(run)
         try:

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
-from payloads import Generation
+from payloads import Generation, Img2Img
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def infotext(request: Generation, index: int, origin: Origin) -> str:
         "Variation seed": request.subseed_of(index) if request.subseed_strength else None,
         "Variation seed strength": request.subseed_strength or None,
         "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
+        **_img2img_fields(request),
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Version": f"esd {VERSION}",
     }
@@ -61,6 +62,18 @@ def infotext(request: Generation, index: int, origin: Origin) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in fields.items() if value is not None))
     return "\n".join(lines)
+
+
+def _img2img_fields(request: Generation) -> dict[str, Any]:
+    if not isinstance(request, Img2Img):
+        return {}
+    fields: dict[str, Any] = {"Denoising strength": request.denoising_strength}
+    if request.mask is not None:
+        blur = request.mask_blur_x, request.mask_blur_y
+        fields["Mask blur"] = blur[0] if blur[0] == blur[1] else f"{blur[0]}x{blur[1]}"
+        if request.inpaint_full_res:
+            fields |= {"Inpaint area": "Only masked", "Masked area padding": request.inpaint_full_res_padding}
+    return fields
 
 
 def param_json(request: Generation, origin: Origin, infotexts: list[str], endpoint_name: str, job_id: str) -> bytes:
@@ -92,7 +105,7 @@ def param_json(request: Generation, origin: Origin, infotexts: list[str], endpoi
         "sd_vae_hash": origin.vae_sha256 and origin.vae_sha256[:10],
         "seed_resize_from_w": request.seed_resize_from_w or -1,
         "seed_resize_from_h": request.seed_resize_from_h or -1,
-        "denoising_strength": None,
+        "denoising_strength": request.denoising_strength if isinstance(request, Img2Img) else None,
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": infotexts,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.cache import CachedModel
+from gpu_worker.canvas import Canvas
 from payloads import Generation
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Run:
     on_started: Callable[[], None]
     on_step: Callable[[int], None]
     on_end: Callable[[Produced | BaseException], None]
+    canvas: Canvas | None = None
     models: Models | None = None
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None

@@ -72,18 +72,23 @@ class Sampling:
     Timesteps are on the CPU, where reading them does not wait for the GPU.
     """
 
-    def __init__(self, scheduler: Any, num_steps: int, generators: list[torch.Generator], eta: float) -> None:
+    def __init__(
+        self, scheduler: Any, num_steps: int, generators: list[torch.Generator], eta: float, first_step: int = 0
+    ) -> None:
         self._scheduler = scheduler
         steps: dict[str, Any] = {}
         if isinstance(scheduler, LCMScheduler):
             steps["original_inference_steps"] = max(_LCM_STEPS, num_steps)
         scheduler.set_timesteps(num_steps, device="cpu", **steps)
+        first = first_step * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
+            scheduler.set_begin_index(first)
         taken = inspect.signature(scheduler.step).parameters
         given = {"generator": generators, "eta": eta, "return_dict": False}
         self._options = {name: value for name, value in given.items() if name in taken}
-        self._times = list(scheduler.timesteps)
+        self._times = list(scheduler.timesteps[first:])
+        if isinstance(scheduler, PNDMScheduler) and first_step:
+            self._times = _plms_times(scheduler.timesteps, first_step)
         # One for each evaluation of the UNet, of which some samplers have two in a step.
         self.timesteps = [float(time) for time in self._times]
 
@@ -91,6 +96,11 @@ class Sampling:
         """The latents to begin with, from noise of deviation 1."""
         latents: torch.Tensor = noise * self._scheduler.init_noise_sigma
         return latents
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
+        """Clean latents as they are before the evaluation of that index."""
+        noised: torch.Tensor = self._scheduler.add_noise(clean, noise, self._times[index].reshape(1))
+        return noised
 
     def scaled(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The UNet's input for the evaluation of that index."""
@@ -104,9 +114,15 @@ class Sampling:
 
 
 def create(
-    name: str, model_config: dict[str, Any], num_steps: int, generators: list[torch.Generator], eta: float = 0.0
+    name: str,
+    model_config: dict[str, Any],
+    num_steps: int,
+    generators: list[torch.Generator],
+    eta: float = 0.0,
+    first_step: int = 0,
 ) -> Sampling:
-    """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` is DDIM's."""
+    """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` is DDIM's; of
+    the steps, those before `first_step` are left out."""
     sampler, schedule = parts(name)
     scheduler, own_options = SAMPLERS[sampler]
     taken = inspect.signature(scheduler).parameters
@@ -115,4 +131,10 @@ def create(
     if scheduler is DPMSolverSDEScheduler:
         # One Brownian tree for each row; diffusers' own batch draws all rows from one.
         options["noise_sampler_seed"] = [generator.initial_seed() for generator in generators]
-    return Sampling(scheduler(**options), num_steps, generators, eta)
+    return Sampling(scheduler(**options), num_steps, generators, eta, first_step)
+
+
+def _plms_times(timesteps: torch.Tensor, first_step: int) -> list[torch.Tensor]:
+    """From a later step on: PLMS evaluates its second time twice, wherever it begins."""
+    times = list(timesteps[1 + first_step :])  # the second one is there twice already
+    return times[:2] + times[1:]

@@ -44,6 +44,7 @@ _BIG_G = "conditioner.embedders.1.model."
 _convert: Any = single_file_utils
 _PICKLE_STARTS = (b"PK", b"\x80")
 _NUM_CONTEXT_SD2 = 1024
+_NUM_CHANNELS_INPAINTING = 9
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Models:
     def is_sdxl(self) -> bool:
         """Whether the UNet takes SDXL's pooled text and sizes."""
         return len(self.text_encoders) > 1
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet also reads a mask and the latents of what stays."""
+        return bool(self.unet.config.in_channels == _NUM_CHANNELS_INPAINTING)
 
 
 def use_device(wanted: str, num_threads: int) -> tuple[str, str]:
@@ -150,8 +156,16 @@ def _config(weights: Weights, metadata: dict[str, str], name: str) -> Config:
         raise JobError(f"{name} is a LoRA, not a Stable Diffusion checkpoint")
     if _UNET_IN not in weights:
         raise JobError(f"{name} has an architecture that is not known; possible: Stable Diffusion 1.5, SDXL")
-    if weights[_UNET_IN].shape[1] != 4:
-        raise JobError(f"{name} is an inpainting or editing checkpoint, which cannot run txt2img")
+    num_channels = weights[_UNET_IN].shape[1]
+    if num_channels not in {4, _NUM_CHANNELS_INPAINTING}:
+        raise JobError(
+            f"{name} reads {num_channels} channels, as an editing checkpoint does; possible: 4 or inpainting's 9"
+        )
+    config = _family(weights, metadata, name)
+    return config | {"unet": config["unet"] | {"in_channels": num_channels}}
+
+
+def _family(weights: Weights, metadata: dict[str, str], name: str) -> Config:
     if CONFIG_METADATA in metadata:
         return _own_config(metadata[CONFIG_METADATA], name)
     if any(key.startswith(_BIG_G) for key in weights):

@@ -9,17 +9,21 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 import payloads
 from esd.worker.v1 import worker_pb2
+from gpu_worker import canvas as canvases
 from gpu_worker import results
 from gpu_worker.cache import CachedModel, ModelCache
+from gpu_worker.canvas import Canvas
 from gpu_worker.engine import Engine
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
 from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
-from payloads import Generation
+from payloads import Generation, Img2Img, pictures
 from services.common.errors import InvalidArgument
 
 log = structlog.get_logger()
@@ -103,7 +107,7 @@ class Worker:
         """
         async with AsyncExitStack() as held:
             began = time.monotonic()
-            request = await job.stage(self._request(job))
+            request, canvas = await job.stage(self._request(job))
             if len(job.spec.image_uploads) < request.num_images:
                 raise JobError(f"the job makes {request.num_images} images, but has a place for only some of them")
             self._typical_pixels = request.num_pixels
@@ -112,20 +116,22 @@ class Worker:
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
             progress = _Progress(job, request.num_steps * request.num_images)
-            produced = await job.stage(self._engine.run(job.id, request, files, progress.started, progress.step))
+            produced = await job.stage(
+                self._engine.run(job.id, request, files, progress.started, progress.step, canvas)
+            )
         self._num_uploading += 1
         self.on_change()
         try:
-            done = await job.stage(self._finish(job, request, files, produced))
+            done = await job.stage(self._finish(job, request, canvas, files, produced))
         finally:
             self._num_uploading -= 1
         done.timings.fetch_seconds = fetch_seconds
         return done
 
-    async def _request(self, job: Job) -> Generation:
-        """What the job asks for."""
+    async def _request(self, job: Job) -> tuple[Generation, Canvas | None]:
+        """What the job asks for, and what it paints on."""
         if not job.spec.payload_url:
-            return _checked(job, to_python(job.spec.payload))
+            return await asyncio.to_thread(_checked, job, to_python(job.spec.payload))
         content = await self._transfer.read(job.spec.payload_url, "the payload", job.spec.payload_sha256)
         return await asyncio.to_thread(_checked, job, content)
 
@@ -140,7 +146,7 @@ class Worker:
         return [await held.enter_async_context(self._cache.hold(model)) for model in used if model is not None]
 
     async def _finish(
-        self, job: Job, request: Generation, files: list[CachedModel], produced: Produced
+        self, job: Job, request: Generation, canvas: Canvas | None, files: list[CachedModel], produced: Produced
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
@@ -149,8 +155,8 @@ class Worker:
         infotexts = [results.infotext(request, index, origin) for index in range(request.num_images)]
         images = await asyncio.gather(
             *(
-                asyncio.to_thread(results.png, pixels, text)
-                for pixels, text in zip(produced.images, infotexts, strict=True)
+                asyncio.to_thread(_encoded, canvas, pixels, index % request.batch_size, text)
+                for index, (pixels, text) in enumerate(zip(produced.images, infotexts, strict=True))
             )
         )
         param = results.param_json(request, origin, infotexts, job.spec.endpoint_name, job.id)
@@ -201,9 +207,14 @@ def _failed(reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
     return worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=reason, cancelled=cancelled))
 
 
-def _checked(job: Job, payload: bytes | dict[str, Any]) -> Generation:
+def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Generation, Canvas | None]:
     try:
         fields = payloads.parse(payload) if isinstance(payload, bytes) else payload
-        return payloads.check(job.spec.task_type, fields, job.id)
-    except InvalidArgument as error:
+        request = payloads.check(job.spec.task_type, fields, job.id)
+        return request, canvases.prepared(request) if isinstance(request, Img2Img) else None
+    except (InvalidArgument, pictures.Damaged) as error:
         raise JobError(str(error)) from None
+
+
+def _encoded(canvas: Canvas | None, pixels: NDArray[np.uint8], row: int, infotext: str) -> bytes:
+    return results.png(canvas.finished(pixels, row) if canvas else pixels, infotext)

@@ -6,7 +6,7 @@ picture in a way that cannot be had is refused, unless it is switched off.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -29,7 +29,7 @@ _REFUSED = {
 }
 # Fields of A1111 that say how its own interface shows, stores or repeats a picture.
 _WITHOUT_EFFECT = {
-    "alwayson_scripts", "comments", "denoising_strength", "disable_extra_networks", "do_not_save_grid",
+    "alwayson_scripts", "comments", "disable_extra_networks", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
     "override_settings_restore_afterwards", "refiner_switch_at", "s_noise", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "send_images",
@@ -41,6 +41,7 @@ class Generation(BaseModel):
     """One job's request. Sizes are in pixels; those of `seed_resize_from` are used where both are > 0."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    without_effect: ClassVar[frozenset[str]] = frozenset(_WITHOUT_EFFECT)
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -117,6 +118,11 @@ class Generation(BaseModel):
         return self.steps
 
     @property
+    def first_step(self) -> int:
+        """The sampler's step that each image begins with."""
+        return self.steps - self.num_steps
+
+    @property
     def num_pixels(self) -> int:
         """Pixels of a denoising step, over all its rows."""
         return self.width * self.height * self.batch_size * (2 if self.is_guided else 1)
@@ -144,7 +150,7 @@ def _unused(given: dict[str, Any], cls: type[Generation]) -> list[str]:
     fields = [
         name
         for name, value in given.items()
-        if name not in cls.model_fields and name not in _WITHOUT_EFFECT and value not in (*_OFF, [], {})
+        if name not in cls.model_fields and name not in cls.without_effect and value not in (*_OFF, [], {})
     ]
     settings = given.get("override_settings")
     if isinstance(settings, dict):

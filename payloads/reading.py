@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from payloads.generation import Generation
+from payloads.img2img import Img2Img
 from payloads.showing import shown
 from payloads.txt2img import Txt2Img
 from services.common.errors import InvalidArgument
 
-TASKS: dict[str, type[Generation]] = {"txt2img": Txt2Img}
+TASKS: dict[str, type[Generation]] = {"txt2img": Txt2Img, "img2img": Img2Img}
 _SEED_RANGE = 2**32
 
 
@@ -74,6 +75,8 @@ def _sentence(problem: Any, task: type[Generation]) -> str:
         return str(problem["ctx"]["error"])
     first, *inner = problem["loc"]
     name, value = f"{first}{''.join(f'[{index}]' for index in inner)}", shown(problem["input"])
+    if problem["type"] == "missing":
+        return f"{name} is missing"
     if problem["type"] in {"greater_than_equal", "less_than_equal"}:
         rules = task.model_json_schema()["properties"][first]
         return f"{name} {value} is out of range: {rules['minimum']} to {rules['maximum']} is possible"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 
@@ -11,6 +11,8 @@ from payloads.generation import Generation
 
 class Txt2Img(Generation):
     """A txt2img payload."""
+
+    without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"denoising_strength"}
 
     @model_validator(mode="before")
     @classmethod

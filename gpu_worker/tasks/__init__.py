@@ -1,1 +1,25 @@
-"""What a job does on the GPU, one file for each task type. The only callers of models beside the engine."""
+"""What jobs do with the engine: one generator for each kind of request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.canvas import Canvas
+from gpu_worker.denoise import Task
+from gpu_worker.tasks import img2img, txt2img
+from gpu_worker.weights import Models
+from payloads import Generation, Img2Img, Txt2Img
+
+
+def begin(
+    request: Generation, canvas: Canvas | None, models: Models, on_step: Callable[[int], None]
+) -> Task[list[NDArray[np.uint8]]]:
+    """The task of a request, which returns pixels of shape (height, width, 3) for each image."""
+    if isinstance(request, Img2Img):
+        assert canvas is not None
+        return img2img.generate(request, canvas, models, on_step)
+    assert isinstance(request, Txt2Img)
+    return txt2img.generate(request, models, on_step)

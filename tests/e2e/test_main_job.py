@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.e2e.conftest import PICTURE, Answer, Api, Studio, create_job, deploy, finished, new_user, upload
+from tests.pictures import encoded, mask, noise
 
 TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}$")
 
@@ -166,6 +167,24 @@ def test_a_payload_inline_starts_the_job_at_once(studio: Studio) -> None:
     job = finished(studio.api, answer.data["inference"]["inference_id"])
     assert job["status"] == "succeed", job
     assert "input_body_presign_url" not in job["params"]
+
+
+def test_a_picture_is_painted_on_through_the_same_routes(studio: Studio) -> None:
+    image = noise()
+    payload = PICTURE | {"init_images": ["data:image/png;base64," + encoded(image)], "denoising_strength": 0.5}
+    payload |= {"mask": encoded(mask((0, 0, 32, 64))), "mask_blur": 0, "inpaint_full_res": False}
+    body = {"task_type": "img2img", "inference_type": "Async", "models": {"Stable-diffusion": [studio.model]}}
+    inference = studio.api.ok("POST", "/inferences", body, status=201)["inference"]
+    for bad in ("aGVsbG8=", "%"):
+        studio.api.put(inference["api_params_s3_upload_url"], json.dumps(payload | {"mask": bad}).encode())
+        refused = studio.api.call("PUT", f"/inferences/{inference['id']}/start")
+        assert refused.status == 400
+        assert refused.message.startswith("mask is no")
+    studio.api.put(inference["api_params_s3_upload_url"], json.dumps(payload).encode())
+    job = finished(studio.api, start(studio.api, inference["id"]))
+    assert (job["status"], job["taskType"]) == ("succeed", "img2img"), job
+    found = Image.open(io.BytesIO(studio.api.get(job["img_presigned_urls"][0])))
+    assert found.crop((32, 0, 64, 64)).tobytes() == image.crop((32, 0, 64, 64)).tobytes()
 
 
 def test_an_endpoint_shows_what_was_asked_and_what_runs(admin: Api, studio: Studio) -> None:

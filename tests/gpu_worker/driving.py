@@ -7,7 +7,7 @@ import torch
 
 from gpu_worker import weights
 from gpu_worker.denoise import predict
-from gpu_worker.tasks import txt2img
+from gpu_worker.tasks import stages, txt2img
 from payloads import Generation, Txt2Img, check
 
 R = TypeVar("R", bound=Generation)
@@ -54,10 +54,9 @@ def changed(request: R, **changes: Any) -> R:
     return type(request).model_validate(request.model_dump() | changes)
 
 
-def latents(request: Generation, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
+def latents(request: Txt2Img, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
     """The task of a request's first batch up to its final latents."""
-    positive = txt2img.encode(models, request.prompt, request)
-    negative = txt2img.encode(models, request.negative_prompt, request) if request.is_guided else None
+    positive, negative = stages.texts(models, request)
     return (yield from txt2img.denoised(request, models, positive, negative, 0, lambda _: None))
 
 

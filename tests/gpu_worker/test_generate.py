@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
 from payloads import check
 from tests.gpu_worker.conftest import ObjectStore
+from tests.pictures import encoded, mask, noise
 from tests.serving import Tokens
 
 
@@ -100,7 +102,7 @@ async def test_a_large_payload_is_read_from_its_url(generate: Any, store: Object
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"task_type": "rembg"}, "task type rembg is not supported yet; possible: txt2img"),
+        ({"task_type": "rembg"}, "task type rembg is not supported yet; possible: txt2img, img2img"),
         ({"sampler_name": "Restart"}, 'sampler_name "Restart" cannot be run here'),
         ({"width": 100}, "width 100 is not a multiple of 8"),
         ({"n_iter": 3}, "the job makes 3 images"),
@@ -112,6 +114,28 @@ async def test_a_job_that_cannot_be_done_fails_with_one_sentence(
     failed = (await generate(make_spec(**change)))[-1].failed
     assert reason in failed.reason
     assert not failed.cancelled
+
+
+async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: ObjectStore, make_spec: Any) -> None:
+    image = noise()
+    spec = make_spec(
+        "img2img",
+        init_images=[encoded(image)],
+        mask=encoded(mask((0, 0, 32, 64))),
+        mask_blur=0,
+        steps=4,
+        denoising_strength=0.5,
+        inpaint_full_res=False,
+    )
+    events = await generate(spec)
+    assert events[-2].progress == worker_pb2.JobProgress(step=3, num_steps=3)
+    found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
+    assert np.array_equal(np.asarray(found)[:, 32:], np.asarray(image)[:, 32:])
+    assert not np.array_equal(np.asarray(found)[:, :32], np.asarray(image)[:, :32])
+    assert ", Denoising strength: 0.5, Mask blur: 0, " in found.text["parameters"]
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert param["parameters"]["init_images"] is None
+    assert json.loads(param["info"])["denoising_strength"] == 0.5
 
 
 async def test_a_damaged_or_missing_checkpoint_fails_by_name(generate: Any, store: ObjectStore, make_spec: Any) -> None:

@@ -7,16 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_worker import ldm, prompt, weights
-from gpu_worker.tasks import txt2img
+from gpu_worker.canvas import prepared
+from gpu_worker.tasks import img2img, stages, txt2img
+from payloads import Img2Img, check
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents, scheduler_of
+from tests.pictures import encoded, noise
 
 BIG_G = "conditioner.embedders.1.model."
 TINY: dict[str, dict[str, Any]] = {
@@ -152,6 +160,37 @@ def test_a_job_in_company_has_the_latents_of_the_diffusers_pipeline(models: weig
     tasks = [(index, latents(request, models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(models.unet, tasks, max_rows=5), strict=True):
         assert_close(found, pipeline_latents(pipeline, request.sampler_name, request))
+
+
+def test_img2img_has_the_latents_of_the_diffusers_pipeline(models: weights.Models, pipeline: Any) -> None:
+    fields = {"prompt": "a red circle", "steps": 6, "width": 64, "height": 64, "seed": 3, "denoising_strength": 0.5}
+    request = check("img2img", fields | {"init_images": [encoded(noise())]}, "job")
+    assert isinstance(request, Img2Img)
+    with torch.inference_mode():
+        canvas = prepared(request)
+        originals = img2img.encoded(request, canvas, models)
+        texts = stages.texts(models, request)
+    task = img2img.denoised(request, canvas, models, originals, *texts, 0, lambda _: None)
+    reference = StableDiffusionXLImg2ImgPipeline(
+        **{name: part for name, part in pipeline.components.items() if name not in {"image_encoder"}},
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    reference.scheduler = scheduler_of("Euler", 0)
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(
+        request.prompt,
+        negative_prompt="",
+        image=originals.clone(),
+        strength=4.5 / 6,
+        num_inference_steps=6,
+        guidance_scale=7.0,
+        original_size=(64, 64),
+        target_size=(64, 64),
+        generator=[torch.Generator().manual_seed(3)],
+        output_type="latent",
+    ).images
+    assert_close(drive(models.unet, [(0, task)])[0], expected)
 
 
 @pytest.mark.parametrize("text", ["", "a cat", "A photo, of: a cat; 8k B&W", "word, " * 37])

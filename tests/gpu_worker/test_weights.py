@@ -136,7 +136,7 @@ def test_what_is_no_known_checkpoint_is_named(state: dict[str, torch.Tensor], tm
     small = torch.zeros(1)
     assert "architecture that is not known" in reason(save(path, {"double_blocks.0.img_attn.weight": small}))
     assert "is a LoRA" in reason(save(path, {"lora_unet_down_blocks_0.lora_up.weight": small}))
-    assert "inpainting" in reason(save(path, state | {unet_in: torch.zeros(16, 9, 3, 3)}))
+    assert "reads 8 channels" in reason(save(path, state | {unet_in: torch.zeros(16, 8, 3, 3)}))
     save_file(state | {context: torch.zeros(16, 1024)}, path)
     assert "Stable Diffusion 2" in reason(path)
     save_file({unet_in: torch.zeros(1, 4, 3, 3), "conditioner.embedders.0.model.x": small}, path)

@@ -9,6 +9,7 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
+from tests.pictures import encoded, noise
 from tests.services.inference.conftest import PNG, Service
 
 pytestmark = pytest.mark.timeout(60)
@@ -237,7 +238,25 @@ async def test_an_extra_task_is_stored_without_models_and_refused_at_its_start(s
     assert not receipt.HasField("models")
     await service.upload(receipt)
     _, message = await refusal(service.start(receipt.id))
-    assert message == "task type rembg is not supported yet; possible: txt2img"
+    assert message == "task type rembg is not supported yet; possible: txt2img, img2img"
+
+
+async def test_an_img2img_job_carries_its_picture_to_the_worker_and_a_bad_one_is_refused_at_the_start(
+    service: Service,
+) -> None:
+    image = encoded(noise(512, 512))
+    receipt = await service.create(task_type="img2img")
+    await service.upload(receipt, init_images=[image[:-40]])
+    code, message = await refusal(service.start(receipt.id))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert message == "init_images[0] is damaged or truncated: it cannot be read as PNG"
+    await service.upload(receipt, init_images=[image])
+    await service.start(receipt.id)
+    async with service.worker() as worker:
+        spec = (await worker.take()).spec
+        assert spec.task_type == "img2img"
+        payload = json.loads((await service.http.get(spec.payload_url)).content)
+        assert payload["init_images"] == [image]
 
 
 @pytest.mark.parametrize("job_id", [UNKNOWN, "no-uuid"])

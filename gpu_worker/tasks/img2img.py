@@ -1,0 +1,109 @@
+"""img2img and inpainting: pixels → latents → some of the denoising → pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpu_worker import noise, samplers
+from gpu_worker.canvas import Canvas
+from gpu_worker.denoise import Conditioning, Evaluation, Task, denoise
+from gpu_worker.tasks.stages import latents_of, no_context, pixels_of, texts
+from gpu_worker.tasks.txt2img import counted
+from gpu_worker.weights import Models
+from payloads import Img2Img
+from payloads.img2img import LATENT_NOISE, LATENT_NOTHING
+
+
+def generate(
+    request: Img2Img, canvas: Canvas, models: Models, on_step: Callable[[int], None]
+) -> Task[list[NDArray[np.uint8]]]:
+    """Returns pixels for each image, as txt2img's does; the canvas has what stays of the originals.
+
+    Raises:
+        JobError: a prompt is too long, or the latents became NaN.
+    """
+    positive, negative = texts(models, request)
+    yield None
+    originals = encoded(request, canvas, models)
+    images = []
+    for batch in range(request.n_iter):
+        latents = yield from denoised(request, canvas, models, originals, positive, negative, batch, on_step)
+        for row in torch.split(latents, 1):
+            yield None
+            images.append(pixels_of(models, row))
+    return images
+
+
+def encoded(request: Img2Img, canvas: Canvas, models: Models) -> torch.Tensor:
+    """The originals' latents of shape (batch_size, 4, height/8, width/8), on the CPU, where the noise is."""
+    rows = [latents_of(models, _tensor(picture)).cpu() for picture in canvas.pictures]
+    # A picture that was not scaled to the job's size is scaled here.
+    size = request.height // 8, request.width // 8
+    scaled = [
+        torch.nn.functional.interpolate(row, size, mode="bilinear") if row.shape[2:] != size else row for row in rows
+    ]
+    return torch.cat(scaled).expand(request.batch_size, -1, -1, -1)
+
+
+def denoised(
+    request: Img2Img,
+    canvas: Canvas,
+    models: Models,
+    originals: torch.Tensor,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    batch: int,
+    on_step: Callable[[int], None],
+) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
+    """The final latents of a batch, of shape (batch_size, 4, height/8, width/8)."""
+    images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
+    generators = noise.generators([request.seed_of(image) for image in images])
+    first = noise.first(request, images, generators)
+    sampling = samplers.create(
+        request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
+    )
+    mask = None if canvas.mask is None else torch.from_numpy(canvas.latent_mask)
+    if mask is not None and request.inpainting_fill in {LATENT_NOISE, LATENT_NOTHING}:
+        originals = originals * (1 - mask) + first * mask * (request.inpainting_fill == LATENT_NOISE)
+    first = first * request.initial_noise_multiplier
+    latents = sampling.noised(originals, first, 0).to(models.device)
+    on_evaluation = counted(request, batch, len(sampling.timesteps), on_step)
+    keep = None
+    if mask is not None and not models.is_inpainting:
+        keep = _kept(sampling, originals.to(models.device), first.to(models.device), mask.to(models.device))
+    context = _context(canvas, mask, models, request)
+    return (yield from denoise(sampling, latents, positive, negative, request.cfg_scale, on_evaluation, keep, context))
+
+
+def _kept(
+    sampling: samplers.Sampling, originals: torch.Tensor, first: torch.Tensor, mask: torch.Tensor
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Puts the originals, with as much noise as the next evaluation expects, where nothing is painted."""
+
+    def keep(latents: torch.Tensor, num_done: int) -> torch.Tensor:
+        is_last = num_done == len(sampling.timesteps)
+        stays = originals if is_last else sampling.noised(originals, first, num_done)
+        return stays * (1 - mask) + latents * mask
+
+    return keep
+
+
+def _context(canvas: Canvas, mask: torch.Tensor | None, models: Models, request: Img2Img) -> torch.Tensor | None:
+    """What an inpainting UNet is told: the mask, and the originals with grey where they are to be painted."""
+    if mask is None or not models.is_inpainting:
+        return no_context(models, request)
+    assert canvas.mask is not None
+    stays = 1 - torch.from_numpy(np.around(canvas.mask))
+    rows = [latents_of(models, _tensor(picture) * stays) for picture in canvas.pictures]
+    latents = torch.cat(rows).expand(request.batch_size, -1, -1, -1)
+    mask_rows = mask.to(models.device).expand(request.batch_size, 1, -1, -1)
+    return torch.cat([mask_rows, latents], 1)
+
+
+def _tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
+    """Pixels as the VAE reads them: (1, 3, height, width) in -1..1."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

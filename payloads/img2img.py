@@ -1,0 +1,72 @@
+"""img2img: a picture from a picture and a text; with a mask, only that part of it is painted anew."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from payloads import pictures
+from payloads.generation import Generation
+
+JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL, LATENT_UPSCALE = range(4)
+FILL, ORIGINAL, LATENT_NOISE, LATENT_NOTHING = range(4)
+_MAX_STRENGTH = 0.999  # A1111's, so that 1 means all steps and not one more
+
+
+class Img2Img(Generation):
+    """An img2img payload. Several `init_images` are a batch of one picture each."""
+
+    without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"image_cfg_scale"}
+
+    init_images: list[str] = Field(min_length=1, max_length=8)
+    denoising_strength: float = Field(0.75, ge=0, le=1)
+    resize_mode: int = Field(JUST_RESIZE, ge=0, le=3)
+    initial_noise_multiplier: float = Field(1.0, ge=0, le=2)
+    # White is painted anew.
+    mask: str | None = None
+    # The deviation of the blur of the mask's edge, in pixels.
+    mask_blur_x: int = Field(4, ge=0, le=64)
+    mask_blur_y: int = Field(4, ge=0, le=64)
+    # What the masked part begins as.
+    inpainting_fill: int = Field(FILL, ge=0, le=3)
+    # Only the masked part and some pixels around it are scaled to the job's size, painted, and put back.
+    inpaint_full_res: bool = True
+    inpaint_full_res_padding: int = Field(0, ge=0, le=1024)
+    inpainting_mask_invert: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_picture_for_each_row(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        given = dict(fields)
+        if given.get("latent_mask") is not None:
+            raise ValueError("latent_mask is not supported; use mask")
+        if (blur := given.pop("mask_blur", None)) is not None:
+            given |= {"mask_blur_x": blur, "mask_blur_y": blur}
+        images = given.get("init_images")
+        if isinstance(images, list) and len(images) > 1:
+            given["batch_size"] = len(images)
+        return given
+
+    @field_validator("init_images")
+    @classmethod
+    def _readable(cls, images: list[str]) -> list[str]:
+        for index, image in enumerate(images):
+            pictures.check(image, f"init_images[{index}]")
+        return images
+
+    @field_validator("mask")
+    @classmethod
+    def _readable_mask(cls, mask: str | None) -> str | None:
+        if mask:
+            pictures.check(mask, "mask")
+        return mask or None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the denoising strength leaves; A1111 makes one more than diffusers."""
+        return int(min(self.denoising_strength, _MAX_STRENGTH) * self.steps) + 1
+
+    def echo(self) -> dict[str, Any]:
+        """Without the pictures: they are large, and their owner has them."""
+        return super().echo() | {"init_images": None, "mask": None}

@@ -24,6 +24,7 @@ from services.common.auth import (
 )
 from services.common.server import Server
 
+AUDIT_KEY = "the key of the audit, which is as long as it must be"
 Metadata = tuple[tuple[str, str], ...]
 AddServicers = Callable[[grpc.aio.Server], None]
 

@@ -28,7 +28,7 @@ FORBIDDEN = {
 OWNERS = {
     "boto3": {"blobs.py"},
     "botocore": {"blobs.py"},
-    "sqlalchemy": {"database.py", "env.py"},
+    "sqlalchemy": {"audit.py", "database.py", "env.py"},
     "psycopg": {"database.py"},
     "protovalidate": {"validation.py"},
     "jwt": {"auth.py"},

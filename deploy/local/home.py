@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 from services.identity.keys import new_api_key
 
 SERVICES = ("identity", "models", "endpoints", "inference", "training")
+AUDITED = ("identity", "models", "endpoints")
 S3_ACCESS_KEY = "esd:esd"  # Swift's tempauth wants account:user
 S3_BUCKET = "esd"
 S3_REGION = "us-east-1"
@@ -73,6 +74,10 @@ class Home:
     def database_password(self, role: str) -> str:
         """Returns the password of a PostgreSQL role."""
         return self._secret(f"postgres-{role}.password", _random).read_text()
+
+    def audit_key_file(self, service: str) -> Path:
+        """Returns the file with the key of a service's audit."""
+        return self._secret(f"{service}.audit-key", _random)
 
     @property
     def api_key(self) -> str:

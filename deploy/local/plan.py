@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.local.home import S3_ACCESS_KEY, S3_BUCKET, S3_REGION, SERVICES, Home
+from deploy.local.home import AUDITED, S3_ACCESS_KEY, S3_BUCKET, S3_REGION, SERVICES, Home
 from deploy.local.ports import free_port, is_free
 from deploy.local.postgres import Postgres
 from deploy.local.store import Store
@@ -142,6 +142,8 @@ def _service(replica: str, name: str, home: Home, postgres: Postgres, common: di
         "ESD_DATABASE_URL": postgres.url(name),
         "ESD_SECRET_FILE": str(home.secret_file(name)),
     }
+    if name in AUDITED:
+        environment["ESD_AUDIT_KEY_FILE"] = str(home.audit_key_file(name))
     if name == "identity":
         environment |= {
             "ESD_SIGNING_KEY_FILE": str(home.signing_key_file),

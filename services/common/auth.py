@@ -106,7 +106,16 @@ class Caller:
             raise PermissionDenied(f"User {self.name} has no permissions: {permissions!r}")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a request came from: the client's address as the gateway saw it, and the request's id."""
+
+    address: str = ""
+    request_id: str = ""
+
+
 _caller: ContextVar[Caller] = ContextVar("caller")
+_origin: ContextVar[Origin] = ContextVar("origin", default=Origin())  # noqa: B039 - it is frozen
 _judgement: ContextVar[Callable[[], None]] = ContextVar("judgement")
 
 
@@ -115,9 +124,24 @@ def current_caller() -> Caller:
     return _caller.get()
 
 
+def find_caller() -> Caller | None:
+    """The caller, or None where this task serves no RPC but does what the service does by itself."""
+    return _caller.get(None)
+
+
 def set_caller(caller: Caller) -> None:
     """Remembers the caller for this task; the server's interceptor does so before the servicer runs."""
     _caller.set(caller)
+
+
+def current_origin() -> Origin:
+    """Where the RPC that this task serves came from; empty where it serves none."""
+    return _origin.get()
+
+
+def set_origin(origin: Origin) -> None:
+    """Remembers the origin for this task; the server's interceptor does so before the servicer runs."""
+    _origin.set(origin)
 
 
 def enforce() -> None:

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import uuid4
 
 import grpc
@@ -24,7 +24,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from esd.options.v1 import options_pb2 as options
 from services.common import errors, validation
-from services.common.auth import TOKEN_METADATA, Absence, Caller, Kind, Profile, Verifier, set_caller, set_judgement
+from services.common.auth import (
+    TOKEN_METADATA,
+    Absence,
+    Caller,
+    Kind,
+    Origin,
+    Profile,
+    Verifier,
+    set_caller,
+    set_judgement,
+    set_origin,
+)
 from services.common.status import ReplyStatus, begin_reply
 
 log = structlog.get_logger()
@@ -221,12 +232,14 @@ class _Call:
         self._verifier = verifier
         self._token = metadata.get(TOKEN_METADATA)
         self._request_id = metadata.get("x-request-id") or str(uuid4())
+        # A client may write what it likes into this header; the gateway adds the address it saw at the end.
+        self._forwarded_for = str(metadata.get("x-forwarded-for", "")).rpartition(",")[2].strip()
         self._began = time.monotonic()
 
     def unary(self, behaviour: Callable[[Any, Any], Awaitable[Message]]) -> Callable[[Any, Any], Awaitable[Message]]:
         async def run(request: Message | _Unreadable, context: grpc.aio.ServicerContext) -> Message:
             try:
-                caller = self._begin(request)
+                caller = self._begin(request, context)
                 reply = begin_reply()
                 response = await behaviour(request, context)
                 if self._rules.is_rest:  # sending it apart from the response has a price
@@ -241,7 +254,7 @@ class _Call:
     def unary_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
         async def run(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
-                self._begin(request)
+                self._begin(request, context)
                 async for response in behaviour(request, context):
                     yield response
             except Exception as error:
@@ -252,7 +265,7 @@ class _Call:
     def stream_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
         async def run(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
-                self._begin(None)
+                self._begin(None, context)
                 async for response in behaviour(requests, context):
                     yield response
             except Exception as error:
@@ -260,8 +273,9 @@ class _Call:
 
         return run
 
-    def _begin(self, request: Message | _Unreadable | None) -> Caller | None:
+    def _begin(self, request: Message | _Unreadable | None, context: grpc.aio.ServicerContext) -> Caller | None:
         structlog.contextvars.bind_contextvars(request_id=self._request_id)
+        set_origin(Origin(self._forwarded_for or _host(context.peer()), self._request_id))
         caller = None
         if not self._rules.public:
             if not self._token:
@@ -290,6 +304,11 @@ class _Call:
             log.error("rpc failed", method=self._name, exc_info=error)
         await context.abort(code, message)
         raise AssertionError("abort returns")
+
+
+def _host(peer: str) -> str:
+    """The address in gRPC's name for the other end: `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 async def serve(listen: str, verifier: Verifier, add_servicers: Callable[[grpc.aio.Server], None]) -> None:

@@ -33,7 +33,7 @@ class BlobSettings(BaseSettings):
 
 
 class ServiceSettings(Settings):
-    """What each of the five services needs. `listen` is `host:port`; addresses are those of the other services.
+    """What each service needs. `listen` is `host:port`; addresses are those of the other services.
 
     A service with replicas has their addresses with commas between them.
     """
@@ -48,6 +48,12 @@ class ServiceSettings(Settings):
     inference_address: str = ""
     training_address: str = ""
     public_url: str = "http://127.0.0.1:8080"
+
+
+class AuditedSettings(ServiceSettings):
+    """Of a service that writes an audit: its key is of this service alone, and never in the database."""
+
+    audit_key_file: Path
 
 
 S = TypeVar("S", bound=BaseSettings)

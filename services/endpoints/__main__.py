@@ -11,11 +11,12 @@ from pydantic import Field
 
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
 from services.common import logs
+from services.common.audit import Audit
 from services.common.auth import Verifier
 from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.server import Server
-from services.common.settings import ServiceSettings, load, read_secret
+from services.common.settings import AuditedSettings, load, read_secret
 from services.endpoints.cluster.local import LocalCluster, LocalSettings, find_gpus
 from services.endpoints.domain import Endpoints
 from services.endpoints.peers import Identity, Queue
@@ -24,7 +25,7 @@ from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
 
 
-class EndpointsSettings(ServiceSettings):
+class EndpointsSettings(AuditedSettings):
     """`worker_dir` keeps the workers' secrets, logs and model cache; `max_instances` bounds one endpoint.
 
     A worker that is stopped may take `drain_seconds` to finish its job.
@@ -54,7 +55,8 @@ async def main(settings: EndpointsSettings) -> None:
     """Serves and reconciles until told to stop; workers run on."""
     database = Database(settings.database_url)
     await database.migrate("endpoints")
-    store = EndpointStore(database)
+    audit = Audit.from_file("endpoints", settings.audit_key_file)
+    store = EndpointStore(database, audit)
     tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
     identity = Identity(channel(settings.identity_address, tokens))
     queue = Queue(channel(settings.inference_address, tokens))
@@ -67,8 +69,10 @@ async def main(settings: EndpointsSettings) -> None:
     )
     async with asyncio.TaskGroup() as group:
         loop = group.create_task(control.run())
+        auditing = group.create_task(audit.log_heads(database))
         await server.run()
         loop.cancel()
+        auditing.cancel()
     cluster.close()
     await database.dispose()
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, Column, DateTime, Text, delete, select, text, update
+from sqlalchemy import ARRAY, Column, ColumnElement, DateTime, Text, delete, select, text, update
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col
 
+from services.common.audit import Audit
 from services.common.database import Database, notify
 from services.common.errors import FailedPrecondition, Unavailable
 
@@ -56,6 +58,10 @@ class Endpoint(SQLModel, table=True):
     error: str | None = None
     is_retired: bool = False
 
+    def facts(self) -> dict[str, Any]:
+        """What the audit may know: what was asked for, and what became of it; not what is merely observed."""
+        return self.model_dump(exclude={"id", "name", "num_live", "start_time", "end_time", "is_retired"})
+
     def is_open_to(self, username: str, roles: list[str]) -> bool:
         """Whether the user may use the endpoint (contract 1.6: the owner test)."""
         owners = set(self.owners)
@@ -89,8 +95,9 @@ class Worker(SQLModel, table=True):
 class EndpointStore:
     """The endpoints' database. Each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, audit: Audit) -> None:
         self._database = database
+        self._audit = audit
 
     async def add_endpoint(self, endpoint: Endpoint) -> None:
         """Adds a row.
@@ -111,6 +118,7 @@ class EndpointStore:
                 )
             session.add(endpoint)
             await notify(session, CHANGED, endpoint.id)
+            await self._audit.record(session, "endpoint.create", endpoint.name, after=endpoint.facts())
 
     async def page_endpoints(self) -> list[Endpoint]:
         """All endpoints that are not being deleted, newest first. They are few: a role owns at most one."""
@@ -124,10 +132,10 @@ class EndpointStore:
 
     async def mark_deleting(self, names: list[str]) -> None:
         """Frees the names and roles of these endpoints at once; the control loop does the rest."""
-        marked = update(Endpoint).where(col(Endpoint.name).in_(names), col(Endpoint.status) != DELETING)
+        wanted = col(Endpoint.name).in_(names), col(Endpoint.status) != DELETING
         async with self._database.transaction() as session:
-            await session.execute(marked.values(status=DELETING))
             await notify(session, CHANGED, "")
+            await self._change(session, "endpoint.delete", wanted, {"status": DELETING})
 
     async def set_num_live(self, endpoint_id: str, num_live: int) -> None:
         """Remembers how many workers were seen."""
@@ -148,7 +156,9 @@ class EndpointStore:
     async def remove_endpoint(self, endpoint_id: str) -> None:
         """Removes the row, and those of its workers."""
         async with self._database.transaction() as session:
-            await session.execute(delete(Endpoint).where(col(Endpoint.id) == endpoint_id))
+            removed = await session.execute(delete(Endpoint).where(col(Endpoint.id) == endpoint_id).returning(Endpoint))
+            for endpoint in removed.scalars().all():
+                await self._audit.record(session, "endpoint.remove", endpoint.name, before=endpoint.facts())
 
     async def get_workers(self, endpoint_id: str | None = None) -> list[Worker]:
         """The workers of one endpoint, or all."""
@@ -225,12 +235,21 @@ class EndpointStore:
         except DBAPIError as error:
             raise Unavailable("the database does not answer at present") from error
 
-    async def _update(self, endpoint_id: str, statuses: list[str] | None = None, **values: Any) -> None:
-        changed = update(Endpoint).where(col(Endpoint.id) == endpoint_id)
-        if statuses:
-            changed = changed.where(col(Endpoint.status).in_(statuses))
+    async def _update(self, endpoint_id: str, statuses: Sequence[str] = (), **values: Any) -> None:
+        wanted = [col(Endpoint.id) == endpoint_id, *([col(Endpoint.status).in_(statuses)] if statuses else [])]
         async with self._database.transaction() as session:
-            await session.execute(changed.values(**values))
+            await self._change(session, "endpoint.update", wanted, values)
+
+    async def _change(
+        self, session: AsyncSession, action: str, wanted: Sequence[ColumnElement[bool]], values: Mapping[str, Any]
+    ) -> None:
+        """Gives these endpoints the values, and tells the audit of each."""
+        found = select(Endpoint).where(*wanted).order_by(col(Endpoint.id)).with_for_update()
+        for endpoint in (await session.execute(found)).scalars().all():
+            before = endpoint.facts()
+            for name, value in values.items():
+                setattr(endpoint, name, value)
+            await self._audit.record(session, action, endpoint.name, before, endpoint.facts())
 
 
 def _live_endpoints() -> Any:

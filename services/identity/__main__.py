@@ -8,6 +8,7 @@ import grpc
 
 from esd.identity.v1 import ext_authz_pb2_grpc, identity_pb2_grpc
 from services.common import logs
+from services.common.audit import Audit
 from services.common.auth import Signer, Verifier
 from services.common.database import Database
 from services.common.server import serve
@@ -29,7 +30,8 @@ async def run(settings: IdentitySettings) -> None:
     passwords = _passwords(settings)
     first_key = _first_key(settings)
     database = Database(settings.database_url)
-    store = IdentityStore(database)
+    audit = Audit.from_file("identity", settings.audit_key_file)
+    store = IdentityStore(database, audit)
     uses = KeyUses(store)
     tokens = Tokens(store, signer, hashes.services, uses.note)
     identity = Identity(store, passwords, tokens.forget)
@@ -47,9 +49,11 @@ async def run(settings: IdentitySettings) -> None:
     async with asyncio.TaskGroup() as group:  # should listening fail, serving ends, and the process is started again
         listening = group.create_task(database.listen([CHANGED], on_notify))
         writing = group.create_task(uses.write())
+        auditing = group.create_task(audit.log_heads(database))
         await serve(settings.listen, Verifier.from_file(settings.verifying_key_file), add_servicers)
         listening.cancel()
         writing.cancel()
+        auditing.cancel()
     await database.dispose()
 
 

@@ -12,7 +12,8 @@ from uuid import UUID
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from services.identity.keys import new_api_key, shown_prefix
 from services.identity.passwords import Passwords
-from services.identity.store import ApiKey, IdentityStore, Role, Secret, User
+from services.identity.rows import ApiKey, Role, Secret, User
+from services.identity.store import IdentityStore
 from services.identity.tokens import MAX_NAME_LENGTH, is_name, sha256
 
 RESOURCES = ("train", "checkpoint", "inference", "sagemaker_endpoint", "user", "role")

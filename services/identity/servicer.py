@@ -14,7 +14,7 @@ from services.common.auth import Caller, current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.times import time_text
 from services.identity.domain import ADMINISTRATORS, DEFAULT_ROLES, Actor, Identity, UserView
-from services.identity.store import ApiKey, Role
+from services.identity.rows import ApiKey, Role
 from services.identity.tokens import SECRET_TOKEN_SECONDS, Tokens
 
 Context = grpc.aio.ServicerContext[Any, Any]

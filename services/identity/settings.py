@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.settings import ServiceSettings, read_secret
+from services.common.settings import AuditedSettings, read_secret
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-class IdentitySettings(ServiceSettings):
+class IdentitySettings(AuditedSettings):
     """What identity needs beside what every service does."""
 
     signing_key_file: Path

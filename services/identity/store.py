@@ -1,25 +1,25 @@
 """Remembers users, roles, API keys and secrets. Of keys and secrets only the SHA-256 is ever stored.
 
 One method is one transaction. Whatever changes what a key may do notifies `CHANGED`, so that every replica forgets the
-tokens that it keeps.
+tokens that it keeps; all but the last use of keys is written to the audit.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import Field, SQLModel, col, select
+from sqlmodel import col, select
 
+from services.common.audit import HIDDEN, Audit
 from services.common.database import Database, notify
 from services.common.errors import FailedPrecondition
+from services.identity.rows import ApiKey, KeyUse, Role, Secret, User
 
 CHANGED = "identity_changed"
 # Held by whatever may take user:all from somebody, so that two of them do not take it from the last two holders.
@@ -31,72 +31,6 @@ class LastAdministrator(FailedPrecondition):
 
     def __init__(self) -> None:
         super().__init__("at least one user must keep the permission user:all")
-
-
-class Role(SQLModel, table=True):
-    """A named set of permissions."""
-
-    __tablename__ = "roles"
-
-    role_name: str = Field(primary_key=True)
-    creator: str
-    permissions: list[str] = Field(sa_type=ARRAY(sa.Text))
-
-
-class User(SQLModel, table=True):
-    """Somebody who acts. `roles` may name roles since deleted. Both passwords are None for a user without one."""
-
-    __tablename__ = "users"
-
-    username: str = Field(primary_key=True)
-    roles: list[str] = Field(sa_type=ARRAY(sa.Text))
-    creator: str
-    password_hash: str | None = None
-    password_encrypted: str | None = None
-
-
-class ApiKey(SQLModel, table=True):
-    """A key of a user; with `impersonate` it may act for any other.
-
-    `prefix` is what may be shown of it. A revoked one stays as a row: the first key must not come back at a restart.
-    """
-
-    __tablename__ = "api_keys"
-
-    id: UUID = Field(default_factory=uuid4, primary_key=True)
-    key_hash: str
-    owner: str
-    impersonate: bool = False
-    prefix: str = ""
-    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC), sa_type=sa.DateTime(timezone=True))
-    last_used_at: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
-    expires_at: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
-    revoked_at: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
-
-
-class Secret(SQLModel, table=True):
-    """The secret of an endpoint's workers or of a trainer; `kind` is `worker` or `trainer`."""
-
-    __tablename__ = "secrets"
-
-    kind: str = Field(primary_key=True)
-    subject: str = Field(primary_key=True)
-    secret_hash: str
-
-
-@dataclass(frozen=True)
-class KeyUse:
-    """A key and the user whom a request with it names, or its owner. `roles` is None when there is no such user.
-
-    `seconds_left` is the key's life, None for one without an end.
-    """
-
-    key_id: UUID
-    seconds_left: float | None
-    owner: str
-    impersonate: bool
-    roles: list[str] | None
-    permissions: list[str]
 
 
 _KEY_USE = sa.text(
@@ -120,17 +54,26 @@ _HAS_ADMINISTRATOR = sa.text(
 class IdentityStore:
     """The tables of the identity service. Every method raises Unavailable while the database does not answer."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, audit: Audit) -> None:
         self._database = database
+        self._audit = audit
 
     async def bootstrap(self, roles: list[Role], user: User, key: ApiKey) -> None:
         """Adds what is missing of these; replicas may do so at the same time. A key that was revoked stays so."""
+        rows: list[tuple[str, str, Role | User | ApiKey]] = [
+            *(("role.create", role.role_name, role) for role in roles),
+            ("user.create", user.username, user),
+            ("key.create", str(key.id), key),
+        ]
         async with self._database.transaction() as session:
-            for role in roles:
-                await session.execute(insert(Role).values(role.model_dump()).on_conflict_do_nothing())
-            await session.execute(insert(User).values(user.model_dump()).on_conflict_do_nothing())
-            await session.execute(insert(ApiKey).values(key.model_dump()).on_conflict_do_nothing())
+            made = []
+            for action, target, row in rows:
+                add = insert(type(row)).values(row.model_dump()).on_conflict_do_nothing()
+                if (await session.execute(add.returning(sa.literal(1)))).one_or_none():
+                    made.append((action, target, row))
             await notify(session, CHANGED, "")
+            for action, target, row in made:
+                await self._audit.record(session, action, target, after=row.facts())
 
     async def find_key_use(self, key_hash: str, username: str | None) -> KeyUse | None:
         """The key and the user named with it (None: its owner); None when there is no such key."""
@@ -160,9 +103,14 @@ class IdentityStore:
             where=None if only_of_creator is None else col(Role.creator) == only_of_creator,
         )
         async with self._guarding_administrators() as session:
-            saved = (await session.execute(update.returning(col(Role.role_name)))).one_or_none() is not None
+            before = await session.get(Role, role.role_name)
+            facts = before.facts() if before else None
+            if (await session.execute(update.returning(col(Role.role_name)))).one_or_none() is None:
+                return False
             await notify(session, CHANGED, "")
-            return saved
+            action = "role.update" if before else "role.create"
+            await self._audit.record(session, action, role.role_name, facts, role.facts())
+            return True
 
     async def remove_roles(self, names: list[str]) -> None:
         """Removes roles and takes them from all users; unknown names are skipped.
@@ -173,10 +121,16 @@ class IdentityStore:
         kept = "ARRAY(SELECT r FROM unnest(roles) WITH ORDINALITY AS t (r, n) WHERE NOT r = ANY (:names) ORDER BY n)"
         strip = sa.text(f"UPDATE users SET roles = {kept} WHERE roles && :names")  # noqa: S608 - a constant
         names_of_text = sa.bindparam("names", names, ARRAY(sa.Text))
+        holders = select(User.username, User.roles).where(col(User.roles).op("&&")(names_of_text))
         async with self._guarding_administrators() as session:
+            held = (await session.execute(holders.order_by(User.username))).all()
             await session.execute(strip.bindparams(names_of_text))
-            await session.execute(sa.delete(Role).where(col(Role.role_name).in_(names)))
+            removed = sa.delete(Role).where(col(Role.role_name).in_(names)).returning(Role)
+            facts = {role.role_name: role.facts() for role in (await session.execute(removed)).scalars()}
             await notify(session, CHANGED, "")
+            for name in dict.fromkeys(names):
+                lost = {"holders": [username for username, roles in held if name in roles] or None}
+                await self._audit.record(session, "role.delete", name, before=facts.get(name, {}) | lost)
 
     async def find_users(self, username: str | None = None) -> list[User]:
         """The user of this name, or all, in no particular order."""
@@ -194,8 +148,12 @@ class IdentityStore:
         others = {name: value for name, value in values.items() if name != "username"}
         statement = insert(User).values(values)
         async with self._guarding_administrators() as session:
+            before = await session.get(User, user.username)
+            facts = before.facts() if before else None
             await session.execute(statement.on_conflict_do_update(index_elements=["username"], set_=others))
             await notify(session, CHANGED, "")
+            action = "user.update" if before else "user.create"
+            await self._audit.record(session, action, user.username, facts, user.facts() | {"password": HIDDEN})
 
     async def remove_users(self, usernames: list[str]) -> None:
         """Removes users and, by the foreign key, their API keys; unknown names are skipped.
@@ -203,9 +161,19 @@ class IdentityStore:
         Raises:
             LastAdministrator.
         """
+        owned = select(ApiKey.owner, ApiKey.id).where(
+            col(ApiKey.owner).in_(usernames), col(ApiKey.revoked_at).is_(None)
+        )
         async with self._guarding_administrators() as session:
+            # Their rows first: from then on nobody adds a key of theirs.
+            found = select(User).where(col(User.username).in_(usernames)).order_by(User.username).with_for_update()
+            facts = {user.username: user.facts() for user in (await session.execute(found)).scalars()}
+            keys = (await session.execute(owned.order_by(col(ApiKey.id)))).all()
             await session.execute(sa.delete(User).where(col(User.username).in_(usernames)))
             await notify(session, CHANGED, "")
+            for username, before in facts.items():
+                lost = {"keys": [str(key_id) for owner, key_id in keys if owner == username] or None}
+                await self._audit.record(session, "user.delete", username, before=before | lost)
 
     async def add_key(self, key: ApiKey) -> bool:
         """Adds a key; False when its owner does not exist."""
@@ -215,6 +183,7 @@ class IdentityStore:
                 return False
             await session.execute(insert(ApiKey).values(key.model_dump()))
             await notify(session, CHANGED, "")
+            await self._audit.record(session, "key.create", str(key.id), after=key.facts())
             return True
 
     async def find_keys(self, owner: str | None = None) -> list[ApiKey]:
@@ -229,9 +198,12 @@ class IdentityStore:
     async def revoke_keys(self, key_ids: Sequence[UUID]) -> None:
         """Ends keys for good; unknown ones are skipped."""
         known = col(ApiKey.id).in_(key_ids), col(ApiKey.revoked_at).is_(None)
+        revoke = sa.update(ApiKey).where(*known).values(revoked_at=sa.func.now()).returning(ApiKey)
         async with self._database.transaction() as session:
-            await session.execute(sa.update(ApiKey).where(*known).values(revoked_at=sa.func.now()))
+            revoked = list((await session.execute(revoke)).scalars())
             await notify(session, CHANGED, "")
+            for key in revoked:
+                await self._audit.record(session, "key.revoke", str(key.id), before=key.facts())
 
     async def save_key_uses(self, key_ids: Sequence[UUID]) -> None:
         """Notes that the keys are used now, where the last note of any replica is a minute old."""
@@ -256,11 +228,15 @@ class IdentityStore:
         )
         async with self._database.transaction() as session:
             await session.execute(replace)
+            await self._audit.record(session, "secret.create", secret.name, after=secret.facts())
 
     async def remove_secret(self, kind: str, subject: str) -> None:
         """Removes the secret of a subject, if there is one."""
+        remove = sa.delete(Secret).where(col(Secret.kind) == kind, col(Secret.subject) == subject).returning(Secret)
         async with self._database.transaction() as session:
-            await session.execute(sa.delete(Secret).where(col(Secret.kind) == kind, col(Secret.subject) == subject))
+            removed = (await session.execute(remove)).scalar_one_or_none()
+            if removed is not None:
+                await self._audit.record(session, "secret.delete", removed.name, before=removed.facts())
 
     @asynccontextmanager
     async def _guarding_administrators(self) -> AsyncIterator[AsyncSession]:

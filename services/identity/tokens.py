@@ -15,7 +15,8 @@ from uuid import UUID
 from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, Profile, Signer, UsernameStatus
 from services.common.errors import Unauthenticated
 from services.identity.keys import is_mistyped
-from services.identity.store import IdentityStore, KeyUse
+from services.identity.rows import KeyUse
+from services.identity.store import IdentityStore
 
 USER_TOKEN_SECONDS = 30
 SECRET_TOKEN_SECONDS = 300

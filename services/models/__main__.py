@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from esd.models.v1.models_pb2_grpc import add_ModelsServiceServicer_to_server
+from services.common.audit import Audit
 from services.common.auth import Verifier
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel
@@ -38,21 +39,24 @@ async def main() -> None:
     await database.migrate("models")
     chores = Chores(settings.database_url)
     await chores.prepare()
-    store = ModelStore(database, chores)
+    audit = Audit.from_file("models", settings.audit_key_file)
+    store = ModelStore(database, chores, audit)
     models = Models(store, blobs, identity)
     outbound = Outbound(settings.import_allowed_networks)
     limits = Limits(settings.import_max_bytes, settings.import_max_hours)
-    imports = Imports(models, store, ImportStore(database, chores), blobs, outbound, limits)
+    imports = Imports(models, store, ImportStore(database, chores, audit), blobs, outbound, limits)
     background = Background(models, store, blobs, settings.upload_max_hours)
     chores.add(MOVE_OBJECTS, background.move_objects)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
     chores.add(IMPORT, imports.run)
-    servicer = ModelsServicer(models, imports, Datasets(DatasetStore(database), blobs))
+    servicer = ModelsServicer(models, imports, Datasets(DatasetStore(database, audit), blobs))
     try:
         async with asyncio.TaskGroup() as group:  # should the chores fail, serving ends, and the process starts again
             doing = group.create_task(chores.run())
+            auditing = group.create_task(audit.log_heads(database))
             await serve(settings.listen, verifier, lambda server: add_ModelsServiceServicer_to_server(servicer, server))
             doing.cancel()
+            auditing.cancel()
     finally:
         await database.dispose()
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlmodel import Field, SQLModel, col
 
+from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import NotFound, PermissionDenied
 from services.models.store import Viewer
@@ -43,6 +44,10 @@ class Dataset(SQLModel, table=True):
     created_at: datetime = Field(sa_type=sa.DateTime(timezone=True))
     params: dict[str, Any] = Field(sa_type=JSONB)
 
+    def facts(self) -> dict[str, Any]:
+        """What the audit may know. Params are left out: clients put there what they like."""
+        return self.model_dump(include={"prefix", "status", "owners"})
+
 
 class DatasetItem(SQLModel, table=True):
     """One file of a dataset. `key` is that of its object, `position` its place in the request."""
@@ -69,8 +74,9 @@ class Place(NamedTuple):
 class DatasetStore:
     """The tables of datasets."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, audit: Audit) -> None:
         self._database = database
+        self._audit = audit
 
     async def save_dataset(self, dataset: Dataset, items: Sequence[DatasetItem], viewer: Viewer) -> None:
         """Adds a dataset, or replaces what is known of it and adds its files.
@@ -87,10 +93,15 @@ class DatasetStore:
             name: add.excluded[name] for name in DatasetItem.model_fields if name not in ("dataset_name", "key")
         }
         async with self._database.transaction() as session:
+            before = await session.get(Dataset, dataset.name, with_for_update=True)
+            facts = before.facts() if before else None
             saved = await session.execute(save.returning(col(Dataset.name)))
             if saved.scalar_one_or_none() is None:
                 raise DatasetHidden
             await session.execute(add.on_conflict_do_update(index_elements=["dataset_name", "key"], set_=replaced))
+            action = "dataset.update" if before else "dataset.create"
+            after = dataset.facts() | {"added": [item.name for item in items]}
+            await self._audit.record(session, action, dataset.name, facts, after)
 
     async def page_datasets(
         self, viewer: Viewer, status: str, after: Place | None, limit: int
@@ -133,16 +144,20 @@ class DatasetStore:
             DatasetNotFound.
         """
         async with self._database.transaction() as session:
-            change = sa.update(Dataset).where(col(Dataset.name) == name).values(status=status)
-            if (await session.execute(change.returning(col(Dataset.name)))).scalar_one_or_none() is None:
+            dataset = await session.get(Dataset, name, with_for_update=True)
+            if dataset is None:
                 raise DatasetNotFound(name)
+            before, dataset.status = dataset.facts(), status
             items = sa.update(DatasetItem).where(col(DatasetItem.dataset_name) == name)
             await session.execute(items.values(status=status))
+            await self._audit.record(session, "dataset.update", name, before, dataset.facts())
 
     async def remove_datasets(self, names: Sequence[str]) -> None:
         """Forgets the datasets and their files."""
+        remove = sa.delete(Dataset).where(col(Dataset.name).in_(names)).returning(Dataset)
         async with self._database.transaction() as session:
-            await session.execute(sa.delete(Dataset).where(col(Dataset.name).in_(names)))
+            for dataset in (await session.execute(remove)).scalars().all():
+                await self._audit.record(session, "dataset.delete", dataset.name, before=dataset.facts())
 
 
 def _seen_by(viewer: Viewer) -> sa.ColumnElement[bool]:

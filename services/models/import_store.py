@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel
 
+from services.common.audit import Audit
 from services.common.database import Database
 from services.models.chores import Chores
 from services.models.store import Checkpoint, CheckpointFile, NameInUse
@@ -44,9 +45,10 @@ class Import(SQLModel, table=True):
 class ImportStore:
     """The table of imports, and what they change in checkpoints."""
 
-    def __init__(self, database: Database, chores: Chores) -> None:
+    def __init__(self, database: Database, chores: Chores, audit: Audit) -> None:
         self._database = database
         self._chores = chores
+        self._audit = audit
 
     async def add_imports(self, imports: Sequence[tuple[Checkpoint, Import]]) -> None:
         """Adds checkpoints and their imports, which begin when this is committed: all or none.
@@ -54,6 +56,7 @@ class ImportStore:
         Raises:
             NameInUse: somebody else was faster.
         """
+        facts = {str(checkpoint.id): checkpoint.facts() for checkpoint, _ in imports}
         try:
             async with self._database.transaction() as session:
                 session.add_all([checkpoint for checkpoint, _ in imports])
@@ -62,6 +65,8 @@ class ImportStore:
                 await session.flush()
                 for checkpoint, _ in imports:
                     await self._chores.defer(session, IMPORT, lock=str(checkpoint.id), checkpoint_id=str(checkpoint.id))
+                for checkpoint_id, after in facts.items():
+                    await self._audit.record(session, "checkpoint.create", checkpoint_id, after=after)
         except IntegrityError:
             raise NameInUse(", ".join(name for checkpoint, _ in imports for name in checkpoint.names)) from None
 
@@ -84,7 +89,9 @@ class ImportStore:
         try:
             async with self._database.transaction() as session:
                 checkpoint, _ = await _held(session, held)
+                before = checkpoint.facts()
                 checkpoint.files.append(new_file(checkpoint.id, name, key))
+                await self._audit.record(session, "checkpoint.name", str(checkpoint.id), before, checkpoint.facts())
                 return checkpoint
         except IntegrityError:
             raise NameInUse(name) from None

@@ -7,10 +7,10 @@ from ipaddress import IPv4Network, IPv6Network
 from pydantic import Field
 
 from services.common.blobs import GIB
-from services.common.settings import ServiceSettings
+from services.common.settings import AuditedSettings
 
 
-class ModelsSettings(ServiceSettings):
+class ModelsSettings(AuditedSettings):
     """What models needs beside what every service does.
 
     Imports may come from public addresses, and from `import_allowed_networks` (a JSON list such as `["10.0.0.0/8"]`).

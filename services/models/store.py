@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, Relationship, SQLModel, col
 
+from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, NotFound
 from services.models.chores import Chores
@@ -94,6 +95,15 @@ class Checkpoint(SQLModel, table=True):
         """The names of the files, in the order of the request."""
         return [file.name for file in self.files]
 
+    def facts(self) -> dict[str, Any]:
+        """What the audit may know. Params are left out: clients put there what they like."""
+        files = {
+            file.name: {"complete": file.complete, "size": file.size_bytes, "sha256": file.sha256}
+            for file in self.files
+        }
+        facts = self.model_dump(include={"type", "status", "owners", "error", "source"})
+        return facts | {"files": files}
+
 
 class Viewer(NamedTuple):
     """Who looks; `sees_everything` for holders of user:all."""
@@ -129,9 +139,10 @@ class Inspected:
 class ModelStore:
     """The tables of this service."""
 
-    def __init__(self, database: Database, chores: Chores) -> None:
+    def __init__(self, database: Database, chores: Chores, audit: Audit) -> None:
         self._database = database
         self._chores = chores
+        self._audit = audit
 
     async def find_used_name(self, names: Sequence[str]) -> str | None:
         """One of the names that is in use."""
@@ -150,6 +161,7 @@ class ModelStore:
         try:
             async with self._database.transaction() as session:
                 session.add(checkpoint)
+                await self._audit.record(session, "checkpoint.create", str(checkpoint.id), after=checkpoint.facts())
         except IntegrityError:
             used = await self.find_used_name(checkpoint.names)
             raise NameInUse(used or checkpoint.names[0]) from None
@@ -208,10 +220,14 @@ class ModelStore:
         """
         async with self._database.transaction() as session:
             checkpoint = await _locked(session, checkpoint_id)
+            before = checkpoint.facts()
             file = next(file for file in checkpoint.files if file.name == name)
             file.complete, file.size_bytes, file.sha256 = True, inspected.size_bytes, inspected.sha256
             merged = {"size": inspected.size_bytes, "sha256": inspected.sha256, **inspected.found}
             checkpoint.params = _merge(checkpoint.params, name, merged)
+            await self._audit.record(
+                session, "checkpoint.complete_file", str(checkpoint_id), before, checkpoint.facts()
+            )
             return checkpoint
 
     async def save_status(self, checkpoint_id: UUID, status: str) -> Checkpoint:
@@ -222,9 +238,11 @@ class ModelStore:
         """
         async with self._database.transaction() as session:
             checkpoint = await _locked(session, checkpoint_id)
+            before = checkpoint.facts()
             usable = checkpoint.error is None and all(file.complete for file in checkpoint.files)
             if status != ACTIVE or usable:
                 checkpoint.status = status
+            await self._audit.record(session, "checkpoint.update", str(checkpoint_id), before, checkpoint.facts())
             return checkpoint
 
     async def save_name(self, checkpoint_id: UUID, old: str, new: str, next_key: str) -> None:
@@ -236,6 +254,7 @@ class ModelStore:
         try:
             async with self._database.transaction() as session:
                 checkpoint = await _locked(session, checkpoint_id)
+                before = checkpoint.facts()
                 file = checkpoint.files[0]
                 if file.name != old:
                     return
@@ -250,6 +269,7 @@ class ModelStore:
                 await self._chores.defer(
                     session, MOVE_OBJECTS, lock=str(checkpoint_id), checkpoint_id=str(checkpoint_id)
                 )
+                await self._audit.record(session, "checkpoint.rename", str(checkpoint_id), before, checkpoint.facts())
         except IntegrityError:
             raise NameInUse(new) from None
 
@@ -283,16 +303,25 @@ class ModelStore:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
             if checkpoint is None or (only_initial and checkpoint.status != INITIAL):
                 return False
+            before = checkpoint.facts()
             checkpoint.status, checkpoint.error = DISABLED, error
             checkpoint.params = checkpoint.params | {"error": error}
             for file in checkpoint.files:
                 file.reserved = False
+            await self._audit.record(session, "checkpoint.refuse", str(checkpoint_id), before, checkpoint.facts())
             return True
 
     async def remove_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> None:
         """Forgets the checkpoints and their files."""
+        wanted = col(Checkpoint.id).in_(checkpoint_ids)
         async with self._database.transaction() as session:
-            await session.execute(sa.delete(Checkpoint).where(col(Checkpoint.id).in_(checkpoint_ids)))
+            found = await session.execute(
+                sa.select(Checkpoint).where(wanted).order_by(col(Checkpoint.id)).with_for_update()
+            )
+            facts = {checkpoint.id: checkpoint.facts() for checkpoint in found.scalars()}
+            await session.execute(sa.delete(Checkpoint).where(wanted))
+            for checkpoint_id, before in facts.items():
+                await self._audit.record(session, "checkpoint.delete", str(checkpoint_id), before=before)
 
 
 async def _locked(session: Any, checkpoint_id: UUID) -> Checkpoint:

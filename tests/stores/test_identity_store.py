@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 import pytest
 import sqlalchemy as sa
 
+from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import Unavailable
-from services.identity.store import ApiKey, IdentityStore, Role, Secret, User
+from services.identity.rows import ApiKey, Role, Secret, User
+from services.identity.store import IdentityStore
+from tests.serving import AUDIT_KEY
 
 ADMINS = Role(role_name="admins", creator="ESD", permissions=["b:all", "a:all"])
 FIRST = User(username="first", roles=["admins"], creator="ESD")
@@ -36,7 +39,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def store(database: Database) -> IdentityStore:
-    return IdentityStore(database)
+    return IdentityStore(database, Audit("identity", AUDIT_KEY))
 
 
 async def _count(database: Database, table: str) -> int:
@@ -104,5 +107,5 @@ async def test_a_secret_is_replaced_not_added(store: IdentityStore, database: Da
 async def test_a_database_that_is_down_is_unavailable() -> None:
     database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
     with pytest.raises(Unavailable, match="does not answer"):
-        await IdentityStore(database).find_users()
+        await IdentityStore(database, Audit("identity", AUDIT_KEY)).find_users()
     await database.dispose()

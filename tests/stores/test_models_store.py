@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
+from services.common.audit import Audit
 from services.common.database import Database
 from services.models.chores import Chores
 from services.models.store import (
@@ -23,6 +24,7 @@ from services.models.store import (
     NameInUse,
     Viewer,
 )
+from tests.serving import AUDIT_KEY
 
 ANN = Viewer("ann", ["designer"])
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -38,7 +40,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def store(database: Database, database_url: str) -> ModelStore:
-    return ModelStore(database, Chores(database_url))
+    return ModelStore(database, Chores(database_url), Audit("models", AUDIT_KEY))
 
 
 def checkpoint(*names: str, owners: tuple[str, ...] = ("designer",), age: int = 0) -> Checkpoint:

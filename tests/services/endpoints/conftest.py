@@ -22,6 +22,7 @@ from esd.identity.v1 import identity_pb2 as identity
 from esd.identity.v1 import identity_pb2_grpc
 from esd.inference.v1 import inference_pb2 as inference
 from esd.inference.v1 import inference_pb2_grpc
+from services.common.audit import Audit
 from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, current_caller
 from services.common.clients import TokenSource, channel
 from services.common.database import Database
@@ -33,7 +34,7 @@ from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
-from tests.serving import Metadata, Tokens
+from tests.serving import AUDIT_KEY, Metadata, Tokens
 
 OWN_SECRET = "the secret of the endpoints service"
 STANDIN_WORKER = [sys.executable, "-m", "tests.services.endpoints.standin_worker"]
@@ -149,7 +150,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def store(database: Database) -> EndpointStore:
-    return EndpointStore(database)
+    return EndpointStore(database, Audit("endpoints", AUDIT_KEY))
 
 
 @pytest.fixture

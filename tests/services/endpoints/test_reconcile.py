@@ -15,7 +15,7 @@ from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.store import Endpoint, EndpointStore, Worker
 from tests.processes import ROOT
 from tests.services.endpoints.conftest import OWN_SECRET, STANDIN_WORKER, Peers, RunLoop, is_alive, until
-from tests.serving import Tokens
+from tests.serving import AUDIT_KEY, Tokens
 
 Create = Callable[..., Awaitable[Endpoint]]
 
@@ -260,9 +260,11 @@ async def test_workers_survive_the_service_that_started_them_and_are_adopted_by_
 ) -> None:
     (tmp_path / "secret").write_text(OWN_SECRET)
     (tmp_path / "verifying.pem").write_text(tokens.public_key_pem)
+    (tmp_path / "audit").write_text(AUDIT_KEY)
     environment = os.environ | {
         "ESD_DATABASE_URL": database_url,
         "ESD_SECRET_FILE": str(tmp_path / "secret"),
+        "ESD_AUDIT_KEY_FILE": str(tmp_path / "audit"),
         "ESD_VERIFYING_KEY_FILE": str(tmp_path / "verifying.pem"),
         "ESD_IDENTITY_ADDRESS": peers.address,
         "ESD_INFERENCE_ADDRESS": peers.address,

@@ -13,6 +13,7 @@ from cryptography.fernet import Fernet
 from esd.identity.v1 import ext_authz_pb2 as authz
 from esd.identity.v1 import ext_authz_pb2_grpc, identity_pb2_grpc
 from esd.identity.v1 import identity_pb2 as pb
+from services.common.audit import Audit
 from services.common.auth import Caller, Profile
 from services.common.database import Database
 from services.identity.authz import SECRET_METADATA, AuthorizationServicer
@@ -24,7 +25,7 @@ from services.identity.servicer import IdentityServicer
 from services.identity.store import CHANGED, IdentityStore
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
-from tests.serving import Metadata, Tokens, serving
+from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
 ALL = ["train:all", "checkpoint:all", "inference:all", "sagemaker_endpoint:all", "user:all", "role:all"]
 GATEWAY_SECRET = "the gateway's secret"
@@ -37,6 +38,7 @@ class Running:
 
     channel: grpc.aio.Channel
     database: Database
+    store: IdentityStore
     issued: IdentityTokens
     tokens: Tokens
     first_key: str
@@ -92,7 +94,7 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
         async def start() -> Running:
             database = Database(database_url)
             stack.push_async_callback(database.dispose)
-            store = IdentityStore(database)
+            store = IdentityStore(database, Audit("identity", AUDIT_KEY))
             uses = KeyUses(store)
             issued = IdentityTokens(store, tokens.signer, {sha256(MODELS_SECRET): "models"}, uses.note)
             identity = Identity(store, Passwords(password_key), issued.forget)
@@ -113,7 +115,7 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
             stack.push_async_callback(_cancel, asyncio.create_task(uses.write()))
             channel = await stack.enter_async_context(serving(add, tokens.verifier()))
             await notified.wait()
-            return Running(channel, database, issued, tokens, first_key, notified)
+            return Running(channel, database, store, issued, tokens, first_key, notified)
 
         yield start
 

@@ -9,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 
 from esd.identity.v1 import identity_pb2 as pb
-from services.identity.store import FailedPrecondition, IdentityStore, LastAdministrator, User
+from services.identity.rows import User
+from services.identity.store import FailedPrecondition, LastAdministrator
 from services.identity.tokens import USER_TOKEN_SECONDS
 from tests.services.identity.conftest import ALL
 
@@ -117,7 +118,7 @@ async def test_no_token_outlives_its_key(identity: Any) -> None:
     made = await _create(identity, username="api", expires_in_days=1)
     soon = "UPDATE api_keys SET expires_at = now() + interval '5 seconds' WHERE id = CAST(:id AS uuid)"
     await _sql(identity, soon, id=made.id)
-    use = await IdentityStore(identity.database).find_key_use(_hash(made.key), None)
+    use = await identity.store.find_key_use(_hash(made.key), None)
     assert use is not None
     assert use.seconds_left is not None
     assert 0 < use.seconds_left <= 5 < USER_TOKEN_SECONDS
@@ -136,7 +137,7 @@ async def test_the_last_use_is_written_once_a_minute_and_reaches_the_list(identi
     before = await _sql(identity, query, id=made.id)
     identity.issued.forget()
     assert await _is_open(identity, made.key)
-    store = IdentityStore(identity.database)
+    store = identity.store
     await store.save_key_uses([key.id for key in await store.find_keys()])
     assert await _sql(identity, query, id=made.id) == before, "no second write within the minute"
     (shown,) = [key for key in await _keys(identity) if key.id == made.id]
@@ -148,7 +149,7 @@ async def test_nobody_deletes_their_own_account(identity: Any) -> None:
     request = pb.DeleteUsersRequest(user_name_list=["ann", "api"])
     call = identity.stub.DeleteUsers(request, metadata=identity.admin)
     assert "api cannot delete their own account" in await _fails(call, PRECONDITION)
-    assert await IdentityStore(identity.database).find_users("ann"), "nothing is deleted"
+    assert await identity.store.find_users("ann"), "nothing is deleted"
 
 
 async def test_the_last_holder_of_user_all_keeps_it(identity: Any, user_token: Any) -> None:
@@ -171,7 +172,7 @@ async def test_the_last_holder_of_user_all_keeps_it(identity: Any, user_token: A
 
 
 async def test_two_administrators_who_remove_each_other_at_once_leave_one(identity: Any) -> None:
-    store = IdentityStore(identity.database)
+    store = identity.store
     await store.save_user(User(username="boss", roles=["IT Operator"], creator="api"))
     results = await asyncio.gather(*(store.remove_users([name]) for name in ("api", "boss")), return_exceptions=True)
     assert [type(result) for result in results if result is not None] == [LastAdministrator]

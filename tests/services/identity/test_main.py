@@ -22,7 +22,7 @@ from esd.identity.v1 import ext_authz_pb2_grpc, identity_pb2_grpc
 from esd.identity.v1 import identity_pb2 as pb
 from services.identity.keys import new_api_key
 from tests.processes import running
-from tests.serving import Tokens
+from tests.serving import AUDIT_KEY, Tokens
 
 COMMAND = [sys.executable, "-m", "services.identity"]
 
@@ -37,6 +37,7 @@ def environment(tmp_path: Path, tokens: Tokens, password_key: str, database_url:
         "secret_hashes": json.dumps({n: hashlib.sha256(n.encode()).hexdigest() for n in ("gateway", "models")}),
         "api_key": new_api_key() + "\n",
         "password_key": password_key,
+        "audit_key": AUDIT_KEY,
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -100,6 +101,7 @@ async def test_a_new_first_key_is_added_at_the_next_start_and_the_old_one_stays(
         (lambda e: Path(e["ESD_SECRET_HASHES_FILE"]).write_text("[]"), "ESD_SECRET_HASHES_FILE"),
         (lambda e: Path(e["ESD_SECRET_HASHES_FILE"]).write_text('{"gateway": "ab"}'), "not a SHA-256"),
         (lambda e: Path(e["ESD_PASSWORD_KEY_FILE"]).write_text("short"), "ESD_PASSWORD_KEY_FILE"),
+        (lambda e: Path(e["ESD_AUDIT_KEY_FILE"]).write_text("short"), "ESD_AUDIT_KEY_FILE"),
         (lambda e: Path(e["ESD_API_KEY_FILE"]).write_text("\n"), "ESD_API_KEY_FILE"),
     ],
 )

@@ -19,6 +19,7 @@ from deploy.local.postgres import Postgres
 from esd.identity.v1 import identity_pb2_grpc
 from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
+from services.common.audit import Audit
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource
 from services.common.clients import channel as channel_to
@@ -30,8 +31,9 @@ from services.identity.domain import Identity as IdentityDomain
 from services.identity.key_uses import KeyUses
 from services.identity.keys import new_api_key
 from services.identity.passwords import Passwords
+from services.identity.rows import Role, User
 from services.identity.servicer import IdentityServicer
-from services.identity.store import IdentityStore, Role, User
+from services.identity.store import IdentityStore
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
 from services.models.background import Background
@@ -45,7 +47,7 @@ from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
 from services.models.store import MOVE_OBJECTS, ModelStore
 from tests.conftest import S3Access
-from tests.serving import Metadata, Tokens, serving
+from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
 UPLOAD_MAX_HOURS = 48
 MAX_IMPORT_BYTES = 64 * 1024 * 1024
@@ -141,7 +143,7 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
     """The address of an identity service that knows ann, bob, root (user:all) and the models service's secret."""
     database = Database(new_database(postgres), pool_size=2)
     await database.migrate("identity")
-    store = IdentityStore(database)
+    store = IdentityStore(database, Audit("identity", AUDIT_KEY))
     issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"}, KeyUses(store).note)
     domain = IdentityDomain(store, Passwords(Fernet.generate_key().decode()), issued.forget)
     await domain.bootstrap(new_api_key())
@@ -167,15 +169,18 @@ async def service(
     await database.migrate("models")
     chores = Chores(url, first_wait_seconds=0.1)
     await chores.prepare()
-    store = ModelStore(database, chores)
+    audit = Audit("models", AUDIT_KEY)
+    store = ModelStore(database, chores, audit)
     names = ("bucket", "region", "endpoint_url", "access_key", "secret_key_file")
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
         domain = Models(store, blobs, Identity(identity))
         outbound = Outbound([ipaddress.ip_network("127.0.0.0/8")])
-        imports = Imports(domain, store, ImportStore(database, chores), blobs, outbound, Limits(MAX_IMPORT_BYTES))
-        servicer = ModelsServicer(domain, imports, Datasets(DatasetStore(database), blobs))
+        imports = Imports(
+            domain, store, ImportStore(database, chores, audit), blobs, outbound, Limits(MAX_IMPORT_BYTES)
+        )
+        servicer = ModelsServicer(domain, imports, Datasets(DatasetStore(database, audit), blobs))
 
         def add(server: grpc.aio.Server) -> None:
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)

@@ -17,7 +17,7 @@ from tests.conftest import S3Access
 from tests.processes import running
 from tests.services.models.files import safetensors
 from tests.services.models.test_imports import MIB, serving_files
-from tests.serving import Tokens
+from tests.serving import AUDIT_KEY, Tokens
 
 COMMAND = [sys.executable, "-m", "services.models"]
 
@@ -27,11 +27,13 @@ def environment(tmp_path: Path, database_url: str, s3: S3Access, tokens: Tokens)
     """The settings of a models process."""
     (tmp_path / "key.pem").write_text(tokens.public_key_pem)
     (tmp_path / "secret").write_text("secret")
+    (tmp_path / "audit").write_text(AUDIT_KEY)
     return process_environment() | {
         "ESD_LISTEN": f"127.0.0.1:{free_port()}",
         "ESD_DATABASE_URL": database_url,
         "ESD_IDENTITY_ADDRESS": "127.0.0.1:1",
         "ESD_SECRET_FILE": str(tmp_path / "secret"),
+        "ESD_AUDIT_KEY_FILE": str(tmp_path / "audit"),
         "ESD_VERIFYING_KEY_FILE": str(tmp_path / "key.pem"),
         "ESD_S3_ENDPOINT_URL": s3.endpoint_url,
         "ESD_S3_BUCKET": s3.bucket,

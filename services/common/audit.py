@@ -151,7 +151,7 @@ class Audit:
 
     async def _log_head(self, database: Database, logged: Head | None) -> Head | None:
         try:
-            async with database.reading() as session:
+            async with database.transaction() as session:
                 head = await _head(session)
         except Unavailable as error:
             log.warning("the audit's head is not known", error=str(error))

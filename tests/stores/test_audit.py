@@ -154,7 +154,7 @@ async def test_the_head_is_logged_at_the_start_and_at_the_end(database: Database
     await record(database, "x", a=1)
     with capture_logs() as logs:
         logging = asyncio.create_task(AUDIT.log_heads(database))
-        while not logs:  # noqa: ASYNC110 - a log line wakes nobody
+        while not logs and not logging.done():  # noqa: ASYNC110 - a log line wakes nobody
             await asyncio.sleep(0.01)
         await record(database, "y", a=1)
         logging.cancel()

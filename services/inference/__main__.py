@@ -15,9 +15,12 @@ from services.common.database import Database
 from services.common.server import Server
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
 from services.inference.background import Background
+from services.inference.board import Board
+from services.inference.board_store import BoardStore
 from services.inference.cleaning import Cleaner
 from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
+from services.inference.events import Events
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
 from services.inference.peers import Peers
@@ -59,14 +62,17 @@ async def main() -> None:
     rehoming, cleaner = Rehoming(pools, peers), Cleaner(leftovers, blobs, limits.renew_seconds)
     queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
     inference = Inference(JobStore(database), blobs, peers, signals, cleaner)
+    board, views = Board(BoardStore(database), signals), Views(blobs)
+    servicer = InferenceServicer(inference, views, Events(inference, views, board))
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file, audience="inference"))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(inference, Views(blobs)), server.grpc)
-    workers = QueueServicer(queue, pools, rehoming, signals, server.stopping)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
+    workers = QueueServicer(queue, pools, rehoming, signals, board, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
     chores = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
         asyncio.create_task(queue.run()),
         asyncio.create_task(cleaner.run()),
+        asyncio.create_task(board.run(server.stopping)),
     ]
     # A chore that dies takes the service with it, which its supervisor starts again.
     for chore in chores:

@@ -15,9 +15,11 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
+from services.inference.board import Board
 from services.inference.pool_store import PoolStore
 from services.inference.queue import Assignment, Queue, WorkerStream, parse_lease
 from services.inference.rehoming import Rehoming
+from services.inference.relay import Relay
 from services.inference.results import ResultObject, Results
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, Signals, wait
 
@@ -32,19 +34,26 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
     """Speaks to workers and to the endpoints service. `stopping` ends the streams, so that callers go elsewhere."""
 
     def __init__(
-        self, queue: Queue, pools: PoolStore, rehoming: Rehoming, signals: Signals, stopping: asyncio.Event
+        self,
+        queue: Queue,
+        pools: PoolStore,
+        rehoming: Rehoming,
+        signals: Signals,
+        board: Board,
+        stopping: asyncio.Event,
     ) -> None:
         self._queue = queue
         self._pools = pools
         self._rehoming = rehoming
         self._signals = signals
+        self._board = board
         self._stopping = stopping
 
     async def Work(
         self, request_iterator: AsyncIterator[pb.WorkRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkResponse]:
         endpoint_id = _endpoint_of_token()
-        session = _WorkSession(self._queue, self._signals, endpoint_id)
+        session = _WorkSession(self._queue, self._signals, self._board, endpoint_id)
         work = asyncio.create_task(session.run(request_iterator, self._stopping))
         try:
             while (message := await session.outbox.get()) is not None:
@@ -79,8 +88,9 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
 class _WorkSession:
     """One Work stream: reads what the worker says, assigns when it wants, renews its leases, tells it what it lost."""
 
-    def __init__(self, queue: Queue, signals: Signals, endpoint_id: UUID) -> None:
+    def __init__(self, queue: Queue, signals: Signals, board: Board, endpoint_id: UUID) -> None:
         self.outbox: asyncio.Queue[pb.WorkResponse | None] = asyncio.Queue()
+        self._relay = Relay(board, self._say_watched)
         self._queue = queue
         self._signals = signals
         self._endpoint_id = endpoint_id
@@ -95,6 +105,7 @@ class _WorkSession:
             try:
                 await self._serve(stream, requests, stopping)
             finally:
+                self._relay.close()
                 if not stopping.is_set():  # else the worker goes to another replica within its leases' life
                     self._queue.lose(stream, holds_leases=bool(self._leases))
         finally:
@@ -112,6 +123,8 @@ class _WorkSession:
         stream, kept = await self._queue.welcome(self._endpoint_id, hello.worker_id, held, hello.device, hello.version)
         self._leases = set(kept)
         self._send(welcome=pb.Welcome(kept_leases=[str(lease) for lease in kept]))
+        if kept:
+            await self._relay.keep(kept)
         log.info(
             "worker came", worker=stream.worker_id, endpoint=str(self._endpoint_id), kept=len(kept), shown=len(held)
         )
@@ -153,7 +166,9 @@ class _WorkSession:
         lease_id = parse_lease(leased.lease_id)
         match leased.event.WhichOneof("event"):
             case "started":
-                if not await self._queue.start(stream, lease_id):
+                if await self._queue.start(stream, lease_id):
+                    self._relay.tell(lease_id, leased.event)
+                else:
                     self._take_back(lease_id)
             case "done":
                 recorded = await self._queue.succeed(stream, lease_id, _results(leased.event.done))
@@ -166,7 +181,7 @@ class _WorkSession:
                 recorded = await self._queue.fail(stream, lease_id, leased.event.failed.reason)
                 self._end(lease_id, recorded)
             case _:
-                return  # progress is shown to nobody yet
+                self._relay.tell(lease_id, leased.event)
 
     async def _assign(self, stream: WorkerStream, wake: asyncio.Event) -> None:
         while True:
@@ -178,6 +193,7 @@ class _WorkSession:
                 for assignment in assignments:
                     self._leases.add(assignment.lease_id)
                     self._send(assign=_assign(assignment))
+                    self._relay.take(assignment.lease_id, assignment.job.id)
             contended = self._num_wanted > 0 and await self._queue.is_contended(stream)
             # Nothing tells when another transaction lets go of a job without taking it, so that is tried again soon.
             limits = self._queue.limits
@@ -201,13 +217,18 @@ class _WorkSession:
     def _end(self, lease_id: UUID, recorded: bool) -> None:
         if recorded:
             self._leases.discard(lease_id)
+            self._relay.drop(lease_id)
             self._send(acknowledge=pb.Acknowledge(lease_id=str(lease_id)))
         else:
             self._take_back(lease_id)
 
     def _take_back(self, lease_id: UUID) -> None:
         self._leases.discard(lease_id)
+        self._relay.drop(lease_id)
         self._send(cancel=pb.Cancel(lease_id=str(lease_id)))
+
+    def _say_watched(self, lease_id: UUID, is_watched: bool) -> None:
+        self._send(watched=pb.Watched(lease_id=str(lease_id), is_watched=is_watched))
 
     def _send(self, **message: Any) -> None:
         self.outbox.put_nowait(pb.WorkResponse(**message))

@@ -220,3 +220,17 @@ class Leftover(SQLModel, table=True):
     prefix: str = Field(primary_key=True)
     due_time: datetime = Field(sa_type=_TIME)
     final_time: datetime = Field(sa_type=_TIME)
+
+
+class JobProgress(SQLModel, table=True):
+    """How far a job is that is watched on another replica than its worker's."""
+
+    __tablename__ = "job_progress"
+
+    job_id: UUID = Field(primary_key=True)
+    lease_id: UUID
+    step: int
+    num_steps: int
+    preview: bytes
+    num_previews: int
+    update_time: datetime = Field(sa_type=_TIME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from esd.inference.v1 import inference_pb2_grpc
 from services.common.auth import current_caller, enforce
 from services.common.status import set_reply
 from services.common.times import time_text
+from services.inference import events
 from services.inference.choices import SIMPLE_TASKS, Draft, User
 from services.inference.domain import Inference
 from services.inference.rows import REAL_TIME, Job
@@ -22,9 +24,10 @@ from services.inference.views import Views
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Parses, calls the domain, replies."""
 
-    def __init__(self, inference: Inference, views: Views) -> None:
+    def __init__(self, inference: Inference, views: Views, watching: events.Events) -> None:
         self._inference = inference
         self._views = views
+        self._watching = watching
 
     async def CreateInferenceJob(
         self, request: pb.CreateInferenceJobRequest, context: grpc.aio.ServicerContext
@@ -62,6 +65,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.CancelInferenceJobResponse:
         job = await self._inference.cancel_job(request.job_id, _user())
         return pb.CancelInferenceJobResponse(data=self._detail(job))
+
+    async def WatchInferenceJob(
+        self, request: pb.WatchInferenceJobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchInferenceJobResponse]:
+        async for event in self._watching.watch(request.job_id, _user()):
+            yield _event(event)
 
     async def ListInferenceJobs(
         self, request: pb.ListInferenceJobsRequest, context: grpc.aio.ServicerContext
@@ -155,6 +164,32 @@ def _always(job: Job) -> dict[str, Any]:
         "owner_group_or_role": [job.owner],
         "create_time": time_text(job.create_time),
     }
+
+
+def _event(event: events.Event) -> pb.WatchInferenceJobResponse:
+    message = pb.WatchInferenceJobResponse()
+    match event:
+        case events.Created():
+            message.created.SetInParent()
+        case events.Queued(position, time):
+            message.queued.position = position
+            if time is not None:
+                message.queued.estimated_start_time.string_value = time_text(time)
+        case events.Started():
+            message.started.SetInParent()
+        case events.Step(step, num_steps):
+            message.step.MergeFrom(pb.JobStep(step=step, num_steps=num_steps))
+        case events.Preview(jpeg):
+            message.preview.jpeg = jpeg
+        case events.Image(index, name, url):
+            message.image.MergeFrom(pb.JobImage(index=index, name=name, url=url))
+        case events.Done():
+            message.done.SetInParent()
+        case events.Failed(reason):
+            message.failed.reason = reason
+        case events.Ping():
+            message.ping.SetInParent()
+    return message
 
 
 def _list(values: list[Any]) -> ListValue:

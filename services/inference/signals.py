@@ -2,20 +2,23 @@
 
 `jobs_queued`: an endpoint's id, there is something to claim. `job_ended`: a job's id. `leases_lost`: a worker's id,
 some of its jobs were taken back. `pools_changed`: a worker came or went; everyone who watches pools hears it.
+`jobs_watched` and `jobs_moved` belong to progress.py: ids of jobs that somebody looks at, or that got further.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 JOBS_QUEUED = "jobs_queued"
 JOB_ENDED = "job_ended"
 LEASES_LOST = "leases_lost"
 POOLS_CHANGED = "pools_changed"
-CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED]
+JOBS_WATCHED = "jobs_watched"
+JOBS_MOVED = "jobs_moved"
+CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED, JOBS_WATCHED, JOBS_MOVED]
 
 
 class Signals:
@@ -23,7 +26,12 @@ class Signals:
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, str], set[asyncio.Event]] = defaultdict(set)
+        self._listeners: dict[str, list[Callable[[str], None]]] = defaultdict(list)
         self.connected_at = asyncio.get_running_loop().time()
+
+    def listen(self, channel: str, hear: Callable[[str], None]) -> None:
+        """Has every payload of a channel told; an empty one when some may have been missed."""
+        self._listeners[channel].append(hear)
 
     @contextmanager
     def subscribed(self, *keys: tuple[str, str]) -> Iterator[asyncio.Event]:
@@ -43,18 +51,25 @@ class Signals:
         """Wakes those who wait for the key; everybody when the connection is new and something may have been missed."""
         if not payload:
             self.connected_at = asyncio.get_running_loop().time()
+        for hear in self._listeners[channel]:
+            hear(payload)
         for key, events in list(self._waiting.items()):
             if key[0] == channel and (not payload or key[1] in {payload, ""}):
                 for event in events:
                     event.set()
 
 
-async def wait(event: asyncio.Event, sweep_seconds: float) -> None:
-    """Waits for the event and clears it. The sweep is a safety net, should a notification ever be lost."""
+async def heard(event: asyncio.Event, seconds: float) -> bool:
+    """Waits for the event and clears it. False: it did not come in time."""
     try:
-        async with asyncio.timeout(sweep_seconds):
-            await event.wait()
+        async with asyncio.timeout(seconds):
+            return await event.wait()
     except TimeoutError:
-        return
+        return False
     finally:
         event.clear()
+
+
+async def wait(event: asyncio.Event, sweep_seconds: float) -> None:
+    """Waits for the event and clears it. The sweep is a safety net, should a notification ever be lost."""
+    await heard(event, sweep_seconds)

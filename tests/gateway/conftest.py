@@ -58,6 +58,7 @@ class Seen:
     check_secrets: list[str] = field(default_factory=list)
     calls: list[dict[str, str]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
+    may_end: asyncio.Event = field(default_factory=asyncio.Event)  # set by a test that watches a job
 
 
 class Authorization(ext_authz_pb2_grpc.AuthorizationServicer):
@@ -150,7 +151,21 @@ class Endpoints(endpoints_pb2_grpc.EndpointsServiceServicer):
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers a job, unwrapped, and measures payloads."""
+    """Answers a job, unwrapped, measures payloads, and streams the events of a job until it may end."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    async def WatchInferenceJob(
+        self, request: inference_pb2.WatchInferenceJobRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.WatchInferenceJobResponse]:
+        if request.job_id == "missing":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "inference with id missing not found")
+        yield inference_pb2.WatchInferenceJobResponse(queued={"position": 1})
+        await self.seen.may_end.wait()
+        yield inference_pb2.WatchInferenceJobResponse(preview={"jpeg": b"\xff\xd8"})
+        yield inference_pb2.WatchInferenceJobResponse(image={"index": 0, "name": "image_0.png", "url": "http://s/0"})
+        yield inference_pb2.WatchInferenceJobResponse(done={})
 
     async def CreateInferenceJob(
         self, request: inference_pb2.CreateInferenceJobRequest, context: Context
@@ -197,7 +212,7 @@ async def services() -> AsyncIterator[tuple[str, Seen]]:
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(Identity(seen), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(seen), server)
     endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(Endpoints(), server)
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(seen), server)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(Queue(seen), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

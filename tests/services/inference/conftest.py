@@ -24,9 +24,12 @@ from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.settings import BlobSettings
 from services.inference.background import Background
+from services.inference.board import Board
+from services.inference.board_store import BoardStore
 from services.inference.cleaning import Cleaner
 from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
+from services.inference.events import Events
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
 from services.inference.peers import Peers
@@ -304,16 +307,18 @@ async def service(
         pools, leftovers = PoolStore(database), LeftoverStore(database)
         rehoming, cleaner = Rehoming(pools, peers), Cleaner(leftovers, blobs, limits.renew_seconds)
         queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
+        board, views = Board(BoardStore(database), signals), Views(blobs)
 
         def add_servicers(server: grpc.aio.Server) -> None:
             jobs = Inference(JobStore(database), blobs, peers, signals, cleaner)
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, Views(blobs)), server)
-            workers = QueueServicer(queue, pools, rehoming, signals, stopping)
+            servicer = InferenceServicer(jobs, views, Events(jobs, views, board))
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+            workers = QueueServicer(queue, pools, rehoming, signals, board, stopping)
             inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
         channel = await serve(add_servicers, audience="inference")
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
-        running = asyncio.gather(queue.run(), cleaner.run())
+        running = asyncio.gather(queue.run(), cleaner.run(), board.run(stopping))
         http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),

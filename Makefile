@@ -16,7 +16,8 @@ install: $(VENV)/.installed  ## Make .venv with the pinned dependencies and gene
 $(VENV)/.installed: pyproject.toml constraints.txt protos/generate.py $(shell find protos -name '*.proto')
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Bytecode is made of what gets imported, when it is: all of it would take a third of the installation.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 check: install  ## Lint, types, proto rules
@@ -30,7 +31,8 @@ fix: install  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 test: install  ## All tests, with the real parts on free ports
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	@# One thread each: threads of torch spin while they wait for a core that another test has.
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up

@@ -94,9 +94,10 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
     return S3Access(swift.url, bucket, S3_REGION, S3_ACCESS_KEY, esd_home.s3_secret_key_file, swift)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps a file's tests in one process, and all that share a whole stack in one, when tests run in two."""
     for item in items:
         folder = item.path.parent.name
-        group = folder if folder in {"e2e", "rest"} else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        shared = folder == "rest" or (folder == "e2e" and "stack" in getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(folder if shared else item.path.name))

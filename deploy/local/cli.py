@@ -89,6 +89,7 @@ def demo(
         Path | None, typer.Option(help="A .safetensors file; a tiny one is made if not given.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "a lighthouse at dusk, oil painting",
+    size: Annotated[int | None, typer.Option(help="Pixels; default: 512, or 64 for the tiny checkpoint.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the pictures go; default: demo/ in the home.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the stack running afterwards, until Ctrl-C.")] = False,
     home: HomeOption = None,
@@ -103,13 +104,13 @@ def demo(
     output = output or folder / "demo"
     state = read_state(folder)
     if state is not None:
-        _draw(state.url, Path(state.api_key_file).read_text(), folder, checkpoint, prompt, output)
+        _draw(state.url, Path(state.api_key_file).read_text(), folder, checkpoint, prompt, size, output)
         return
     stack = Stack(folder, listen)
     typer.echo(f"starting the stack in {folder} (log: {stack.log_file})")
     try:
         with stack:
-            _draw(stack.url, stack.api_key, folder, checkpoint, prompt, output)
+            _draw(stack.url, stack.api_key, folder, checkpoint, prompt, size, output)
             if keep:
                 typer.echo(f"the stack keeps running at {stack.url} until Ctrl-C")
                 signal.pause()
@@ -119,18 +120,21 @@ def demo(
         typer.echo("stopped")
 
 
-def _draw(url: str, api_key: str, home: Path, checkpoint: Path | None, prompt: str, output: Path) -> None:
+def _draw(
+    url: str, api_key: str, home: Path, checkpoint: Path | None, prompt: str, size: int | None, output: Path
+) -> None:
     """The demo proper, and how to go on."""
     from rich.console import Console  # noqa: PLC0415
 
     from deploy.local.demo import PART_BYTES, DemoFailed, Picture, run  # noqa: PLC0415
 
     console = Console()
-    part_bytes, size = PART_BYTES, 512
+    part_bytes, usual_size = PART_BYTES, 512
     if checkpoint is None:
-        checkpoint, part_bytes, size = home / "tiny-sd15.safetensors", TINY_PART_BYTES, 64
+        checkpoint, part_bytes, usual_size = home / "tiny-sd15.safetensors", TINY_PART_BYTES, 64
         if not checkpoint.exists():
             subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+    size = size or usual_size
     picture = Picture(prompt, size, size)
     try:
         files = run(url, api_key, checkpoint, picture, output, console, part_bytes)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from PIL import Image
 
 from deploy.local.ports import free_port
+from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -23,38 +28,77 @@ def home() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_running(home: Path) -> None:
-    command = [sys.executable, "-m", "deploy.local.cli", "demo", "--home", str(home / "home")]
-    command += ["--listen", f"127.0.0.1:{free_port()}", "--output", str(home / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+def make_demo(home: Path, port: int, *options: str, **variables: str) -> subprocess.Popen[str]:
+    """Starts `make demo` as a terminal does: in a process group of its own."""
+    arguments = ["--home", f"{home}/home", "--listen", f"127.0.0.1:{port}", "--output", f"{home}/out", *options]
+    return subprocess.Popen(
+        ["make", "--no-print-directory", "demo", f"ARGS={' '.join(arguments)}"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400", **variables},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """The processes that were started for this home."""
+
+    def belongs(process: psutil.Process) -> bool:
+        words = [*(process.info["cmdline"] or []), *(process.info["environ"] or {}).values()]
+        return any(str(home) in word for word in words)
+
+    return [process for process in psutil.process_iter(["cmdline", "environ"]) if belongs(process)]
+
+
+def assert_pictures(home: Path, prompt: str) -> None:
+    """Both kinds of endpoint have left a picture of the prompt and its description."""
     for kind in ("async", "real-time"):
         with Image.open(home / "out" / kind / "image_0.png") as picture:
             picture.verify()
-        assert list((home / "out" / kind).glob("*_param.json"))
-    assert str(home / "out") in ended.stdout.replace("\n", "")
-    left = [process for process in psutil.process_iter(["cmdline", "environ"]) if belongs(process, home)]
-    assert left == []
+        (described,) = (home / "out" / kind).glob("*_param.json")
+        assert prompt in json.dumps(json.loads(described.read_text()), ensure_ascii=False)
 
 
-def belongs(process: psutil.Process, home: Path) -> bool:
-    """Whether a process was started for this home."""
-    words = [*(process.info["cmdline"] or []), *(process.info["environ"] or {}).values()]
-    return any(str(home) in word for word in words)
+def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_running(home: Path) -> None:
+    port = free_port()
+    demo = make_demo(home, port)
+    said, _ = demo.communicate(timeout=300)
+    assert demo.returncode == 0, said
+    assert_pictures(home, "a lighthouse at dusk, oil painting")
+    assert "uploading tiny-sd15.safetensors ━" in said  # the progress bar
+    assert "is active (2 parts)" in said
+    # Where the pictures are, the URL, and how to go on.
+    assert f"files in {home}/out" in said
+    assert f"http://127.0.0.1:{port}" in said
+    assert "`esd up`" in said
+    assert processes_of(home) == []
+
+
+def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> None:
+    checkpoint, prompt, port = home / "my own.safetensors", """an "owl's" nest; $HOME""", free_port()
+    subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+    demo = make_demo(home, port, "--keep", "--size", "64", CHECKPOINT=str(checkpoint), PROMPT=prompt)
+    assert demo.stdout is not None
+    said = ""
+    while "keeps running" not in said:
+        line = demo.stdout.readline()
+        assert line, said
+        said += line
+    assert "checkpoint my own.safetensors is active (1 part)" in said
+    assert_pictures(home, json.dumps(prompt)[1:-1])
+    key = (home / "home" / "secrets" / "api-key").read_text().strip()
+    assert httpx.get(f"http://127.0.0.1:{port}/ping", headers={"x-api-key": key}).status_code == 200
+    os.killpg(demo.pid, signal.SIGINT)  # Ctrl-C
+    rest, _ = demo.communicate(timeout=60)
+    assert "stopped" in rest
+    assert processes_of(home) == []
 
 
 def test_a_checkpoint_that_does_not_exist_is_named(home: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "deploy.local.cli",
-        "demo",
-        "--home",
-        str(home / "home"),
-        "--checkpoint",
-        "/no/such",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode != 0
-    assert "/no/such" in ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stderr
+    demo = make_demo(home, free_port(), CHECKPOINT="/no/such")
+    said, _ = demo.communicate(timeout=60)
+    assert demo.returncode != 0
+    assert "--checkpoint /no/such: there is no such file" in said
+    assert "Traceback" not in said

@@ -197,3 +197,10 @@ async def test_a_payload_of_many_megabytes_passes_and_more_is_413(gateway: Gatew
 async def test_a_header_that_could_pose_as_another_is_refused(gateway: Gateway) -> None:
     response = await gateway.client.get("/ping", headers={"x_esd_token": "forged"})
     assert response.status_code == 400
+
+
+async def test_too_many_headers_and_too_large_ones_are_431(gateway: Gateway) -> None:
+    many = {f"x-header-{number}": "1" for number in range(150)}
+    for headers in (many, {"x-large": "a" * 100_000}):
+        answer = await gateway.client.get("/ping", headers=headers)
+        assert answer.status_code == 431, answer.text

@@ -53,6 +53,7 @@ STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
 INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAIN_SECONDS = 10.0
+_MAX_MESSAGE = 4000  # characters of an error's sentence
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # As much as the gateway takes (60 KiB) and its token, instead of 8 KiB.
@@ -302,7 +303,8 @@ class _Call:
             code, message = STATUS_OF[kind], str(error)
         else:
             log.error("rpc failed", method=self._name, exc_info=error)
-        await context.abort(code, message)
+        # It travels as a header, percent-encoded, and the gateway takes 60 KiB of those.
+        await context.abort(code, message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…")
         raise AssertionError("abort returns")
 
 

@@ -13,19 +13,22 @@ from google.protobuf.message import Message
 
 from services.common.errors import InvalidArgument
 
+MAX_REPEATED = 100  # characters
 # NUL as JSON escapes it, and not a backslash of the client's own before "u0000".
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 # From the id of a rule to its sentence; `value` is what was given, `bound` what the rule allows.
 _SENTENCES: dict[str, Callable[[Any, Any], str]] = {
     "string.min_len": lambda value, bound: (
-        f'string "{value}" is too short (length: {len(value)}, required minimum: {bound})'
+        f'string "{shortened(value)}" is too short (length: {len(value)}, required minimum: {bound})'
     ),
     "string.max_len": lambda value, bound: (
-        f'string "{value}" is too long (length: {len(value)}, maximum allowed: {bound})'
+        f'string "{shortened(value)}" is too long (length: {len(value)}, maximum allowed: {bound})'
     ),
-    "string.pattern": lambda value, bound: f'ECMA 262 regex "{bound}" does not match input string "{value}"',
-    "string.in": lambda value, bound: f'instance value ("{value}") not found in enum (possible values: {_list(bound)})',
+    "string.pattern": lambda value, bound: f'ECMA 262 regex "{bound}" does not match input string "{shortened(value)}"',
+    "string.in": lambda value, bound: (
+        f'instance value ("{shortened(value)}") not found in enum (possible values: {_list(bound)})'
+    ),
     "repeated.min_items": lambda value, bound: (
         f"array is too short: must have at least {bound} elements but instance has {len(value)} elements"
     ),
@@ -39,6 +42,11 @@ _SENTENCES: dict[str, Callable[[Any, Any], str]] = {
         f"numeric instance is greater than the required maximum (maximum: {bound}, found: {value})"
     ),
 }
+
+
+def shortened(text: str) -> str:
+    """What a message repeats of a client's text."""
+    return text if len(text) <= MAX_REPEATED else f"{text[:MAX_REPEATED]}…"
 
 
 def check(request: Message) -> None:

@@ -1,4 +1,4 @@
-"""Owns the command `esd`: up, status, demo."""
+"""Owns the command `esd`: up, status, demo; keys and audit are files of their own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.local.home import SERVICES, default_home
+from deploy.local import audit, keys
+from deploy.local.home import SERVICES
+from deploy.local.terminal import HomeOption, fail, folder
 
 if TYPE_CHECKING:
     from deploy.local.stack import State
 
 app = typer.Typer(help="A self-hosted Stable Diffusion service on one machine.", no_args_is_help=True)
+app.add_typer(keys.app, name="keys")
+app.add_typer(audit.app, name="audit")
 
-HomeOption = Annotated[Path | None, typer.Option("--home", help="Data and secrets; ESD_HOME, else ~/.esd.")]
 ListenOption = Annotated[
     str, typer.Option(envvar="ESD_LISTEN", help="The gateway's host:port; port 0 takes a free one.")
 ]
@@ -49,13 +52,13 @@ def up(
 
     host, colon, port = listen.rpartition(":")
     if not (host and colon and port.isdigit()):
-        _fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
+        fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
     try:
-        run(Options(_folder(home), listen, webui_port, insecure, replicas))
+        run(Options(folder(home), listen, webui_port, insecure, replicas))
     except (AlreadyRunningError, PortInUseError, PostgresUnavailableError) as error:
-        _fail(str(error))
+        fail(str(error))
     except PermissionError as error:
-        _fail(f"ESD_HOME={_folder(home)}: {error.strerror} ({error.filename})")
+        fail(f"ESD_HOME={folder(home)}: {error.strerror} ({error.filename})")
 
 
 @app.command()
@@ -66,9 +69,9 @@ def status(home: HomeOption = None) -> None:
 
     from deploy.local.stack import read_state  # noqa: PLC0415
 
-    state = read_state(_folder(home))
+    state = read_state(folder(home))
     if state is None:
-        _fail(f"no stack runs in {_folder(home)}: start one with `esd up`")
+        fail(f"no stack runs in {folder(home)}: start one with `esd up`")
     health = asyncio.run(_health(state, Path(state.api_key_file).read_text()))
     table = Table(title=f"{state.url} · key in {state.api_key_file}", title_justify="left")
     for column in ("process", "pid", "port", "state", "health"):
@@ -99,23 +102,23 @@ def demo(
     from deploy.local.stack import Stack, StackFailedError, read_state  # noqa: PLC0415
 
     if checkpoint is not None and not checkpoint.is_file():
-        _fail(f"--checkpoint {checkpoint}: there is no such file")
-    folder = _folder(home)
-    output = output or folder / "demo"
-    state = read_state(folder)
+        fail(f"--checkpoint {checkpoint}: there is no such file")
+    path = folder(home)
+    output = output or path / "demo"
+    state = read_state(path)
     if state is not None:
-        _draw(state.url, Path(state.api_key_file).read_text(), folder, checkpoint, prompt, size, output)
+        _draw(state.url, Path(state.api_key_file).read_text(), path, checkpoint, prompt, size, output)
         return
-    stack = Stack(folder, listen)
-    typer.echo(f"starting the stack in {folder} (log: {stack.log_file})")
+    stack = Stack(path, listen)
+    typer.echo(f"starting the stack in {path} (log: {stack.log_file})")
     try:
         with stack:
-            _draw(stack.url, stack.api_key, folder, checkpoint, prompt, size, output)
+            _draw(stack.url, stack.api_key, path, checkpoint, prompt, size, output)
             if keep:
                 typer.echo(f"the stack keeps running at {stack.url} until Ctrl-C")
                 signal.pause()
     except StackFailedError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         typer.echo("stopped")
 
@@ -139,7 +142,7 @@ def _draw(
     try:
         files = run(url, api_key, checkpoint, picture, output, console, part_bytes)
     except DemoFailed as error:
-        _fail(str(error))
+        fail(str(error))
     console.print(f"\n{len(files)} files in {output}", soft_wrap=True)
     console.print(f"the API was at {url}; `esd up` keeps it there, and `esd status` shows the first key's file")
 
@@ -161,15 +164,6 @@ def _workers(launcher: int) -> list[int]:
 
     children = psutil.Process(launcher).children(recursive=True)
     return [child.pid for child in children if "gpu_worker" in child.cmdline()]
-
-
-def _folder(home: Path | None) -> Path:
-    return home.expanduser().resolve() if home is not None else default_home()
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def logged_heads(text: str) -> dict[str, set[Head]]:
     for line in text.splitlines():
         if "audit head" not in line:
             continue
-        words = dict(re.findall(r'"?(service|sequence|mac)"?[=:] ?[\'"]?(\w*)', re.sub(r"\x1b\[[\d;]*m", "", line)))
+        words = dict(re.findall(r'"?(service|sequence|mac)"?(?:=|: ?)[\'"]?(\w*)', re.sub(r"\x1b\[[\d;]*m", "", line)))
         if words.keys() == {"service", "sequence", "mac"} and words["sequence"].isdecimal():
             heads.setdefault(words["service"], set()).add(Head(int(words["sequence"]), words["mac"]))
     return heads

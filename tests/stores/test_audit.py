@@ -165,8 +165,11 @@ async def test_the_head_is_logged_at_the_start_and_at_the_end(database: Database
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_heads_are_found_in_logs_of_both_formats(as_json: bool) -> None:
-    entry = {"service": "models", "sequence": 12, "mac": "ab" * 32, "event": "audit head", "level": "info"}
     console = structlog.dev.ConsoleRenderer(colors=True)
-    line = json.dumps(entry) if as_json else console(None, "info", dict(entry))
-    text = f"models     | {line}\nmodels     | something else\n"
-    assert logged_heads(text) == {"models": {Head(12, "ab" * 32)}}
+    heads = {Head(), Head(12, "ab" * 32)}
+    text = "models     | something else\n"
+    for head in heads:
+        entry = {"service": "models", **head._asdict(), "event": "audit head", "level": "info"}
+        line = json.dumps(entry) if as_json else console(None, "info", dict(entry))
+        text += f"models     | {line}\n"
+    assert logged_heads(text) == {"models": heads}

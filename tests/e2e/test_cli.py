@@ -1,0 +1,127 @@
+"""`esd keys` and `esd audit verify` on the running stack, as its owner types them."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from deploy.local.home import Home
+from deploy.local.stack import Stack, read_state
+from tests.e2e.conftest import Api, new_user
+from tests.processes import ROOT
+
+Esd = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def esd(stack: Stack) -> Esd:
+    """Runs a command on the stack's home."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deploy.local.cli", *map(str, arguments)]
+        variables = {**os.environ, "COLUMNS": "200", "ESD_HOME": str(stack.home)}
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+    return run
+
+
+def opens(stack: Stack, key: str) -> bool:
+    return httpx.get(f"{stack.url}/ping", headers={"x-api-key": key}).status_code == 200
+
+
+def test_a_key_is_made_shown_listed_and_revoked(esd: Esd, stack: Stack, admin: Api) -> None:
+    new_user(admin, "cli-ann", ["train:all"])
+    made = esd("keys", "create", "cli-ann", "--days", "3")
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.strip()
+    assert opens(stack, key)
+    assert key not in made.stderr
+
+    first, second = json.loads(esd("keys", "list", "--user", "cli-ann", "--json").stdout)
+    assert (first["prefix"], first["impersonate"], "expires" in first, "expires" in second) == (
+        key[:12],
+        False,
+        True,
+        False,
+    )
+    table = esd("keys", "list").stdout
+    assert first["id"] in table
+    assert key not in table
+
+    unknown = esd("keys", "revoke", first["id"], "nonsense")
+    assert (unknown.returncode, unknown.stderr) == (
+        1,
+        "there is no key with the id nonsense; `esd keys list` shows those that are\n",
+    )
+    assert opens(stack, key)
+    assert esd("keys", "revoke", first["id"]).stdout == f"revoked: {first['id']}\n"
+    assert not opens(stack, key)
+
+
+def test_what_goes_wrong_with_keys_is_said_in_one_sentence(esd: Esd, stack: Stack, tmp_path: Path) -> None:
+    wrong, binary = tmp_path / "wrong", tmp_path / "binary"
+    wrong.write_text("esd_wrong")
+    binary.write_bytes(b"\xff")
+    door = ("--url", stack.url)
+    for arguments, words in [
+        (("create", "cli-nobody"), 'username: user "cli-nobody" not exist (400)'),
+        (("list", *door), "--url needs --key-file: a file with an API key of that gateway"),
+        (("list", *door, "--key-file", wrong), f"the key in {wrong} does not open {stack.url}: it is wrong, revoked"),
+        (("list", *door, "--key-file", tmp_path / "none"), f"--key-file {tmp_path}/none: No such file or directory"),
+        (("list", *door, "--key-file", binary), f"--key-file {binary}: this is no text"),
+        (("list", "--url", "http://127.0.0.1:1", "--key-file", wrong), "the gateway at http://127.0.0.1:1 does not"),
+        (("list", "--home", tmp_path), f"no stack runs in {tmp_path}: start one with `esd up`, or name a gateway"),
+    ]:
+        refused = esd("keys", *arguments)
+        assert refused.returncode == 1, arguments
+        assert refused.stdout == ""
+        assert refused.stderr.startswith(words), refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_the_audit_of_the_stack_is_whole_and_an_altered_row_is_named(esd: Esd, stack: Stack, admin: Api) -> None:
+    lies = {"x-forwarded-for": "10.9.9.9", "x-request-id": "mine"}
+    body = {"role_name": "cli-bob", "permissions": ["train:all"]}
+    request_id = admin.call("POST", "/roles", body, headers=lies).headers["x-request-id"]
+    assert request_id != "mine"
+    whole = esd("audit", "verify", "--log", stack.log_file)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert whole.stdout.count("whole") == 3
+    assert whole.stdout.count("the log's last head is row") == 3
+    assert "no head of it was given" in esd("audit", "verify", "--service", "models").stdout
+
+    state = read_state(stack.home)
+    assert state is not None
+    password = Home(stack.home).database_password("identity")
+    port = state.processes["postgres"].port
+    forge = "UPDATE audit SET actor = CASE actor WHEN 'api' THEN 'eve' ELSE 'api' END WHERE sequence = {}"
+    with psycopg.connect(f"postgresql://identity:{password}@127.0.0.1:{port}/identity") as connection:
+        row = connection.execute(
+            "SELECT sequence, key_owner, request_id, address FROM audit"
+            " WHERE action = 'role.create' AND target = 'cli-bob'"
+        ).fetchone()
+        assert row is not None
+        number, owner, audited_id, address = row
+        assert (owner, audited_id) == ("api", request_id)
+        assert ipaddress.ip_address(address) != ipaddress.ip_address("10.9.9.9"), "the gateway's word counts"
+        connection.execute("ALTER TABLE audit DISABLE TRIGGER USER")
+        connection.execute(forge.format(number))
+    broken = esd("audit", "verify", "--service", "identity")
+    with psycopg.connect(f"postgresql://identity:{password}@127.0.0.1:{port}/identity") as connection:
+        connection.execute(forge.format(number))
+        connection.execute("ALTER TABLE audit ENABLE TRIGGER USER")
+    assert broken.returncode == 1
+    assert f"row {number} was altered, or is not where it was written" in broken.stdout
+    assert esd("audit", "verify").returncode == 0
+
+    refused = esd("audit", "verify", "--service", "gateway")
+    assert refused.stderr == "--service gateway: there is no such audit (possible: identity, models, endpoints)\n"

@@ -18,6 +18,7 @@ from gpu_worker.batch import Batch
 from gpu_worker.denoise import predict
 from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
+from gpu_worker.preview import Previews
 from gpu_worker.resident import Resident
 from gpu_worker.run import Produced, Run
 
@@ -39,6 +40,7 @@ class Core:
         self._stages: deque[Run] = deque()
         self._batch: Batch[Run] = Batch(max_pixels or _MAX_PIXELS[device])
         self._resident: Resident[weights.Models] = Resident(max_resident_models, on_loaded)
+        self._previews = Previews()
         self._last_tick: torch.cuda.Event | None = None
 
     @property
@@ -66,8 +68,9 @@ class Core:
             self._end(run, reason)
 
     def close(self) -> None:
-        """Ends the thread that loads."""
+        """Ends the threads that load and that draw previews."""
         self._resident.close()
+        self._previews.close()
 
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
@@ -139,6 +142,10 @@ class Core:
         if predictions is None:
             return self._shrink(runs, sum(wish.num_rows for wish in wishes))
         for run, prediction in zip(runs, predictions, strict=True):
+            if run.audience is not None and run.audience.take():
+                assert run.models is not None
+                assert run.wish is not None
+                self._previews.draw(run.models, run.wish, prediction, run.on_preview)
             self._advance(run, prediction)
         return None
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
 from gpu_worker.run import Produced, Run
@@ -78,9 +79,10 @@ class Engine:
         on_started: Callable[[], None],
         on_step: Callable[[int], None],
         canvas: Canvas | None = None,
+        audience: Audience | None = None,
     ) -> Produced:
-        """Runs a request; `on_step` hears how many of steps x images are done. Cancelling acts within a step, and
-        returns when the engine has let go of the job.
+        """Runs a request; `on_step` hears how many of steps x images are done, the audience is shown previews.
+        Cancelling acts within a step, and returns when the engine has let go of the job.
 
         Raises:
             JobError: the models or the request cannot be run.
@@ -96,6 +98,8 @@ class Engine:
             on_step=lambda num_done: self._post(on_step, num_done),
             on_end=lambda outcome: self._post(_settle, result, outcome),
             canvas=canvas,
+            audience=audience,
+            on_preview=lambda jpeg: self._post(audience.show, jpeg) if audience else None,
         )
         self._commands.put(run)
         try:

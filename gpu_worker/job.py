@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from google.protobuf.struct_pb2 import Struct, Value
 
 from esd.worker.v1 import worker_pb2
+from gpu_worker.audience import Audience
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ class Job:
         self.spec = spec
         self.emit = emit
         self.cancelled = False
+        self.audience = Audience()
         self._stage: asyncio.Future[Any] | None = None
 
     @property

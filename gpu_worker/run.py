@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
 from payloads import Generation
@@ -31,7 +32,8 @@ class Produced:
 @dataclass(eq=False)
 class Run:
     """A run waits for its models, which it then holds until its end, and is a task from there on. The engine's thread
-    calls the listeners: `on_step` with how many of steps x images are done, `on_end` once, with what became of it."""
+    calls the listeners: `on_step` with how many of steps x images are done, `on_end` once, with what became of it. The
+    thread that draws calls `on_preview`, with a JPEG."""
 
     job_id: str
     request: Generation
@@ -40,6 +42,8 @@ class Run:
     on_step: Callable[[int], None]
     on_end: Callable[[Produced | BaseException], None]
     canvas: Canvas | None = None
+    audience: Audience | None = None
+    on_preview: Callable[[bytes], None] = lambda _: None
     models: Models | None = None
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None

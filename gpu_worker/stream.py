@@ -171,6 +171,8 @@ class WorkStream:
                 self._give_back(message.cancel.lease_id)
             case "acknowledge":
                 self._forget(message.acknowledge.lease_id)
+            case "watched":
+                self._show(message.watched)
             case "drain":
                 log.info("asked to leave")
                 self.drain()
@@ -182,6 +184,7 @@ class WorkStream:
         self._outbox = outbox
         self._wanted = None
         for lease_id, lease in list(self._leases.items()):
+            lease.job.audience.is_watching = False  # until this stream says so
             if lease_id not in kept:
                 self._give_back(lease_id)
                 continue
@@ -222,6 +225,12 @@ class WorkStream:
         lease.job.cancel()
         if lease.last is not None:
             self._forget(lease_id)
+
+    def _show(self, watched: inference_pb2.Watched) -> None:
+        """Somebody looks at a job, or nobody does any more."""
+        lease = self._leases.get(watched.lease_id)
+        if lease is not None:
+            lease.job.audience.is_watching = watched.is_watched
 
     def _forget(self, lease_id: str) -> None:
         self._leases.pop(lease_id, None)

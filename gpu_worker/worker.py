@@ -116,8 +116,9 @@ class Worker:
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
             progress = _Progress(job, request.num_steps * request.num_images)
+            job.audience.show = lambda jpeg: self._show(job, jpeg)
             produced = await job.stage(
-                self._engine.run(job.id, request, files, progress.started, progress.step, canvas)
+                self._engine.run(job.id, request, files, progress.started, progress.step, canvas, job.audience)
             )
         self._num_uploading += 1
         self.on_change()
@@ -127,6 +128,10 @@ class Worker:
             self._num_uploading -= 1
         done.timings.fetch_seconds = fetch_seconds
         return done
+
+    def _show(self, job: Job, jpeg: bytes) -> None:
+        if job in self._tasks:  # else its last event was told while this was drawn
+            job.emit(worker_pb2.JobEvent(preview=worker_pb2.JobPreview(jpeg=jpeg)))
 
     async def _request(self, job: Job) -> tuple[Generation, Canvas | None]:
         """What the job asks for, and what it paints on."""

@@ -38,6 +38,7 @@ OWNERS = {
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors"}
 TORCH_OWNERS = {
     "core.py",
+    "preview.py",
     "denoise.py",
     "fault.py",
     "noise.py",

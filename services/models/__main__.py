@@ -15,7 +15,7 @@ from services.common.outbound import Outbound
 from services.common.server import serve
 from services.common.settings import BlobSettings, load, read_secret
 from services.models.background import Background
-from services.models.chores import Chores
+from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
@@ -24,7 +24,7 @@ from services.models.imports import Imports, Limits
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
 from services.models.settings import ModelsSettings
-from services.models.store import MOVE_OBJECTS, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, ModelStore
 
 
 async def main() -> None:
@@ -41,14 +41,15 @@ async def main() -> None:
     await chores.prepare()
     audit = Audit.from_file("models", settings.audit_key_file)
     store = ModelStore(database, chores, audit)
-    models = Models(store, blobs, identity)
+    models = Models(store, blobs, identity, settings.look_max_bytes)
     outbound = Outbound(settings.import_allowed_networks)
     limits = Limits(settings.import_max_bytes, settings.import_max_hours)
     imports = Imports(models, store, ImportStore(database, chores, audit), blobs, outbound, limits)
     background = Background(models, store, blobs, settings.upload_max_hours)
     chores.add(MOVE_OBJECTS, background.move_objects)
+    chores.add(LOOK, background.look)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
-    chores.add(IMPORT, imports.run)
+    chores.add(IMPORT, imports.run, queue=LONG)
     servicer = ModelsServicer(models, imports, Datasets(DatasetStore(database, audit), blobs))
     try:
         async with asyncio.TaskGroup() as group:  # should the chores fail, serving ends, and the process starts again

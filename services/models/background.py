@@ -1,4 +1,6 @@
-"""Does what checkpoints need after their requests were answered: moves renamed objects, ends abandoned uploads."""
+"""Does what checkpoints need after their requests were answered: looks at large files, moves renamed objects, ends
+abandoned uploads.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from uuid import UUID
 import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
+from services.common.errors import FailedPrecondition
 from services.models.domain import Models
-from services.models.store import CheckpointNotFound, ModelStore
+from services.models.store import INITIAL, CheckpointNotFound, ModelStore
 
 log = structlog.get_logger()
 
@@ -30,6 +33,19 @@ class Background:
         while found := await self._store.find_stale_uploads(before):
             for checkpoint in found:
                 await self._models.refuse(checkpoint, reason, only_initial=True)
+
+    async def look(self, checkpoint_id: str, file_name: str, status: str, is_last: bool) -> None:
+        """Looks at a file that was too large to be looked at while its client waited, then sets the status."""
+        parsed = UUID(checkpoint_id)
+        try:
+            checkpoint = await self._store.get_checkpoint(parsed)
+            file = next(file for file in checkpoint.files if file.name == file_name)
+            if file.complete or checkpoint.status != INITIAL:
+                return
+            await self._models.keep(checkpoint, file)
+            await self._store.save_status(parsed, status)
+        except (CheckpointNotFound, FailedPrecondition) as end:  # it was deleted meanwhile, or refused, and says why
+            log.info("nothing to look at any more", checkpoint=checkpoint_id, file=file_name, reason=str(end))
 
     async def move_objects(self, checkpoint_id: str, is_last: bool) -> None:
         """Moves the objects of renamed files to their new keys. Until then each is found, and used, under the old."""

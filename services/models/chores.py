@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 log = structlog.get_logger()
 
 MAX_ATTEMPTS = 10
+SHORT, LONG = "default", "long"  # the queues
 _SCHEMA = "chores"
 _SCHEMA_LOCK = 0x63686F72
 _HEARTBEAT_SECONDS = 3.0
@@ -33,7 +34,10 @@ Work = Callable[..., Awaitable[None]]
 
 
 class Chores:
-    """The chores of one service. `url` is `postgresql+psycopg://…`; at most `concurrency` run at once here."""
+    """The chores of one service. `url` is `postgresql+psycopg://…`; at most `concurrency` of a queue run at once here.
+
+    What takes hours has a queue of its own, so that the rest, for which somebody waits, never stands behind it.
+    """
 
     def __init__(self, url: str, concurrency: int = 4, first_wait_seconds: float = 2.0) -> None:
         self._conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
@@ -44,13 +48,13 @@ class Chores:
         self._retry = _Again(first_wait_seconds)
         self._concurrency = concurrency
 
-    def add(self, name: str, work: Work) -> None:
+    def add(self, name: str, work: Work, queue: str = SHORT) -> None:
         """Says who does the chores of this name."""
 
         async def run(context: procrastinate.JobContext, /, **arguments: Any) -> None:
             await work(**arguments, is_last=context.job.attempts + 1 >= MAX_ATTEMPTS)
 
-        self._app.task(name=name, pass_context=True, retry=self._retry)(run)
+        self._app.task(name=name, queue=queue, pass_context=True, retry=self._retry)(run)
 
     def add_periodic(self, name: str, cron: str, work: Callable[[], Awaitable[None]]) -> None:
         """Has this done at the times of `cron`, by one of the replicas."""
@@ -58,7 +62,7 @@ class Chores:
         async def run(timestamp: int) -> None:
             await work()
 
-        self._app.periodic(cron=cron)(self._app.task(name=name, queueing_lock=name)(run))
+        self._app.periodic(cron=cron)(self._app.task(name=name, queue=SHORT, queueing_lock=name)(run))
 
     async def defer(self, session: AsyncSession, name: str, lock: str, **arguments: str) -> None:
         """Has the chore done once the session's transaction commits. Chores of one `lock` are done one by one."""
@@ -83,17 +87,22 @@ class Chores:
             try:
                 async with self._app.open_async(), asyncio.TaskGroup() as group:
                     group.create_task(self._revive())
-                    await self._app.run_worker_async(
-                        concurrency=self._concurrency,
-                        install_signal_handlers=False,
-                        shutdown_graceful_timeout=0,
-                        update_heartbeat_interval=_HEARTBEAT_SECONDS,
-                        stalled_worker_timeout=_DEAD_AFTER_SECONDS,
-                        delete_jobs=DeleteJobCondition.ALWAYS,
-                    )
+                    for queue in (SHORT, LONG):
+                        group.create_task(self._work(queue))
             except* ConnectorException as errors:
                 log.warning("chores wait for the database", error=str(errors.exceptions[0]))
                 await asyncio.sleep(0.5)  # nothing tells when a database that is down comes back
+
+    async def _work(self, queue: str) -> None:
+        await self._app.run_worker_async(
+            queues=[queue],
+            concurrency=self._concurrency,
+            install_signal_handlers=False,
+            shutdown_graceful_timeout=0,
+            update_heartbeat_interval=_HEARTBEAT_SECONDS,
+            stalled_worker_timeout=_DEAD_AFTER_SECONDS,
+            delete_jobs=DeleteJobCondition.ALWAYS,
+        )
 
     async def _revive(self) -> None:
         """Gives chores of processes that died to those that live."""

@@ -39,7 +39,7 @@ from services.models.store import (
 log = structlog.get_logger()
 
 PART_URL_SECONDS = 24 * 3600  # the legacy hour is shorter than the upload of a large model
-MAX_HASHED_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
+LOOK_MAX_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
 _CHUNK_BYTES = 1024 * 1024
 EVERYTHING = "user:all"
 
@@ -64,10 +64,13 @@ class Resolved:
 class Models:
     """Checkpoints, in the object store and in the tables."""
 
-    def __init__(self, store: ModelStore, blobs: Blobs, identity: Identity) -> None:
+    def __init__(
+        self, store: ModelStore, blobs: Blobs, identity: Identity, look_max_bytes: int = LOOK_MAX_BYTES
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._identity = identity
+        self._look_max_bytes = look_max_bytes
 
     def s3_location(self, checkpoint: Checkpoint) -> str:
         """The folder of the checkpoint's objects, `s3://…`."""
@@ -152,7 +155,8 @@ class Models:
         """Completes and inspects the files of which tags are given, then sets the status; answers the one before.
 
         `Active` takes effect once every file is complete, so a client may finish file by file. Complete files may be
-        named again. A wrong tag changes nothing; a refused file ends the checkpoint (see `refuse`).
+        named again. A wrong tag changes nothing; a refused file ends the checkpoint (see `refuse`). Files of more than
+        `look_max_bytes` are inspected in the background, after the answer.
 
         Raises:
             InvalidArgument: status or tags are wrong. FailedPrecondition: a file is no sound model.
@@ -180,7 +184,10 @@ class Models:
         parts = {file.name: complete_parts(file, given[file.name]) for file in named}
         for file in named:
             await self._complete(file, parts[file.name])
-            await self.keep(checkpoint, file)
+            if (await self._blobs.head(file.key)).size_bytes <= self._look_max_bytes:
+                await self.keep(checkpoint, file)
+            else:
+                await self._store.save_look(checkpoint.id, file.name, status)
         return await self._store.save_status(checkpoint.id, status), before
 
     async def rename(self, checkpoint: Checkpoint, name: str) -> bool:
@@ -277,7 +284,7 @@ class Models:
             reason = f"{file.name} {refusal}"
             await self.refuse(checkpoint, reason)
             raise FailedPrecondition(reason) from None
-        if not sha256 and size <= MAX_HASHED_BYTES:
+        if not sha256:
             sha256 = await self._blobs.read(file.key, sha256_of)
         found = {"format": findings.format, "architecture": findings.architecture} if findings.format else {}
         try:

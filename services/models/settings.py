@@ -8,15 +8,18 @@ from pydantic import Field
 
 from services.common.blobs import GIB
 from services.common.settings import AuditedSettings
+from services.models.domain import LOOK_MAX_BYTES
 
 
 class ModelsSettings(AuditedSettings):
     """What models needs beside what every service does.
 
     Imports may come from public addresses, and from `import_allowed_networks` (a JSON list such as `["10.0.0.0/8"]`).
+    Uploaded files of more than `look_max_bytes` are looked at after their client was answered.
     """
 
     import_allowed_networks: list[IPv4Network | IPv6Network] = Field(default_factory=list)
     import_max_bytes: int = Field(100 * GIB, ge=1)
     import_max_hours: float = Field(24, gt=0)
     upload_max_hours: float = Field(48, gt=0)
+    look_max_bytes: int = Field(LOOK_MAX_BYTES, ge=0)

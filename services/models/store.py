@@ -25,6 +25,7 @@ from services.models.chores import Chores
 INITIAL, ACTIVE, DISABLED = "Initial", "Active", "Disabled"
 STATUSES = (INITIAL, ACTIVE, DISABLED)
 MOVE_OBJECTS = "move_objects"  # a chore
+LOOK = "look_at_object"  # a chore
 _MAX_STALE = 100  # that are looked at together
 # The words of params whose values are kept by the names of files.
 _WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture"})
@@ -47,7 +48,7 @@ class NameInUse(FailedPrecondition):
 class CheckpointFile(SQLModel, table=True):
     """One file. `next_key` is where its object goes while it is being renamed.
 
-    `size_bytes` and `sha256` (hex, empty where not all of it was read) are known once it is complete.
+    `size_bytes` and `sha256` (hex) are known once it is complete.
     """
 
     __tablename__ = "checkpoint_files"
@@ -229,6 +230,17 @@ class ModelStore:
                 session, "checkpoint.complete_file", str(checkpoint_id), before, checkpoint.facts()
             )
             return checkpoint
+
+    async def save_look(self, checkpoint_id: UUID, name: str, status: str) -> None:
+        """Has the object of a file looked at in the background, and the status set then.
+
+        Raises:
+            CheckpointNotFound: it was deleted meanwhile.
+        """
+        async with self._database.transaction() as session:
+            await _locked(session, checkpoint_id)
+            arguments = {"checkpoint_id": str(checkpoint_id), "file_name": name, "status": status}
+            await self._chores.defer(session, LOOK, lock=str(checkpoint_id), **arguments)
 
     async def save_status(self, checkpoint_id: UUID, status: str) -> Checkpoint:
         """Sets the status; `Active` only once all files are complete, until then nothing changes.

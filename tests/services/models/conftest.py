@@ -37,7 +37,7 @@ from services.identity.store import IdentityStore
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
 from services.models.background import Background
-from services.models.chores import Chores
+from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
@@ -45,11 +45,12 @@ from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports, Limits
 from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
-from services.models.store import MOVE_OBJECTS, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, ModelStore
 from tests.conftest import S3Access
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
 UPLOAD_MAX_HOURS = 48
+LOOK_MAX_BYTES = 20 * 1024 * 1024
 MAX_IMPORT_BYTES = 64 * 1024 * 1024
 SECRET = "the models service's secret"
 
@@ -175,7 +176,7 @@ async def service(
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
-        domain = Models(store, blobs, Identity(identity))
+        domain = Models(store, blobs, Identity(identity), LOOK_MAX_BYTES)
         outbound = Outbound([ipaddress.ip_network("127.0.0.0/8")])
         imports = Imports(
             domain, store, ImportStore(database, chores, audit), blobs, outbound, Limits(MAX_IMPORT_BYTES)
@@ -188,8 +189,9 @@ async def service(
         channel = await stack.enter_async_context(serving(add, tokens.verifier()))
         background = Background(domain, store, blobs, UPLOAD_MAX_HOURS)
         chores.add(MOVE_OBJECTS, background.move_objects)
+        chores.add(LOOK, background.look)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
-        chores.add(IMPORT, imports.run)
+        chores.add(IMPORT, imports.run, queue=LONG)
         doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, tokens), database
         doing.cancel()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from gpu_worker import tasks, weights
+from gpu_worker import adapters, tasks, weights
 from gpu_worker.batch import Batch
 from gpu_worker.denoise import predict
 from gpu_worker.fault import leave_if_device_failed
@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 NO_MEMORY = "the GPU has not enough memory for this job"
 # Rows x pixels of a UNet call, until one does not fit: 16 rows of SDXL. On the CPU 4 of SD1.5; more gain nothing.
+_MAX_ADAPTERS = 16
 _MAX_PIXELS = {"cuda": 16 * 1024 * 1024, "cpu": 4 * 512 * 512}
 
 
@@ -41,6 +42,8 @@ class Core:
         self._batch: Batch[Run] = Batch(max_pixels or _MAX_PIXELS[device])
         self._resident: Resident[weights.Models] = Resident(max_resident_models, on_loaded)
         self._previews = Previews()
+        # LoRAs and embeddings, for the models that they were loaded for.
+        self._additions: Resident[adapters.Adapter] = Resident(_MAX_ADAPTERS, on_loaded, may_exceed=True)
         self._last_tick: torch.cuda.Event | None = None
 
     @property
@@ -71,6 +74,7 @@ class Core:
         """Ends the threads that load and that draw previews."""
         self._resident.close()
         self._previews.close()
+        self._additions.close()
 
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
@@ -88,7 +92,7 @@ class Core:
         """Starts the runs whose models are here, and the loads there is room for, in order of arrival."""
         for run in list(self._waiting):
             try:
-                run.models = self._resident.take(run.key, lambda: weights.load(run.base, run.vae, self._device))  # noqa: B023
+                is_ready = self._take_models(run)
             except Exception as error:
                 self._fail(run, error)
                 continue
@@ -98,11 +102,29 @@ class Core:
                 run.is_started = True
                 run.on_started()
                 run.lap()
-            if run.models is not None:
+            if is_ready:
+                assert run.models is not None
                 run.load_seconds = run.lap()
-                run.task = tasks.begin(run.request, run.canvas, run.models, run.on_step)
+                run.task = tasks.begin(
+                    run.request, run.canvas, run.models, adapters.gathered(run.request, run.adapters), run.on_step
+                )
                 self._waiting.remove(run)
                 self._stages.append(run)
+
+    def _take_models(self, run: Run) -> bool:
+        """Takes what is in memory of the run's models and begins to load the rest; True: all of it is here."""
+        if run.models is None:
+            run.models = self._resident.take(run.key, lambda: weights.load(run.base, run.vae, self._device))
+        if run.models is None:
+            return False
+        models = run.models
+        for file in run.additions:
+            if file not in run.adapters:
+                key = (file.key, *run.key)
+                found = self._additions.take(key, lambda: adapters.load(file, models, run.base.name))  # noqa: B023
+                if found is not None:
+                    run.adapters[file] = found
+        return len(run.adapters) == len(run.additions)
 
     def _tick(self) -> None:
         runs = self._batch.next()
@@ -189,6 +211,9 @@ class Core:
         for queue in (self._waiting, self._stages):
             if run in queue:
                 queue.remove(run)
+        for file in run.adapters:
+            self._additions.give_back((file.key, *run.key))
+        run.adapters = {}
         if run.models is not None:
             self._resident.give_back(run.key)
         run.models = run.task = run.wish = None  # with them go the latents

@@ -8,13 +8,14 @@ the last bits that the size of a matrix product changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 
+from gpu_worker.lora import Change, Network, applied
 from gpu_worker.samplers import Sampling
 
 T = TypeVar("T")
@@ -40,15 +41,38 @@ class Conditioning:
 
 
 @dataclass(frozen=True, eq=False)
+class Guidance:
+    """What steers a prediction: texts with weights, the text to lead away from, and networks for the UNet with their
+    scales. Without a negative text there is no guidance, and no row for it."""
+
+    positives: tuple[tuple[Conditioning, float], ...]
+    negative: Conditioning | None
+    cfg_scale: float
+    networks: tuple[tuple[Network, float], ...] = ()
+
+    @property
+    def texts(self) -> list[Conditioning]:
+        """One for each part of the rows, the negative first."""
+        positives = [text for text, _ in self.positives]
+        return positives if self.negative is None else [self.negative, *positives]
+
+    def guided(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, equation 6) over the outputs for `texts`; of several texts the
+        differences add up (Liu et al. 2022, equation 11)."""
+        if self.negative is None:
+            return outputs[0]
+        negative, *positives = outputs
+        weighted = zip(positives, self.positives, strict=True)
+        return negative + sum(self.cfg_scale * weight * (output - negative) for output, (_, weight) in weighted)
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and text. Without
-    a negative text there is no guidance, and no row for it."""
+    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and guidance."""
 
     x: torch.Tensor
     timestep: float
-    positive: Conditioning
-    negative: Conditioning | None
-    cfg_scale: float
+    guidance: Guidance
     # An inpainting UNet's other channels: the mask and the latents of what stays, (rows, 5, height/8, width/8).
     context: torch.Tensor | None = None
 
@@ -58,21 +82,9 @@ class Evaluation:
         return self.x if self.context is None else torch.cat([self.x, self.context], 1)
 
     @property
-    def texts(self) -> list[Conditioning]:
-        """One for each half of the rows, the negative first."""
-        return [self.positive] if self.negative is None else [self.negative, self.positive]
-
-    @property
     def num_rows(self) -> int:
         """Rows that this takes in a UNet call."""
-        return len(self.x) * len(self.texts)
-
-    def guided(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022, equation 6) over the outputs for `texts`."""
-        if len(outputs) == 1:
-            return outputs[0]
-        negative, positive = outputs
-        return negative + self.cfg_scale * (positive - negative)
+        return len(self.x) * len(self.guidance.texts)
 
 
 @dataclass(frozen=True)
@@ -82,26 +94,27 @@ class _Part:
     x: torch.Tensor
     timestep: float
     text: Conditioning
+    networks: tuple[tuple[Network, float], ...]
 
 
 def denoise(
     sampling: Sampling,
     latents: torch.Tensor,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    cfg_scale: float,
+    guidance: Sequence[Guidance],
     on_evaluation: Callable[[int], None],
     keep: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     context: torch.Tensor | None = None,
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
     """Takes a job's latents from the sampler's first noise level to its last, and returns them, fp32.
 
-    `on_evaluation` hears how many of the sampler's evaluations are done. `keep` puts back what an evaluation must not
-    have changed, given the latents and how many are done.
+    `guidance` is that of each step; the last one holds for any further. `on_evaluation` hears how many of the sampler's
+    evaluations are done. `keep` puts back what an evaluation must not have changed, given the latents and how many are
+    done.
     """
     for index, timestep in enumerate(sampling.timesteps):
         x = sampling.scaled(latents, index)
-        prediction = yield Evaluation(x, timestep, positive, negative, cfg_scale, context)
+        step = min(sampling.step_of(index), len(guidance) - 1)
+        prediction = yield Evaluation(x, timestep, guidance[step], context)
         latents = sampling.step(prediction, index, latents)
         if keep is not None:
             latents = keep(latents, index + 1)
@@ -111,9 +124,13 @@ def denoise(
 
 def predict(unet: Any, evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
     """The guided predictions in fp32, in as few UNet calls as prompt lengths and `max_rows` allow."""
-    parts = [_Part(wish.input, wish.timestep, text) for wish in evaluations for text in wish.texts]
+    parts = [
+        _Part(wish.input, wish.timestep, text, wish.guidance.networks)
+        for wish in evaluations
+        for text in wish.guidance.texts
+    ]
     outputs = (output for call in _calls(parts) for output in _call(unet, call, max_rows))
-    return [wish.guided(list(islice(outputs, len(wish.texts)))) for wish in evaluations]
+    return [wish.guidance.guided(list(islice(outputs, len(wish.guidance.texts)))) for wish in evaluations]
 
 
 def _calls(parts: list[_Part]) -> list[list[_Part]]:
@@ -144,16 +161,27 @@ def _call(unet: Any, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, .
     outputs = []
     for start in range(0, len(x), max_rows):
         rows = slice(start, start + max_rows)
-        outputs.append(
-            unet(
-                x[rows],
-                timestep[rows],
-                encoder_hidden_states=text[rows],
-                added_cond_kwargs={name: tensor[rows] for name, tensor in added.items()},
-                return_dict=False,
-            )[0]
-        )
+        with applied(unet, _changes(parts, counts, rows)):
+            outputs.append(
+                unet(
+                    x[rows],
+                    timestep[rows],
+                    encoder_hidden_states=text[rows],
+                    added_cond_kwargs={name: tensor[rows] for name, tensor in added.items()},
+                    return_dict=False,
+                )[0]
+            )
     return torch.split(torch.cat(outputs).float(), counts)
+
+
+def _changes(parts: list[_Part], counts: list[int], rows: slice) -> Iterator[Change]:
+    """What the networks of each part add, for its rows among these of the call."""
+    start = 0
+    for part, count in zip(parts, counts, strict=True):
+        inner = slice(max(start, rows.start) - rows.start, min(start + count, rows.stop) - rows.start)
+        if inner.start < inner.stop:
+            yield from ((inner, scale, network.unet) for network, scale in part.networks)
+        start += count
 
 
 def _added(part: _Part, name: str) -> torch.Tensor:

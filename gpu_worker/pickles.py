@@ -90,8 +90,9 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_SAFE_PICKLE)
     except Exception as error:  # a broken pickle raises anything
         raise JobError(f"{name} is damaged or truncated: it cannot be read as a checkpoint") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for inner in ("state_dict", "string_to_param"):  # the latter of an embedding
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            content = content[inner]
     weights = content if isinstance(content, dict) else {}
     tensors = {key: value for key, value in weights.items() if isinstance(key, str) and torch.is_tensor(value)}
     if not tensors:

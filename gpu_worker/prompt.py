@@ -7,16 +7,21 @@ begins a new chunk. A text of any length is encoded in chunks of 75 tokens that 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gpu_worker.adapters import Adapters
+from gpu_worker.embeddings import injected
 from gpu_worker.job import JobError
+from gpu_worker.lora import applied
 from gpu_worker.weights import Models, TextEncoder
 
 CHUNK_TOKENS = 75  # between CLIP's marks of start and end
 MAX_CHUNKS = 64
+_NONE = Adapters()
 _BACKTRACK_TOKENS = 20  # how far back a chunk may end at a comma
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _CLOSED_BY = {")": ("(", _FACTORS["("]), "]": ("[", _FACTORS["["])}
@@ -43,10 +48,11 @@ class Piece:
 
 @dataclass
 class _Chunk:
-    """Up to 75 tokens and the weight of each."""
+    """Up to 75 tokens and the weight of each; vectors of embeddings take the place of those at an offset."""
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    vectors: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def parse(text: str) -> list[Piece]:
@@ -79,7 +85,9 @@ def parse(text: str) -> list[Piece]:
     return _merged(pieces)
 
 
-def encode(models: Models, text: str, clip_skip: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def encode(
+    models: Models, text: str, clip_skip: int, adapters: Adapters = _NONE
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The text as the UNet reads it, of shape (1, 77 x chunks, width), and for SDXL its pooled form, (1, n).
 
     `clip_skip` is the layer of SD1.5's encoder that is read, counted from its end; SDXL has always read the second.
@@ -89,10 +97,14 @@ def encode(models: Models, text: str, clip_skip: int) -> tuple[torch.Tensor, tor
     """
     pieces = parse(text)
     hidden, pooled = [], None
-    for encoder in models.text_encoders:
-        chunks = _chunks(pieces, encoder.tokenizer)
+    for index, encoder in enumerate(models.text_encoders):
+        words = {word: embedding.vectors[index] for word, embedding in adapters.embeddings.items()}
+        chunks = _chunks(pieces, encoder.tokenizer, words)
         tokens = torch.tensor([_marked(chunk.tokens, encoder.tokenizer) for chunk in chunks], device=models.device)
-        output = encoder.model(tokens, output_hidden_states=models.is_sdxl or clip_skip > 1)
+        places = [(i, 1 + start, found) for i, chunk in enumerate(chunks) for start, found in chunk.vectors.items()]
+        changes = [(slice(None), use.text_scale, network.texts[index]) for network, use in adapters.networks]
+        with applied(encoder.model, changes), injected(encoder.model, places):
+            output = encoder.model(tokens, output_hidden_states=models.is_sdxl or clip_skip > 1)
         layers = _sdxl_layer(output) if models.is_sdxl else _layer(encoder, output, clip_skip)
         weighed = [_weighed(layer, chunk.weights) for layer, chunk in zip(layers, chunks, strict=True)]
         hidden.append(torch.cat(weighed)[None])
@@ -111,14 +123,20 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     return merged
 
 
-def _chunks(pieces: list[Piece], tokenizer: Any) -> list[_Chunk]:
+def _chunks(pieces: list[Piece], tokenizer: Any, words: dict[str, torch.Tensor]) -> list[_Chunk]:
+    """The pieces in chunks of tokens. `words` are what embeddings stand for; the longest that fits a place wins."""
+    known = [(tokenizer(word, add_special_tokens=False).input_ids, vectors) for word, vectors in words.items()]
+    known.sort(key=lambda entry: -len(entry[0]))
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     chunks = [_Chunk()]
     for piece in pieces:
         if not piece.text:
             chunks.append(_Chunk())
             continue
-        for token in tokenizer(piece.text, add_special_tokens=False).input_ids:
+        for token, vectors in _read(tokenizer(piece.text, add_special_tokens=False).input_ids, known):
+            if vectors is not None:
+                _put(chunks, vectors, piece.weight, token)
+                continue
             if len(chunks[-1].tokens) == CHUNK_TOKENS:
                 chunks.append(_carried_over(chunks[-1], comma, token))
             chunks[-1].tokens.append(token)
@@ -130,13 +148,37 @@ def _chunks(pieces: list[Piece], tokenizer: Any) -> list[_Chunk]:
     return chunks
 
 
+def _read(tokens: list[int], known: list[tuple[list[int], torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor | None]]:
+    """The tokens one by one, and the vectors where some of them are an embedding's word."""
+    start = 0
+    while start < len(tokens):
+        match = next(((word, found) for word, found in known if tokens[start : start + len(word)] == word), None)
+        word, found = match if match is not None else (tokens[start : start + 1], None)
+        yield word[0], found
+        start += len(word)
+
+
+def _put(chunks: list[_Chunk], vectors: torch.Tensor, weight: float, token: int) -> None:
+    """Puts an embedding into the last chunk, or whole into a new one; any token keeps its place."""
+    if len(vectors) > CHUNK_TOKENS:
+        raise JobError(f"an embedding has {len(vectors)} vectors; at most {CHUNK_TOKENS} are possible")
+    if len(chunks[-1].tokens) + len(vectors) > CHUNK_TOKENS:
+        chunks.append(_Chunk())
+    chunks[-1].vectors[len(chunks[-1].tokens)] = vectors
+    chunks[-1].tokens += [token] * len(vectors)
+    chunks[-1].weights += [weight] * len(vectors)
+
+
 def _carried_over(full: _Chunk, comma: int, token: int) -> _Chunk:
     """The next chunk: it begins with what follows a comma near the full one's end, so that no phrase is cut."""
     tail = full.tokens[-_BACKTRACK_TOKENS:]
     if token == comma or comma not in tail:
         return _Chunk()
     start = CHUNK_TOKENS - tail[::-1].index(comma)
-    carried = _Chunk(full.tokens[start:], full.weights[start:])
+    vectors = {offset: full.vectors.pop(offset) for offset in list(full.vectors) if offset >= start}
+    carried = _Chunk(
+        full.tokens[start:], full.weights[start:], {offset - start: found for offset, found in vectors.items()}
+    )
     del full.tokens[start:], full.weights[start:]
     return carried
 

@@ -22,12 +22,14 @@ class _Entry(Generic[M]):
 
 
 class Resident(Generic[M]):
-    """At most `max_models` at a time, the least recently used first; what is in use is never evicted. Belongs to one
-    thread; `on_loaded` is called in another whenever a load has ended."""
+    """At most `max_models` at a time, the least recently used first; what is in use is never evicted, and with
+    `may_exceed` does not keep others out. Belongs to one thread; `on_loaded` is called in another whenever a load has
+    ended."""
 
-    def __init__(self, max_models: int, on_loaded: Callable[[], None]) -> None:
+    def __init__(self, max_models: int, on_loaded: Callable[[], None], may_exceed: bool = False) -> None:
         self._max_models = max_models
         self._on_loaded = on_loaded
+        self._may_exceed = may_exceed
         self._entries: OrderedDict[Key, _Entry[M]] = OrderedDict()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -71,6 +73,6 @@ class Resident(Generic[M]):
         unused = [other for other, entry in self._entries.items() if not entry.num_users and entry.models.done()]
         while len(self._entries) >= self._max_models and unused:
             del self._entries[unused.pop(0)]
-        if len(self._entries) < self._max_models:
+        if len(self._entries) < self._max_models or self._may_exceed:
             self._entries[key] = entry = _Entry(self._loader.submit(load))
             entry.models.add_done_callback(lambda _: self._on_loaded())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
+from gpu_worker.cache import CachedModel
 from payloads import Generation, Img2Img
+from payloads.models import BASE, EMBEDDING, LORA, VAE, stem
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The models behind a picture."""
+def named(files: list[CachedModel], kind: str) -> CachedModel | None:
+    """The model of that type, where a job has one at most."""
+    return next((file for file in files if file.type == kind), None)
 
-    model_name: str
-    model_sha256: str
-    vae_name: str | None = None
-    vae_sha256: str | None = None
+
+def hashes(files: list[CachedModel]) -> dict[str, str]:
+    """The SHA-256 of every model behind a picture, by the names that A1111 has for them."""
+    names = {BASE: "model", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}"}
+    return {names[file.type].format(stem(file.name)): file.sha256 for file in files}
 
 
 def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
@@ -37,8 +38,10 @@ def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
     return file.getvalue()
 
 
-def infotext(request: Generation, index: int, origin: Origin) -> str:
+def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:
     """The text that A1111 writes into image `index` of the job, and reads back from a dropped picture."""
+    base, vae = named(files, BASE), named(files, VAE)
+    assert base is not None
     resized_from = f"{request.seed_resize_from_w}x{request.seed_resize_from_h}"
     fields: dict[str, Any] = {
         "Steps": request.steps,
@@ -46,15 +49,16 @@ def infotext(request: Generation, index: int, origin: Origin) -> str:
         "CFG scale": request.cfg_scale,
         "Seed": request.seed_of(index),
         "Size": f"{request.width}x{request.height}",
-        "Model hash": origin.model_sha256[:10],
-        "Model": PurePosixPath(origin.model_name).stem,
-        "VAE hash": origin.vae_sha256 and origin.vae_sha256[:10],
-        "VAE": origin.vae_name,
+        "Model hash": base.sha256[:10],
+        "Model": stem(base.name),
+        "VAE hash": vae.sha256[:10] if vae else None,
+        "VAE": vae.name if vae else None,
         "Variation seed": request.subseed_of(index) if request.subseed_strength else None,
         "Variation seed strength": request.subseed_strength or None,
         "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
         **_img2img_fields(request),
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
+        "Hashes": json.dumps(hashes(files)),
         "Version": f"esd {VERSION}",
     }
     lines = [request.prompt]
@@ -76,8 +80,12 @@ def _img2img_fields(request: Generation) -> dict[str, Any]:
     return fields
 
 
-def param_json(request: Generation, origin: Origin, infotexts: list[str], endpoint_name: str, job_id: str) -> bytes:
+def param_json(
+    request: Generation, files: list[CachedModel], infotexts: list[str], endpoint_name: str, job_id: str
+) -> bytes:
     """The content of `<job id>_param.json`; its `info` is JSON text inside JSON."""
+    base, vae = named(files, BASE), named(files, VAE)
+    assert base is not None
     num_images = len(infotexts)
     seeds = [request.seed_of(index) for index in range(num_images)]
     subseeds = [request.subseed_of(index) for index in range(num_images)]
@@ -99,10 +107,10 @@ def param_json(request: Generation, origin: Origin, infotexts: list[str], endpoi
         "batch_size": request.batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": PurePosixPath(origin.model_name).stem,
-        "sd_model_hash": origin.model_sha256[:10],
-        "sd_vae_name": origin.vae_name,
-        "sd_vae_hash": origin.vae_sha256 and origin.vae_sha256[:10],
+        "sd_model_name": stem(base.name),
+        "sd_model_hash": base.sha256[:10],
+        "sd_vae_name": vae.name if vae else None,
+        "sd_vae_hash": vae.sha256[:10] if vae else None,
         "seed_resize_from_w": request.seed_resize_from_w or -1,
         "seed_resize_from_h": request.seed_resize_from_h or -1,
         "denoising_strength": request.denoising_strength if isinstance(request, Img2Img) else None,
@@ -114,6 +122,7 @@ def param_json(request: Generation, origin: Origin, infotexts: list[str], endpoi
         "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": False,
         "ignored": request.ignored,
+        "hashes": hashes(files),
         "version": f"esd {VERSION}",
     }
     content = {

@@ -14,8 +14,10 @@ from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
 from payloads import Generation
+from payloads.models import BASE, VAE
 
 if TYPE_CHECKING:
+    from gpu_worker.adapters import Adapter
     from gpu_worker.denoise import Evaluation, Task
     from gpu_worker.weights import Models
 
@@ -45,6 +47,7 @@ class Run:
     audience: Audience | None = None
     on_preview: Callable[[bytes], None] = lambda _: None
     models: Models | None = None
+    adapters: dict[CachedModel, Adapter] = field(default_factory=dict)
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None
     is_started: bool = False
@@ -54,17 +57,22 @@ class Run:
     @property
     def base(self) -> CachedModel:
         """The checkpoint."""
-        return next(file for file in self.files if file.type == "Stable-diffusion")
+        return next(file for file in self.files if file.type == BASE)
 
     @property
     def vae(self) -> CachedModel | None:
         """The VAE that takes the place of the checkpoint's own."""
-        return next((file for file in self.files if file.type == "VAE"), None)
+        return next((file for file in self.files if file.type == VAE), None)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What names its models in memory."""
         return (self.base.key, self.vae.key) if self.vae else (self.base.key,)
+
+    @property
+    def additions(self) -> list[CachedModel]:
+        """LoRAs and embeddings."""
+        return [file for file in self.files if file.type not in {BASE, VAE}]
 
     @property
     def row_pixels(self) -> int:

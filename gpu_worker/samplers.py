@@ -80,6 +80,7 @@ class Sampling:
         if isinstance(scheduler, LCMScheduler):
             steps["original_inference_steps"] = max(_LCM_STEPS, num_steps)
         scheduler.set_timesteps(num_steps, device="cpu", **steps)
+        self.num_steps = num_steps - first_step
         first = first_step * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
@@ -91,6 +92,10 @@ class Sampling:
             self._times = _plms_times(scheduler.timesteps, first_step)
         # One for each evaluation of the UNet, of which some samplers have two in a step.
         self.timesteps = [float(time) for time in self._times]
+
+    def step_of(self, index: int) -> int:
+        """The step that the evaluation of that index belongs to, from 0."""
+        return index * self.num_steps // len(self.timesteps)
 
     def latents(self, noise: torch.Tensor) -> torch.Tensor:
         """The latents to begin with, from noise of deviation 1."""

@@ -112,7 +112,7 @@ class Worker:
                 raise JobError(f"the job makes {request.num_images} images, but has a place for only some of them")
             self._typical_pixels = request.num_pixels
             self.on_change()
-            files = await job.stage(self._fetch(job, held))
+            files = await job.stage(self._fetch(job, request, held))
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
             progress = _Progress(job, request.num_steps * request.num_images)
@@ -140,31 +140,28 @@ class Worker:
         content = await self._transfer.read(job.spec.payload_url, "the payload", job.spec.payload_sha256)
         return await asyncio.to_thread(_checked, job, content)
 
-    async def _fetch(self, job: Job, held: AsyncExitStack) -> list[CachedModel]:
-        """The model files, in the cache for as long as `held` is open."""
-        used = [
-            next((model for model in job.spec.models if model.type == kind), None)
-            for kind in ("Stable-diffusion", "VAE")
-        ]
-        if used[0] is None:
-            raise JobError("the job names no model of type Stable-diffusion")
-        return [await held.enter_async_context(self._cache.hold(model)) for model in used if model is not None]
+    async def _fetch(self, job: Job, request: Generation, held: AsyncExitStack) -> list[CachedModel]:
+        """The files of the models that the request uses, in the cache for as long as `held` is open."""
+        models = [(model.type, model.name) for model in job.spec.models]
+        try:
+            used = payloads.used(request, models)
+        except InvalidArgument as error:
+            raise JobError(str(error)) from None
+        return [await held.enter_async_context(self._cache.hold(job.spec.models[index])) for index in used]
 
     async def _finish(
         self, job: Job, request: Generation, canvas: Canvas | None, files: list[CachedModel], produced: Produced
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
-        vae = files[1] if len(files) > 1 else None
-        origin = results.Origin(files[0].name, files[0].sha256, vae.name if vae else None, vae.sha256 if vae else None)
-        infotexts = [results.infotext(request, index, origin) for index in range(request.num_images)]
+        infotexts = [results.infotext(request, index, files) for index in range(request.num_images)]
         images = await asyncio.gather(
             *(
                 asyncio.to_thread(_encoded, canvas, pixels, index % request.batch_size, text)
                 for index, (pixels, text) in enumerate(zip(produced.images, infotexts, strict=True))
             )
         )
-        param = results.param_json(request, origin, infotexts, job.spec.endpoint_name, job.id)
+        param = results.param_json(request, files, infotexts, job.spec.endpoint_name, job.id)
         encoded = time.monotonic()
         uploads = [*job.spec.image_uploads[: len(images)], job.spec.param_upload]
         objects = await asyncio.gather(

@@ -6,7 +6,8 @@ a bound stands in one place. Knows neither gRPC nor torch.
 
 from payloads.generation import Generation
 from payloads.img2img import Img2Img
+from payloads.models import used
 from payloads.reading import check, parse
 from payloads.txt2img import Txt2Img
 
-__all__ = ["Generation", "Img2Img", "Txt2Img", "check", "parse"]
+__all__ = ["Generation", "Img2Img", "Txt2Img", "check", "parse", "used"]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from payloads import samplers
+from payloads import prompts, samplers
 from payloads.scripts import check_scripts
 from payloads.showing import shown
 
@@ -29,12 +29,12 @@ _REFUSED = {
 }
 # Fields of A1111 that say how its own interface shows, stores or repeats a picture.
 _WITHOUT_EFFECT = {
-    "alwayson_scripts", "comments", "disable_extra_networks", "do_not_save_grid",
+    "alwayson_scripts", "comments", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
     "override_settings_restore_afterwards", "refiner_switch_at", "s_noise", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "send_images",
 }  # fmt: skip
-_SETTINGS = {"CLIP_stop_at_last_layers": "clip_skip"}
+_SETTINGS = {"CLIP_stop_at_last_layers": "clip_skip", "sd_model_checkpoint": "model_name", "sd_vae": "vae_name"}
 
 
 class Generation(BaseModel):
@@ -61,6 +61,11 @@ class Generation(BaseModel):
     eta: float = Field(0.0, ge=0, le=1)
     # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
     clip_skip: int = Field(1, ge=1, le=12)
+    # Which of the job's models are used, where not the first: `override_settings.sd_model_checkpoint` and `.sd_vae`.
+    model_name: str = ""
+    vae_name: str = ""
+    # The prompt's tags are taken out, and do nothing.
+    disable_extra_networks: bool = False
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
     exclusive: bool = False
     # Names of what the payload has and nothing here uses; goes into the result's `info`.
@@ -73,7 +78,7 @@ class Generation(BaseModel):
         for name, instead in _REFUSED.items():
             if given.get(name) not in (None, *_OFF):
                 raise ValueError(f"{name} {shown(given[name])}: {instead}")
-        ignored = _unused(given, cls) + check_scripts(given.get("alwayson_scripts"))
+        ignored = _unused(given, cls) + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
         given.setdefault("ignored", ignored)
         name = given.get("sampler_name") or given.get("sampler_index") or "Euler"
         given["sampler_name"] = samplers.find(name, given.get("scheduler"))
@@ -93,6 +98,14 @@ class Generation(BaseModel):
             )
         return text
 
+    @field_validator("prompt")
+    @classmethod
+    def _joinable(cls, text: str) -> str:
+        num_texts = len(prompts.joined_by_and(prompts.read(text).text))
+        if num_texts > prompts.MAX_TEXTS:
+            raise ValueError(f"prompt joins {num_texts} texts with AND; at most {prompts.MAX_TEXTS} are possible")
+        return text
+
     @model_validator(mode="after")
     def _bounded(self) -> Generation:
         if self.num_images > MAX_IMAGES:
@@ -104,8 +117,24 @@ class Generation(BaseModel):
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row."""
-        return self.cfg_scale > 1
+        """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row, unless there are several
+        texts to be joined."""
+        return self.cfg_scale > 1 or len(self.texts) > 1
+
+    @property
+    def texts(self) -> list[tuple[str, float]]:
+        """The texts that are joined by AND, without tags, each with its weight."""
+        return prompts.joined_by_and(prompts.read(self.prompt).text)
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt without tags."""
+        return prompts.read(self.negative_prompt).text
+
+    @property
+    def loras(self) -> tuple[prompts.Lora, ...]:
+        """The LoRAs of the prompt."""
+        return () if self.disable_extra_networks else prompts.read(self.prompt).loras
 
     @property
     def num_images(self) -> int:
@@ -125,7 +154,7 @@ class Generation(BaseModel):
     @property
     def num_pixels(self) -> int:
         """Pixels of a denoising step, over all its rows."""
-        return self.width * self.height * self.batch_size * (2 if self.is_guided else 1)
+        return self.width * self.height * self.batch_size * (len(self.texts) + self.is_guided)
 
     @property
     def cost_seconds(self) -> float:
@@ -143,6 +172,15 @@ class Generation(BaseModel):
     def echo(self) -> dict[str, Any]:
         """The request as it is shown to its owner."""
         return self.model_dump()
+
+
+def _unused_tags(given: dict[str, Any]) -> list[str]:
+    """Tags of networks that cannot be had, or that stand where they do nothing."""
+    prompt, negative = (str(given.get(name, "")) for name in ("prompt", "negative_prompt"))
+    read = prompts.read(prompt)
+    others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
+    misplaced = prompts.read(negative)
+    return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
 
 
 def _unused(given: dict[str, Any], cls: type[Generation]) -> list[str]:

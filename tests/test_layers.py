@@ -48,6 +48,7 @@ TORCH_OWNERS = {
     "tiny.py",
     "prompt.py",
     "lora.py",
+    "embeddings.py",
 }
 
 

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_worker import noise, samplers
+from gpu_worker.adapters import Adapters
 from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import Conditioning, Evaluation, Task, denoise
-from gpu_worker.tasks.stages import latents_of, no_context, pixels_of, texts
+from gpu_worker.denoise import Evaluation, Guidance, Task, denoise
+from gpu_worker.tasks.stages import guidance, latents_of, no_context, pixels_of
 from gpu_worker.tasks.txt2img import counted
 from gpu_worker.weights import Models
 from payloads import Img2Img
@@ -19,19 +20,19 @@ from payloads.img2img import LATENT_NOISE, LATENT_NOTHING
 
 
 def generate(
-    request: Img2Img, canvas: Canvas, models: Models, on_step: Callable[[int], None]
+    request: Img2Img, canvas: Canvas, models: Models, adapters: Adapters, on_step: Callable[[int], None]
 ) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels for each image, as txt2img's does; the canvas has what stays of the originals.
 
     Raises:
         JobError: a prompt is too long, or the latents became NaN.
     """
-    positive, negative = texts(models, request)
+    steering = guidance(models, request, adapters)
     yield None
     originals = encoded(request, canvas, models)
     images = []
     for batch in range(request.n_iter):
-        latents = yield from denoised(request, canvas, models, originals, positive, negative, batch, on_step)
+        latents = yield from denoised(request, canvas, models, originals, steering, batch, on_step)
         for row in torch.split(latents, 1):
             yield None
             images.append(pixels_of(models, row))
@@ -54,8 +55,7 @@ def denoised(
     canvas: Canvas,
     models: Models,
     originals: torch.Tensor,
-    positive: Conditioning,
-    negative: Conditioning | None,
+    steering: list[Guidance],
     batch: int,
     on_step: Callable[[int], None],
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def denoised(
     if mask is not None and not models.is_inpainting:
         keep = _kept(sampling, originals.to(models.device), first.to(models.device), mask.to(models.device))
     context = _context(canvas, mask, models, request)
-    return (yield from denoise(sampling, latents, positive, negative, request.cfg_scale, on_evaluation, keep, context))
+    return (yield from denoise(sampling, latents, steering, on_evaluation, keep, context))
 
 
 def _kept(

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gpu_worker import prompt
-from gpu_worker.denoise import Conditioning
+from gpu_worker.adapters import Adapters
+from gpu_worker.denoise import Conditioning, Guidance
 from gpu_worker.job import JobError
 from gpu_worker.weights import Models
-from payloads import Generation
+from payloads import Generation, prompts
 
 NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 
 
-def texts(models: Models, request: Generation) -> tuple[Conditioning, Conditioning | None]:
-    """The prompt and, where there is guidance, the negative prompt.
+def guidance(models: Models, request: Generation, adapters: Adapters) -> list[Guidance]:
+    """What steers each step of the request; steps of the same texts share one.
 
     Raises:
         JobError: a prompt is too long.
     """
-    negative = encode(models, request.negative_prompt, request) if request.is_guided else None
-    return encode(models, request.prompt, request), negative
+    networks = tuple((network, use.unet_scale) for network, use in adapters.networks)
+
+    @cache
+    def encoded(text: str) -> Conditioning:
+        return _encode(models, text, request, adapters)
+
+    @cache
+    def steering(texts: tuple[tuple[str, float], ...], negative: str) -> Guidance:
+        positives = tuple((encoded(text), weight) for text, weight in texts)
+        return Guidance(positives, encoded(negative) if request.is_guided else None, request.cfg_scale, networks)
+
+    def at_step(step: int) -> Guidance:
+        texts = tuple((prompts.at_step(text, step, request.steps), weight) for text, weight in request.texts)
+        return steering(texts, prompts.at_step(request.negative_text, step, request.steps))
+
+    return [at_step(step) for step in range(request.num_steps)]
 
 
-def encode(models: Models, text: str, request: Generation) -> Conditioning:
+def _encode(models: Models, text: str, request: Generation, adapters: Adapters) -> Conditioning:
     """What the UNet is told of a text; SDXL also of the picture's size."""
-    hidden, pooled = prompt.encode(models, text, request.clip_skip)
+    hidden, pooled = prompt.encode(models, text, request.clip_skip, adapters)
     if pooled is None:
         return Conditioning(hidden, None)
     sizes = [request.height, request.width, 0, 0, request.height, request.width]

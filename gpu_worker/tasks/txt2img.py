@@ -9,13 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_worker import noise, samplers
-from gpu_worker.denoise import Conditioning, Evaluation, Task, denoise
-from gpu_worker.tasks.stages import no_context, pixels_of, texts
+from gpu_worker.adapters import Adapters
+from gpu_worker.denoise import Evaluation, Guidance, Task, denoise
+from gpu_worker.tasks.stages import guidance, no_context, pixels_of
 from gpu_worker.weights import Models
 from payloads import Generation, Txt2Img
 
 
-def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -> Task[list[NDArray[np.uint8]]]:
+def generate(
+    request: Txt2Img, models: Models, adapters: Adapters, on_step: Callable[[int], None]
+) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels of shape (height, width, 3) for each image. `on_step` hears how many of steps x images are done.
 
     Each image has noise of its own seed. Batches of a job follow each other, and each
@@ -24,10 +27,10 @@ def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -
     Raises:
         JobError: a prompt is too long, or the latents became NaN.
     """
-    positive, negative = texts(models, request)
+    steering = guidance(models, request, adapters)
     images = []
     for batch in range(request.n_iter):
-        latents = yield from denoised(request, models, positive, negative, batch, on_step)
+        latents = yield from denoised(request, models, steering, batch, on_step)
         for row in torch.split(latents, 1):
             yield None
             images.append(pixels_of(models, row))
@@ -37,8 +40,7 @@ def generate(request: Txt2Img, models: Models, on_step: Callable[[int], None]) -
 def denoised(
     request: Txt2Img,
     models: Models,
-    positive: Conditioning,
-    negative: Conditioning | None,
+    steering: list[Guidance],
     batch: int,
     on_step: Callable[[int], None],
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
@@ -49,7 +51,7 @@ def denoised(
     latents = sampling.latents(noise.first(request, images, generators)).to(models.device)
     on_evaluation = counted(request, batch, len(sampling.timesteps), on_step)
     context = no_context(models, request)
-    return (yield from denoise(sampling, latents, positive, negative, request.cfg_scale, on_evaluation, None, context))
+    return (yield from denoise(sampling, latents, steering, on_evaluation, None, context))
 
 
 def counted(

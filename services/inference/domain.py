@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+import payloads
 from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
@@ -202,8 +203,7 @@ class Inference:
         """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`."""
         fetched = now()
         checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
-        if not job.base_model_key and job.task_type in SIMPLE_TASKS:
-            raise InvalidArgument("models names no checkpoint of type Stable-diffusion")
+        payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])  # refuses others
         in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
         if not in_row:
             await self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded)

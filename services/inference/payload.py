@@ -17,6 +17,7 @@ MAX_BYTES = 64 * 1024 * 1024
 class CheckedPayload:
     """A payload ready to run: as plain values and as bytes, with what the queue needs to know of it."""
 
+    request: payloads.Generation
     fields: dict[str, Any]
     encoded: bytes
     num_images: int
@@ -49,4 +50,4 @@ def check_payload(content: bytes | str, task_type: str, job_id: str) -> CheckedP
     request = payloads.check(task_type, payloads.parse(content), job_id)
     fields = request.model_dump()
     encoded = json.dumps(fields, ensure_ascii=False).encode()
-    return CheckedPayload(fields, encoded, request.num_images, request.cost_seconds)
+    return CheckedPayload(request, fields, encoded, request.num_images, request.cost_seconds)

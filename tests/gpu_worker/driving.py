@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 import torch
 
 from gpu_worker import weights
+from gpu_worker.adapters import Adapters
 from gpu_worker.denoise import predict
 from gpu_worker.tasks import stages, txt2img
 from payloads import Generation, Txt2Img, check
 
+NO_ADAPTERS = Adapters()
 R = TypeVar("R", bound=Generation)
 
 
@@ -54,10 +56,12 @@ def changed(request: R, **changes: Any) -> R:
     return type(request).model_validate(request.model_dump() | changes)
 
 
-def latents(request: Txt2Img, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
+def latents(
+    request: Txt2Img, models: weights.Models, adapters: Adapters = NO_ADAPTERS
+) -> Generator[Any, Any, torch.Tensor]:
     """The task of a request's first batch up to its final latents."""
-    positive, negative = stages.texts(models, request)
-    return (yield from txt2img.denoised(request, models, positive, negative, 0, lambda _: None))
+    steering = stages.guidance(models, request, adapters)
+    return (yield from txt2img.denoised(request, models, steering, 0, lambda _: None))
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_worker import weights
-from gpu_worker.denoise import Conditioning, Evaluation, predict
+from gpu_worker.denoise import Conditioning, Evaluation, Guidance, predict
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close
 
@@ -21,10 +21,13 @@ def text(num_chunks: int, seed: int) -> Conditioning:
     return Conditioning(torch.randn((1, 77 * num_chunks, 32), generator=generator), None)
 
 
-def wish(index: int, num_chunks: tuple[int, int], cfg_scale: float = 5.0, num_rows: int = 1) -> Evaluation:
+def wish(index: int, num_chunks: tuple[int, ...], cfg_scale: float = 5.0, num_rows: int = 1) -> Evaluation:
+    """`num_chunks` of the text, of the negative text, and of further texts."""
     x = torch.randn((num_rows, 4, 8, 8), generator=torch.Generator().manual_seed(index))
     negative = text(num_chunks[1], 100 + index) if cfg_scale > 1 else None
-    return Evaluation(x, 999.0 - 137.25 * index, text(num_chunks[0], index), negative, cfg_scale)
+    texts = [num_chunks[0], *num_chunks[2:]]
+    positives = tuple((text(length, index + 1000 * number), 1.0 - 0.4 * number) for number, length in enumerate(texts))
+    return Evaluation(x, 999.0 - 137.25 * index, Guidance(positives, negative, cfg_scale))
 
 
 def alone(models: weights.Models, wish: Evaluation) -> torch.Tensor:
@@ -36,11 +39,13 @@ def alone(models: weights.Models, wish: Evaluation) -> torch.Tensor:
             result: torch.Tensor = models.unet(row[None], torch.tensor(wish.timestep), conditioning.text).sample
             return result
 
-        positive = output(wish.positive)
-        if wish.negative is not None:
-            negative = output(wish.negative)
-            positive = negative + wish.cfg_scale * (positive - negative)
-        rows.append(positive)
+        steering = wish.guidance
+        if steering.negative is None:
+            rows.append(output(steering.positives[0][0]))
+            continue
+        negative = output(steering.negative)
+        led = [weight * (output(positive) - negative) for positive, weight in steering.positives]
+        rows.append(negative + steering.cfg_scale * torch.stack(led).sum(0))
     return torch.cat(rows)
 
 
@@ -56,6 +61,7 @@ def test_rows_of_any_guidance_prompt_length_and_timestep_have_the_predictions_of
         wish(4, (5, 1)),
         wish(5, (7, 7), cfg_scale=0.0),
         wish(6, (14, 1), num_rows=2),
+        wish(7, (1, 1, 2, 1), num_rows=2),
     ]
     with torch.inference_mode():
         for found, one in zip(predict(models.unet, wishes, max_rows), wishes, strict=True):

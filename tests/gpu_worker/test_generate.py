@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save
 
 from esd.worker.v1 import worker_pb2, worker_pb2_grpc
 from gpu_worker.job import to_python
@@ -116,6 +118,41 @@ async def test_a_job_that_cannot_be_done_fails_with_one_sentence(
     assert not failed.cancelled
 
 
+def add_model(spec: worker_pb2.JobSpec, store: ObjectStore, kind: str, name: str, state: dict[str, Any]) -> str:
+    """Gives the job another model file; answers its SHA-256."""
+    content = save(state)
+    sha256 = hashlib.sha256(content).hexdigest()
+    url = store.put(name, content)
+    spec.models.add(type=kind, name=name, url=url, size_bytes=len(content), cache_key=sha256, sha256=sha256)
+    return sha256
+
+
+async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store: ObjectStore, make_spec: Any) -> None:
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    state = {f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(32, 2)}
+    plain, spec = make_spec(prompt="a cat amypt "), make_spec(prompt="a cat amypt <lora:style:0.5>")
+    hashes = {"model": spec.models[0].sha256}
+    hashes["lora:style"] = add_model(spec, store, "Lora", "style.safetensors", state)
+    hashes["embed:amypt"] = add_model(spec, store, "embeddings", "amypt.safetensors", {"emb_params": torch.ones(2, 32)})
+    add_model(spec, store, "Lora", "unused.safetensors", state)
+    for each in (plain, spec):
+        assert (await generate(each))[-1].HasField("done")
+    one, other = (Image.open(io.BytesIO(store.objects[f"{each.job_id}/image_0.png"])) for each in (plain, spec))
+    assert one.tobytes() != other.tobytes()
+    assert f"Hashes: {json.dumps(hashes)}, Version: esd " in other.text["parameters"]
+    assert ("GET", "unused.safetensors") not in store.requests
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert json.loads(param["info"])["hashes"] == hashes
+    spec.models[1].name = "other.safetensors"
+    reason = (await generate(spec))[-1].failed.reason
+    assert reason.startswith("<lora:style> names style, which is not among the job's models of type Lora; there: other")
+    spec = make_spec(prompt="<lora:wrong>")
+    wrong = {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 32)}
+    add_model(spec, store, "Lora", "wrong.safetensors", wrong)
+    reason = (await generate(spec))[-1].failed.reason
+    assert reason.startswith("wrong.safetensors is a LoRA for another architecture than tiny.safetensors")
+
+
 async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: ObjectStore, make_spec: Any) -> None:
     image = noise()
     spec = make_spec(
@@ -146,7 +183,7 @@ async def test_a_damaged_or_missing_checkpoint_fails_by_name(generate: Any, stor
     spec.models[0].sha256, spec.models[0].cache_key = "", "damaged"
     assert "tiny.safetensors is damaged or truncated" in (await generate(spec))[-1].failed.reason
     del spec.models[:]
-    assert (await generate(spec))[-1].failed.reason == "the job names no model of type Stable-diffusion"
+    assert (await generate(spec))[-1].failed.reason == "models names no checkpoint of type Stable-diffusion"
 
 
 async def test_a_second_job_has_no_room_and_hanging_up_cancels_the_first(

@@ -16,7 +16,7 @@ from gpu_worker.canvas import Canvas, prepared
 from gpu_worker.tasks import img2img, stages
 from payloads import Img2Img, check, samplers
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, changed, drive
+from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive
 from tests.gpu_worker.reference import BETAS, pipeline_of, scheduler_of
 from tests.pictures import encoded, mask, noise
 
@@ -74,8 +74,8 @@ def latents(request: Img2Img, models: weights.Models) -> Generator[Any, Any, tor
     """The task of a request's first batch up to its final latents."""
     canvas = prepared(request)
     originals = img2img.encoded(request, canvas, models)
-    texts = stages.texts(models, request)
-    return (yield from img2img.denoised(request, canvas, models, originals, *texts, 0, lambda _: None))
+    texts = stages.guidance(models, request, NO_ADAPTERS)
+    return (yield from img2img.denoised(request, canvas, models, originals, texts, 0, lambda _: None))
 
 
 def original(vae: Any, image: Any = None, keep: Any = 1) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, timestep_spacing="leading")
     alphas = scheduler.alphas_cumprod
     times = [1 + 125 * step for step in range(8)][::-1][request.first_step :]
-    positive = stages.texts(models, request)[0]
+    positive = stages.guidance(models, request, NO_ADAPTERS)[0].positives[0][0]
 
     def epsilon(x: torch.Tensor, time: int) -> torch.Tensor:
         return models.unet(x, time, positive.text, return_dict=False)[0]
@@ -187,7 +187,7 @@ def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights
 def test_as_many_steps_are_made_as_in_a1111(models: weights.Models, strength: float, num_steps: int) -> None:
     request = changed(REQUEST, steps=20, denoising_strength=strength)
     progress: list[int] = []
-    drive(models.unet, [(0, img2img.generate(request, prepared(request), models, progress.append))])
+    drive(models.unet, [(0, img2img.generate(request, prepared(request), models, NO_ADAPTERS, progress.append))])
     assert progress == list(range(1, num_steps + 1))
 
 
@@ -213,7 +213,7 @@ def test_without_a_mask_an_inpainting_unet_paints_all_on_grey(inpainting: weight
 
 def pixels(request: Img2Img, models: weights.Models) -> tuple[Canvas, list[np.ndarray]]:
     canvas = prepared(request)
-    found = drive(models.unet, [(0, img2img.generate(request, canvas, models, lambda _: None))])[0]
+    found = drive(models.unet, [(0, img2img.generate(request, canvas, models, NO_ADAPTERS, lambda _: None))])[0]
     return canvas, [canvas.finished(image, row) for row, image in enumerate(found)]
 
 

@@ -22,7 +22,7 @@ from gpu_worker.canvas import prepared
 from gpu_worker.tasks import img2img, stages, txt2img
 from payloads import Img2Img, check
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
+from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents, scheduler_of
 from tests.pictures import encoded, noise
 
@@ -139,7 +139,7 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pi
         generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
         output_type="np",
     ).images
-    pixels = np.stack(drive(models.unet, [(0, txt2img.generate(REQUEST, models, lambda _: None))])[0])
+    pixels = np.stack(drive(models.unet, [(0, txt2img.generate(REQUEST, models, NO_ADAPTERS, lambda _: None))])[0])
     assert np.abs(pixels / 255 - expected).max() <= 0.5 / 255 + 1e-5
 
 
@@ -169,8 +169,8 @@ def test_img2img_has_the_latents_of_the_diffusers_pipeline(models: weights.Model
     with torch.inference_mode():
         canvas = prepared(request)
         originals = img2img.encoded(request, canvas, models)
-        texts = stages.texts(models, request)
-    task = img2img.denoised(request, canvas, models, originals, *texts, 0, lambda _: None)
+        texts = stages.guidance(models, request, NO_ADAPTERS)
+    task = img2img.denoised(request, canvas, models, originals, texts, 0, lambda _: None)
     reference = StableDiffusionXLImg2ImgPipeline(
         **{name: part for name, part in pipeline.components.items() if name not in {"image_encoder"}},
         force_zeros_for_empty_prompt=False,

@@ -14,7 +14,7 @@ from gpu_worker.job import JobError
 from gpu_worker.tasks import txt2img
 from payloads import Generation, samplers
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
+from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of
 
 REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
@@ -41,7 +41,7 @@ def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: py
 def run(request: Generation, models: weights.Models) -> tuple[list[int], np.ndarray]:
     """Progress and pixels."""
     progress: list[int] = []
-    images = drive(models.unet, [(0, txt2img.generate(request, models, progress.append))])[0]
+    images = drive(models.unet, [(0, txt2img.generate(request, models, NO_ADAPTERS, progress.append))])[0]
     return progress, np.stack(images)
 
 

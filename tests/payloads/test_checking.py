@@ -36,6 +36,9 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "eta": 0.0,
         "clip_skip": 1,
         "exclusive": False,
+        "model_name": "",
+        "vae_name": "",
+        "disable_extra_networks": False,
         "ignored": ["unknown_field", "script mystery"],
     }
 

@@ -1,0 +1,57 @@
+"""Which of a job's model files its request uses: the service checks that they are there, the worker loads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from payloads.generation import Generation
+from services.common.errors import InvalidArgument
+
+BASE, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
+PSEUDO_VAES = ("Automatic", "None")
+_HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
+
+
+def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
+    """Positions in `models`, which are pairs of type and file name: the base model first, then the VAE if there is one,
+    the LoRAs in the prompt's order, and the embeddings that a prompt mentions.
+
+    Raises:
+        InvalidArgument: the request names a model that is not among them.
+    """
+    bases = [index for index, (kind, _) in enumerate(models) if kind == BASE]
+    if not bases:
+        raise InvalidArgument(f"models names no checkpoint of type {BASE}")
+    named = "override_settings.sd_model_checkpoint"
+    found = [_find(models, BASE, request.model_name, named) if request.model_name else bases[0]]
+    found += _vae(request, models)
+    found += [_find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.loras]
+    texts = f"{request.prompt} {request.negative_prompt}".lower()
+    found += [index for index, (kind, name) in enumerate(models) if kind == EMBEDDING and stem(name).lower() in texts]
+    return list(dict.fromkeys(found))
+
+
+def stem(name: str) -> str:
+    """A file's name as prompts have it: without folder, extension, and the hash that A1111 shows behind it."""
+    return PurePosixPath(_HASH.sub("", name)).stem
+
+
+def _vae(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
+    if request.vae_name == "None":
+        return []
+    if request.vae_name not in {"", "Automatic"}:
+        return [_find(models, VAE, request.vae_name, "override_settings.sd_vae")]
+    return [index for index, (kind, name) in enumerate(models) if kind == VAE and name not in PSEUDO_VAES][:1]
+
+
+def _find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) -> int:
+    """By the file's name or its stem."""
+    same_kind = {index: model for index, (own_kind, model) in enumerate(models) if own_kind == kind}
+    for wanted, known in ((name, lambda model: model), (stem(name), stem), (name, stem)):
+        for index, model in same_kind.items():
+            if known(model) == wanted:
+                return index
+    there = ", ".join(same_kind.values()) or "none"
+    raise InvalidArgument(f"{field} names {name}, which is not among the job's models of type {kind}; there: {there}")

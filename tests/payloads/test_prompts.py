@@ -1,0 +1,123 @@
+"""A1111's prompt syntax beside words: networks, AND, texts that change on the way; and which models a request uses."""
+
+from typing import Any
+
+import pytest
+
+from payloads import check, used
+from payloads.prompts import Lora, at_step, joined_by_and, read
+from services.common.errors import InvalidArgument
+
+MODELS = [
+    ("Stable-diffusion", "v1-5.safetensors"),
+    ("Stable-diffusion", "other.ckpt"),
+    ("Lora", "style.safetensors"),
+    ("Lora", "face.v2.safetensors"),
+    ("embeddings", "BadHands.pt"),
+    ("VAE", "Automatic"),
+    ("VAE", "ft-mse.safetensors"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tag", "lora"),
+    [
+        ("<lora:x>", Lora("x", 1.0, 1.0)),
+        ("<lora:x:0.8>", Lora("x", 0.8, 0.8)),
+        ("<lora:x:0.8:0.5>", Lora("x", 0.8, 0.5)),
+        ("<lora:x:-1>", Lora("x", -1.0, -1.0)),
+        ("<lora:x:te=0.2:unet=.7>", Lora("x", 0.2, 0.7)),
+        ("<lora:a name.v2:1>", Lora("a name.v2", 1.0, 1.0)),
+    ],
+)
+def test_a_tag_names_a_lora_and_its_scales(tag: str, lora: Lora) -> None:
+    found = read(f"a cat {tag}, <hypernet:h:1> (big:1.2)")
+    assert found.loras == (lora,)
+    assert found.text == "a cat ,  (big:1.2)"
+    assert found.ignored == ("<hypernet:h:1>",)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("a [cat:dog:0.5]", ["a cat", "a cat", "a dog", "a dog"]),
+        ("a [cat:dog:3]", ["a cat", "a cat", "a cat", "a dog"]),
+        ("a [cat:dog:0.0]", ["a dog"] * 4),
+        ("a [cat:dog:1.0]", ["a cat"] * 4),
+        ("a [in:2]", ["a ", "a ", "a in", "a in"]),
+        ("a [out::0.25]", ["a out", "a ", "a ", "a "]),
+        ("[cow|horse]", ["cow", "horse", "cow", "horse"]),
+        ("[a|b|]", ["a", "b", "", "a"]),
+        ("[[a:b:1]:[c|d]:2]", ["a", "b", "c", "d"]),
+        ("[(a:1.2):b:2]", ["(a:1.2)", "(a:1.2)", "b", "b"]),
+        ("[a] (b:1.3) [c:d] \\[e:f:1]", ["[a] (b:1.3) [c:d] \\[e:f:1]"] * 4),
+        ("[a:b:1", ["[a:b:1"] * 4),
+        ("a] [b:1]", ["a] ", "a] b", "a] b", "a] b"]),
+    ],
+)
+def test_a_text_changes_on_the_way(text: str, steps: list[str]) -> None:
+    assert [at_step(text, step, 4) for step in range(4)] == steps
+
+
+def test_texts_are_joined_by_and_with_weights() -> None:
+    assert joined_by_and("a cat :0.5 AND (dog:1.2)AND sAND") == [("a cat", 0.5), (" (dog:1.2)", 1.0), (" sAND", 1.0)]
+    request = check("txt2img", {"prompt": "a AND b :0.3", "cfg_scale": 1}, "job")
+    assert request.is_guided
+    assert request.num_pixels == 3 * 512 * 512
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"prompt": "<lora:x:much>"}, '<lora:x:much>: "much" is no number; possible: <lora:name:1>'),
+        ({"prompt": " AND ".join("abcdefghi")}, "prompt joins 9 texts with AND; at most 8 are possible"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        check("txt2img", fields, "job")
+    assert sentence in str(refused.value)
+
+
+def names(**fields: Any) -> list[str]:
+    return [MODELS[index][1] for index in used(check("txt2img", fields, "job"), MODELS)]
+
+
+def test_a_request_uses_the_models_that_it_names() -> None:
+    assert names() == ["v1-5.safetensors", "ft-mse.safetensors"]
+    assert names(override_settings={"sd_vae": "None"}) == ["v1-5.safetensors"]
+    assert names(override_settings={"sd_vae": "ft-mse.safetensors", "sd_model_checkpoint": "other [abc123]"}) == [
+        "other.ckpt",
+        "ft-mse.safetensors",
+    ]
+    assert names(prompt="<lora:face.v2:1> x <lora:style:0.5>", negative_prompt="badhands")[2:] == [
+        "face.v2.safetensors",
+        "style.safetensors",
+        "BadHands.pt",
+    ]
+    fields = {"prompt": "<lora:style:1>", "disable_extra_networks": True}
+    assert len(names(**fields)) == 2
+    assert check("txt2img", fields, "job").ignored == ["<lora:style>"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"prompt": "<lora:stile:1>"},
+            "<lora:stile> names stile, which is not among the job's models of type Lora; there: style.safe",
+        ),
+        (
+            {"override_settings": {"sd_vae": "x.pt"}},
+            "override_settings.sd_vae names x.pt, which is not among the job's",
+        ),
+        (
+            {"override_settings": {"sd_model_checkpoint": "x"}},
+            "not among the job's models of type Stable-diffusion; the",
+        ),
+    ],
+)
+def test_a_model_that_the_job_does_not_have_is_refused_by_name(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        names(**fields)
+    assert sentence in str(refused.value)

@@ -38,8 +38,9 @@ def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
 
 def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adapters:
     """The adapters that the request names, out of its files."""
-    networks = {stem(file.name): found for file, found in loaded.items() if isinstance(found, Network)}
+    by_name = {name: found for file, found in loaded.items() for name in (stem(file.name), file.name)}
+    uses = [(by_name.get(use.name) or by_name[stem(use.name)], use) for use in request.loras]
     return Adapters(
-        tuple((networks[stem(use.name)], use) for use in request.loras),
+        tuple((network, use) for network, use in uses if isinstance(network, Network)),
         {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding)},
     )

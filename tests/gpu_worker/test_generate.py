@@ -130,9 +130,9 @@ def add_model(spec: worker_pb2.JobSpec, store: ObjectStore, kind: str, name: str
 async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store: ObjectStore, make_spec: Any) -> None:
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     state = {f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(32, 2)}
-    plain, spec = make_spec(prompt="a cat amypt "), make_spec(prompt="a cat amypt <lora:style:0.5>")
+    plain, spec = make_spec(prompt="a cat amypt "), make_spec(prompt="a cat amypt <lora:style.v2:0.5>")
     hashes = {"model": spec.models[0].sha256}
-    hashes["lora:style"] = add_model(spec, store, "Lora", "style.safetensors", state)
+    hashes["lora:style.v2"] = add_model(spec, store, "Lora", "style.v2.safetensors", state)
     hashes["embed:amypt"] = add_model(spec, store, "embeddings", "amypt.safetensors", {"emb_params": torch.ones(2, 32)})
     add_model(spec, store, "Lora", "unused.safetensors", state)
     for each in (plain, spec):
@@ -145,7 +145,9 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert json.loads(param["info"])["hashes"] == hashes
     spec.models[1].name = "other.safetensors"
     reason = (await generate(spec))[-1].failed.reason
-    assert reason.startswith("<lora:style> names style, which is not among the job's models of type Lora; there: other")
+    assert reason.startswith(
+        "<lora:style.v2> names style.v2, which is not among the job's models of type Lora; there: other"
+    )
     spec = make_spec(prompt="<lora:wrong>")
     wrong = {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 32)}
     add_model(spec, store, "Lora", "wrong.safetensors", wrong)

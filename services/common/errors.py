@@ -46,7 +46,11 @@ class FailedPrecondition(EsdError):
 
 
 class ResourceExhausted(EsdError):
-    """A limit is reached for now."""
+    """A limit is reached for now; after so many seconds it may not be any more, if anybody knows."""
+
+    def __init__(self, message: str, retry_after_seconds: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Unavailable(EsdError):

@@ -304,7 +304,10 @@ class _Call:
         else:
             log.error("rpc failed", method=self._name, exc_info=error)
         # It travels as a header, percent-encoded, and the gateway takes 60 KiB of those.
-        await context.abort(code, message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…")
+        message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…"
+        retry_after = error.retry_after_seconds if isinstance(error, errors.ResourceExhausted) else None
+        # Of an answer without a message the trailing metadata is all there is, so the gateway makes headers of it.
+        await context.abort(code, message, () if retry_after is None else (("retry-after", str(retry_after)),))
         raise AssertionError("abort returns")
 
 

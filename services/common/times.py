@@ -24,3 +24,13 @@ def parse_time(text: str) -> datetime:
         ValueError: it is none.
     """
     return datetime.strptime(text, _FORMAT).replace(tzinfo=UTC)
+
+
+def read_time(text: str) -> datetime:
+    """The time that a client means: any ISO 8601 date or time; UTC unless it names its zone.
+
+    Raises:
+        ValueError: it is none.
+    """
+    time = datetime.fromisoformat(text.strip())
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

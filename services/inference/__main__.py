@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 from pydantic import Field
 
@@ -18,6 +19,7 @@ from services.inference.background import Background
 from services.inference.board import Board
 from services.inference.board_store import BoardStore
 from services.inference.cleaning import Cleaner
+from services.inference.deadlines import Deadlines
 from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
 from services.inference.events import Events
@@ -25,12 +27,16 @@ from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
 from services.inference.peers import Peers
 from services.inference.pool_store import PoolStore
+from services.inference.priorities import DEFAULT_RANGES, Priorities
 from services.inference.queue import Limits, Queue
+from services.inference.quotas import Quotas
 from services.inference.rehoming import Rehoming
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
 from services.inference.views import Views
+
+PriorityBound = Annotated[int, Field(ge=-100, le=100)]
 
 
 class InferenceSettings(ServiceSettings):
@@ -38,6 +44,14 @@ class InferenceSettings(ServiceSettings):
 
     lease_seconds: float = Field(30.0, ge=10.0, description="silence after which a worker's jobs go to others")
     grace_seconds: float = Field(5.0, ge=0.0, description="time for a worker whose stream broke to come back")
+    max_queued_jobs_per_user: int = Field(
+        1000, ge=0, description="jobs of one user that may wait at once; 0: any number"
+    )
+    max_gpu_seconds_per_hour: float = Field(0.0, ge=0.0, description="GPU time of one user within an hour; 0: any")
+    retention_days: float = Field(0.0, ge=0.0, description="days until jobs are removed with their objects; 0: never")
+    priority_ranges: dict[str, tuple[PriorityBound, PriorityBound]] = Field(
+        DEFAULT_RANGES, description="lowest and highest priority by role, `*` for every role, as JSON"
+    )
 
 
 async def main() -> None:
@@ -59,9 +73,11 @@ async def main() -> None:
         renew_seconds=settings.lease_seconds / 6,
         grace_seconds=settings.grace_seconds,
     )
-    rehoming, cleaner = Rehoming(pools, peers), Cleaner(leftovers, blobs, limits.renew_seconds)
+    jobs = JobStore(database, Quotas(settings.max_queued_jobs_per_user, settings.max_gpu_seconds_per_hour))
+    rehoming = Rehoming(pools, peers)
+    cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
     queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
-    inference = Inference(JobStore(database), blobs, peers, signals, cleaner)
+    inference = Inference(jobs, blobs, peers, signals, cleaner, Priorities(settings.priority_ranges))
     board, views = Board(BoardStore(database), signals), Views(blobs)
     servicer = InferenceServicer(inference, views, Events(inference, views, board))
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file, audience="inference"))
@@ -73,6 +89,7 @@ async def main() -> None:
         asyncio.create_task(queue.run()),
         asyncio.create_task(cleaner.run()),
         asyncio.create_task(board.run(server.stopping)),
+        asyncio.create_task(Deadlines(jobs, signals).run()),
     ]
     # A chore that dies takes the service with it, which its supervisor starts again.
     for chore in chores:

@@ -124,7 +124,7 @@ class BoardStore:
         endpoints = select(col(Job.endpoint_id)).where(col(Job.id).in_(job_ids), QUEUED)
         places = {
             "partition_by": col(Job.endpoint_id),
-            "order_by": [col(Job.priority_class), col(Job.virtual_start), col(Job.id)],
+            "order_by": [col(Job.priority_class), col(Job.priority).desc(), col(Job.virtual_start), col(Job.id)],
         }
         queue = (
             select(

@@ -29,13 +29,20 @@ class User:
 
 @dataclass(frozen=True)
 class Draft:
-    """A job as asked for. `models` maps checkpoint types to lists of file names."""
+    """A job as asked for. `models` maps checkpoint types to lists of file names.
+
+    A deadline counts from the start. With an idempotency key goes the SHA-256 of the request that came with it.
+    """
 
     task_type: str
     inference_type: str
     models: dict[str, Any]
     payload_string: str | None
     endpoint_name: str
+    priority: int = 0
+    deadline_seconds: float | None = None
+    idempotency_key: str = ""
+    body_sha256: str = ""
 
 
 class Choices:

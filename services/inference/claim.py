@@ -20,6 +20,7 @@ QUEUE_CLOCK = ""  # the username of the queue's own clock
 # Literal, because the planner uses a partial index only where it sees the index's own condition.
 QUEUED: ColumnElement[bool] = literal_column("job.status = 'inprogress' AND job.lease_id IS NULL")
 UNDER_WAY: ColumnElement[bool] = literal_column("job.status = 'inprogress'")
+NOT_UNDER_WAY: ColumnElement[bool] = literal_column("job.status <> 'inprogress'")
 
 
 def of_stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
@@ -32,7 +33,8 @@ def of_stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
 
 
 def _claim_statement() -> Select[Job]:
-    """The claim: real-time before async, then by virtual start, a warm job among the first ones before a cold one.
+    """The claim: real-time before async, then by priority, then by virtual start, but a warm job among the first ones
+    before a cold one.
 
     A job at the front that was passed over too often goes first whatever is warm. Row locks with SKIP LOCKED let
     several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
@@ -42,15 +44,17 @@ def _claim_statement() -> Select[Job]:
     worker_id: Any = bindparam("worker", type_=Text)
     stream_id: Any = bindparam("stream", type_=Uuid)
     job = Job.__table__  # type: ignore[attr-defined]
-    place = (job.c.priority_class, job.c.virtual_start, job.c.id)
+    place = (job.c.priority_class, job.c.priority, job.c.virtual_start, job.c.id)
+    by_place = (job.c.priority_class, job.c.priority.desc(), job.c.virtual_start, job.c.id)
     front = select(*place, job.c.base_model_key, job.c.passed_over).where(job.c.endpoint_id == endpoint_id, QUEUED)
-    head = front.order_by(*place).limit(WARM_WINDOW).cte("head")
+    head = front.order_by(*by_place).limit(WARM_WINDOW).cte("head")
     stream = (
         select(col(Worker.worker_id)).where(of_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
     )
     me = stream.cte("me")
     order = (
         head.c.priority_class,
+        head.c.priority.desc(),
         (head.c.passed_over >= MAX_PASSED_OVER).desc(),
         head.c.base_model_key.in_(bindparam("warm_models", expanding=True)).desc(),
         head.c.virtual_start,
@@ -86,7 +90,11 @@ def _claim_statement() -> Select[Job]:
 def _passed_over(head: Any, chosen: Any) -> Any:
     """Counts that the first in the queue was passed over, if it was."""
     job = Job.__table__  # type: ignore[attr-defined]
-    first = select(head.c.id).order_by(head.c.priority_class, head.c.virtual_start, head.c.id).limit(1)
+    first = (
+        select(head.c.id)
+        .limit(1)
+        .order_by(head.c.priority_class, head.c.priority.desc(), head.c.virtual_start, head.c.id)
+    )
     waiting = (
         select(job.c.id)
         .where(job.c.id == first.scalar_subquery(), QUEUED)

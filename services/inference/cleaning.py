@@ -1,4 +1,4 @@
-"""Removes the objects that nobody may see any more."""
+"""Removes what is old: jobs after their retention, and the objects that nobody may see any more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import structlog
 from services.common.blobs import Blobs
 from services.common.errors import Unavailable
 from services.inference.leftover_store import LeftoverStore
+from services.inference.store import JobStore
 
 log = structlog.get_logger()
 
@@ -16,10 +17,17 @@ _AT_ONCE = 100
 
 
 class Cleaner:
-    """Empties the prefixes that the stores have left behind. Two replicas may do so at once."""
+    """Empties the prefixes that the stores have left behind; `retention_days` 0 keeps jobs for ever.
 
-    def __init__(self, store: LeftoverStore, blobs: Blobs, sweep_seconds: float) -> None:
+    Two replicas may do so at once.
+    """
+
+    def __init__(
+        self, store: LeftoverStore, jobs: JobStore, blobs: Blobs, sweep_seconds: float, retention_days: float = 0.0
+    ) -> None:
         self._store = store
+        self._jobs = jobs
+        self._retention_days = retention_days
         self._blobs = blobs
         self._sweep_seconds = sweep_seconds
 
@@ -27,6 +35,9 @@ class Cleaner:
         """Removes what is due, until cancelled."""
         while True:
             try:
+                await self._jobs.forget()
+                while self._retention_days and (num_deleted := await self._jobs.delete_old(self._retention_days)):
+                    log.info("old jobs removed", num_jobs=num_deleted)
                 await self.sweep()
             except Unavailable as error:
                 log.warning("the cleaner waits", reason=str(error))

@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
 import payloads
 from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from services.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+)
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.times import read_time
 from services.inference.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
 from services.inference.cleaning import Cleaner
 from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
 from services.inference.peers import Peers
-from services.inference.rows import ASYNC, REAL_TIME, Job, now
+from services.inference.priorities import Priorities
+from services.inference.rows import ASYNC, REAL_TIME, STATUSES, Job, Submission, now
 from services.inference.signals import JOB_ENDED, Signals, wait
-from services.inference.store import JobStore
+from services.inference.store import JobFilter, JobStore
+from services.inference.submissions import SubmittedBefore
 
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _SWEEP_SECONDS = 7.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which jobs a list is to show, as the query says it. What is empty filters nothing; the type has a default."""
+
+    task_type: str = ""
+    username: str = ""
+    status: str = ""
+    endpoint_name: str = ""
+    start_time: str = ""
+    end_time: str = ""
+    limit: str = ""
+    start_key: str = ""
 
 
 class Inference:
@@ -36,12 +61,14 @@ class Inference:
         peers: Peers,
         signals: Signals,
         cleaner: Cleaner,
+        priorities: Priorities,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._peers = peers
         self._signals = signals
         self._cleaner = cleaner
+        self._priorities = priorities
         self._choices = Choices(peers)
 
     async def check_payload_string(self, payload_string: str) -> None:
@@ -55,16 +82,76 @@ class Inference:
     async def create_job(self, draft: Draft, user: User) -> Job:
         """Stores a job; one with a payload is started at once, and a Real-time one comes back when it has ended.
 
+        With an idempotency key that the user sent before, within a day, it is the job of that time.
+
         Raises:
-            InvalidArgument: the task, a model or the payload is wrong.
-            FailedPrecondition: no endpoint is usable, or the Real-time job failed.
+            InvalidArgument: the task, a model or the payload is wrong. PermissionDenied: the priority is not for this
+            user. FailedPrecondition: no endpoint is usable, or the Real-time job failed. AlreadyExists: the key came
+            with another body before. ResourceExhausted: the user's quota is used up.
         """
         submit_time = now()
         if draft.task_type not in SIMPLE_TASKS + EXTRA_TASKS:
             raise InvalidArgument(f"task type {draft.task_type} should be in {EXTRA_TASKS} or {SIMPLE_TASKS}")
+        self._priorities.check(draft.priority, user.name, user.roles)
+        if earlier := await self._find_earlier(draft, user):
+            return earlier
+        job = await self._new_job(draft, user)
+        submission = None
+        if draft.idempotency_key:
+            submission = Submission(
+                owner=user.name, key=draft.idempotency_key, body_sha256=draft.body_sha256, job_id=job.id
+            )
+        frozen: dict[str, Any] = {}
+        if draft.payload_string is None:
+            job.input_url = self._blobs.presign_put(job.input_key)
+        else:
+            frozen = await self._freeze(job, draft.payload_string, submit_time)
+            await self._keep_payload_string(job, draft.payload_string)
+
+        async def add() -> Job:
+            if frozen:
+                job.queue(**frozen)
+            try:
+                await self._store.add(job, submission)
+            except (ResourceExhausted, SubmittedBefore):
+                await self._cleaner.remove(job.prefixes)
+                raise
+            return job
+
+        try:
+            return await self._run(job, add) if frozen else await add()
+        except SubmittedBefore:
+            if earlier := await self._find_earlier(draft, user):
+                return earlier
+            raise
+
+    async def _find_earlier(self, draft: Draft, user: User) -> Job | None:
+        """The job that the user created under the same key, as far on as the first request would be now.
+
+        Raises:
+            AlreadyExists: the key came with another body. FailedPrecondition: the Real-time job failed.
+        """
+        found = await self._store.find_submission(user.name, draft.idempotency_key) if draft.idempotency_key else None
+        if found is None:
+            return None
+        submission, job = found
+        if submission.body_sha256 != draft.body_sha256:
+            raise AlreadyExists(
+                f'Idempotency-Key "{submission.key}" came with another body before; a new request needs a new key'
+            )
+        if draft.payload_string is None:
+            job.input_url = self._blobs.presign_put(job.input_key)
+            return job
+
+        async def current() -> Job:
+            return job
+
+        return await self._run(job, current)
+
+    async def _new_job(self, draft: Draft, user: User) -> Job:
         endpoint = await self._choices.choose_endpoint(draft, user)
         models = await self._choices.find_models(draft.models, user) if draft.task_type in SIMPLE_TASKS else []
-        job = Job(
+        return Job(
             id=uuid4(),
             owner=user.name,
             task_type=draft.task_type,
@@ -74,31 +161,23 @@ class Inference:
             instance_type=endpoint.instance_type,
             models=[model.as_dict() for model in models],
             base_model_key=next((model.cache_key for model in models if model.type == "Stable-diffusion"), ""),
+            priority=draft.priority,
+            deadline_seconds=draft.deadline_seconds,
         )
-        if draft.payload_string is None:
-            job.input_url = self._blobs.presign_put(job.input_key)
-            await self._store.add(job)
-            return job
-        frozen = await self._freeze(job, draft.payload_string, submit_time)
-        content = draft.payload_string.encode()
+
+    async def _keep_payload_string(self, job: Job, payload_string: str) -> None:
+        content = payload_string.encode()
         if len(content) <= _MAX_IN_ROW_BYTES:
-            job.payload_string = draft.payload_string
+            job.payload_string = payload_string
         else:
             await self._blobs.put(job.input_key, content)
-
-        async def add() -> Job:
-            job.queue(**frozen)
-            await self._store.add(job)
-            return job
-
-        return await self._run(job, add)
 
     async def start_job(self, job_id: str, user: User) -> Job:
         """Checks and freezes the payload and queues the job; a Real-time one comes back when it has ended.
 
         Raises:
             InvalidArgument: the id is unknown or the payload wrong. PermissionDenied. FailedPrecondition: there is no
-            payload, the job is under way, or the Real-time job failed.
+            payload, the job is under way, or the Real-time job failed. ResourceExhausted: the owner's quota is used up.
         """
         submit_time = now()
         found = await self._find(job_id)
@@ -146,22 +225,27 @@ class Inference:
             raise NotFound(f"inference with id {job_id} not found")
         return job
 
-    async def list_jobs(
-        self, task_type: str, username: str, limit: str, start_key: str, user: User
-    ) -> tuple[list[Job], str | None]:
+    async def list_jobs(self, wanted: Wanted, user: User) -> tuple[list[Job], str | None]:
         """A page of the jobs that the user may see, newest first, and the key of the next page.
 
         Raises:
-            InvalidArgument: the username is unknown, the limit no number, or the key malformed.
+            InvalidArgument: the username or the status is unknown, the limit no number, a time none, or the key
+            malformed.
         """
-        if username and await self._peers.find_roles(username) is None:
-            raise InvalidArgument(f'user: "{username}" not exist')
-        size, after = parse_limit(limit), parse_key(_KEY_NAMES, start_key)
+        if wanted.username and await self._peers.find_roles(wanted.username) is None:
+            raise InvalidArgument(f'user: "{wanted.username}" not exist')
+        if wanted.status and wanted.status not in STATUSES:
+            raise InvalidArgument(f'status "{wanted.status}" is not known; possible: {", ".join(STATUSES)}')
+        size, after = parse_limit(wanted.limit), parse_key(_KEY_NAMES, wanted.start_key)
+        since, until = _time("start_time", wanted.start_time), _time("end_time", wanted.end_time)
         sees_everything = user.sees_everything or user.is_anonymous
-        if (username and not sees_everything and username != user.name) or "\0" in task_type:
+        if wanted.username and not sees_everything and wanted.username != user.name:
             return [], None
-        owners = [username] if username else None if sees_everything else [user.name]
-        jobs = await self._store.page(task_type or "txt2img", owners, size + 1, after)
+        owners = [wanted.username] if wanted.username else None if sees_everything else [user.name]
+        task_type = wanted.task_type or SIMPLE_TASKS[0]
+        jobs = await self._store.page(
+            JobFilter(task_type, owners, wanted.status, wanted.endpoint_name, since, until), size + 1, after
+        )
         last = jobs[size - 1] if len(jobs) > size else None
         return jobs[:size], make_key(_KEY_NAMES, last.id, last.create_time, taskType=last.task_type) if last else None
 
@@ -237,6 +321,13 @@ class Inference:
 async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> Any:
     """Runs a check of a small text here, of a large one in a thread."""
     return check(*arguments) if size <= _MAX_ON_LOOP_BYTES else await asyncio.to_thread(check, *arguments)
+
+
+def _time(name: str, text: str) -> datetime | None:
+    try:
+        return read_time(text) if text else None
+    except ValueError:
+        raise InvalidArgument(f'{name} "{text}" is no time; 2026-01-31 or 2026-01-31 23:59:59 is possible') from None
 
 
 def _check_owner(job: Job, user: User) -> None:

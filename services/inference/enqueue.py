@@ -10,7 +10,7 @@ from sqlmodel import col
 from services.common.database import notify
 from services.inference.claim import QUEUE_CLOCK
 from services.inference.rows import Job, UserClock
-from services.inference.signals import JOBS_QUEUED
+from services.inference.signals import DEADLINE_SET, JOBS_QUEUED
 
 
 async def enqueue(session: AsyncSession, job: Job) -> None:
@@ -29,6 +29,8 @@ async def enqueue(session: AsyncSession, job: Job) -> None:
     with session.no_autoflush:  # until it has a virtual start the row contradicts its constraints
         job.virtual_start = await session.scalar(upsert.returning(clock - job.cost_seconds))
     await notify(session, JOBS_QUEUED, str(job.endpoint_id))
+    if job.deadline_time is not None:
+        await notify(session, DEADLINE_SET, str(job.id))
 
 
 def locked(query: Select[Job]) -> Select[Job]:

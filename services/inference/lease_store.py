@@ -6,6 +6,7 @@ Who gets which job is decided in claim.py. Whatever a worker tells counts only u
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import bindparam, delete, func, select, update
@@ -17,6 +18,7 @@ from services.common.database import Database, notify
 from services.inference.claim import CLAIM, QUEUED, UNDER_WAY, of_stream
 from services.inference.enqueue import locked
 from services.inference.leftover_store import leave_behind
+from services.inference.quotas import note_usage
 from services.inference.rows import Job, Worker
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
 
@@ -37,7 +39,7 @@ class LeaseStore:
         async with self._database.transaction() as session:
             claimed = await session.scalars(CLAIM, {**names, "num_jobs": num_jobs, "warm_models": list(warm_models)})
             jobs = list(claimed.all())
-        return sorted(jobs, key=lambda job: (job.priority_class, job.virtual_start))
+        return sorted(jobs, key=lambda job: (job.priority_class, -job.priority, job.virtual_start))
 
     async def has_queued(self, endpoint_id: UUID) -> bool:
         """Whether a job waits. After a claim that found none: another transaction has it locked at present."""
@@ -58,13 +60,14 @@ class LeaseStore:
             return await session.scalar(select(Job).where(under))
 
     async def succeed(
-        self, endpoint_id: UUID, lease_id: UUID, image_names: list[str], timings: dict[str, float]
+        self, endpoint_id: UUID, lease_id: UUID, objects: list[dict[str, Any]], timings: dict[str, float]
     ) -> Job | None:
         """Completes the job that is held under the lease; None when the lease is lost."""
         async with self._database.transaction() as session:
             job = await _held(session, endpoint_id, lease_id)
             if job is not None:
-                job.succeed(image_names, timings)
+                await note_usage(session, job, timings.get("pipeline_seconds", job.running_seconds))
+                job.succeed(objects, timings)
                 await notify(session, JOB_ENDED, str(job.id))
             return job
 
@@ -74,6 +77,7 @@ class LeaseStore:
             job = await _held(session, endpoint_id, lease_id)
             if job is not None:
                 await leave_behind(session, [job.lease_prefix(lease_id)])
+                await note_usage(session, job, job.running_seconds)
                 job.fail(reason)
                 await notify(session, JOB_ENDED, str(job.id))
             return job

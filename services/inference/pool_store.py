@@ -59,7 +59,7 @@ class PoolStore:
         async with self._database.transaction() as session:
             job = await session.scalar(locked(select(Job).where(col(Job.id) == job_id, QUEUED)))
             if job is not None:
-                job.endpoint_id, job.endpoint_name, job.instance_type = to
+                job.move(*to)
                 await enqueue(session, job)
             return job is not None
 

@@ -157,8 +157,8 @@ class Queue:
         if problem := await find_problem(self._blobs, job, lease_id, results):
             return await self.fail(stream, lease_id, problem)
         timings = {**results.timings, "check_seconds": (now() - began).total_seconds()}
-        names = [image.name for image in results.images]
-        ended = await self._store.succeed(stream.endpoint_id, lease_id, names, timings)
+        objects = [found.as_dict() for found in [*results.images, results.param]]
+        ended = await self._store.succeed(stream.endpoint_id, lease_id, objects, timings)
         if ended is not None:
             self._follow_up(ended)
             return True
@@ -202,13 +202,12 @@ class Queue:
             raise AssertionError("a claimed job has a lease")
         prefix = job.lease_prefix(lease_id)
         models = [Model(**model) for model in job.models]
-        image_names = [f"image_{number}.png" for number in range(job.num_images)]
         return Assignment(
             job=job,
             lease_id=lease_id,
             payload_url=self._blobs.presign_get(job.frozen_key, _URL_SECONDS) if job.payload is None else "",
             models=[(model, self._blobs.presign_get(model.key, _URL_SECONDS)) for model in models if model.key],
-            image_uploads=[(name, self._blobs.presign_put(prefix + name, _URL_SECONDS)) for name in image_names],
+            image_uploads=[(name, self._blobs.presign_put(prefix + name, _URL_SECONDS)) for name in job.result_names],
             param_upload=(job.param_name, self._blobs.presign_put(prefix + job.param_name, _URL_SECONDS)),
         )
 

@@ -43,7 +43,7 @@ async def find_problem(blobs: Blobs, job: Job, lease_id: UUID, results: Results)
     Raises:
         Unavailable: the object store does not answer.
     """
-    expected = [f"image_{number}.png" for number in range(job.num_images)]
+    expected = job.result_names
     names = [image.name for image in results.images]
     if names != expected or results.param.name != job.param_name:
         return f"the worker's results are {names} with {results.param.name}, not {expected} with {job.param_name}"

@@ -1,13 +1,12 @@
 """The rows of the inference service and their states.
 
-A job is `created` until it is started, then `inprogress`: queued while it has no lease, held by a worker while it has
-one. It ends as `succeed` or `failed`, and may be started again from there. CHECK constraints in the migration say the
-same, so that no statement can leave a job between states.
+states.py says what leads from which state to which: each method here refuses what is not in its table, and CHECK
+constraints in the migrations see to it that no statement leaves a job between states.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +15,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Field, SQLModel
 
 from services.common.errors import FailedPrecondition
+from services.inference.states import State, allows
 
+STATUSES = ("created", "inprogress", "succeed", "failed")
 MAX_LOST = 3
 WRITABLE_SECONDS = 24 * 3600  # so long the URLs live by which workers write; clients' end sooner
 REAL_TIME = "Real-time"
@@ -53,6 +54,9 @@ class Job(SQLModel, table=True):
     output_id: UUID | None = None
     submit_time: datetime | None = Field(default=None, sa_type=_TIME)
     priority_class: int = 1
+    priority: int = 0
+    deadline_seconds: float | None = None
+    deadline_time: datetime | None = Field(default=None, sa_type=_TIME)
     cost_seconds: float = 0.0
     virtual_start: float | None = None
     base_model_key: str = ""
@@ -68,10 +72,18 @@ class Job(SQLModel, table=True):
 
     result_lease: UUID | None = None
     image_names: list[str] | None = Field(default=None, sa_type=_JSON)
+    result_objects: list[dict[str, Any]] | None = Field(default=None, sa_type=_JSON)
     failure: str | None = None
     is_cancelled: bool = False
     complete_time: datetime | None = Field(default=None, sa_type=_TIME)
     timings: dict[str, float] | None = Field(default=None, sa_type=_JSON)
+
+    @property
+    def state(self) -> State:
+        """Where the job is in its life."""
+        if self.status != "inprogress":
+            return State(self.status)
+        return State.QUEUED if self.lease_id is None else State.RUNNING if self.is_running else State.HELD
 
     @property
     def is_ended(self) -> bool:
@@ -105,6 +117,13 @@ class Job(SQLModel, table=True):
         return f"out/{self.id}/result/{self.result_lease}/" if self.result_lease else f"out/{self.id}/result/"
 
     @property
+    def result_names(self) -> list[str]:
+        """The names of the pictures that a worker must deliver (contract 9)."""
+        if self.task_type in {"rembg", "extra-single-image"}:
+            return ["image.png"]
+        return [f"image_{number}.png" for number in range(self.num_images)]
+
+    @property
     def param_name(self) -> str:
         """The name of the result's description."""
         return f"{self.id}_param.json"
@@ -123,57 +142,86 @@ class Job(SQLModel, table=True):
         output_id: UUID | None,
         timings: dict[str, float],
     ) -> None:
-        """created, succeed, failed → inprogress, with a clean slate. The store gives the place in the queue.
+        """Begins anew with a clean slate. The store gives the place in the queue.
 
         Raises:
             FailedPrecondition: the job is under way.
         """
-        if self.status == "inprogress":
-            raise FailedPrecondition(f"inference {self.id} is under way already")
+        self._check("queue")
         self.status = "inprogress"
         self.payload, self.payload_sha256, self.num_images = payload, payload_sha256, num_images
         self.cost_seconds, self.submit_time, self.output_id = cost_seconds, submit_time, output_id
         self.priority_class = 0 if self.inference_type == REAL_TIME else 1
         self.passed_over = self.num_claims = self.num_lost = 0
         self.start_time = self.claim_time = self.complete_time = None
-        self.result_lease = self.image_names = self.failure = None
+        self.deadline_time = None
+        if self.deadline_seconds is not None:
+            self.deadline_time = submit_time + timedelta(seconds=self.deadline_seconds)
+        self.result_lease = self.image_names = self.result_objects = self.failure = None
         self.is_cancelled = False
         self.timings = timings
 
+    def move(self, endpoint_id: UUID, endpoint_name: str, instance_type: str) -> None:
+        """Waits at another endpoint. The store gives the place in its queue."""
+        self._check("move")
+        self.endpoint_id, self.endpoint_name, self.instance_type = endpoint_id, endpoint_name, instance_type
+
     def start(self) -> None:
         """The worker that holds the lease has begun; told again after a reconnect, it changes nothing."""
+        self._check("start")
         if not self.is_running:
             self.is_running = True
             self.start_time = now()
 
-    def succeed(self, image_names: list[str], timings: dict[str, float]) -> None:
-        """held → succeed: the results under the current lease are the job's."""
-        self.status, self.result_lease, self.image_names = "succeed", self.lease_id, image_names
+    def succeed(self, objects: list[dict[str, Any]], timings: dict[str, float]) -> None:
+        """The results under the current lease, images and description with size and SHA-256, are the job's."""
+        self._check("succeed")
+        self.status, self.result_lease, self.result_objects = "succeed", self.lease_id, objects
+        self.image_names = [found["name"] for found in objects if found["name"] != self.param_name]
         self.timings = {**(self.timings or {}), **timings}
         self._end()
 
     def fail(self, reason: str) -> None:
-        """queued or held → failed, with a sentence for the owner."""
-        self.status, self.failure = "failed", reason
-        self._end()
+        """Ends without a result, with a sentence for the owner."""
+        self._check("fail")
+        self._fail(reason)
 
     def cancel(self, reason: str) -> None:
-        """created, queued or held → failed, because somebody wants it so.
+        """Ends because somebody wants it so.
 
         Raises:
             FailedPrecondition: the job has ended already.
         """
-        if self.is_ended:
-            raise FailedPrecondition(f"inference {self.id} has ended already: its status is {self.status}")
+        self._check("cancel")
         self.is_cancelled = True
-        self.fail(reason)
+        self._fail(reason)
 
     def lose(self) -> None:
-        """held → queued, because the worker was lost; the third worker lost while running it fails the job."""
+        """Is queued again, because the worker was lost; the third worker lost while running it fails the job."""
+        self._check("lose")
         self.num_lost += self.is_running
         if self.num_lost >= MAX_LOST:
-            self.fail(f"the worker was lost while running this job, {self.num_lost} times in a row")
+            self._fail(f"the worker was lost while running this job, {self.num_lost} times in a row")
         self._release()
+
+    @property
+    def running_seconds(self) -> float:
+        """How long the worker that has the job runs it."""
+        return (now() - self.start_time).total_seconds() if self.is_running and self.start_time else 0.0
+
+    def _check(self, change: str) -> None:
+        """Refuses a change that is not possible in this state."""
+        if allows(change, self.state):
+            return
+        if change == "queue":
+            raise FailedPrecondition(f"inference {self.id} is under way already")
+        if self.is_ended:
+            raise FailedPrecondition(f"inference {self.id} has ended already: its status is {self.status}")
+        raise FailedPrecondition(f"inference {self.id} is {self.state}, which does not allow to {change} it")
+
+    def _fail(self, reason: str) -> None:
+        self.status, self.failure = "failed", reason
+        self._end()
 
     def _end(self) -> None:
         self.complete_time = now()
@@ -234,3 +282,21 @@ class JobProgress(SQLModel, table=True):
     preview: bytes
     num_previews: int
     update_time: datetime = Field(sa_type=_TIME)
+
+
+class Submission(SQLModel, table=True):
+    """A creation under an `Idempotency-Key`: who sends the same again within a day gets the same job."""
+
+    owner: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    body_sha256: str
+    job_id: UUID
+    create_time: datetime = Field(default_factory=now, sa_type=_TIME)
+
+
+class Usage(SQLModel, table=True):
+    """The GPU-seconds of a user's jobs that ended within a minute. It outlives the jobs, by an hour."""
+
+    owner: str = Field(primary_key=True)
+    minute: datetime = Field(primary_key=True, sa_type=_TIME)
+    gpu_seconds: float

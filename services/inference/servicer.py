@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,13 +13,16 @@ from google.protobuf.struct_pb2 import ListValue, NullValue, Struct, Value
 from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from services.common.auth import current_caller, enforce
+from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.times import time_text
 from services.inference import events
 from services.inference.choices import SIMPLE_TASKS, Draft, User
-from services.inference.domain import Inference
+from services.inference.domain import Inference, Wanted
 from services.inference.rows import REAL_TIME, Job
 from services.inference.views import Views
+
+_MAX_KEY_CHARACTERS = 255
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -36,12 +40,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if payload_string is not None:
             await self._inference.check_payload_string(payload_string)
         enforce()
+        key = _idempotency_key(context)
         draft = Draft(
             task_type=request.task_type,
             inference_type=request.inference_type,
             models=MessageToDict(request.models),
             payload_string=payload_string,
             endpoint_name=request.sagemaker_endpoint_name,
+            priority=request.priority,
+            deadline_seconds=request.deadline_seconds if request.HasField("deadline_seconds") else None,
+            idempotency_key=key,
+            body_sha256=hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest() if key else "",
         )
         job = await self._inference.create_job(draft, _user())
         if payload_string is not None:
@@ -75,9 +84,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListInferenceJobs(
         self, request: pb.ListInferenceJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListInferenceJobsResponse:
-        jobs, next_key = await self._inference.list_jobs(
-            request.type, request.username, request.limit, request.exclusive_start_key, _user()
+        wanted = Wanted(
+            task_type=request.type or request.task_type,
+            username=request.username,
+            status=request.status,
+            endpoint_name=request.endpoint,
+            start_time=request.start_time,
+            end_time=request.end_time,
+            limit=request.limit,
+            start_key=request.exclusive_start_key,
         )
+        jobs, next_key = await self._inference.list_jobs(wanted, _user())
         return pb.ListInferenceJobsResponse(
             inferences=[self._item(job) for job in jobs], last_evaluated_key=_value(next_key)
         )
@@ -152,6 +169,20 @@ def _user() -> User:
         sees_everything=caller.may("user:all"),
         is_anonymous=caller.is_anonymous_webui,
     )
+
+
+def _idempotency_key(context: grpc.aio.ServicerContext) -> str:
+    """The header `Idempotency-Key`, or nothing.
+
+    Raises:
+        InvalidArgument: it is too long to be kept.
+    """
+    key = str(dict(context.invocation_metadata() or ()).get("idempotency-key", ""))
+    if len(key) > _MAX_KEY_CHARACTERS:
+        raise InvalidArgument(
+            f"the Idempotency-Key has {len(key)} characters; at most {_MAX_KEY_CHARACTERS} are possible"
+        )
+    return key
 
 
 def _always(job: Job) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Fans the database's notifications out to the tasks of this process that wait for one key of a channel.
 
 `jobs_queued`: an endpoint's id, there is something to claim. `job_ended`: a job's id. `leases_lost`: a worker's id,
-some of its jobs were taken back. `pools_changed`: a worker came or went; everyone who watches pools hears it.
-`jobs_watched` and `jobs_moved` belong to progress.py: ids of jobs that somebody looks at, or that got further.
+some of its jobs were taken back. `deadline_set`: a job's id, it must end in time. `pools_changed`: a worker came or
+went; everyone who watches pools hears it. `jobs_watched` and `jobs_moved` belong to board.py: ids of jobs that somebody
+looks at, or that got further.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ LEASES_LOST = "leases_lost"
 POOLS_CHANGED = "pools_changed"
 JOBS_WATCHED = "jobs_watched"
 JOBS_MOVED = "jobs_moved"
-CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED, JOBS_WATCHED, JOBS_MOVED]
+DEADLINE_SET = "deadline_set"
+CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED, JOBS_WATCHED, JOBS_MOVED, DEADLINE_SET]
 
 
 class Signals:

@@ -26,7 +26,7 @@ class Views:
         return self._blobs.url(job.output_key) if job.output_key else None
 
     def params(self, job: Job) -> dict[str, Any]:
-        """The `params` of contract 6.1; `timings` of a finished job and `cancelled` are our own."""
+        """The `params` of contract 6.1; what follows output_path is our own."""
         used_models: dict[str, list[dict[str, str]]] = {}
         for model in (Model(**row) for row in job.models):
             used = {"id": model.id, "model_name": model.name, "s3": model.s3_location, "type": model.type}
@@ -39,6 +39,9 @@ class Views:
             "sagemaker_inference_instance_type": job.instance_type,
             "used_models": used_models if job.task_type in SIMPLE_TASKS else None,
             "output_path": self.output_location(job),
+            "priority": job.priority or None,
+            "deadline_seconds": job.deadline_seconds,
+            "results": job.result_objects,
             "timings": _timings(job) if job.is_ended else None,
             "cancelled": True if job.is_cancelled else None,
         }

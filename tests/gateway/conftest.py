@@ -151,7 +151,7 @@ class Endpoints(endpoints_pb2_grpc.EndpointsServiceServicer):
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers a job, unwrapped, measures payloads, and streams the events of a job until it may end."""
+    """Answers a job, unwrapped, measures payloads or refuses them, and streams the events of a job until it may end."""
 
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
@@ -170,6 +170,11 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def CreateInferenceJob(
         self, request: inference_pb2.CreateInferenceJobRequest, context: Context
     ) -> inference_pb2.CreateInferenceJobResponse:
+        self.seen.calls.append(metadata(context))
+        if request.task_type == "one too many":
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough", (("retry-after", "7"),))
+        if request.task_type == "another":
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, "the key came with another body")
         await send_reply(context, 201, "Created")
         receipt = inference_pb2.JobReceipt(id=str(len(request.payload_string)))
         return inference_pb2.CreateInferenceJobResponse(inference=receipt)

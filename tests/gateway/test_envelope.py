@@ -204,3 +204,16 @@ async def test_too_many_headers_and_too_large_ones_are_431(gateway: Gateway) -> 
     for headers in (many, {"x-large": "a" * 100_000}):
         answer = await gateway.client.get("/ping", headers=headers)
         assert answer.status_code == 431, answer.text
+
+
+async def test_a_quota_is_429_and_says_when_to_try_again(gateway: Gateway) -> None:
+    refused = await gateway.client.post("/inferences", json={"task_type": "one too many"})
+    check_error(refused, 429, "enough")
+    assert refused.headers["retry-after"] == "7"
+
+
+async def test_an_idempotency_key_reaches_the_service_and_its_conflict_is_409(gateway: Gateway, seen: Seen) -> None:
+    headers = {"Idempotency-Key": "k 1"}
+    refused = await gateway.client.post("/inferences", json={"task_type": "another"}, headers=headers)
+    check_error(refused, 409, "the key came with another body")
+    assert seen.calls[-1]["idempotency-key"] == "k 1"

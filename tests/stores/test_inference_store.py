@@ -10,13 +10,26 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
 from services.common.database import Database
-from services.common.errors import FailedPrecondition
-from services.inference.claim import CLAIM, MAX_PASSED_OVER
+from services.common.errors import FailedPrecondition, ResourceExhausted
+from services.inference.claim import CLAIM, MAX_PASSED_OVER, WARM_WINDOW
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
 from services.inference.pool_store import PoolStore
-from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Worker, now
-from services.inference.store import JobStore
+from services.inference.quotas import Quotas
+from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Submission, Worker, now
+from services.inference.store import JobFilter, JobStore
+from services.inference.submissions import SubmittedBefore
+
+FROZEN: dict[str, Any] = {
+    "payload": {"steps": 1},
+    "payload_sha256": "00",
+    "num_images": 1,
+    "cost_seconds": 1.0,
+    "submit_time": now(),
+    "output_id": None,
+    "timings": {},
+}
+IMAGE = {"name": "image_0.png", "size_bytes": 8, "sha256": "00"}
 
 
 @dataclass
@@ -31,7 +44,13 @@ class Pool:
     streams: dict[str, UUID] = field(default_factory=dict)
 
     async def add(
-        self, owner: str = "ann", cost: float = 1.0, model: str = "m", inference_type: str = ASYNC, queued: bool = True
+        self,
+        owner: str = "ann",
+        cost: float = 1.0,
+        model: str = "m",
+        inference_type: str = ASYNC,
+        queued: bool = True,
+        **more: Any,
     ) -> UUID:
         job = Job(
             id=uuid4(),
@@ -43,6 +62,7 @@ class Pool:
             instance_type="any",
             models=[],
             base_model_key=model,
+            **more,
         )
         await self.store.add(job)
         if queued:
@@ -50,8 +70,7 @@ class Pool:
         return job.id
 
     async def queue(self, job_id: UUID, cost: float = 1.0) -> None:
-        frozen: dict[str, Any] = {"payload": {"steps": 1}, "payload_sha256": "00", "num_images": 1, "timings": {}}
-        await self.store.queue(job_id, **frozen, cost_seconds=cost, submit_time=now(), output_id=None)
+        await self.store.queue(job_id, **(FROZEN | {"cost_seconds": cost, "submit_time": now()}))
 
     async def welcome(self, worker_id: str = "w", held: list[UUID] | None = None) -> list[UUID]:
         self.streams[worker_id] = uuid4()
@@ -119,6 +138,109 @@ async def test_real_time_goes_before_async(pool: Pool) -> None:
     await pool.add()
     urgent = await pool.add(inference_type=REAL_TIME)
     assert (await pool.claim_one()).id == urgent
+
+
+async def test_a_higher_priority_goes_first_whoever_owns_it_but_not_before_real_time(pool: Pool) -> None:
+    low = await pool.add(priority=-1, model="warm")
+    normal = await pool.add("bob")
+    urgent = await pool.add("carl", priority=5)
+    live = await pool.add(inference_type=REAL_TIME, priority=-9)
+    assert [job.id for job in await pool.claim(num_jobs=3, warm=["warm"])] == [live, urgent, normal]
+    assert (await pool.claim_one()).id == low
+
+
+async def test_a_job_that_is_late_fails_waiting_or_running(pool: Pool) -> None:
+    running = await pool.add(deadline_seconds=3600.0)
+    await pool.leases.start(pool.endpoint_id, lease(await pool.claim_one()))
+    waiting, in_time = await pool.add(deadline_seconds=3600.0), await pool.add(deadline_seconds=7200.0)
+    assert await pool.store.expire() == pytest.approx(3600, abs=60)
+    async with pool.database.transaction() as session:
+        await session.execute(text("UPDATE job SET deadline_time = deadline_time - interval '3600 seconds'"))
+    assert await pool.store.expire() == pytest.approx(3600, abs=60)
+    for late in (running, waiting):
+        assert (await pool.get(late)).failure == "the deadline passed: the job had not ended 3600 s after its start"
+    assert await pool.leases.leases(pool.endpoint_id, "w") == set()
+    assert (await pool.get(in_time)).status == "inprogress"
+    await pool.queue(running)
+    assert await pool.store.expire() == pytest.approx(3600, abs=60)
+
+
+async def test_a_user_has_a_number_of_jobs_in_the_queue_and_no_more(pool: Pool) -> None:
+    store = JobStore(pool.database, Quotas(max_queued_jobs=2))
+    ids = [await pool.add(queued=False) for _ in range(6)]
+
+    async def queue(job_id: UUID) -> bool:
+        try:
+            await store.queue(job_id, **FROZEN)
+        except ResourceExhausted:
+            return False
+        return True
+
+    assert sorted(await asyncio.gather(*(queue(job_id) for job_id in ids[:5]))) == [False] * 3 + [True] * 2
+    with pytest.raises(ResourceExhausted, match="2 jobs of ann wait already; at most 2 are possible") as caught:
+        await store.queue(ids[5], **FROZEN)
+    assert caught.value.retry_after_seconds == 10
+    await pool.claim_one()
+    assert await queue(ids[5])
+    refused = [job for job_id in ids if (job := await pool.get(job_id)).status == "created"]
+    assert len(refused) == 3
+    assert await pool.add("bob")
+
+
+async def test_a_user_has_so_many_gpu_seconds_an_hour(pool: Pool) -> None:
+    store = JobStore(pool.database, Quotas(max_gpu_seconds_per_hour=100.0))
+    for _ in range(2):
+        await pool.add()
+        await pool.leases.succeed(pool.endpoint_id, lease(await pool.claim_one()), [IMAGE], {"pipeline_seconds": 60.0})
+    job_id = await pool.add(queued=False)
+    with pytest.raises(ResourceExhausted, match="ann has used 120 GPU-seconds within the last hour; 100 are") as caught:
+        await store.queue(job_id, **FROZEN)
+    assert caught.value.retry_after_seconds == pytest.approx(3600, abs=60)
+    await store.delete([job_id])  # deleting jobs gives nothing back
+    job_id = await pool.add(queued=False)
+    with pytest.raises(ResourceExhausted):
+        await store.queue(job_id, **FROZEN)
+    await store.forget()
+    async with pool.database.transaction() as session:
+        await session.execute(text("UPDATE usage SET minute = minute - interval '61 minutes'"))
+    await store.queue(job_id, **FROZEN)
+
+
+async def test_a_key_is_remembered_for_a_day(pool: Pool) -> None:
+    def job(key: str = "k") -> tuple[Job, Submission]:
+        made = Job(id=uuid4(), owner="ann", task_type="txt2img", inference_type=ASYNC, endpoint_id=pool.endpoint_id,
+                   endpoint_name="e", instance_type="any", models=[])  # fmt: skip
+        return made, Submission(owner="ann", key=key, body_sha256="00", job_id=made.id)
+
+    outcomes = await asyncio.gather(*(pool.store.add(*job()) for _ in range(4)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes if outcome] == [SubmittedBefore] * 3
+    found = await pool.store.find_submission("ann", "k")
+    assert found is not None
+    assert found[1].owner == "ann"
+    assert await pool.store.find_submission("bob", "k") is None
+    assert len(await pool.store.page(JobFilter("txt2img"), 9, None)) == 1
+    async with pool.database.transaction() as session:
+        await session.execute(text("UPDATE submission SET create_time = create_time - interval '25 hours'"))
+    assert await pool.store.find_submission("ann", "k") is None
+    await pool.store.add(*job())
+    await pool.store.forget()
+    assert await pool.store.find_submission("ann", "k") is not None
+
+
+async def test_jobs_are_removed_when_they_are_old_unless_they_are_under_way(pool: Pool) -> None:
+    queued, created, ended = await pool.add(), await pool.add(queued=False), await pool.add(queued=False)
+    await pool.store.cancel(ended, "not wanted")
+    assert await pool.store.delete_old(days=2) == 0
+    async with pool.database.transaction() as session:
+        older = "create_time - interval '3 days', complete_time = complete_time - interval '1 day'"
+        await session.execute(text(f"UPDATE job SET create_time = {older}"))
+    assert await pool.store.delete_old(days=2) == 1
+    assert await pool.store.get(created) is None
+    assert await pool.store.delete_old(days=0.5) == 1
+    assert await pool.store.get(ended) is None
+    assert (await pool.get(queued)).status == "inprogress"
+    prefixes = {leftover.prefix for leftover in await LeftoverStore(pool.database).due(99)}
+    assert {f"out/{ended}/", f"out/{created}/", f"txt2img/infer_v2/{created}/"} <= prefixes
 
 
 async def test_a_user_with_one_job_does_not_wait_for_all_of_a_user_with_many(pool: Pool) -> None:
@@ -191,15 +313,16 @@ async def test_a_result_counts_only_under_the_current_lease(pool: Pool) -> None:
     await pool.leave()
     await pool.welcome("v")
     new = lease(await pool.claim_one("v"))
-    assert await pool.leases.succeed(pool.endpoint_id, old, ["image_0.png"], {}) is None
+    assert await pool.leases.succeed(pool.endpoint_id, old, [IMAGE], {}) is None
     assert await pool.leases.fail(pool.endpoint_id, old, "late") is None
     assert await pool.leases.start(pool.endpoint_id, old) is False
-    assert await pool.leases.succeed(uuid4(), new, ["image_0.png"], {}) is None
-    ended = await pool.leases.succeed(pool.endpoint_id, new, ["image_0.png"], {"pipeline_seconds": 1.0})
+    assert await pool.leases.succeed(uuid4(), new, [IMAGE], {}) is None
+    ended = await pool.leases.succeed(pool.endpoint_id, new, [IMAGE], {"pipeline_seconds": 1.0})
     assert ended is not None
-    assert await pool.leases.succeed(pool.endpoint_id, new, ["other.png"], {}) is None
+    assert await pool.leases.succeed(pool.endpoint_id, new, [IMAGE], {}) is None
     stored = await pool.get(job_id)
     assert (stored.status, stored.result_lease, stored.image_names) == ("succeed", new, ["image_0.png"])
+    assert stored.result_objects == [IMAGE]
     assert stored.result_prefix == f"out/{job_id}/result/{new}/"
 
 
@@ -254,7 +377,7 @@ async def test_a_job_under_way_cannot_be_started_and_a_finished_one_starts_afres
     job_id = await pool.add()
     with pytest.raises(FailedPrecondition, match="under way"):
         await pool.queue(job_id)
-    await pool.leases.succeed(pool.endpoint_id, lease(await pool.claim_one()), ["image_0.png"], {})
+    await pool.leases.succeed(pool.endpoint_id, lease(await pool.claim_one()), [IMAGE], {})
     await pool.queue(job_id)
     again = await pool.get(job_id)
     assert (again.status, again.image_names, again.result_lease, again.start_time) == ("inprogress", None, None, None)
@@ -273,7 +396,7 @@ async def test_cancelling_ends_what_has_not_ended_and_its_lease(pool: Pool) -> N
         assert (job.status, job.is_cancelled, job.failure) == ("failed", True, "not wanted")
     assert await pool.store.cancel(uuid4(), "not wanted") is None
     assert await pool.leases.leases(pool.endpoint_id, "w") == set()
-    assert await pool.leases.succeed(pool.endpoint_id, lease(held), ["image_0.png"], {}) is None
+    assert await pool.leases.succeed(pool.endpoint_id, lease(held), [IMAGE], {}) is None
     await pool.queue(held_id)
     await pool.leases.fail(pool.endpoint_id, lease(await pool.claim_one()), "broken")
     with pytest.raises(FailedPrecondition, match="has ended already: its status is failed"):
@@ -287,7 +410,7 @@ async def test_deleting_removes_jobs_in_any_state_and_ends_their_leases(pool: Po
     assert {job.id for job in await pool.store.delete([held_id, queued_id, uuid4()])} == {held_id, queued_id}
     assert await pool.store.get(held_id) is None
     assert await pool.leases.leases(pool.endpoint_id, "w") == set()
-    assert await pool.leases.succeed(pool.endpoint_id, lease(held), ["image_0.png"], {}) is None
+    assert await pool.leases.succeed(pool.endpoint_id, lease(held), [IMAGE], {}) is None
 
 
 async def test_a_job_that_its_worker_gives_back_is_queued_again(pool: Pool) -> None:
@@ -339,11 +462,12 @@ async def test_jobs_of_a_retired_endpoint_are_found_and_moved_once(pool: Pool) -
 
 async def test_pages_go_from_newest_to_oldest_and_keep_owners_apart(pool: Pool) -> None:
     added = [await pool.add(owner, queued=False) for owner in ("ann", "bob", "ann", "ann")]
-    first = await pool.store.page("txt2img", ["ann"], 2, None)
-    second = await pool.store.page("txt2img", ["ann"], 2, (first[-1].create_time, first[-1].id))
+    anns, everybodys = JobFilter("txt2img", ["ann"]), JobFilter("txt2img")
+    first = await pool.store.page(anns, 2, None)
+    second = await pool.store.page(anns, 2, (first[-1].create_time, first[-1].id))
     assert [job.id for job in first + second] == [added[3], added[2], added[0]]
-    assert [job.id for job in await pool.store.page("txt2img", None, 9, None)] == added[::-1]
-    assert await pool.store.page("img2img", None, 9, None) == []
+    assert [job.id for job in await pool.store.page(everybodys, 9, None)] == added[::-1]
+    assert await pool.store.page(JobFilter("img2img"), 9, None) == []
 
 
 @pytest.mark.parametrize(
@@ -365,24 +489,40 @@ async def test_no_statement_leaves_a_job_between_states(pool: Pool, change: str)
             await session.execute(text(f"UPDATE job SET {change}"))
 
 
-async def test_the_claim_reads_the_queue_by_its_partial_index(pool: Pool) -> None:
+async def fill(pool: Pool, num_finished: int, num_queued: int, num_users: int) -> None:
+    """Rows as a busy year leaves them, made in the database."""
+    columns = """id, owner, task_type, inference_type, endpoint_id, endpoint_name, instance_type, models, create_time,
+        num_images, priority_class, cost_seconds, base_model_key, passed_over, is_running, num_lost, status, num_claims,
+        result_lease, image_names, complete_time, submit_time, payload, virtual_start"""
+    values = f"""gen_random_uuid(), 'user' || n % {num_users}, 'txt2img', 'Async', '{pool.endpoint_id}', 'e', 'any',
+        '[]', now() - n * interval '30 s', 1, 1, 1, 'm', 0, false, 0"""
+    finished = "'succeed', 1, gen_random_uuid(), '[]'::jsonb, now(), now(), NULL, n"
+    queued = f"'inprogress', 0, NULL, NULL, NULL, now(), '{{}}'::jsonb, n / {num_users}"
     async with pool.database.transaction() as session:
-        await session.execute(
-            text("""
-            INSERT INTO job (id, owner, task_type, inference_type, status, endpoint_id, endpoint_name, instance_type,
-                models, create_time, num_images, priority_class, cost_seconds, base_model_key, passed_over, is_running,
-                num_claims, num_lost, result_lease, image_names, complete_time)
-            SELECT gen_random_uuid(), 'ann', 'txt2img', 'Async', 'succeed', :endpoint, 'e', 'any', '[]', now(), 1, 1, 1,
-                '', 0, false, 1, 0, gen_random_uuid(), '[]', now() FROM generate_series(1, 5000)"""),
-            {"endpoint": pool.endpoint_id},
-        )
-    for _ in range(40):
-        await pool.add()
+        for number, ends in ((num_finished, finished), (num_queued, queued)):
+            series = f"generate_series(1, {number}) n"
+            await session.execute(text(f"INSERT INTO job ({columns}) SELECT {values}, {ends} FROM {series}"))
     async with pool.database.transaction() as session:
         await session.execute(text("ANALYZE job"))
+
+
+@pytest.mark.parametrize(
+    ("num_finished", "num_queued", "num_users"),
+    [
+        (5_000, 1_000, 100),
+        pytest.param(1_000_000, 10_000, 1_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
+async def test_the_claim_reads_a_few_rows_of_the_queue_by_its_partial_index(
+    pool: Pool, num_finished: int, num_queued: int, num_users: int
+) -> None:
+    await fill(pool, num_finished, num_queued, num_users)
     claim = CLAIM.params(endpoint=pool.endpoint_id, worker="w", stream=pool.streams["w"], num_jobs=1, warm_models=["m"])
     sql = str(claim.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))
     async with pool.database.transaction() as session:
-        plan = "\n".join(await session.scalars(text("EXPLAIN " + sql)))
+        plan = "\n".join(await session.scalars(text("EXPLAIN ANALYZE " + sql)))
     assert "using job_queue on job" in plan
     assert "Seq Scan on job" not in plan
+    assert "Sort Key: job.priority_class" not in plan  # the index has the order
+    scanned = next(line for line in plan.splitlines() if "using job_queue on job" in line)
+    assert int(float(scanned.split("rows=")[2].split()[0])) <= WARM_WINDOW

@@ -27,6 +27,7 @@ from services.inference.background import Background
 from services.inference.board import Board
 from services.inference.board_store import BoardStore
 from services.inference.cleaning import Cleaner
+from services.inference.deadlines import Deadlines
 from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
 from services.inference.events import Events
@@ -34,7 +35,9 @@ from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
 from services.inference.peers import Peers
 from services.inference.pool_store import PoolStore
+from services.inference.priorities import DEFAULT_RANGES, Priorities
 from services.inference.queue import Limits, Queue
+from services.inference.quotas import Quotas
 from services.inference.rehoming import Rehoming
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
@@ -268,6 +271,12 @@ def limits() -> Limits:
 
 
 @pytest.fixture
+def quotas() -> Quotas:
+    """What each user may have; a test module may have its own."""
+    return Quotas()
+
+
+@pytest.fixture
 def stopping() -> asyncio.Event:
     """Set by a test that stops the service."""
     return asyncio.Event()
@@ -279,6 +288,7 @@ async def service(
     s3: S3Access,
     tokens: Tokens,
     limits: Limits,
+    quotas: Quotas,
     stopping: asyncio.Event,
     serve: Callable[..., Awaitable[grpc.aio.Channel]],
 ) -> AsyncIterator[Service]:
@@ -305,12 +315,13 @@ async def service(
         known = await stack.enter_async_context(peer(add_peers))
         peers, signals, background = Peers(known, known, known), Signals(), Background()
         pools, leftovers = PoolStore(database), LeftoverStore(database)
-        rehoming, cleaner = Rehoming(pools, peers), Cleaner(leftovers, blobs, limits.renew_seconds)
+        store, rehoming = JobStore(database, quotas), Rehoming(pools, peers)
+        cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
         queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
         board, views = Board(BoardStore(database), signals), Views(blobs)
 
         def add_servicers(server: grpc.aio.Server) -> None:
-            jobs = Inference(JobStore(database), blobs, peers, signals, cleaner)
+            jobs = Inference(store, blobs, peers, signals, cleaner, Priorities(DEFAULT_RANGES))
             servicer = InferenceServicer(jobs, views, Events(jobs, views, board))
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
             workers = QueueServicer(queue, pools, rehoming, signals, board, stopping)
@@ -318,7 +329,8 @@ async def service(
 
         channel = await serve(add_servicers, audience="inference")
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
-        running = asyncio.gather(queue.run(), cleaner.run(), board.run(stopping))
+        chores = (queue.run(), cleaner.run(), Deadlines(store, signals).run(), board.run(stopping))
+        running = asyncio.gather(*chores)
         http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),

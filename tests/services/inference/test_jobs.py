@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
 from tests.pictures import encoded, noise
+from services.inference.quotas import Quotas
 from tests.services.inference.conftest import PNG, Service
 
 pytestmark = pytest.mark.timeout(60)
@@ -305,10 +306,21 @@ async def test_a_list_shows_ones_own_jobs_in_pages_with_null_for_what_is_unset(s
     assert ids_of(await page(admin)) == ids[::-1]
     assert ids_of(await page(admin, username="bob")) == []
     assert ids_of(await page(type="img2img")) == []
+    await cancel(service, ids[1])
+    assert ids_of(await page(status="failed")) == [ids[1]]
+    assert ids_of(await page(status="created", task_type="txt2img", limit="1")) == [ids[2]]
+    assert ids_of(await page(endpoint=service.world.endpoints[0].endpoint_name)) == ids[::-1]
+    assert ids_of(await page(endpoint="another")) == []
+    middle = MessageToDict(await service.get(ids[1]))["createTime"]
+    assert ids_of(await page(start_time=middle)) == ids[:0:-1]
+    assert ids_of(await page(end_time=middle.replace(" ", "T") + "Z")) == ids[1::-1]
+    assert ids_of(await page(start_time="2000-01-01", end_time="2000-12-31 23:59:59")) == []
     lists = service.jobs.ListInferenceJobs
     for fields, sentence in [
         ({"username": "eve"}, 'user: "eve" not exist'),
         ({"limit": "ten"}, 'limit "ten" is not a number'),
+        ({"status": "done"}, 'status "done" is not known; possible: created, inprogress, succeed, failed'),
+        ({"start_time": "today"}, 'start_time "today" is no time; 2026-01-31 or 2026-01-31 23:59:59 is possible'),
         ({"exclusive_start_key": "e30="}, "exclusive_start_key"),
     ]:
         call = lists(pb.ListInferenceJobsRequest(**fields), metadata=service.user())
@@ -428,3 +440,97 @@ async def test_what_is_uploaded_after_a_job_was_deleted_is_removed_too(service: 
         for prefix in (f"out/{receipt.id}/", f"txt2img/infer_v2/{receipt.id}/"):
             while await service.blobs.find(prefix):  # noqa: ASYNC110 - nothing tells of what is done to objects
                 await asyncio.sleep(0.05)
+
+
+async def keyed(service: Service, key: str = "k", name: str = "ann", **fields: Any) -> Any:
+    """A creation under an idempotency key."""
+    return await create(service, (*service.user(name), ("idempotency-key", key)), **fields)
+
+
+async def test_the_same_request_under_a_key_gives_the_same_job(service: Service) -> None:
+    first, *others = await asyncio.gather(*(keyed(service) for _ in range(3)))
+    assert {other.inference.id for other in others} == {first.inference.id}
+    assert (await keyed(service, "another")).inference.id != first.inference.id
+    assert (await keyed(service, name="bob")).inference.id != first.inference.id
+    again = await keyed(service)
+    await service.upload(again.inference)  # by a fresh URL
+    await service.start(again.inference.id)
+    assert (await keyed(service)).inference.id == first.inference.id
+
+
+async def test_another_request_under_a_key_is_refused(service: Service) -> None:
+    await keyed(service)
+    assert await refusal(keyed(service, task_type="img2img")) == (
+        grpc.StatusCode.ALREADY_EXISTS,
+        'Idempotency-Key "k" came with another body before; a new request needs a new key',
+    )
+    assert (await refusal(keyed(service, "k" * 256)))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_started_job_is_not_started_again_under_its_key(service: Service) -> None:
+    started = (await keyed(service, payload_string='{"prompt": "x"}')).inference
+    again = (await keyed(service, payload_string='{"prompt": "x"}')).inference
+    assert again == started
+    assert again.output_path
+    async with service.worker() as worker:
+        await worker.finish(await worker.take())
+    assert (await keyed(service, payload_string='{"prompt": "x"}')).inference.status == "succeed"
+
+
+async def test_a_real_time_request_that_is_sent_again_waits_for_the_same_job(service: Service) -> None:
+    endpoint = service.world.add_endpoint("Real-time")
+    fields = {"inference_type": "Real-time", "payload_string": '{"prompt": "x"}'}
+    async with service.worker(endpoint_id=endpoint) as worker:
+        waiting = [asyncio.ensure_future(keyed(service, **fields)) for _ in range(2)]
+        assign = await worker.take()
+        await worker.finish(assign)
+        assert {(await answer).data.id for answer in waiting} == {assign.spec.job_id}
+
+
+async def test_a_priority_is_possible_within_the_range_of_ones_roles(service: Service) -> None:
+    code, message = await refusal(create(service, priority=1))
+    assert (code, message) == (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "priority 1 is not possible for ann, whose roles allow -10 to 0",
+    )
+    operator = service.tokens.user("root", ["inference:all"], ["Designer", "IT Operator"])
+    job_id = (await create(service, operator, priority=10)).inference.id
+    assert (await service.get(job_id, operator)).params.struct_value["priority"] == 10
+    job_id = (await create(service, priority=-10)).inference.id
+    assert (await service.get(job_id)).params.struct_value["priority"] == -10
+
+
+async def test_a_deadline_ends_a_waiting_and_a_running_job(service: Service) -> None:
+    waiting = (await create(service, payload_string="{}", deadline_seconds=0.3)).inference.inference_id
+    job = await service.ended(waiting)
+    sentence = "the deadline passed: the job had not ended 0.3 s after its start"
+    assert (job.status, job.sagemaker_raw.string_value) == ("failed", sentence)
+    async with service.worker() as worker:
+        await worker.want()
+        running = (await create(service, payload_string="{}", deadline_seconds=1.0)).inference.inference_id
+        assign = (await worker.read()).assign
+        assert (assign.spec.job_id, (await worker.read()).cancel.lease_id) == (running, assign.lease_id)
+    assert (await service.get(running)).status == "failed"
+    code, message = await refusal(create(service, deadline_seconds=0))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "deadline_seconds" in message
+
+
+class TestFullQueue:
+    """Users who may have one job in the queue."""
+
+    @pytest.fixture
+    def quotas(self) -> Quotas:
+        return Quotas(max_queued_jobs=1)
+
+    async def test_one_more_is_refused_with_the_time_to_wait_and_leaves_nothing(self, service: Service) -> None:
+        await service.started()
+        before = await service.blobs.find("frozen/")  # of other tests
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await create(service, payload_string=json.dumps({"prompt": "long " * 10_000}))
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(refused.value.trailing_metadata() or ())["retry-after"] == "10"
+        assert await service.blobs.find("frozen/") == before
+        async with service.worker() as worker:
+            await worker.take()
+            await service.started()

@@ -1,0 +1,73 @@
+import re
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from services.common.errors import FailedPrecondition
+from services.inference.rows import Job, now
+from services.inference.states import TRANSITIONS, State
+
+ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
+IMAGE = {"name": "image_0.png", "size_bytes": 8, "sha256": "00"}
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "queue": ({"steps": 1}, "00", 1, 1.0, now(), None, {}),
+    "move": (uuid4(), "esd-async-other", "any"),
+    "start": (),
+    "lose": (),
+    "succeed": ([IMAGE], {}),
+    "fail": ("broken",),
+    "cancel": ("not wanted",),
+}
+
+
+def job_in(state: State) -> Job:
+    """A job that went the ordinary way into the state."""
+    job = Job(
+        id=uuid4(),
+        owner="ann",
+        task_type="txt2img",
+        inference_type="Async",
+        endpoint_id=uuid4(),
+        endpoint_name="esd-async-test",
+        instance_type="any",
+        models=[],
+    )
+    if state != State.CREATED:
+        job.queue(*CHANGES["queue"])
+    if state in {State.HELD, State.RUNNING, State.SUCCEED}:
+        job.lease_id, job.worker_id = uuid4(), "w"  # what the claim does
+    if state == State.RUNNING:
+        job.start()
+    if state == State.SUCCEED:
+        job.succeed(*CHANGES["succeed"])
+    if state == State.FAILED:
+        job.fail(*CHANGES["fail"])
+    assert job.state == state
+    return job
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("state", State)
+def test_a_change_leads_where_the_table_says_or_is_refused_and_changes_nothing(state: State, change: str) -> None:
+    sources, targets = TRANSITIONS[change]
+    job = job_in(state)
+    before = job.model_dump()
+    if state in sources:
+        getattr(job, change)(*CHANGES[change])
+        assert job.state in targets
+    else:
+        with pytest.raises(FailedPrecondition, match=str(job.id)):
+            getattr(job, change)(*CHANGES[change])
+        assert job.model_dump() == before
+
+
+def test_every_change_of_the_table_is_a_method_or_the_claim() -> None:
+    assert set(TRANSITIONS) == {*CHANGES, "claim"}
+
+
+def test_architecture_has_the_same_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|", ARCHITECTURE.read_text(), re.MULTILINE)
+    told = {change: (set(sources.split(", ")), set(targets.split(", "))) for change, sources, targets in rows}
+    assert told == {change: (set(sources), set(targets)) for change, (sources, targets) in TRANSITIONS.items()}

@@ -18,6 +18,7 @@ from services.inference.board_store import BoardStore
 from services.inference.choices import User
 from services.inference.domain import Inference
 from services.inference.events import Events, Preview, Queued, Step
+from services.inference.priorities import Priorities
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
@@ -73,7 +74,7 @@ async def another_replica(service: Service, database_url: str) -> AsyncIterator[
     database, signals = Database(database_url), Signals()
     stopping = asyncio.Event()
     board = Board(BoardStore(database), signals)
-    jobs = Inference(JobStore(database), service.blobs, None, signals, None)  # type: ignore[arg-type]
+    jobs = Inference(JobStore(database), service.blobs, None, signals, None, Priorities({}))  # type: ignore[arg-type]
     views = Views(service.blobs)
     tasks = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),

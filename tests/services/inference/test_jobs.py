@@ -9,8 +9,8 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
-from tests.pictures import encoded, noise
 from services.inference.quotas import Quotas
+from tests.pictures import encoded, noise
 from tests.services.inference.conftest import PNG, Service
 
 pytestmark = pytest.mark.timeout(60)

@@ -1,7 +1,12 @@
-"""Settings from the environment: every variable starts with `ESD_`, and a wrong value stops the process by name."""
+"""Settings from the environment: every variable starts with `ESD_`, and a wrong value stops the process by name.
+
+ESD_SETTINGS_DIR may name a folder with a file per setting, as Kubernetes mounts a Secret: a file `esd_database_url`
+there is ESD_DATABASE_URL, unless the environment has it too.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -56,17 +61,21 @@ class AuditedSettings(ServiceSettings):
     audit_key_file: Path
 
 
+SETTINGS_DIR = "ESD_SETTINGS_DIR"
 S = TypeVar("S", bound=BaseSettings)
 
 
 def load(settings: type[S]) -> S:
-    """Reads the environment.
+    """Reads the environment, and the folder that ESD_SETTINGS_DIR names.
 
     Raises:
         SystemExit: a value is missing or wrong; the message names each variable, its value and what is allowed.
     """
+    folder = os.environ.get(SETTINGS_DIR) or None
+    if folder is not None and not os.path.isdir(folder):
+        raise SystemExit(f"setting {SETTINGS_DIR}: {folder} is not a folder")
     try:
-        return settings()
+        return settings(_secrets_dir=folder)
     except ValidationError as error:
         prefix = settings.model_config.get("env_prefix", "")
         for problem in error.errors():

@@ -1,0 +1,200 @@
+"""What deploy/kubernetes renders, in every combination of its components, and whether our processes can live on it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest
+from deploy.local.home import S3_ACCESS_KEY, Home
+from gateway.settings import GatewaySettings, refuse_open_door
+from services.common.settings import BlobSettings, load
+from services.identity.settings import IdentitySettings
+from services.inference.__main__ import InferenceSettings
+from services.models.settings import ModelsSettings
+from services.training.__main__ import TrainingSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+MOUNT = "/run/secrets/esd"
+SETTINGS: dict[str, list[Any]] = {
+    "gateway": [GatewaySettings],
+    "identity": [IdentitySettings],
+    "models": [ModelsSettings, BlobSettings],
+    "inference": [InferenceSettings, BlobSettings],
+    "training": [TrainingSettings, BlobSettings],
+}
+
+Manifest = dict[str, Any]
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl 1.22 or newer to render")
+
+
+def render(folder: Path) -> list[Manifest]:
+    """The objects of a kustomization."""
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.load_all(done.stdout, yaml.CSafeLoader) if found]
+
+
+def combinations() -> Iterator[tuple[str, ...]]:
+    """Every choice of components: one of each kind that is needed, and any of those that are optional."""
+    optional = ("autoscaling", "tls", "network-policies")
+    chosen = [extra for number in range(len(optional) + 1) for extra in itertools.combinations(optional, number)]
+    for parts, workers, extra in itertools.product(
+        ("trial-parts", "external-parts"), ("workers-cpu", "workers-gpu"), chosen
+    ):
+        yield parts, workers, *extra
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
+    """The objects of both overlays and of every combination of components."""
+    copy = tmp_path_factory.mktemp("deploy") / "kubernetes"
+    shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for components in combinations():
+        overlay = copy / "overlays" / "-".join(components)
+        overlay.mkdir()
+        content = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": ["../../base", "../../workers"],
+            "components": [f"../../components/{name}" for name in components],
+        }
+        (overlay / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    overlays = sorted((copy / "overlays").iterdir())
+    with ThreadPoolExecutor(2) as pool:
+        return {overlay.name: objects for overlay, objects in zip(overlays, pool.map(render, overlays), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
+    """The Secrets that make_secrets prints, by name."""
+    home = Home(tmp_path_factory.mktemp("home"))
+    files = make_secrets(home, DATABASE_URL, S3_ACCESS_KEY, home.s3_secret_key)
+    return {f"esd-{name}": manifest(name, content, "esd") for name, content in files.items()}
+
+
+def workloads(objects: list[Manifest]) -> list[Manifest]:
+    """What has pods."""
+    return [found for found in objects if found["kind"] in {"Deployment", "StatefulSet"}]
+
+
+def test_every_combination_is_valid_for_the_three_newest_versions(
+    rendered: dict[str, list[Manifest]], secrets: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = kubernetes_validate.utils
+    monkeypatch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))  # it reads 1 MB per object
+    objects = [found for every in rendered.values() for found in every] + list(secrets.values())
+    distinct = {json.dumps(found, sort_keys=True): found for found in objects}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own use of jsonschema
+        versions = utils.all_versions()[-3:]
+        for version, found in itertools.product(versions, distinct.values()):
+            kubernetes_validate.validate(found, version, strict=True)
+
+
+def test_nothing_runs_as_root_or_can_write_to_its_own_files(rendered: dict[str, list[Manifest]]) -> None:
+    for found in workloads([found for every in rendered.values() for found in every]):
+        pod = found["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] == (found["metadata"]["name"] == "endpoints")
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert ":" in container["image"], "an image without a version"
+            assert container["resources"]["limits"]["memory"]
+
+
+def test_selectors_find_pods_and_names_find_objects(
+    rendered: dict[str, list[Manifest]], secrets: dict[str, Manifest]
+) -> None:
+    for objects in rendered.values():
+        labels = [found["spec"]["template"]["metadata"]["labels"].items() for found in workloads(objects)]
+        for service in (found for found in objects if found["kind"] == "Service"):
+            assert any(service["spec"]["selector"].items() <= of_pod for of_pod in labels), service
+        names = {(found["kind"], found["metadata"]["name"]) for found in objects}
+        for found in objects:
+            if found["kind"] == "HorizontalPodAutoscaler":
+                assert ("Deployment", found["spec"]["scaleTargetRef"]["name"]) in names
+        for found in workloads(objects):
+            for source in sources_of(found):
+                if "secret" in source:
+                    name = source["secret"].get("name") or source["secret"]["secretName"]
+                    assert name in secrets or name == "esd-tls"
+                elif "configMap" in source:
+                    assert ("ConfigMap", source["configMap"]["name"]) in names
+
+
+def sources_of(workload: Manifest) -> Iterator[Manifest]:
+    """Where the volumes of its pods come from."""
+    for volume in workload["spec"]["template"]["spec"]["volumes"]:
+        yield from volume.get("projected", {}).get("sources", [volume])
+
+
+@pytest.mark.parametrize("overlay", ["local", "production"])
+@pytest.mark.parametrize("process", SETTINGS)
+def test_each_process_accepts_the_settings_and_secrets_that_it_gets(
+    rendered: dict[str, list[Manifest]],
+    secrets: dict[str, Manifest],
+    overlay: str,
+    process: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = rendered[overlay]
+    workload = next(found for found in workloads(objects) if found["metadata"]["name"] == process)
+    for source in sources_of(workload):
+        for name, content in secrets.get(source.get("secret", {}).get("name", ""), {}).get("data", {}).items():
+            (tmp_path / name).write_bytes(base64.b64decode(content))
+    config = next(found for found in objects if found["metadata"]["name"].startswith("esd-settings"))
+    container = workload["spec"]["template"]["spec"]["containers"][0]
+    environment = config["data"] | {entry["name"]: entry["value"] for entry in container.get("env", ())}
+    for name in [name for name in os.environ if name.startswith("ESD_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace(f"{MOUNT}/", f"{tmp_path}/") if value != MOUNT else str(tmp_path))
+    for settings in SETTINGS[process]:
+        loaded = load(settings)
+        files = {name: value for name, value in loaded if name.endswith("_file") and value is not None}
+        missing = [name for name, path in files.items() if not path.exists() and path.parent.name != "esd-tls"]
+        assert not missing, f"{process} gets no file for {missing}"
+        if isinstance(loaded, GatewaySettings):
+            refuse_open_door(loaded)
+
+
+def test_a_folder_of_settings_that_is_not_there_stops_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESD_SETTINGS_DIR", "/no/such/folder")
+    with pytest.raises(SystemExit, match="ESD_SETTINGS_DIR: /no/such/folder is not a folder"):
+        load(BlobSettings)
+
+
+def test_the_same_home_gives_the_same_secrets(tmp_path: Path) -> None:
+    first, second = (make_secrets(Home(tmp_path), DATABASE_URL, "key", "secret") for _ in range(2))
+    assert first == second
+
+
+def test_what_compose_mounts_is_made(secrets: dict[str, Manifest]) -> None:
+    file = ROOT / "deploy" / "docker" / "compose.yaml"
+    for name, service in yaml.safe_load(file.read_text())["services"].items():
+        for source in (volume.partition(":")[0] for volume in service.get("volumes", ())):
+            if source.startswith("./secrets/"):
+                assert f"esd-{source.removeprefix('./secrets/')}" in secrets, name
+            elif source.startswith("."):
+                assert (file.parent / source).exists(), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from services.common.auth import Verifier
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel
 from services.common.database import Database
+from services.common.outbound import Outbound
 from services.common.server import Server
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
 from services.inference.background import Background
@@ -35,6 +37,8 @@ from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
 from services.inference.views import Views
+from services.inference.webhook_store import WebhookStore
+from services.inference.webhooks import Webhooks
 
 PriorityBound = Annotated[int, Field(ge=-100, le=100)]
 
@@ -51,6 +55,9 @@ class InferenceSettings(ServiceSettings):
     retention_days: float = Field(0.0, ge=0.0, description="days until jobs are removed with their objects; 0: never")
     priority_ranges: dict[str, tuple[PriorityBound, PriorityBound]] = Field(
         DEFAULT_RANGES, description="lowest and highest priority by role, `*` for every role, as JSON"
+    )
+    webhook_allowed_networks: list[IPv4Network | IPv6Network] = Field(
+        default_factory=list, description="networks besides the public ones where webhooks may be, as JSON"
     )
 
 
@@ -79,7 +86,8 @@ async def main() -> None:
     queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
     inference = Inference(jobs, blobs, peers, signals, cleaner, Priorities(settings.priority_ranges))
     board, views = Board(BoardStore(database), signals), Views(blobs)
-    servicer = InferenceServicer(inference, views, Events(inference, views, board))
+    webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), signals)
+    servicer = InferenceServicer(inference, views, Events(inference, views, board), webhooks)
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file, audience="inference"))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
     workers = QueueServicer(queue, pools, rehoming, signals, board, server.stopping)
@@ -90,6 +98,7 @@ async def main() -> None:
         asyncio.create_task(cleaner.run()),
         asyncio.create_task(board.run(server.stopping)),
         asyncio.create_task(Deadlines(jobs, signals).run()),
+        asyncio.create_task(webhooks.run()),
     ]
     # A chore that dies takes the service with it, which its supervisor starts again.
     for chore in chores:

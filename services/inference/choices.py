@@ -43,6 +43,8 @@ class Draft:
     deadline_seconds: float | None = None
     idempotency_key: str = ""
     body_sha256: str = ""
+    webhook: str = ""
+    webhook_secret: str = ""
 
 
 class Choices:

@@ -30,6 +30,7 @@ from services.inference.rows import ASYNC, REAL_TIME, STATUSES, Job, Submission,
 from services.inference.signals import JOB_ENDED, Signals, wait
 from services.inference.store import JobFilter, JobStore
 from services.inference.submissions import SubmittedBefore
+from services.inference.webhooks import check_webhook
 
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _MAX_IN_ROW_BYTES = 32 * 1024
@@ -92,6 +93,7 @@ class Inference:
         submit_time = now()
         if draft.task_type not in SIMPLE_TASKS + EXTRA_TASKS:
             raise InvalidArgument(f"task type {draft.task_type} should be in {EXTRA_TASKS} or {SIMPLE_TASKS}")
+        check_webhook(draft.webhook, draft.webhook_secret)
         self._priorities.check(draft.priority, user.name, user.roles)
         if earlier := await self._find_earlier(draft, user):
             return earlier
@@ -160,6 +162,8 @@ class Inference:
             endpoint_name=endpoint.name,
             instance_type=endpoint.instance_type,
             models=[model.as_dict() for model in models],
+            webhook=draft.webhook or None,
+            webhook_secret=draft.webhook_secret or None,
             base_model_key=next((model.cache_key for model in models if model.type == "Stable-diffusion"), ""),
             priority=draft.priority,
             deadline_seconds=draft.deadline_seconds,

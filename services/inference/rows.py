@@ -22,6 +22,7 @@ MAX_LOST = 3
 WRITABLE_SECONDS = 24 * 3600  # so long the URLs live by which workers write; clients' end sooner
 REAL_TIME = "Real-time"
 ASYNC = "Async"
+PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"  # of webhooks
 _TIME = DateTime(timezone=True)
 _JSON = JSONB(none_as_null=True)
 
@@ -46,6 +47,8 @@ class Job(SQLModel, table=True):
     input_url: str | None = None
     payload_string: str | None = None
     create_time: datetime = Field(default_factory=now, sa_type=_TIME)
+    webhook: str | None = None
+    webhook_secret: str | None = None
 
     # What was frozen at the start: in the row, or under frozen_key with its SHA-256.
     payload: dict[str, Any] | None = Field(default=None, sa_type=_JSON)
@@ -268,6 +271,32 @@ class Leftover(SQLModel, table=True):
     prefix: str = Field(primary_key=True)
     due_time: datetime = Field(sa_type=_TIME)
     final_time: datetime = Field(sa_type=_TIME)
+
+
+class Webhook(SQLModel, table=True):
+    """The webhook of a job that has ended. `since_time` begins the time of its attempts; `due_time` is the next one."""
+
+    job_id: UUID = Field(primary_key=True)
+    owner: str
+    url: str
+    message_id: UUID
+    state: str
+    create_time: datetime = Field(sa_type=_TIME)
+    since_time: datetime = Field(sa_type=_TIME)
+    due_time: datetime = Field(sa_type=_TIME)
+    num_attempts: int
+    last_error: str | None = None
+    end_time: datetime | None = Field(default=None, sa_type=_TIME)
+
+    def attempt(self, lease_seconds: float) -> None:
+        """One attempt is made; the next one is due when nobody says in time how it went."""
+        self.num_attempts += 1
+        self.due_time = now() + timedelta(seconds=lease_seconds)
+
+    def resend(self) -> None:
+        """delivered, dead → pending, from the beginning, but for the message's id: a receiver may know it."""
+        self.state, self.num_attempts, self.last_error, self.end_time = PENDING, 0, None, None
+        self.since_time = self.due_time = now()
 
 
 class JobProgress(SQLModel, table=True):

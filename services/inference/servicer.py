@@ -19,8 +19,9 @@ from services.common.times import time_text
 from services.inference import events
 from services.inference.choices import SIMPLE_TASKS, Draft, User
 from services.inference.domain import Inference, Wanted
-from services.inference.rows import REAL_TIME, Job
+from services.inference.rows import REAL_TIME, Job, Webhook
 from services.inference.views import Views
+from services.inference.webhooks import Webhooks
 
 _MAX_KEY_CHARACTERS = 255
 
@@ -28,10 +29,11 @@ _MAX_KEY_CHARACTERS = 255
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Parses, calls the domain, replies."""
 
-    def __init__(self, inference: Inference, views: Views, watching: events.Events) -> None:
+    def __init__(self, inference: Inference, views: Views, watching: events.Events, webhooks: Webhooks) -> None:
         self._inference = inference
         self._views = views
         self._watching = watching
+        self._webhooks = webhooks
 
     async def CreateInferenceJob(
         self, request: pb.CreateInferenceJobRequest, context: grpc.aio.ServicerContext
@@ -51,6 +53,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             deadline_seconds=request.deadline_seconds if request.HasField("deadline_seconds") else None,
             idempotency_key=key,
             body_sha256=hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest() if key else "",
+            webhook=request.webhook,
+            webhook_secret=request.webhook_secret,
         )
         job = await self._inference.create_job(draft, _user())
         if payload_string is not None:
@@ -104,6 +108,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.DeleteInferenceJobsResponse:
         await self._inference.delete_jobs(list(request.inference_id_list), _user())
         return pb.DeleteInferenceJobsResponse()
+
+    async def ListWebhooks(
+        self, request: pb.ListWebhooksRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListWebhooksResponse:
+        webhooks, next_key = await self._webhooks.list_webhooks(
+            request.state, request.limit, request.exclusive_start_key, _user()
+        )
+        return pb.ListWebhooksResponse(
+            webhooks=[_webhook(webhook) for webhook in webhooks], last_evaluated_key=_value(next_key)
+        )
+
+    async def ResendWebhook(
+        self, request: pb.ResendWebhookRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ResendWebhookResponse:
+        webhook = await self._webhooks.resend_webhook(request.job_id, _user())
+        return pb.ResendWebhookResponse(data=_webhook(webhook))
 
     # --- converters ---
 
@@ -195,6 +215,19 @@ def _always(job: Job) -> dict[str, Any]:
         "owner_group_or_role": [job.owner],
         "create_time": time_text(job.create_time),
     }
+
+
+def _webhook(webhook: Webhook) -> pb.Webhook:
+    return pb.Webhook(
+        job_id=str(webhook.job_id),
+        url=webhook.url.partition("?")[0],
+        message_id=str(webhook.message_id),
+        state=webhook.state,
+        num_attempts=webhook.num_attempts,
+        last_error=_value(webhook.last_error),
+        create_time=time_text(webhook.create_time),
+        end_time=_value(time_text(webhook.end_time)),
+    )
 
 
 def _event(event: events.Event) -> pb.WatchInferenceJobResponse:

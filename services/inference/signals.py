@@ -4,6 +4,7 @@
 some of its jobs were taken back. `deadline_set`: a job's id, it must end in time. `pools_changed`: a worker came or
 went; everyone who watches pools hears it. `jobs_watched` and `jobs_moved` belong to board.py: ids of jobs that somebody
 looks at, or that got further.
+`webhooks_due`: a job's id, whose webhook is to be called.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ POOLS_CHANGED = "pools_changed"
 JOBS_WATCHED = "jobs_watched"
 JOBS_MOVED = "jobs_moved"
 DEADLINE_SET = "deadline_set"
-CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED, JOBS_WATCHED, JOBS_MOVED, DEADLINE_SET]
+WEBHOOKS_DUE = "webhooks_due"
+CHANNELS = [JOBS_QUEUED, JOB_ENDED, LEASES_LOST, POOLS_CHANGED, JOBS_WATCHED, JOBS_MOVED, DEADLINE_SET, WEBHOOKS_DUE]
 
 
 class Signals:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +23,7 @@ from esd.models.v1 import models_pb2, models_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.blobs import Blobs
 from services.common.database import Database
+from services.common.outbound import Outbound
 from services.common.settings import BlobSettings
 from services.inference.background import Background
 from services.inference.board import Board
@@ -43,6 +45,8 @@ from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
 from services.inference.views import Views
+from services.inference.webhook_store import WebhookStore
+from services.inference.webhooks import Webhooks
 from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens
 
@@ -277,6 +281,12 @@ def quotas() -> Quotas:
 
 
 @pytest.fixture
+def webhook_seconds() -> float:
+    """How long a webhook is tried; a test module may have its own."""
+    return 60.0
+
+
+@pytest.fixture
 def stopping() -> asyncio.Event:
     """Set by a test that stops the service."""
     return asyncio.Event()
@@ -290,6 +300,7 @@ async def service(
     limits: Limits,
     quotas: Quotas,
     stopping: asyncio.Event,
+    webhook_seconds: float,
     serve: Callable[..., Awaitable[grpc.aio.Channel]],
 ) -> AsyncIterator[Service]:
     """The running service with one Async endpoint. No sweep helps it: what works, works by notification."""
@@ -319,17 +330,19 @@ async def service(
         cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
         queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
         board, views = Board(BoardStore(database), signals), Views(blobs)
+        here = Outbound([ip_network("127.0.0.0/8")])
+        webhooks = Webhooks(WebhookStore(database), here, signals, first_wait_seconds=0.01, try_seconds=webhook_seconds)
 
         def add_servicers(server: grpc.aio.Server) -> None:
             jobs = Inference(store, blobs, peers, signals, cleaner, Priorities(DEFAULT_RANGES))
-            servicer = InferenceServicer(jobs, views, Events(jobs, views, board))
+            servicer = InferenceServicer(jobs, views, Events(jobs, views, board), webhooks)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
             workers = QueueServicer(queue, pools, rehoming, signals, board, stopping)
             inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
         channel = await serve(add_servicers, audience="inference")
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
-        chores = (queue.run(), cleaner.run(), Deadlines(store, signals).run(), board.run(stopping))
+        chores = (queue.run(), cleaner.run(), Deadlines(store, signals).run(), board.run(stopping), webhooks.run())
         running = asyncio.gather(*chores)
         http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(

@@ -84,7 +84,7 @@ async def another_replica(service: Service, database_url: str) -> AsyncIterator[
     events = Events(jobs, views, board)
 
     def add(server: grpc.aio.Server) -> None:
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, views, events), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, views, events, None), server)
 
     async with serving(add, service.tokens.verifier("inference")) as channel:
         yield Replica(inference_pb2_grpc.InferenceServiceStub(channel), events)

@@ -1,4 +1,4 @@
-"""Calls to a user's own server when a job has ended: signed, repeated, dead, sent again, never to where they must not."""
+"""Calls to a user's server when a job has ended: signed, repeated, dead, sent again, never where they must not go."""
 
 import asyncio
 import base64

@@ -15,7 +15,7 @@ import torch
 
 from gpu_worker import adapters, tasks, weights
 from gpu_worker.batch import Batch
-from gpu_worker.denoise import predict
+from gpu_worker.denoise import Evaluation, predict
 from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.preview import Previews
@@ -105,9 +105,7 @@ class Core:
             if is_ready:
                 assert run.models is not None
                 run.load_seconds = run.lap()
-                run.task = tasks.begin(
-                    run.request, run.canvas, run.models, adapters.gathered(run.request, run.adapters), run.on_step
-                )
+                run.task = tasks.begin(run.request, run.canvas, run.models, run.adapters, run.on_step)
                 self._waiting.remove(run)
                 self._stages.append(run)
 
@@ -148,7 +146,7 @@ class Core:
         """Fulfils the wishes of runs that share a UNet and a size. Their latents change only after the UNet's success,
         so a call can be tried again."""
         wishes = [run.wish for run in runs if run.wish is not None]
-        max_rows = self._batch.max_rows(runs[0].row_pixels)
+        max_rows = self._batch.max_rows(wishes[0].row_pixels)
         try:
             with torch.inference_mode():
                 assert runs[0].models is not None
@@ -162,7 +160,7 @@ class Core:
                 self._evaluate([run])
             return None
         if predictions is None:
-            return self._shrink(runs, sum(wish.num_rows for wish in wishes))
+            return self._shrink(runs, wishes)
         for run, prediction in zip(runs, predictions, strict=True):
             if run.audience is not None and run.audience.take():
                 assert run.models is not None
@@ -171,11 +169,12 @@ class Core:
             self._advance(run, prediction)
         return None
 
-    def _shrink(self, runs: list[Run], num_rows: int) -> None:
+    def _shrink(self, runs: list[Run], wishes: list[Evaluation]) -> None:
         """After a call that did not fit the memory: the next tick is half of it."""
         if self._device == "cuda":
             torch.cuda.empty_cache()
-        if not self._batch.shrink(num_rows, runs[0].row_pixels):
+        num_rows = sum(wish.num_rows for wish in wishes)
+        if not self._batch.shrink(num_rows, wishes[0].row_pixels):
             self._fail(runs[0], JobError(NO_MEMORY))
         log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=self._batch.max_pixels)
 
@@ -194,8 +193,8 @@ class Core:
                 self._batch.remove(run)
                 self._stages.append(run)
             elif run not in self._batch:
-                group = (run.key, run.request.width, run.request.height)
-                self._batch.add(run, group, run.request.num_pixels, run.request.exclusive)
+                pixels = run.wish.num_rows * run.wish.row_pixels
+                self._batch.add(run, (run.key, *run.wish.size), pixels, run.request.exclusive)
 
     def _fail(self, run: Run, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):

@@ -22,6 +22,7 @@ T = TypeVar("T")
 Task = Generator["Evaluation | None", torch.Tensor | None, T]
 
 CHUNK_TOKENS = 77
+LATENT_SCALE = 8  # pixels per latent, both ways
 # Prompts of 2 and 3 chunks meet at 6; a call whose common length would be larger becomes two calls.
 _MAX_CHUNKS = 12
 
@@ -80,6 +81,16 @@ class Evaluation:
     def input(self) -> torch.Tensor:
         """The UNet's input for one text."""
         return self.x if self.context is None else torch.cat([self.x, self.context], 1)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture, in pixels."""
+        return self.x.shape[3] * LATENT_SCALE, self.x.shape[2] * LATENT_SCALE
+
+    @property
+    def row_pixels(self) -> int:
+        """Pixels of one row."""
+        return self.size[0] * self.size[1]
 
     @property
     def num_rows(self) -> int:

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
-from payloads import Generation, Img2Img
+from payloads import Generation, Img2Img, Txt2Img
 from payloads.models import BASE, EMBEDDING, LORA, VAE, stem
 
 
@@ -57,6 +57,7 @@ def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:
         "Variation seed strength": request.subseed_strength or None,
         "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
         **_img2img_fields(request),
+        **_second_pass_fields(request),
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Hashes": json.dumps(hashes(files)),
         "Version": f"esd {VERSION}",
@@ -77,6 +78,23 @@ def _img2img_fields(request: Generation) -> dict[str, Any]:
         fields["Mask blur"] = blur[0] if blur[0] == blur[1] else f"{blur[0]}x{blur[1]}"
         if request.inpaint_full_res:
             fields |= {"Inpaint area": "Only masked", "Masked area padding": request.inpaint_full_res_padding}
+    return fields
+
+
+def _second_pass_fields(request: Generation) -> dict[str, Any]:
+    if not isinstance(request, Txt2Img) or not request.enable_hr:
+        return {}
+    is_resized = request.hr_resize_x or request.hr_resize_y
+    fields: dict[str, Any] = {
+        "Denoising strength": request.denoising_strength,
+        "Hires upscale": None if is_resized else request.hr_scale,
+        "Hires resize": f"{request.hr_resize_x}x{request.hr_resize_y}" if is_resized else None,
+        "Hires steps": request.hr_second_pass_steps or None,
+        "Hires upscaler": request.hr_upscaler,
+        "Hires sampler": request.hr_sampler_name or None,
+        "Hires prompt": json.dumps(request.hr_prompt) if request.hr_prompt else None,
+        "Hires negative prompt": json.dumps(request.hr_negative_prompt) if request.hr_negative_prompt else None,
+    }
     return fields
 
 
@@ -113,7 +131,9 @@ def param_json(
         "sd_vae_hash": vae.sha256[:10] if vae else None,
         "seed_resize_from_w": request.seed_resize_from_w or -1,
         "seed_resize_from_h": request.seed_resize_from_h or -1,
-        "denoising_strength": request.denoising_strength if isinstance(request, Img2Img) else None,
+        "denoising_strength": request.denoising_strength
+        if isinstance(request, Img2Img) or (isinstance(request, Txt2Img) and request.enable_hr)
+        else None,
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": infotexts,

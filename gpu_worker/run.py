@@ -74,11 +74,6 @@ class Run:
         """LoRAs and embeddings."""
         return [file for file in self.files if file.type not in {BASE, VAE}]
 
-    @property
-    def row_pixels(self) -> int:
-        """Pixels of one row."""
-        return self.request.width * self.request.height
-
     def lap(self) -> float:
         """Seconds since the last lap."""
         before, self._since = self._since, time.monotonic()

@@ -115,7 +115,7 @@ class Worker:
             files = await job.stage(self._fetch(job, request, held))
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
-            progress = _Progress(job, request.num_steps * request.num_images)
+            progress = _Progress(job, request.total_steps * request.num_images)
             job.audience.show = lambda jpeg: self._show(job, jpeg)
             produced = await job.stage(
                 self._engine.run(job.id, request, files, progress.started, progress.step, canvas, job.audience)

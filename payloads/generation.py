@@ -15,6 +15,7 @@ from payloads.scripts import check_scripts
 from payloads.showing import shown
 
 MAX_IMAGES = 64
+MAX_SIDE = 4096
 _LARGEST_EXACT_INTEGER = 2**53 - 1  # payloads travel as JSON numbers
 # GPU-seconds of one step at 512x512. Only ratios between jobs matter to the queue, so any constant will do.
 _STEP_SECONDS = 0.05
@@ -48,14 +49,14 @@ class Generation(BaseModel):
     seed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
     subseed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
     subseed_strength: float = Field(0.0, ge=0, le=1)
-    seed_resize_from_w: int = Field(0, ge=-1, le=4096)
-    seed_resize_from_h: int = Field(0, ge=-1, le=4096)
+    seed_resize_from_w: int = Field(0, ge=-1, le=MAX_SIDE)
+    seed_resize_from_h: int = Field(0, ge=-1, le=MAX_SIDE)
     # The sampler with its schedule, such as `DPM++ 2M Karras`.
     sampler_name: str = "Euler"
     steps: int = Field(50, ge=1, le=150)
     cfg_scale: float = Field(7.0, ge=0, le=30)
-    width: int = Field(512, ge=64, le=4096, multiple_of=8)
-    height: int = Field(512, ge=64, le=4096, multiple_of=8)
+    width: int = Field(512, ge=64, le=MAX_SIDE, multiple_of=8)
+    height: int = Field(512, ge=64, le=MAX_SIDE, multiple_of=8)
     batch_size: int = Field(1, ge=1, le=8)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     eta: float = Field(0.0, ge=0, le=1)
@@ -147,6 +148,16 @@ class Generation(BaseModel):
         return self.steps
 
     @property
+    def total_steps(self) -> int:
+        """Denoising steps of each image, over all passes."""
+        return self.num_steps
+
+    @property
+    def prompt_steps(self) -> int:
+        """Steps that a changing prompt counts: all of the schedule, as in A1111."""
+        return self.steps
+
+    @property
     def first_step(self) -> int:
         """The sampler's step that each image begins with."""
         return self.steps - self.num_steps
@@ -160,6 +171,16 @@ class Generation(BaseModel):
     def cost_seconds(self) -> float:
         """The job's estimated GPU time, up to a constant factor."""
         return _STEP_SECONDS * self.num_steps * self.num_images * self.width * self.height / (512 * 512)
+
+    @property
+    def all_loras(self) -> tuple[prompts.Lora, ...]:
+        """The LoRAs of all passes."""
+        return self.loras
+
+    @property
+    def all_text(self) -> str:
+        """The prompts of all passes."""
+        return f"{self.prompt} {self.negative_prompt}"
 
     def seed_of(self, image: int) -> int:
         """The seed of an image: those of a variation share one, and differ in their subseeds."""

@@ -27,8 +27,8 @@ def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     named = "override_settings.sd_model_checkpoint"
     found = [_find(models, BASE, request.model_name, named) if request.model_name else bases[0]]
     found += _vae(request, models)
-    found += [_find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.loras]
-    texts = f"{request.prompt} {request.negative_prompt}".lower()
+    found += [_find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
+    texts = request.all_text.lower()
     found += [index for index, (kind, name) in enumerate(models) if kind == EMBEDDING and stem(name).lower() in texts]
     return list(dict.fromkeys(found))
 

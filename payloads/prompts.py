@@ -64,17 +64,18 @@ def joined_by_and(text: str) -> list[tuple[str, float]]:
     return found
 
 
-def at_step(text: str, step: int, num_steps: int) -> str:
+def at_step(text: str, step: int, num_steps: int, steps_before: int = 0) -> str:
     """The text that is read in a step, counted from 0. `[a:b:0.5]` is a for that part of the steps, or with a whole
-    number for so many, and b from there on; `[a|b]` alternates. Other brackets stay."""
+    number for so many, and b from there on; `[a|b]` alternates. Other brackets stay. In a second pass, after
+    `steps_before`, parts count from 1 to 2."""
     resolved, position = [], 0
     while position < len(text):
         letter = text[position]
         end = _closing(text, position) if letter == "[" else None
         if end is not None:
             inner = text[position + 1 : end]
-            chosen = _chosen(inner, step, num_steps)
-            found = at_step(inner if chosen is None else chosen, step, num_steps)
+            chosen = _chosen(inner, step, num_steps, steps_before)
+            found = at_step(inner if chosen is None else chosen, step, num_steps, steps_before)
             resolved.append(f"[{found}]" if chosen is None else found)
             position = end + 1
         else:
@@ -98,7 +99,7 @@ def _number(tag: str, text: str) -> float:
     return float(text)
 
 
-def _chosen(inner: str, step: int, num_steps: int) -> str | None:
+def _chosen(inner: str, step: int, num_steps: int, steps_before: int) -> str | None:
     """What stands for the inside of square brackets in that step; None: they only weigh."""
     alternatives = _split(inner, "|")
     if len(alternatives) > 1:
@@ -107,7 +108,8 @@ def _chosen(inner: str, step: int, num_steps: int) -> str | None:
     if len(parts) not in {2, 3} or not re.fullmatch(rf"\s*{_NUMBER}\s*", parts[-1]):
         return None
     when = float(parts[-1])
-    until = int(when * num_steps if "." in parts[-1] else when)
+    part_before = 1 if steps_before else 0
+    until = int((when - part_before) * num_steps if "." in parts[-1] else when - steps_before)
     before, after = parts[:2] if len(parts) == 3 else ("", parts[0])
     return before if step < min(until, num_steps) else after
 

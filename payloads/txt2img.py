@@ -1,22 +1,170 @@
-"""txt2img: a picture from a text."""
+"""txt2img: a picture from a text, and with `enable_hr` a second pass over it at a larger size."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from payloads.generation import Generation
+from payloads import prompts, samplers
+from payloads.generation import MAX_SIDE, Generation
+from payloads.showing import shown
+
+# Of latents, as modes of interpolation and whether they are smoothed; and of pixels.
+LATENT_UPSCALERS = {
+    "Latent": ("bilinear", False),
+    "Latent (antialiased)": ("bilinear", True),
+    "Latent (bicubic)": ("bicubic", False),
+    "Latent (bicubic antialiased)": ("bicubic", True),
+    "Latent (nearest)": ("nearest", False),
+    "Latent (nearest-exact)": ("nearest-exact", False),
+}
+PIXEL_UPSCALERS = ("None", "Lanczos", "Nearest")
+_MAX_STRENGTH = 0.999
+_MAX_SCHEDULE = 1000  # steps that a noise schedule can have
+_SAME = (None, "", "Use same checkpoint", "Use same sampler", "Use same scheduler", "None")
+
+
+class SecondPass(Generation):
+    """The second pass of a txt2img job: the last `num_left` of `steps`, from the first pass's picture."""
+
+    num_left: int
+    steps_before: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are made."""
+        return self.num_left
+
+    @property
+    def prompt_steps(self) -> int:
+        """Steps that a changing prompt counts."""
+        return self.num_left
 
 
 class Txt2Img(Generation):
-    """A txt2img payload."""
+    """A txt2img payload. The names of the second pass begin with `hr_`; what is empty there is as in the first."""
 
-    without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"denoising_strength"}
+    without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"hr_scheduler", "hr_checkpoint_name"}
+
+    enable_hr: bool = False
+    denoising_strength: float = Field(0.75, ge=0, le=1)
+    hr_scale: float = Field(2.0, ge=1, le=8)
+    # Pixels; 0 follows from the other one, and both are 0 where hr_scale counts.
+    hr_resize_x: int = Field(0, ge=0, le=MAX_SIDE)
+    hr_resize_y: int = Field(0, ge=0, le=MAX_SIDE)
+    hr_upscaler: str = "Latent"
+    hr_second_pass_steps: int = Field(0, ge=0, le=150)
+    hr_sampler_name: str = ""
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_second_pass(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        if fields.get("enable_hr"):
-            raise ValueError("enable_hr true: it is not supported yet; set it to false")
-        return fields
+    def _second_pass_as_one(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        given = dict(fields)
+        if not given.get("enable_hr"):
+            return {name: value for name, value in given.items() if not name.startswith("hr_")}
+        if given.get("hr_checkpoint_name") not in _SAME:
+            other = shown(given["hr_checkpoint_name"])
+            raise ValueError(f"hr_checkpoint_name {other}: another checkpoint is not supported yet; leave it out")
+        upscaler = given.get("hr_upscaler") or "Latent"
+        if upscaler not in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS):
+            possible = ", ".join((*LATENT_UPSCALERS, *PIXEL_UPSCALERS))
+            raise ValueError(f"hr_upscaler {shown(upscaler)} cannot be had here; possible: {possible}")
+        name, scheduler = given.get("hr_sampler_name"), given.get("hr_scheduler")
+        if name not in _SAME:
+            found = samplers.find(name, None if scheduler in _SAME else scheduler, "hr_sampler_name")
+            return given | {"hr_sampler_name": found, "hr_upscaler": upscaler}
+        return given | {"hr_sampler_name": "", "hr_upscaler": upscaler}
+
+    @model_validator(mode="after")
+    def _second_pass_possible(self) -> Txt2Img:
+        if not self.enable_hr:
+            return self
+        (width, height), (full_width, full_height) = self.hr_size, self.hr_full_size
+        if max(full_width, full_height) > MAX_SIDE or min(width, height) < 8:
+            raise ValueError(
+                f"the second pass has {full_width}x{full_height} pixels; each way at most {MAX_SIDE} are possible"
+            )
+        if self.denoising_strength * _MAX_SCHEDULE < self._hr_steps:
+            least = self._hr_steps / _MAX_SCHEDULE
+            raise ValueError(
+                f"denoising_strength {self.denoising_strength} is too little for the {self._hr_steps} steps of the "
+                f"second pass: from {least:g} on is possible"
+            )
+        return self
+
+    @property
+    def hr_full_size(self) -> tuple[int, int]:
+        """Width and height that the first pass's picture is scaled to: its own proportions, and no less than wanted."""
+        x, y = self.hr_resize_x, self.hr_resize_y
+        if not x and not y:
+            return _whole(int(self.width * self.hr_scale), int(self.height * self.hr_scale))
+        by_width = x, x * self.height // self.width
+        by_height = y * self.width // self.height, y
+        if not x or not y:
+            return _whole(*(by_width if x else by_height))
+        return _whole(*(by_width if by_width[1] >= y else by_height))
+
+    @property
+    def hr_size(self) -> tuple[int, int]:
+        """Width and height of the second pass: the middle of the scaled picture."""
+        full = self.hr_full_size
+        return _whole(self.hr_resize_x or full[0], self.hr_resize_y or full[1])
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        """The second pass as a request of its own."""
+        if not self.enable_hr:
+            return None
+        width, height = self.hr_size
+        changes = {
+            "prompt": self.hr_prompt or self.prompt,
+            "negative_prompt": self.hr_negative_prompt or self.negative_prompt,
+            "sampler_name": self.hr_sampler_name or self.sampler_name,
+            "width": width,
+            "height": height,
+            # A1111 makes all steps of the second pass, on a schedule that is as much longer as strength is less than 1.
+            "steps": int(self._hr_steps / min(self.denoising_strength, _MAX_STRENGTH)),
+            "num_left": self._hr_steps,
+            "steps_before": self.steps,
+        }
+        return SecondPass.model_construct(**{name: getattr(self, name) for name in Generation.model_fields} | changes)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both passes, of each image."""
+        return self.steps + (self._hr_steps if self.enable_hr else 0)
+
+    @property
+    def all_loras(self) -> tuple[prompts.Lora, ...]:
+        """The LoRAs of both passes."""
+        second = self.second_pass
+        return self.loras + (second.loras if second else ())
+
+    @property
+    def all_text(self) -> str:
+        """The prompts of both passes."""
+        return f"{super().all_text} {self.hr_prompt} {self.hr_negative_prompt}"
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of a step of the larger pass, over all its rows."""
+        second = self.second_pass
+        return max(super().num_pixels, second.num_pixels if second else 0)
+
+    @property
+    def cost_seconds(self) -> float:
+        """The estimated GPU time of both passes, up to a constant factor."""
+        second = self.second_pass
+        return super().cost_seconds + (second.cost_seconds if second else 0)
+
+    @property
+    def _hr_steps(self) -> int:
+        return self.hr_second_pass_steps or self.steps
+
+
+def _whole(width: int, height: int) -> tuple[int, int]:
+    """Down to whole latents."""
+    return width // 8 * 8, height // 8 * 8

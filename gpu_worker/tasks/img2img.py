@@ -12,8 +12,7 @@ from gpu_worker import noise, samplers
 from gpu_worker.adapters import Adapters
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Guidance, Task, denoise
-from gpu_worker.tasks.stages import guidance, latents_of, no_context, pixels_of
-from gpu_worker.tasks.txt2img import counted
+from gpu_worker.tasks.stages import as_tensor, counted, guidance, latents_of, no_context, pixels_of
 from gpu_worker.weights import Models
 from payloads import Img2Img
 from payloads.img2img import LATENT_NOISE, LATENT_NOTHING
@@ -41,7 +40,7 @@ def generate(
 
 def encoded(request: Img2Img, canvas: Canvas, models: Models) -> torch.Tensor:
     """The originals' latents of shape (batch_size, 4, height/8, width/8), on the CPU, where the noise is."""
-    rows = [latents_of(models, _tensor(picture)).cpu() for picture in canvas.pictures]
+    rows = [latents_of(models, as_tensor(picture)).cpu() for picture in canvas.pictures]
     # A picture that was not scaled to the job's size is scaled here.
     size = request.height // 8, request.width // 8
     scaled = [
@@ -71,7 +70,7 @@ def denoised(
         originals = originals * (1 - mask) + first * mask * (request.inpainting_fill == LATENT_NOISE)
     first = first * request.initial_noise_multiplier
     latents = sampling.noised(originals, first, 0).to(models.device)
-    on_evaluation = counted(request, batch, len(sampling.timesteps), on_step)
+    on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
     if mask is not None and not models.is_inpainting:
         keep = _kept(sampling, originals.to(models.device), first.to(models.device), mask.to(models.device))
@@ -98,12 +97,7 @@ def _context(canvas: Canvas, mask: torch.Tensor | None, models: Models, request:
         return no_context(models, request)
     assert canvas.mask is not None
     stays = 1 - torch.from_numpy(np.around(canvas.mask))
-    rows = [latents_of(models, _tensor(picture) * stays) for picture in canvas.pictures]
+    rows = [latents_of(models, as_tensor(picture) * stays) for picture in canvas.pictures]
     latents = torch.cat(rows).expand(request.batch_size, -1, -1, -1)
     mask_rows = mask.to(models.device).expand(request.batch_size, 1, -1, -1)
     return torch.cat([mask_rows, latents], 1)
-
-
-def _tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
-    """Pixels as the VAE reads them: (1, 3, height, width) in -1..1."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,7 @@ from gpu_worker.denoise import Conditioning, Guidance
 from gpu_worker.job import JobError
 from gpu_worker.weights import Models
 from payloads import Generation, prompts
+from payloads.txt2img import SecondPass
 
 NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 
@@ -35,9 +37,14 @@ def guidance(models: Models, request: Generation, adapters: Adapters) -> list[Gu
         positives = tuple((encoded(text), weight) for text, weight in texts)
         return Guidance(positives, encoded(negative) if request.is_guided else None, request.cfg_scale, networks)
 
+    before = request.steps_before if isinstance(request, SecondPass) else 0
+
+    def at(text: str, step: int) -> str:
+        return prompts.at_step(text, step, request.prompt_steps, before)
+
     def at_step(step: int) -> Guidance:
-        texts = tuple((prompts.at_step(text, step, request.steps), weight) for text, weight in request.texts)
-        return steering(texts, prompts.at_step(request.negative_text, step, request.steps))
+        texts = tuple((at(text, step), weight) for text, weight in request.texts)
+        return steering(texts, at(request.negative_text, step))
 
     return [at_step(step) for step in range(request.num_steps)]
 
@@ -84,3 +91,20 @@ def no_context(models: Models, request: Generation) -> torch.Tensor | None:
     grey = latents_of(models, torch.zeros(1, 3, request.height, request.width))
     context = torch.cat([torch.ones_like(grey[:, :1]), grey], 1)
     return context.expand(request.batch_size, -1, -1, -1)
+
+
+def as_tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
+    """Pixels as the VAE reads them: (1, 3, height, width) in -1..1."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def counted(
+    request: Generation, batch: int, of_pass: Generation, num_evaluations: int, on_step: Callable[[int], None]
+) -> Callable[[int], None]:
+    """Tells steps x images of the whole job by the evaluations of a batch's pass; some samplers need two for a step."""
+    before = batch * request.total_steps + (request.num_steps if of_pass is not request else 0)
+
+    def on_evaluation(num_done: int) -> None:
+        on_step((before + num_done * of_pass.num_steps // num_evaluations) * request.batch_size)
+
+    return on_evaluation

@@ -35,8 +35,8 @@ def drive(unet: Any, tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows
             for index, (joins_at, _) in enumerate(tasks):
                 if joins_at == tick:
                     advance(index, None)
-            active = list(wishes)
-            if active:
+            for size in {wish.size for wish in wishes.values()}:
+                active = [index for index, wish in wishes.items() if wish.size == size]
                 predictions = predict(unet, [wishes[index] for index in active], max_rows)
                 for index, prediction in zip(active, predictions, strict=True):
                     advance(index, prediction)

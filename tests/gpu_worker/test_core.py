@@ -209,6 +209,19 @@ def test_nan_fails_its_own_job_and_not_its_company(driven: Driven) -> None:
     driven.pixels("good")
 
 
+def test_a_second_pass_goes_on_among_runs_of_its_own_size(driven: Driven) -> None:
+    alone = changed(REQUEST, enable_hr=True, denoising_strength=0.5)
+    driven.add("alone", alone)
+    driven.until_ended("alone")
+    driven.add("company", changed(REQUEST, steps=12, n_iter=2))
+    driven.add("larger", changed(REQUEST, width=128, height=128, steps=12))
+    driven.add("in company", alone)
+    driven.until_ended("company", "larger", "in company")
+    assert driven.progress["in company"][-1] == 12
+    assert driven.pixels("in company").shape == (1, 128, 128, 3)
+    assert np.abs(driven.pixels("in company").astype(int) - driven.pixels("alone")).max() <= 1
+
+
 def test_checkpoints_and_sizes_take_turns(driven: Driven, others: list[Path]) -> None:
     """A long job that came first does not keep others waiting to its end."""
     driven.add("long", changed(REQUEST, steps=150, n_iter=3))

@@ -155,6 +155,16 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert reason.startswith("wrong.safetensors is a LoRA for another architecture than tiny.safetensors")
 
 
+async def test_a_second_pass_makes_a_larger_picture(generate: Any, store: ObjectStore, make_spec: Any) -> None:
+    spec = make_spec(enable_hr=True, hr_scale=1.5, denoising_strength=0.5, hr_upscaler="Lanczos", hr_prompt="a dog")
+    events = await generate(spec)
+    assert events[-2].progress == worker_pb2.JobProgress(step=4, num_steps=4)
+    image = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
+    assert image.size == (96, 96)
+    text = 'Denoising strength: 0.5, Hires upscale: 1.5, Hires upscaler: Lanczos, Hires prompt: "a dog", '
+    assert text in image.text["parameters"]
+
+
 async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: ObjectStore, make_spec: Any) -> None:
     image = noise()
     spec = make_spec(

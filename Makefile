@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install check fix test up demo bench
+.PHONY: help install check fix test test-slow up demo bench
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,10 @@ fix: install  ## Format and mend what can be mended
 
 test: install  ## All tests, with the real parts on free ports
 	@# One thread each: threads of torch spin while they wait for a core that another test has.
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadgroup
+
+test-slow: install  ## The tests that take minutes each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up

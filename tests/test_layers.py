@@ -21,6 +21,9 @@ FORBIDDEN = {
     "background.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "imports.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "import_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "lease_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "pool_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "leftover_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
 }

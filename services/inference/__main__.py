@@ -27,6 +27,7 @@ from services.inference.domain import Inference
 from services.inference.events import Events
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
+from services.inference.outputs import Outputs
 from services.inference.peers import Peers
 from services.inference.pool_store import PoolStore
 from services.inference.priorities import DEFAULT_RANGES, Priorities
@@ -83,7 +84,8 @@ async def main() -> None:
     jobs = JobStore(database, Quotas(settings.max_queued_jobs_per_user, settings.max_gpu_seconds_per_hour))
     rehoming = Rehoming(pools, peers)
     cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
-    queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
+    outputs = Outputs(jobs, blobs)
+    queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, outputs, signals, background, limits)
     inference = Inference(jobs, blobs, peers, signals, cleaner, Priorities(settings.priority_ranges))
     board, views = Board(BoardStore(database), signals), Views(blobs)
     webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), signals)
@@ -96,6 +98,7 @@ async def main() -> None:
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
         asyncio.create_task(queue.run()),
         asyncio.create_task(cleaner.run()),
+        asyncio.create_task(outputs.run()),
         asyncio.create_task(board.run(server.stopping)),
         asyncio.create_task(Deadlines(jobs, signals).run()),
         asyncio.create_task(webhooks.run()),

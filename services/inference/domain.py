@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-import payloads
-from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
+from services.common.blobs import Blobs
 from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -23,18 +21,16 @@ from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.times import read_time
 from services.inference.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
 from services.inference.cleaning import Cleaner
-from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
+from services.inference.freezing import Freezer
 from services.inference.peers import Peers
 from services.inference.priorities import Priorities
-from services.inference.rows import ASYNC, REAL_TIME, STATUSES, Job, Submission, now
+from services.inference.rows import REAL_TIME, STATUSES, Job, Submission, now
 from services.inference.signals import JOB_ENDED, Signals, wait
 from services.inference.store import JobFilter, JobStore
 from services.inference.submissions import SubmittedBefore
 from services.inference.webhooks import check_webhook
 
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
-_MAX_IN_ROW_BYTES = 32 * 1024
-_MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _SWEEP_SECONDS = 7.0
 
 
@@ -71,6 +67,7 @@ class Inference:
         self._cleaner = cleaner
         self._priorities = priorities
         self._choices = Choices(peers)
+        self._freezer = Freezer(blobs)
 
     async def check_payload_string(self, payload_string: str) -> None:
         """Refuses what is no JSON, before anything else is looked at.
@@ -78,7 +75,7 @@ class Inference:
         Raises:
             InvalidArgument.
         """
-        await _off_loop(len(payload_string), check_json, payload_string)
+        await self._freezer.check_json(payload_string)
 
     async def create_job(self, draft: Draft, user: User) -> Job:
         """Stores a job; one with a payload is started at once, and a Real-time one comes back when it has ended.
@@ -107,8 +104,8 @@ class Inference:
         if draft.payload_string is None:
             job.input_url = self._blobs.presign_put(job.input_key)
         else:
-            frozen = await self._freeze(job, draft.payload_string, submit_time)
-            await self._keep_payload_string(job, draft.payload_string)
+            frozen = await self._freezer.freeze(job, draft.payload_string, submit_time)
+            await self._freezer.keep_inline(job, draft.payload_string)
 
         async def add() -> Job:
             if frozen:
@@ -169,13 +166,6 @@ class Inference:
             deadline_seconds=draft.deadline_seconds,
         )
 
-    async def _keep_payload_string(self, job: Job, payload_string: str) -> None:
-        content = payload_string.encode()
-        if len(content) <= _MAX_IN_ROW_BYTES:
-            job.payload_string = payload_string
-        else:
-            await self._blobs.put(job.input_key, content)
-
     async def start_job(self, job_id: str, user: User) -> Job:
         """Checks and freezes the payload and queues the job; a Real-time one comes back when it has ended.
 
@@ -191,8 +181,8 @@ class Inference:
         _check_owner(job, user)
         if job.status == "inprogress":
             raise FailedPrecondition(f"inference {job.id} is under way already")
-        content = job.payload_string if job.payload_string is not None else await self._fetch_payload(job)
-        frozen = await self._freeze(job, content, submit_time)
+        content = job.payload_string if job.payload_string is not None else await self._freezer.fetch(job)
+        frozen = await self._freezer.freeze(job, content, submit_time)
 
         async def queue() -> Job:
             queued = await self._store.queue(job.id, **frozen)
@@ -272,39 +262,6 @@ class Inference:
         parsed = _parse_id(job_id)
         return None if parsed is None else await self._store.get(parsed)
 
-    async def _fetch_payload(self, job: Job) -> bytes:
-        try:
-            content = await self._blobs.get(job.input_key, max_bytes=MAX_BYTES)
-        except BlobTooLarge as error:
-            raise InvalidArgument(
-                f"the payload has {error.size_bytes} bytes; at most {MAX_BYTES} are possible"
-            ) from None
-        except BlobNotFound:
-            raise FailedPrecondition(
-                f"the payload of inference {job.id} was never uploaded: PUT it to api_params_s3_upload_url first"
-            ) from None
-        if not content:
-            raise InvalidArgument("the payload is empty")
-        return content
-
-    async def _freeze(self, job: Job, content: bytes | str, submit_time: datetime) -> dict[str, Any]:
-        """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`."""
-        fetched = now()
-        checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
-        payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])  # refuses others
-        in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
-        if not in_row:
-            await self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded)
-        return {
-            "payload": checked.fields if in_row else None,
-            "payload_sha256": checked.sha256,
-            "num_images": checked.num_images,
-            "cost_seconds": checked.cost_seconds,
-            "submit_time": submit_time,
-            "output_id": uuid4() if job.inference_type == ASYNC else None,
-            "timings": {"payload_seconds": (fetched - submit_time).total_seconds()},
-        }
-
     async def _run(self, job: Job, queue: Callable[[], Any]) -> Job:
         """Queues the job; for a Real-time one waits for the end. Who stops waiting does not stop the job."""
         if job.inference_type != REAL_TIME:
@@ -320,11 +277,6 @@ class Inference:
         if current.failure is not None:
             raise FailedPrecondition(current.failure)
         return current
-
-
-async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs a check of a small text here, of a large one in a thread."""
-    return check(*arguments) if size <= _MAX_ON_LOOP_BYTES else await asyncio.to_thread(check, *arguments)
 
 
 def _time(name: str, text: str) -> datetime | None:

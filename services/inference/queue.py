@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from uuid import UUID, uuid4
@@ -15,10 +14,11 @@ from services.common.errors import InvalidArgument, Unavailable
 from services.inference.background import Background
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
+from services.inference.outputs import Outputs
 from services.inference.peers import Model
 from services.inference.rehoming import Rehoming
 from services.inference.results import Results, find_problem
-from services.inference.rows import ASYNC, WRITABLE_SECONDS, Job, Worker, now
+from services.inference.rows import WRITABLE_SECONDS, Job, Worker, now
 from services.inference.signals import Signals
 
 log = structlog.get_logger()
@@ -67,6 +67,7 @@ class Queue:
         blobs: Blobs,
         rehoming: Rehoming,
         leftovers: LeftoverStore,
+        outputs: Outputs,
         signals: Signals,
         background: Background,
         limits: Limits,
@@ -76,6 +77,7 @@ class Queue:
         self._blobs = blobs
         self._rehoming = rehoming
         self._leftovers = leftovers
+        self._outputs = outputs
         self._signals = signals
         self._background = background
 
@@ -160,7 +162,7 @@ class Queue:
         objects = [found.as_dict() for found in [*results.images, results.param]]
         ended = await self._store.succeed(stream.endpoint_id, lease_id, objects, timings)
         if ended is not None:
-            self._follow_up(ended)
+            self._background.run(self._outputs.write(ended))
             return True
         again = await self._store.find_by_lease(lease_id)
         if again is not None and again.result_lease == lease_id:
@@ -210,16 +212,6 @@ class Queue:
             image_uploads=[(name, self._blobs.presign_put(prefix + name, _URL_SECONDS)) for name in job.result_names],
             param_upload=(job.param_name, self._blobs.presign_put(prefix + job.param_name, _URL_SECONDS)),
         )
-
-    def _follow_up(self, job: Job) -> None:
-        """What is nice to have after a success, off the path that somebody waits on."""
-        if job.output_key is not None and job.inference_type == ASYNC:
-            answer = {
-                "inference_id": str(job.id),
-                "image_names": job.image_names,
-                "result": self._blobs.url(job.result_prefix),
-            }
-            self._background.run(self._blobs.put(job.output_key, json.dumps(answer).encode()))
 
     async def _remove_lost(self, lease_id: UUID, param_name: str) -> None:
         """Has removed what was uploaded under a lease that counts for no job; the worker's words tell whose it was."""

@@ -76,6 +76,7 @@ class Job(SQLModel, table=True):
     result_lease: UUID | None = None
     image_names: list[str] | None = Field(default=None, sa_type=_JSON)
     result_objects: list[dict[str, Any]] | None = Field(default=None, sa_type=_JSON)
+    is_output_missing: bool = False
     failure: str | None = None
     is_cancelled: bool = False
     complete_time: datetime | None = Field(default=None, sa_type=_TIME)
@@ -161,7 +162,7 @@ class Job(SQLModel, table=True):
         if self.deadline_seconds is not None:
             self.deadline_time = submit_time + timedelta(seconds=self.deadline_seconds)
         self.result_lease = self.image_names = self.result_objects = self.failure = None
-        self.is_cancelled = False
+        self.is_cancelled = self.is_output_missing = False
         self.timings = timings
 
     def move(self, endpoint_id: UUID, endpoint_name: str, instance_type: str) -> None:
@@ -181,6 +182,7 @@ class Job(SQLModel, table=True):
         self._check("succeed")
         self.status, self.result_lease, self.result_objects = "succeed", self.lease_id, objects
         self.image_names = [found["name"] for found in objects if found["name"] != self.param_name]
+        self.is_output_missing = self.output_id is not None
         self.timings = {**(self.timings or {}), **timings}
         self._end()
 

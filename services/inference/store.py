@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import bindparam, delete, func, select, tuple_
+from sqlalchemy import bindparam, delete, func, literal_column, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
@@ -106,7 +106,8 @@ class JobStore:
             job = await session.get(Job, job_id, with_for_update=True)
             if job is not None:
                 if job.result_lease is not None:
-                    await leave_behind(session, [job.result_prefix])
+                    old_output = [job.output_key] if job.output_key else []
+                    await leave_behind(session, [job.result_prefix, *old_output])
                 job.queue(**frozen)
                 with session.no_autoflush:
                     await admit(session, job.owner, self._quotas)
@@ -137,6 +138,19 @@ class JobStore:
                 await session.delete(job)
                 await notify(session, JOB_ENDED, str(job.id))
             return jobs
+
+    async def without_output(self, age_seconds: float) -> list[Job]:
+        """Jobs that succeeded so long ago and whose raw answer is not written; at most 100."""
+        before = func.now() - timedelta(seconds=age_seconds)
+        query = select(Job).where(literal_column("job.is_output_missing"), col(Job.complete_time) <= before).limit(100)
+        async with self._database.transaction() as session:
+            return list(await session.scalars(query))
+
+    async def note_output(self, job_id: UUID, result_lease: UUID) -> None:
+        """The raw answer of this result is written."""
+        this = (col(Job.id) == job_id) & (col(Job.result_lease) == result_lease)
+        async with self._database.transaction() as session:
+            await session.execute(update(Job).where(this).values(is_output_missing=False))
 
     async def delete_old(self, days: float) -> int:
         """Deletes jobs that ended, or were created and never started, so many days ago; 100 at most, tells how many."""

@@ -35,6 +35,7 @@ from services.inference.domain import Inference
 from services.inference.events import Events
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
+from services.inference.outputs import Outputs
 from services.inference.peers import Peers
 from services.inference.pool_store import PoolStore
 from services.inference.priorities import DEFAULT_RANGES, Priorities
@@ -327,8 +328,9 @@ async def service(
         peers, signals, background = Peers(known, known, known), Signals(), Background()
         pools, leftovers = PoolStore(database), LeftoverStore(database)
         store, rehoming = JobStore(database, quotas), Rehoming(pools, peers)
+        outputs = Outputs(store, blobs)
         cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
-        queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, signals, background, limits)
+        queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, outputs, signals, background, limits)
         board, views = Board(BoardStore(database), signals), Views(blobs)
         here = Outbound([ip_network("127.0.0.0/8")])
         webhooks = Webhooks(WebhookStore(database), here, signals, first_wait_seconds=0.01, try_seconds=webhook_seconds)

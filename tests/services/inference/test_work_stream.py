@@ -1,5 +1,6 @@
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -15,10 +16,12 @@ from services.common.database import Database
 from services.inference.background import Background
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
+from services.inference.outputs import Outputs
 from services.inference.pool_store import PoolStore
 from services.inference.queue import Limits, Queue, WorkerStream
 from services.inference.rehoming import Rehoming
 from services.inference.results import ResultObject, Results
+from services.inference.store import JobStore
 from tests.services.inference.conftest import PNG, SHA256, Service, ended_with
 
 pytestmark = pytest.mark.timeout(60)
@@ -126,7 +129,8 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
         database, background = Database(database_url), Background()
         leases, leftovers = LeaseStore(database), LeftoverStore(database)
         rehoming = Rehoming(PoolStore(database), None)  # type: ignore[arg-type]
-        queue = Queue(leases, service.blobs, rehoming, leftovers, service.signals, background, Limits())
+        outputs = Outputs(JobStore(database), service.blobs)
+        queue = Queue(leases, service.blobs, rehoming, leftovers, outputs, service.signals, background, Limits())
         told = [ResultObject(name, len(PNG), SHA256) for name in ("image_0.png", f"{job_id}_param.json")]
         results = Results([told[0]], told[1], {})
         stream = WorkerStream(UUID(service.endpoint_id), "w", uuid4())
@@ -212,7 +216,33 @@ async def test_the_raw_answer_of_an_async_job_is_written(service: Service) -> No
     async with service.worker() as worker:
         await worker.finish(await worker.take())
     path = (await service.get(job_id)).params.struct_value["output_path"]
-    await until(service, path.removeprefix(f"s3://{service.blobs.bucket}/"), gone=False)
+    key = path.removeprefix(f"s3://{service.blobs.bucket}/")
+    await until(service, key, gone=False)
+    answer = json.loads(await service.blobs.get(key))
+    assert (answer["inference_id"], answer["image_names"]) == (job_id, ["image_0.png"])
+
+
+async def test_a_raw_answer_that_a_dying_replica_owes_is_written_by_another(
+    service: Service, database_url: str
+) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        await worker.finish(await worker.take())
+    path = (await service.get(job_id)).params.struct_value["output_path"]
+    key = path.removeprefix(f"s3://{service.blobs.bucket}/")
+    await until(service, key, gone=False)
+    await service.blobs.delete(key)
+    async with await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as connection:
+        await connection.execute("UPDATE job SET is_output_missing = true")
+    database = Database(database_url)
+    store = JobStore(database)
+    outputs = Outputs(store, service.blobs)
+    await outputs.sweep(age_seconds=3600)
+    assert await service.blobs.find(key) == []
+    await outputs.sweep(age_seconds=0)
+    assert await service.blobs.find(key)
+    assert await store.without_output(0) == []
+    await database.dispose()
 
 
 async def test_when_all_database_connections_break_a_waiting_worker_still_gets_the_next_job(

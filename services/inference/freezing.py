@@ -1,0 +1,88 @@
+"""A payload on its way into the queue: fetched from where the client put it, checked, kept where no client writes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+import payloads
+from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
+from services.common.errors import FailedPrecondition, InvalidArgument
+from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
+from services.inference.rows import ASYNC, Job, now
+
+_MAX_IN_ROW_BYTES = 32 * 1024
+_MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
+
+
+class Freezer:
+    """Small payloads stay in the job's row, large ones become objects."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+
+    async def check_json(self, text: str) -> None:
+        """Refuses what is no JSON.
+
+        Raises:
+            InvalidArgument.
+        """
+        await _off_loop(len(text), check_json, text)
+
+    async def fetch(self, job: Job) -> bytes:
+        """What the client uploaded.
+
+        Raises:
+            InvalidArgument: it is too large, or empty. FailedPrecondition: there is nothing.
+        """
+        try:
+            content = await self._blobs.get(job.input_key, max_bytes=MAX_BYTES)
+        except BlobTooLarge as error:
+            raise InvalidArgument(
+                f"the payload has {error.size_bytes} bytes; at most {MAX_BYTES} are possible"
+            ) from None
+        except BlobNotFound:
+            raise FailedPrecondition(
+                f"the payload of inference {job.id} was never uploaded: PUT it to api_params_s3_upload_url first"
+            ) from None
+        if not content:
+            raise InvalidArgument("the payload is empty")
+        return content
+
+    async def freeze(self, job: Job, content: bytes | str, submit_time: datetime) -> dict[str, Any]:
+        """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`.
+
+        Raises:
+            InvalidArgument: it cannot be run as it is.
+        """
+        fetched = now()
+        checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
+        payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])  # refuses others
+        in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
+        if not in_row:
+            await self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded)
+        return {
+            "payload": checked.fields if in_row else None,
+            "payload_sha256": checked.sha256,
+            "num_images": checked.num_images,
+            "cost_seconds": checked.cost_seconds,
+            "submit_time": submit_time,
+            "output_id": uuid4() if job.inference_type == ASYNC else None,
+            "timings": {"payload_seconds": (fetched - submit_time).total_seconds()},
+        }
+
+    async def keep_inline(self, job: Job, payload_string: str) -> None:
+        """Keeps a payload that came inline as the client wrote it."""
+        content = payload_string.encode()
+        if len(content) <= _MAX_IN_ROW_BYTES:
+            job.payload_string = payload_string
+        else:
+            await self._blobs.put(job.input_key, content)
+
+
+async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a check of a small text here, of a large one in a thread."""
+    return check(*arguments) if size <= _MAX_ON_LOOP_BYTES else await asyncio.to_thread(check, *arguments)

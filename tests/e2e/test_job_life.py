@@ -1,0 +1,90 @@
+"""What a user does with jobs besides making them: cancels, sends again, looks for. Through the gateway, on a worker."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+from urllib.parse import quote
+
+from tests.e2e.conftest import PICTURE, Studio, create_job, finished, wait_for
+
+LONG = PICTURE | {"steps": 150, "n_iter": 4}
+
+
+def asked(studio: Studio, **fields: Any) -> dict[str, Any]:
+    """The body of a creation."""
+    models = {"Stable-diffusion": [studio.model]}
+    return {"task_type": "txt2img", "inference_type": "Async", "models": models} | fields
+
+
+def test_a_running_job_is_cancelled_and_the_worker_goes_on_with_the_next(studio: Studio) -> None:
+    api = studio.api
+    job_id = create_job(api, studio.model, payload=LONG)
+    api.ok("PUT", f"/inferences/{job_id}/start", status=202)
+
+    def is_running() -> bool:
+        job = api.ok("GET", f"/inferences/{job_id}")
+        assert job["status"] == "inprogress"
+        return bool(job["startTime"] != job["createTime"])
+
+    wait_for(is_running)
+    answer = api.call("PUT", f"/inferences/{job_id}/cancel")
+    assert (answer.status, answer.body["statusCode"], answer.message) == (200, 200, "OK")
+    assert answer.data["status"] == "failed"
+    assert answer.data["sagemakerRaw"] == "the job was cancelled by painter"
+    assert answer.data["params"]["cancelled"] is True
+    next_id = create_job(api, studio.model)
+    api.ok("PUT", f"/inferences/{next_id}/start", status=202)
+    done = finished(api, next_id)
+    assert done["status"] == "succeed"
+    assert len(done["params"]["results"][0]["sha256"]) == 64
+    too_late = api.call("PUT", f"/inferences/{next_id}/cancel")
+    assert (too_late.status, too_late.message) == (
+        400,
+        f"inference {next_id} has ended already: its status is succeed",
+    )
+    unknown = uuid.uuid4()
+    missing = api.call("PUT", f"/inferences/{unknown}/cancel")
+    assert (missing.status, missing.message) == (404, f"inference with id {unknown} not found")
+    assert [job["InferenceJobId"] for job in api.ok("GET", "/inferences?status=failed")["inferences"]].count(job_id)
+
+
+def test_a_job_past_its_deadline_fails_on_its_worker(studio: Studio) -> None:
+    body = asked(studio, payload_string=json.dumps(LONG), deadline_seconds=2.5)
+    job_id = studio.api.ok("POST", "/inferences", body, 202)["inference"]["inference_id"]
+    job = finished(studio.api, job_id)
+    assert job["sagemakerRaw"] == "the deadline passed: the job had not ended 2.5 s after its start"
+
+
+def test_a_request_that_is_sent_again_under_its_key_makes_one_job(studio: Studio) -> None:
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    first, again = (studio.api.call("POST", "/inferences", asked(studio), headers) for _ in range(2))
+    assert (first.status, again.status) == (201, 201)
+    assert first.data["inference"]["id"] == again.data["inference"]["id"]
+    other = studio.api.call("POST", "/inferences", asked(studio, task_type="img2img"), headers)
+    assert (other.status, other.body["statusCode"]) == (409, 409)
+    assert "came with another body before" in other.message
+
+
+def test_a_priority_beyond_ones_range_is_403(studio: Studio) -> None:
+    refused = studio.api.call("POST", "/inferences", asked(studio, priority=5))
+    assert (refused.status, refused.message) == (
+        403,
+        "priority 5 is not possible for painter, whose roles allow -10 to 0",
+    )
+
+
+def test_a_list_is_filtered_by_endpoint_and_time(studio: Studio) -> None:
+    job_id = create_job(studio.api, studio.model)
+    created = studio.api.ok("GET", f"/inferences/{job_id}")["createTime"]
+
+    def ids(query: str) -> list[str]:
+        found = studio.api.ok("GET", f"/inferences?limit=-1&{query}")["inferences"]
+        return [job["InferenceJobId"] for job in found]
+
+    assert ids(f"start_time={quote(created)}&endpoint={studio.endpoint}&status=created")[-1] == job_id
+    assert job_id not in ids("endpoint=another")
+    assert job_id not in ids("end_time=2020-01-01")
+    refused = studio.api.call("GET", "/inferences?start_time=now")
+    assert (refused.status, refused.message[:24]) == (400, 'start_time "now" is no t')

@@ -1,0 +1,38 @@
+import asyncio
+
+import psycopg
+import pytest
+
+from esd.inference.v1 import inference_pb2 as pb
+from services.common.database import Database
+from services.inference.cleaning import Cleaner
+from services.inference.leftover_store import LeftoverStore
+from services.inference.store import JobStore
+from tests.services.inference.conftest import Service
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def test_jobs_are_removed_with_their_objects_when_their_retention_is_over(
+    service: Service, database_url: str
+) -> None:
+    old_id, new_id = await service.started(), await service.started()
+    async with service.worker() as worker:
+        for _ in range(2):
+            await worker.finish(await worker.take())
+    async with await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as time_machine:
+        past = "UPDATE job SET complete_time = complete_time - interval '8 days' WHERE id = %s"
+        await time_machine.execute(past, [old_id])
+    database = Database(database_url)
+    cleaner = Cleaner(LeftoverStore(database), JobStore(database), service.blobs, 0.05, retention_days=7)
+    running = asyncio.create_task(cleaner.run())
+    async with asyncio.timeout(30):
+        while await service.blobs.find(f"out/{old_id}/"):  # noqa: ASYNC110 - nothing tells of what is done to objects
+            await asyncio.sleep(0.05)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await database.dispose()
+    listed = await service.jobs.ListInferenceJobs(pb.ListInferenceJobsRequest(), metadata=service.user())
+    assert [job.id for job in listed.inferences] == [new_id]
+    assert await service.blobs.find(f"out/{new_id}/")
+    assert await service.blobs.find(f"txt2img/infer_v2/{old_id}/") == []

@@ -45,3 +45,4 @@ demo: install  ## A picture through the REST API: make demo CHECKPOINT=model.saf
 
 bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench.checkpoints

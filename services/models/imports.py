@@ -254,7 +254,8 @@ class _Parts:
         self.digest.update(chunk)
         self._buffer += chunk
         if len(self._buffer) >= self._limits.part_bytes:
-            content = bytes(self._buffer[: self._limits.part_bytes])
+            with memoryview(self._buffer) as buffer:
+                content = bytes(buffer[: self._limits.part_bytes])
             del self._buffer[: self._limits.part_bytes]
             await self._store(content)
 

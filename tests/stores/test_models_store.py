@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -23,6 +24,8 @@ from services.models.store import (
     ModelStore,
     NameInUse,
     Viewer,
+    count_statement,
+    page_statement,
 )
 from tests.serving import AUDIT_KEY
 
@@ -128,3 +131,56 @@ async def test_changes_to_a_checkpoint_that_is_gone_say_so(store: ModelStore) ->
     with pytest.raises(CheckpointNotFound):
         await store.get_checkpoint(made.id)
     assert await store.find_checkpoints([made.id]) == []
+
+
+MANY = """
+INSERT INTO checkpoints (id, type, status, owners, created_at, params)
+SELECT gen_random_uuid(), CASE WHEN n % 1000 = 0 THEN 'VAE' ELSE 'Lora' END, 'Active',
+       ARRAY[CASE WHEN n % 2 = 0 THEN 'designer' ELSE 'guest' END], now() - n * interval '1 second', '{}'
+FROM generate_series(1, 20000) AS n
+"""
+
+
+async def explained(database: Database, statement: sa.Select[Any]) -> str:
+    """The plan of a statement."""
+    async with database.engine.connect() as connection:
+        compiled = statement.compile(connection.engine, compile_kwargs={"render_postcompile": True})
+        rows = await connection.exec_driver_sql(f"EXPLAIN {compiled}", compiled.params)
+        return "\n".join(row[0] for row in rows)
+
+
+async def test_a_page_of_a_long_list_reads_an_index_and_counts_nothing(store: ModelStore, database: Database) -> None:
+    async with database.engine.begin() as connection:
+        await connection.execute(sa.text(MANY))
+        await connection.execute(sa.text("ANALYZE checkpoints"))
+        await connection.execute(sa.text("ANALYZE checkpoint_counts"))
+    everybody, designer = Viewer("api", [], sees_everything=True), Viewer("ann", ["designer"])
+    for filters, index in (
+        (Filters([everybody]), "checkpoints_newest"),
+        (Filters([designer]), "checkpoints_newest"),
+        (Filters([everybody], types=["VAE"]), "checkpoints_newest_of_type"),
+    ):
+        plan = await explained(database, page_statement(filters, 1, 10))
+        assert f"Index Scan using {index} " in plan, plan
+        assert "Seq Scan" not in plan, plan
+        assert "Sort" not in plan, plan
+        plan = await explained(database, count_statement(filters))
+        assert " checkpoints" not in plan, plan
+    assert (await store.page_checkpoints(Filters([designer]), 1, 10))[1] == 10_000
+    assert (await store.page_checkpoints(Filters([everybody], types=["VAE"]), 1, 10))[1] == 20
+
+
+async def test_counts_follow_every_change(store: ModelStore) -> None:
+    async def total(**filters: Any) -> int:
+        return (await store.page_checkpoints(Filters(**filters), 1, 1))[1]
+
+    rows = [checkpoint(f"{number}", owners=owners) for number, owners in enumerate([("a",), ("a",), ("b",), ()])]
+    for row in rows:
+        await store.add_checkpoint(row)
+    assert (await total(), await total(owners=["a"]), await total(statuses=[ACTIVE])) == (4, 2, 0)
+    assert await total(viewers=[Viewer("x", ["b"])]) == 2, "what nobody owns is everybody's"
+    await store.save_refusal(rows[0].id, "broken")
+    await store.save_status(rows[2].id, DISABLED)
+    assert (await total(), await total(statuses=[INITIAL]), await total(statuses=[DISABLED])) == (4, 2, 2)
+    await store.remove_checkpoints([row.id for row in rows[1:]])
+    assert (await total(), await total(owners=["a"]), await total(statuses=[INITIAL])) == (1, 1, 0)

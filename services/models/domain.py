@@ -286,7 +286,8 @@ class Models:
             raise FailedPrecondition(reason) from None
         if not sha256:
             sha256 = await self._blobs.read(file.key, sha256_of)
-        found = {"format": findings.format, "architecture": findings.architecture} if findings.format else {}
+        words = ("format", "architecture", "kind") if findings.format else ()
+        found = {word: getattr(findings, word) for word in words}
         try:
             await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found))
         except CheckpointNotFound:

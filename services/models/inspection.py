@@ -12,11 +12,12 @@ import json
 import math
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 from services.models.pickles import MAX_PICKLE_BYTES, Refused, scan_archive, scan_stream
+from services.models.recognition import UNKNOWN, Shapes, recognise
 
 MODEL_SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin"})
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -34,11 +35,12 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Findings:
-    """What a file turned out to be. `format` is safetensors, torch, or empty for what is no model; `architecture` is
-    sd_1_5, sd_2, sd_xl or unknown."""
+    """What a file turned out to be. `format` is safetensors, torch, or empty for what is no model; `kind` and
+    `architecture` are words of recognition.py."""
 
     format: str = ""
-    architecture: str = "unknown"
+    architecture: str = UNKNOWN
+    kind: str = UNKNOWN
     tar: bool = False
 
 
@@ -100,7 +102,7 @@ def _inspect_tar(file: IO[bytes], size: int) -> Findings:
     ]
     if not models:
         raise Refused("is a tar without a model in it")
-    return Findings(models[0].format, models[0].architecture, tar=True)
+    return replace(models[0], tar=True)
 
 
 def _members(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]:
@@ -147,7 +149,7 @@ def _inspect_file(name: str, file: IO[bytes], start: int, size: int) -> Findings
         raise Refused("is empty")
     file.seek(start)
     if suffix == ".safetensors":
-        return Findings("safetensors", _architecture(_safetensors_keys(file, size)))
+        return _findings("safetensors", _safetensors_shapes(file, size))
     beginning = file.read(4)
     file.seek(start)
     if beginning == b"PK\x03\x04":
@@ -156,7 +158,12 @@ def _inspect_file(name: str, file: IO[bytes], start: int, size: int) -> Findings
         strings = scan_stream(io.BytesIO(file.read(min(size, MAX_PICKLE_BYTES))))
     else:
         raise Refused(f"is no torch file: it begins with {beginning!r}")
-    return Findings("torch", _architecture(strings))
+    return _findings("torch", dict.fromkeys(strings, ()))
+
+
+def _findings(form: str, shapes: Shapes) -> Findings:
+    kind, architecture = recognise(shapes)
+    return Findings(form, architecture, kind)
 
 
 class _Window(io.RawIOBase):
@@ -189,8 +196,8 @@ class _Window(io.RawIOBase):
         return content
 
 
-def _safetensors_keys(file: IO[bytes], size: int) -> list[str]:
-    """Checks a safetensors header against the size of its file and answers the names of its tensors."""
+def _safetensors_shapes(file: IO[bytes], size: int) -> Shapes:
+    """Checks a safetensors header against the size of its file and answers the shapes of its tensors."""
     length = int.from_bytes(file.read(8), "little")
     if size < 10:
         raise Refused(f"is truncated: {size} bytes cannot be a safetensors file")
@@ -221,7 +228,7 @@ def _safetensors_keys(file: IO[bytes], size: int) -> list[str]:
         raise Refused(f"is truncated: {end - data} of {end} bytes of its tensors are missing")
     if end < data:
         raise Refused(f"is corrupt: {data - end} bytes follow its last tensor")
-    return list(header)
+    return {name: tensor["shape"] for name, tensor in header.items()}
 
 
 def _span(name: str, tensor: Any) -> tuple[int, int, str]:
@@ -238,16 +245,3 @@ def _span(name: str, tensor: Any) -> tuple[int, int, str]:
     if (last - first) * 8 != bits:
         raise Refused(f"is corrupt: tensor {name} has {last - first} bytes, its shape and type need {bits // 8}")
     return first, last, name
-
-
-def _architecture(keys: list[str]) -> str:
-    """A guess by the names of the tensors, which are those of the original single-file layout."""
-
-    def has(*beginnings: str) -> bool:
-        return any(key.startswith(beginnings) for key in keys)
-
-    if has("conditioner.embedders.", "lora_te1_", "lora_te2_"):
-        return "sd_xl"
-    if has("cond_stage_model.model."):
-        return "sd_2"
-    return "sd_1_5" if has("cond_stage_model.transformer.", "lora_te_") else "unknown"

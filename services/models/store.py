@@ -28,7 +28,7 @@ MOVE_OBJECTS = "move_objects"  # a chore
 LOOK = "look_at_object"  # a chore
 _MAX_STALE = 100  # that are looked at together
 # The words of params whose values are kept by the names of files.
-_WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture"})
+_WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture", "kind"})
 
 
 class CheckpointNotFound(NotFound):

@@ -24,7 +24,7 @@ def look(name: str, content: bytes) -> Findings:
 
 
 def test_a_sound_safetensors_file_is_recognised() -> None:
-    assert look("a.safetensors", safetensors()) == Findings("safetensors", "sd_1_5")
+    assert look("a.safetensors", safetensors()) == Findings("safetensors", "sd_1_5", "checkpoint")
     assert look("A.SAFETENSORS", safetensors(name="conditioner.embedders.0.x")).architecture == "sd_xl"
 
 
@@ -82,7 +82,9 @@ SHORT, LONG = "models/Stable-diffusion/a.safetensors", f"models/Lora/{'b' * 120}
     ],
 )
 def test_a_tar_is_looked_into(form: int, name: str) -> None:
-    assert look("a.safetensors", tar(name, safetensors(), form)) == Findings("safetensors", "sd_1_5", tar=True)
+    assert look("a.safetensors", tar(name, safetensors(), form)) == Findings(
+        "safetensors", "sd_1_5", "checkpoint", tar=True
+    )
     with pytest.raises(Refused, match="tensors are missing"):
         look("a.safetensors", tar(name, safetensors()[:-1], form))
 
@@ -102,7 +104,7 @@ def test_a_tar_that_ends_early_or_holds_no_model_is_refused() -> None:
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.pth", "a.bin"])
 def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int, wrap: object, name: str) -> None:
     assert callable(wrap)
-    assert look(name, wrap(weights(protocol))) == Findings("torch", "sd_1_5")
+    assert look(name, wrap(weights(protocol))) == Findings("torch", "sd_1_5", "lora")
     with pytest.raises(Refused, match=r"has code in its pickle: posix\.system"):
         look(name, wrap(malicious(f"touch {tmp_path}/executed", protocol)))
     with pytest.raises(Refused, match="has code in its pickle"):

@@ -231,3 +231,27 @@ async def test_the_webui_finishes_uploads_without_naming_anybody(models: Running
     nobody = models.tokens.user("api", profile=Profile.WEBUI, username_status=UsernameStatus.ABSENT, impersonate=True)
     await models.update(created.checkpoint.id, tags, by=nobody)
     assert (await models.show(created.checkpoint.id))["status"] == "Active"
+
+
+async def test_a_last_part_of_no_bytes_is_fine(models: Running) -> None:
+    content = safetensors(6 * MIB)
+    created = await models.create(("even.safetensors", 2))
+    tags = await models.put(created, "even.safetensors", content, b"")
+    assert all(value["ETag"].startswith('"') for value in tags), "quotes and all"
+    await models.update(created.checkpoint.id, {"even.safetensors": tags})
+    item = await models.show(created.checkpoint.id)
+    assert item["status"] == "Active"
+    assert item["params"]["sha256"] == {"even.safetensors": hashlib.sha256(content).hexdigest()}
+    assert item["params"]["kind"] == {"even.safetensors": "checkpoint"}
+
+
+async def test_nothing_is_aborted_after_completion(models: Running) -> None:
+    created = await models.create(("kept.safetensors", 1))
+    tags = {"kept.safetensors": await models.put(created, "kept.safetensors", safetensors())}
+    await models.update(created.checkpoint.id, tags)
+    key = f"Stable-diffusion/checkpoint/custom/{created.checkpoint.id}/kept.safetensors"
+    assert (await models.blobs.head(key)).size_bytes == len(safetensors())
+    for status in ("Disabled", "Active"):
+        await models.update(created.checkpoint.id, tags, status)
+        assert (await models.show(created.checkpoint.id))["status"] == status
+    assert (await models.blobs.head(key)).size_bytes == len(safetensors())

@@ -12,7 +12,9 @@ depends_on = None
 _COUNT = """
 CREATE FUNCTION count_checkpoints() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-  IF TG_OP = 'INSERT' THEN
+  IF TG_OP = 'TRUNCATE' THEN
+    DELETE FROM checkpoint_counts;
+  ELSIF TG_OP = 'INSERT' THEN
     {add} SELECT md5(owners::text), type, status, owners, count(*) FROM added
     GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3 {merge};
   ELSIF TG_OP = 'DELETE' THEN
@@ -30,13 +32,14 @@ END $$
     merge="ON CONFLICT (owners_md5, type, status) DO UPDATE SET num = kept.num + excluded.num",
 )
 _TRIGGER = """
-CREATE TRIGGER count_{event} AFTER {event} ON checkpoints REFERENCING {tables}
+CREATE TRIGGER count_{event} AFTER {event} ON checkpoints {tables}
 FOR EACH STATEMENT EXECUTE FUNCTION count_checkpoints()
 """
 _TABLES = {
-    "INSERT": "NEW TABLE AS added",
-    "DELETE": "OLD TABLE AS removed",
-    "UPDATE": "OLD TABLE AS removed NEW TABLE AS added",
+    "INSERT": "REFERENCING NEW TABLE AS added",
+    "DELETE": "REFERENCING OLD TABLE AS removed",
+    "UPDATE": "REFERENCING OLD TABLE AS removed NEW TABLE AS added",
+    "TRUNCATE": "",
 }
 
 

@@ -2,18 +2,19 @@
 
 import subprocess
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 
 
 class running:  # noqa: N801 - read as a phrase: with running(command)
-    """A process that runs during the block."""
+    """A process that runs during the block; what it says goes to `log`, or where the test's own words go."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self._command, self._environment = command, environment
+    def __init__(self, command: list[str], environment: dict[str, str], log: IO[bytes] | None = None) -> None:
+        self._command, self._environment, self._log = command, environment, log
 
     def __enter__(self) -> "subprocess.Popen[bytes]":
-        self.process = subprocess.Popen(self._command, env=self._environment, cwd=ROOT)
+        self.process = subprocess.Popen(self._command, env=self._environment, cwd=ROOT, stdout=self._log)
         return self.process
 
     def __exit__(self, *_: object) -> None:

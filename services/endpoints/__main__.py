@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.server import Server
 from services.common.settings import AuditedSettings, load, read_secret
+from services.endpoints.cluster import Cluster
 from services.endpoints.cluster.local import LocalCluster, LocalSettings, find_gpus
 from services.endpoints.domain import Endpoints
 from services.endpoints.peers import Identity, Queue
@@ -26,20 +29,27 @@ from services.endpoints.store import EndpointStore
 
 
 class EndpointsSettings(AuditedSettings):
-    """`worker_dir` keeps the workers' secrets, logs and model cache; `max_instances` bounds one endpoint.
+    """`worker_dir` keeps the secrets, logs and model cache of local workers; `max_instances` bounds one endpoint.
 
-    A worker that is stopped may take `drain_seconds` to finish its job.
+    A worker that is stopped may take `drain_seconds` to finish its job. With `cluster` kubernetes, the settings of
+    cluster/kubernetes.py say how workers run.
     """
 
-    cluster: Literal["local"] = "local"
-    worker_dir: Path
+    cluster: Literal["local", "kubernetes"] = "local"
+    worker_dir: Path | None = None
     worker_command: list[str] = Field(default=[sys.executable, "-m", "gpu_worker"], min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_instances: int = Field(64, ge=1)
     drain_seconds: float = Field(60.0, ge=0)
 
     def local(self) -> LocalSettings:
-        """How workers run on this machine."""
+        """How workers run on this machine.
+
+        Raises:
+            SystemExit: nobody said where.
+        """
+        if self.worker_dir is None:
+            raise SystemExit("setting ESD_WORKER_DIR: Field required when ESD_CLUSTER is local")
         return LocalSettings(
             command=self.worker_command,
             folder=self.worker_dir.resolve(),
@@ -49,6 +59,25 @@ class EndpointsSettings(AuditedSettings):
             gpus=[] if self.device == "cpu" else find_gpus(),
             drain_seconds=self.drain_seconds,
         )
+
+
+@asynccontextmanager
+async def running_cluster(
+    settings: EndpointsSettings, store: EndpointStore, on_change: Callable[[], None]
+) -> AsyncIterator[Cluster]:
+    """What runs the workers, which run on after the block."""
+    if settings.cluster == "kubernetes":
+        from services.endpoints.cluster import kubernetes  # noqa: PLC0415 - of the extra `kubernetes`
+
+        own = load(kubernetes.KubernetesSettings)
+        async with kubernetes.running(own, settings.drain_seconds, on_change) as cluster:
+            yield cluster
+        return
+    local = LocalCluster(store, settings.local(), on_change)
+    try:
+        yield local
+    finally:
+        local.close()
 
 
 async def main(settings: EndpointsSettings) -> None:
@@ -61,19 +90,17 @@ async def main(settings: EndpointsSettings) -> None:
     identity = Identity(channel(settings.identity_address, tokens))
     queue = Queue(channel(settings.inference_address, tokens))
     wake = asyncio.Event()
-    cluster = LocalCluster(store, settings.local(), wake.set)
-    control = ControlLoop(store, database, identity, queue, cluster, wake)
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file))
     rpc.add_EndpointsServiceServicer_to_server(
         EndpointsServicer(Endpoints(store, identity, settings.max_instances)), server.grpc
     )
-    async with asyncio.TaskGroup() as group:
+    async with running_cluster(settings, store, wake.set) as cluster, asyncio.TaskGroup() as group:
+        control = ControlLoop(store, database, identity, queue, cluster, wake)
         loop = group.create_task(control.run())
         auditing = group.create_task(audit.log_heads(database))
         await server.run()
         loop.cancel()
         auditing.cancel()
-    cluster.close()
     await database.dispose()
 
 

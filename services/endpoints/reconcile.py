@@ -79,6 +79,8 @@ class ControlLoop:
                 await asyncio.sleep(_RETRY_SECONDS)  # nothing tells when a database that is down comes back
 
     async def _reconcile_forever(self, confirm: Callable[[], Awaitable[None]]) -> None:
+        # Before the first round, since only rounds make anything: what has no row now is nobody's.
+        await self._cluster.remove_orphans([endpoint.id for endpoint in await self._store.get_all()])
         while True:
             self._wake.clear()
             await confirm()

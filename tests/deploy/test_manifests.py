@@ -23,6 +23,8 @@ from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest
 from deploy.local.home import S3_ACCESS_KEY, Home
 from gateway.settings import GatewaySettings, refuse_open_door
 from services.common.settings import BlobSettings, load
+from services.endpoints.__main__ import EndpointsSettings
+from services.endpoints.cluster.kubernetes import KubernetesSettings
 from services.identity.settings import IdentitySettings
 from services.inference.__main__ import InferenceSettings
 from services.models.settings import ModelsSettings
@@ -35,6 +37,7 @@ SETTINGS: dict[str, list[Any]] = {
     "gateway": [GatewaySettings],
     "identity": [IdentitySettings],
     "models": [ModelsSettings, BlobSettings],
+    "endpoints": [EndpointsSettings, KubernetesSettings],
     "inference": [InferenceSettings, BlobSettings],
     "training": [TrainingSettings, BlobSettings],
 }

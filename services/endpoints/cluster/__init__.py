@@ -1,4 +1,4 @@
-"""Owns the seam between the control loop and what runs workers: processes of this machine, later Kubernetes."""
+"""Owns the seam between the control loop and what runs workers: processes of this machine, or pods on Kubernetes."""
 
 from __future__ import annotations
 
@@ -49,4 +49,8 @@ class Cluster(Protocol):
 
     async def forget(self, endpoint_id: str) -> None:
         """Removes what is left of a pool that has no workers any more: its secret, its logs."""
+        ...
+
+    async def remove_orphans(self, endpoint_ids: Collection[str]) -> None:
+        """Removes what was made for endpoints other than these, whose rows are lost."""
         ...

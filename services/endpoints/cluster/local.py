@@ -99,6 +99,13 @@ class LocalCluster:
         """Removes the endpoint's folder."""
         shutil.rmtree(self._folder(endpoint_id), ignore_errors=True)
 
+    async def remove_orphans(self, endpoint_ids: Collection[str]) -> None:
+        """Removes folders. A process without a row has a secret that identity will refuse, and ends by itself."""
+        for secret in self._settings.folder.glob("*/secret"):
+            if secret.parent.name not in endpoint_ids:
+                log.warning("the folder of an endpoint that is not known is removed", endpoint_id=secret.parent.name)
+                await self.forget(secret.parent.name)
+
     def close(self) -> None:
         """Lets go of all processes, which run on."""
         for process in self._processes.values():

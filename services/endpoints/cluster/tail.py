@@ -24,6 +24,11 @@ def last_words(log_file: Path) -> str:
         end = log_file.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
     except FileNotFoundError:
         return ""
+    return last_words_in(end)
+
+
+def last_words_in(end: str) -> str:
+    """The same of the end of a log that is known already."""
     lines = [_read(line) for line in end.splitlines() if not _TRACEBACK.match(line)]
     errors = [message for level, message in lines if level in _ERRORS]
     others = [message for level, message in lines if not level]

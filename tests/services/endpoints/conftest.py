@@ -10,7 +10,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,17 @@ from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.errors import NotFound, Unauthenticated
 from services.common.server import Server
+from services.endpoints.cluster import Cluster, kubernetes
+from services.endpoints.cluster.kubernetes import KubernetesSettings
 from services.endpoints.cluster.local import LocalCluster, LocalSettings
+from services.endpoints.cluster.profiles import Profile
 from services.endpoints.domain import Endpoints
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
+from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare, until_it_answers
+from tests.deploy.process_kubelet import ProcessKubelet
 from tests.serving import AUDIT_KEY, Metadata, Tokens
 
 OWN_SECRET = "the secret of the endpoints service"
@@ -240,3 +245,38 @@ async def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
             if answer:
                 return answer
             await asyncio.sleep(0.05)  # looks from outside: there is nothing to be told by
+
+
+@pytest.fixture(scope="session")
+async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ControlPlane]:
+    """A control plane with what deploy/kubernetes puts there for workers, and two nodes of two GPUs."""
+    if not ASSETS:
+        pytest.skip("needs a Kubernetes control plane: set KUBEBUILDER_ASSETS (make test-k8s)")
+    folder = tmp_path_factory.mktemp("kubernetes")
+    with control_plane(folder) as plane:
+        await until_it_answers(plane)
+        async with await plane.client() as api, AsyncExitStack() as stack:
+            await prepare(api)
+            for number in (1, 2):
+                await stack.enter_async_context(ProcessKubelet(api, f"node-{number}", 2, folder))
+            yield plane
+
+
+@pytest.fixture
+async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Callable[..., Awaitable[Cluster]]]:
+    """Makes a cluster that runs this command in pods, as the service account of the endpoints service."""
+    async with AsyncExitStack() as stack:
+        token = await account_token(nodes)
+
+        async def make(command: list[str] = STANDIN_WORKER, on_change: Callable[[], None] = lambda: None) -> Cluster:
+            settings = KubernetesSettings(
+                image="worker:1",
+                server_url=f"http://{peers.address}",
+                command=command,
+                profiles={"one-gpu": Profile(gpus=1, cpu="100m", memory="64Mi")},
+                cache_gib=1,
+                kubeconfig=nodes.kubeconfig(token),
+            )
+            return await stack.enter_async_context(kubernetes.running(settings, 5, on_change))
+
+        yield make

@@ -1,0 +1,148 @@
+"""A node whose pods are processes of this machine: what a kubelet does, as far as our pods need it.
+
+It registers a Node with GPUs, runs the container of each pod bound to it, mounts Secrets and empty folders (by
+rewriting the environment: there is no root file system to mount them in), restarts what ends, and stops by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import signal
+import tempfile
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kubernetes_asyncio import client, watch
+from kubernetes_asyncio.client.exceptions import ApiException
+
+_BACKOFF_SECONDS = 0.2
+
+
+class ProcessKubelet:
+    """One node, while the block runs. A node that dies takes its processes with it and says nothing."""
+
+    def __init__(self, api: client.ApiClient, name: str, gpus: int, folder: Path) -> None:
+        self._core: Any = client.CoreV1Api(api)
+        self._name, self._gpus, self._folder = name, gpus, folder
+        self._pods: dict[str, asyncio.Task[None]] = {}
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> ProcessKubelet:
+        labels = {"kubernetes.io/hostname": self._name, "nvidia.com/gpu.present": "true"}
+        await self._core.create_node({"metadata": {"name": self._name, "labels": labels}})
+        await self._beat()
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._beats())]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in (*self._tasks, *self._pods.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
+        with suppress(ApiException):
+            await self._core.delete_node(self._name)
+
+    async def _beats(self) -> None:
+        while True:
+            await asyncio.sleep(5)
+            await self._beat()
+
+    async def _beat(self) -> None:
+        room = {"cpu": "64", "memory": "256Gi", "pods": "50", "nvidia.com/gpu": str(self._gpus)}
+        ready = {"type": "Ready", "status": "True", "reason": "ok", "lastHeartbeatTime": _now()}
+        status = {"capacity": room, "allocatable": room, "conditions": [{**ready, "lastTransitionTime": _now()}]}
+        await self._core.patch_node_status(self._name, {"status": status})
+
+    async def _watch(self) -> None:
+        """Runs pods that are new here, and stops those that are to go."""
+        async with watch.Watch() as events:
+            mine = f"spec.nodeName={self._name}"
+            async for event in events.stream(self._core.list_pod_for_all_namespaces, field_selector=mine):
+                pod = event["object"]
+                uid = pod.metadata.uid
+                if event["type"] != "DELETED" and uid not in self._pods:
+                    self._pods[uid] = asyncio.create_task(self._run(pod))
+                elif pod.metadata.deletion_timestamp and (process := self._processes.pop(uid, None)):
+                    process.send_signal(signal.SIGTERM)
+
+    async def _run(self, pod: Any) -> None:
+        """The pod's life: started, started again when it ends, gone when it was to go."""
+        uid, container = pod.metadata.uid, pod.spec.containers[0]
+        num_restarts, end = 0, None
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            environment = await self._environment(pod, Path(folder))
+            while True:
+                log = Path(folder) / "log"
+                with log.open("wb") as output:
+                    process = await asyncio.create_subprocess_exec(
+                        *container.command, env=environment, stdout=output, stderr=output
+                    )
+                self._processes[uid] = process
+                await self._tell(pod, num_restarts, {"running": {"startedAt": _now()}}, end)
+                try:
+                    code = await process.wait()
+                finally:
+                    if process.returncode is None:
+                        process.kill()
+                        await process.wait()
+                if self._processes.pop(uid, None) is None:
+                    break  # it was told to go
+                words = log.read_bytes()[-2048:].decode(errors="replace")
+                end = {"terminated": {"exitCode": code, "message": words, "finishedAt": _now()}}
+                await self._tell(pod, num_restarts, {"waiting": {"reason": "CrashLoopBackOff"}}, end)
+                await asyncio.sleep(_BACKOFF_SECONDS)
+                num_restarts += 1
+        with suppress(ApiException):
+            await self._core.delete_namespaced_pod(
+                pod.metadata.name, pod.metadata.namespace, body={"gracePeriodSeconds": 0}
+            )
+
+    async def _environment(self, pod: Any, folder: Path) -> dict[str, str]:
+        """The container's environment with its mounts as folders of this machine."""
+        spec = pod.spec
+        volumes = {volume.name: volume for volume in spec.volumes}
+        mounts: dict[str, str] = {}
+        for mount in spec.containers[0].volume_mounts or ():
+            place = folder / mount.name
+            place.mkdir()
+            mounts[mount.mount_path] = str(place)
+            if (source := volumes[mount.name].secret) is not None:
+                secret = await self._core.read_namespaced_secret(source.secret_name, pod.metadata.namespace)
+                for name, content in secret.data.items():
+                    (place / name).write_bytes(base64.b64decode(content))
+        fields = {"metadata.name": pod.metadata.name}
+        environment = {
+            entry.name: fields[entry.value_from.field_ref.field_path] if entry.value_from else entry.value
+            for entry in spec.containers[0].env
+        }
+        for name, value in environment.items():
+            for path, place_of in mounts.items():
+                if value == path or value.startswith(f"{path}/"):
+                    environment[name] = place_of + value.removeprefix(path)
+        return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
+
+    async def _tell(self, pod: Any, num_restarts: int, state: dict[str, Any], last: dict[str, Any] | None) -> None:
+        ready = "running" in state
+        container = {
+            "name": pod.spec.containers[0].name,
+            "image": pod.spec.containers[0].image,
+            "imageID": "",
+            "ready": ready,
+            "restartCount": num_restarts,
+            "state": state,
+            "lastState": last or {},
+        }
+        conditions = [
+            {"type": kind, "status": str(ready), "lastTransitionTime": _now()} for kind in ("Ready", "ContainersReady")
+        ]
+        status = {"phase": "Running", "startTime": _now(), "conditions": conditions, "containerStatuses": [container]}
+        with suppress(ApiException):  # it is gone already
+            await self._core.patch_namespaced_pod_status(pod.metadata.name, pod.metadata.namespace, {"status": status})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")

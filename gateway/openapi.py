@@ -62,6 +62,12 @@ _USERNAME: Json = {
     "description": "The acting user; absent, the owner of the key. Naming another needs an impersonating key.",
     "schema": {"type": "string"},
 }
+_IDEMPOTENCY_KEY: Json = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "Within 24 hours the same request under the same key has the same answer, and is done once.",
+    "schema": {"type": "string", "maxLength": 255},
+}
 
 
 class _Route(NamedTuple):
@@ -143,6 +149,8 @@ class _Document:
             operation["description"] += f" The acting user needs {' or '.join(permissions)}."
             operation["x-permissions"] = permissions
             operation["parameters"].append(_USERNAME)
+        if extensions[options_pb2.idempotency_key]:
+            operation["parameters"].append(_IDEMPOTENCY_KEY)
         if route.body:
             body = next((field for field in request.field if field.name == route.body), None)
             schema = self._reference(route.method.input_type) if body is None else self._value(body)

@@ -54,6 +54,11 @@ class Cleaner:
                 await self._blobs.delete_prefix(leftover.prefix)
                 await self._store.swept(leftover.prefix, leftover.due_time)
 
+    async def discard(self, prefixes: list[str]) -> None:
+        """Notes prefixes of a job that there is not, and removes what is below them."""
+        await self._store.add(prefixes)
+        await self.remove(prefixes)
+
     async def remove(self, prefixes: list[str]) -> None:
         """Removes what is below prefixes that are noted already; what cannot be removed now is at their next turn."""
         try:

@@ -113,7 +113,8 @@ class Inference:
             try:
                 await self._store.add(job, submission)
             except (ResourceExhausted, SubmittedBefore):
-                await self._cleaner.remove(job.prefixes)
+                if frozen and (job.payload is None or job.payload_string is None):  # else it has no objects
+                    await self._cleaner.discard(job.prefixes)
                 raise
             return job
 

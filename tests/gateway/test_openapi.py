@@ -51,6 +51,16 @@ def test_the_rules_of_a_request_are_in_its_schema() -> None:
     assert "VAE" in schemas["CreateCheckpointRequest"]["properties"]["checkpoint_type"]["enum"]
 
 
+def test_only_what_is_safe_to_send_again_takes_an_idempotency_key() -> None:
+    taking = [
+        (verb, path)
+        for path, operations in document()["paths"].items()
+        for verb, operation in operations.items()
+        if any(parameter["name"] == "Idempotency-Key" for parameter in operation["parameters"])
+    ]
+    assert taking == [("post", "/inferences")]
+
+
 def test_it_is_a_sound_document() -> None:
     schemathesis.openapi.from_dict(document()).validate()
 

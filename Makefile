@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install check fix test test-slow up demo bench
+.PHONY: help install check fix test test-slow up demo bench chaos
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,3 +46,6 @@ demo: install  ## A picture through the REST API: make demo CHECKPOINT=model.saf
 bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench $(ARGS)
 	$(BIN)/python -m tests.bench.checkpoints
+
+chaos: install  ## Kill everything at random while users submit jobs, and prove that none is lost or doubled
+	$(BIN)/python -m tests.chaos $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +41,9 @@ def main() -> None:
     chaos = Chaos(folder, options.jobs, options.kills, options.seconds, seed, options.engine, console)
     outcome = asyncio.run(chaos.run())
     report(outcome, folder, console)
-    sys.exit(0 if outcome.verdict.is_good else 1)
+    if not outcome.verdict.is_good:
+        sys.exit(1)  # and the folder stays
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

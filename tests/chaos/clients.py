@@ -1,7 +1,7 @@
 """Users who submit jobs as a careful client does: what may be tried again is, until it is answered.
 
-503, 429 and a broken connection mean "again". A creation bears an Idempotency-Key. A start whose answer was lost is looked
-up before it is repeated, since a start of an ended job runs it once more.
+503, 429 and a broken connection mean "again". A creation bears an Idempotency-Key. A start whose answer was lost is
+looked up before it is repeated, since a start of an ended job runs it once more.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ class WorkStream:
                     if not self._left.is_set():
                         raise
                 except grpc.aio.AioRpcError as error:
+                    if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                        self._tokens.forget()  # identity says whether the secret is still good
                     log.warning("the queue is not reached", code=error.code().name, details=error.details())
                 await self._back_off()
         finally:

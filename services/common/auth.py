@@ -62,7 +62,10 @@ class Absence(StrEnum):
 
 @dataclass(frozen=True)
 class Caller:
-    """Who is asking, as the token says. For users, `name` is the acting user, whose roles and permissions these are."""
+    """Who is asking, as the token says. For users, `name` is the acting user, whose roles and permissions these are.
+
+    `credential` is what the token was made from, as far as it may be told: a key's id, a secret's hash in part.
+    """
 
     kind: Kind
     name: str
@@ -72,6 +75,7 @@ class Caller:
     username_status: UsernameStatus = UsernameStatus.NAMED
     impersonate: bool = False
     key_owner: str = ""
+    credential: str = ""
 
     def may(self, *permissions: str) -> bool:
         """Whether the caller holds one of the permissions."""
@@ -206,12 +210,28 @@ class Verifier:
             raise Unauthenticated("the token is not valid")
         return caller
 
-    def _check(self, token: str) -> tuple[Caller, int]:
+    def holds(self, token: str) -> bool:
+        """Whether `verify` takes the token."""
+        try:
+            self.verify(token)
+        except Unauthenticated:
+            return False
+        return True
+
+    def read(self, token: str) -> Caller:
+        """Who a token is for that may be over, and for any service.
+
+        Raises:
+            Unauthenticated: it is not one of identity's.
+        """
+        return self._check(token, verify_exp=False, verify_aud=False)[0]
+
+    def _check(self, token: str, **checks: bool) -> tuple[Caller, int]:
         """The token's caller and its end, in seconds since 1970."""
         try:
             key = self._keys[jwt.get_unverified_header(token)["kid"]]
             # Clocks of machines differ a little: a token from a clock ahead of ours is good, one without an end is not.
-            options: jwt.types.Options = {"verify_iat": False, "require": ["exp"]}
+            options: Any = {"verify_iat": False, "require": ["exp"], **checks}
             claims = jwt.decode(
                 token, key, algorithms=["EdDSA"], audience=self._audience, issuer=_ISSUER, options=options
             )
@@ -224,6 +244,7 @@ class Verifier:
                 username_status=UsernameStatus(claims["username_status"]),
                 impersonate=claims["impersonate"],
                 key_owner=claims["key_owner"],
+                credential=claims["credential"],
             )
         except (jwt.InvalidTokenError, KeyError, ValueError):
             raise Unauthenticated("the token is not valid") from None

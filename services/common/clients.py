@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -76,6 +76,24 @@ class TokenSource:
                 self._token = response.token
                 self._renew_at = time.monotonic() + _RENEW_AT * response.lifetime_seconds
             return self._token
+
+    def forget(self) -> None:
+        """Makes the next token a new one, after this one was refused."""
+        self._renew_at = 0.0
+
+
+def token_review(identity: grpc.aio.Channel) -> Callable[[Sequence[str]], Awaitable[Sequence[bool]]]:
+    """What asks identity which tokens would be issued the same now; it raises Unavailable while identity is away."""
+    stub = identity_pb2_grpc.IdentityServiceStub(identity)
+
+    async def review(tokens: Sequence[str]) -> Sequence[bool]:
+        try:
+            response = await stub.ReviewTokens(identity_pb2.ReviewTokensRequest(tokens=tokens), timeout=10)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "identity") from error
+        return list(response.holds)
+
+    return review
 
 
 def plain_channel(

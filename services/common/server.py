@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 from uuid import uuid4
@@ -37,6 +37,7 @@ from services.common.auth import (
     set_origin,
 )
 from services.common.status import ReplyStatus, begin_reply
+from services.common.streams import OpenStreams, Review
 
 log = structlog.get_logger()
 
@@ -84,10 +85,15 @@ _MESSAGES = {200: "OK", 201: "Created", 202: "Accepted", 204: "No Content"}
 
 
 class Server:
-    """A gRPC server on `host:port`. Add servicers with their generated `add_…_to_server(servicer, server.grpc)`."""
+    """A gRPC server on `host:port`. Add servicers with their generated `add_…_to_server(servicer, server.grpc)`.
 
-    def __init__(self, listen: str, verifier: Verifier) -> None:
-        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier)], options=_OPTIONS)
+    `review` says which tokens still hold; streams whose token does not are ended. Without it a stream ends with its
+    token.
+    """
+
+    def __init__(self, listen: str, verifier: Verifier, review: Review | None = None) -> None:
+        self._streams = OpenStreams(review or _until_they_end(verifier))
+        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier, self._streams)], options=_OPTIONS)
         self._listen = listen
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
@@ -109,6 +115,8 @@ class Server:
         except RuntimeError:
             raise SystemExit(f"ESD_LISTEN={self._listen} cannot be bound: is the port in use?") from None
         await self.grpc.start()
+        self._reviewing = asyncio.create_task(self._streams.run())
+        self._reviewing.add_done_callback(lambda _: self._stopping.set())  # never serve without it
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=self._listen, port=port)
         return port
@@ -118,6 +126,8 @@ class Server:
         self._stopping.set()
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(grace_seconds)
+        self._reviewing.cancel()
+        await asyncio.wait([self._reviewing])
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains."""
@@ -174,8 +184,9 @@ class _Rules:
 class _Interceptor(grpc.aio.ServerInterceptor):
     """What all RPCs have in common."""
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Verifier, streams: OpenStreams) -> None:
         self._verifier = verifier
+        self._streams = streams
         self._rules: dict[str, _Rules] = {}
 
     async def intercept_service(
@@ -189,7 +200,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if handler is None or name.startswith("/grpc."):
             return handler  # type: ignore[no-any-return]
         metadata = dict(handler_call_details.invocation_metadata)
-        call = _Call(name, self._rules_of(name), self._verifier, metadata)
+        call = _Call(name, self._rules_of(name), self._verifier, self._streams, metadata)
         codecs = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -227,10 +238,13 @@ def _reading(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Messa
 class _Call:
     """One call on its way to the servicer and back."""
 
-    def __init__(self, name: str, rules: _Rules, verifier: Verifier, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, rules: _Rules, verifier: Verifier, streams: OpenStreams, metadata: dict[str, Any]
+    ) -> None:
         self._name = name
         self._rules = rules
         self._verifier = verifier
+        self._streams = streams
         self._token = metadata.get(TOKEN_METADATA)
         self._request_id = metadata.get("x-request-id") or str(uuid4())
         # A client may write what it likes into this header; the gateway adds the address it saw at the end.
@@ -256,8 +270,9 @@ class _Call:
         async def run(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
                 self._begin(request, context)
-                async for response in behaviour(request, context):
-                    yield response
+                with self._streams.opened(self._token, context):
+                    async for response in behaviour(request, context):
+                        yield response
             except Exception as error:
                 await self._fail(error, context)
 
@@ -267,8 +282,9 @@ class _Call:
         async def run(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
                 self._begin(None, context)
-                async for response in behaviour(requests, context):
-                    yield response
+                with self._streams.opened(self._token, context):
+                    async for response in behaviour(requests, context):
+                        yield response
             except Exception as error:
                 await self._fail(error, context)
 
@@ -314,6 +330,13 @@ class _Call:
 def _host(peer: str) -> str:
     """The address in gRPC's name for the other end: `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000`."""
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+
+
+def _until_they_end(verifier: Verifier) -> Review:
+    async def review(tokens: Sequence[str]) -> Sequence[bool]:
+        return [verifier.holds(token) for token in tokens]
+
+    return review
 
 
 async def serve(listen: str, verifier: Verifier, add_servicers: Callable[[grpc.aio.Server], None]) -> None:

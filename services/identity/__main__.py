@@ -33,7 +33,8 @@ async def run(settings: IdentitySettings) -> None:
     audit = Audit.from_file("identity", settings.audit_key_file)
     store = IdentityStore(database, audit)
     uses = KeyUses(store)
-    tokens = Tokens(store, signer, hashes.services, uses.note)
+    verifier = Verifier.from_file(settings.verifying_key_file)
+    tokens = Tokens(store, signer, verifier, hashes.services, uses.note)
     identity = Identity(store, passwords, tokens.forget)
 
     async def on_notify(channel: str, payload: str) -> None:
@@ -50,7 +51,7 @@ async def run(settings: IdentitySettings) -> None:
         listening = group.create_task(database.listen([CHANGED], on_notify))
         writing = group.create_task(uses.write())
         auditing = group.create_task(audit.log_heads(database))
-        await serve(settings.listen, Verifier.from_file(settings.verifying_key_file), add_servicers)
+        await serve(settings.listen, verifier, add_servicers)
         listening.cancel()
         writing.cancel()
         auditing.cancel()

@@ -111,6 +111,9 @@ class IdentityServicer(rpc.IdentityServiceServicer):
         await self._identity.delete_secret(service, kind, request.subject)
         return pb.DeleteSecretResponse()
 
+    async def ReviewTokens(self, request: pb.ReviewTokensRequest, context: Context) -> pb.ReviewTokensResponse:
+        return pb.ReviewTokensResponse(holds=[await self._tokens.holds(token) for token in request.tokens])
+
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
         user = await self._identity.get_user(request.username)
         return pb.GetUserResponse(username=user.username, roles=user.roles, permissions=user.permissions)

@@ -38,7 +38,8 @@ _KEY_USE = sa.text(
     SELECT k.id, CAST(extract(epoch FROM k.expires_at - now()) AS float), k.owner, k.impersonate, u.roles,
            ARRAY(SELECT DISTINCT p FROM roles r, unnest(r.permissions) p WHERE r.role_name = ANY (u.roles) ORDER BY p)
     FROM api_keys k LEFT JOIN users u ON u.username = coalesce(CAST(:username AS text), k.owner)
-    WHERE k.key_hash = :key_hash AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
+    WHERE (k.key_hash = :key_hash OR k.id = CAST(:key_id AS uuid))
+      AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
     """
 )
 
@@ -75,10 +76,11 @@ class IdentityStore:
             for action, target, row in made:
                 await self._audit.record(session, action, target, after=row.facts())
 
-    async def find_key_use(self, key_hash: str, username: str | None) -> KeyUse | None:
-        """The key and the user named with it (None: its owner); None when there is no such key."""
+    async def find_key_use(self, key: str | UUID, username: str | None) -> KeyUse | None:
+        """The key of this hash or id, and the user named with it (None: its owner); None when there is no such key."""
+        wanted = {"key_id": key, "key_hash": None} if isinstance(key, UUID) else {"key_id": None, "key_hash": key}
         async with self._database.transaction() as session:
-            found = await session.execute(_KEY_USE, {"key_hash": key_hash, "username": username})
+            found = await session.execute(_KEY_USE, {**wanted, "username": username})
             row = found.one_or_none()
             return None if row is None else KeyUse(*row)
 
@@ -219,6 +221,11 @@ class IdentityStore:
         async with self._database.transaction() as session:
             found = await session.execute(select(Secret).where(col(Secret.secret_hash) == secret_hash))
             return found.scalar_one_or_none()
+
+    async def get_secret(self, kind: str, subject: str) -> Secret | None:
+        """The secret of a subject, if it has one."""
+        async with self._database.transaction() as session:
+            return await session.get(Secret, (kind, subject))
 
     async def save_secret(self, secret: Secret) -> None:
         """Adds or replaces the secret of a subject."""

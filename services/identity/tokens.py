@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
-from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, Profile, Signer, UsernameStatus
+from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, Profile, Signer, UsernameStatus, Verifier
 from services.common.errors import Unauthenticated
 from services.identity.keys import is_mistyped
 from services.identity.rows import KeyUse
@@ -23,6 +23,7 @@ SECRET_TOKEN_SECONDS = 300
 _KEEP_SECONDS = 20.0
 _MAX_KEPT = 10_000
 MAX_NAME_LENGTH = 255
+_CREDENTIAL_DIGITS = 16
 
 _AUDIENCES = {Kind.SERVICE: AUDIENCE_SERVICES, Kind.WORKER: "inference", Kind.TRAINER: "training"}
 
@@ -46,10 +47,16 @@ class Tokens:
     """
 
     def __init__(
-        self, store: IdentityStore, signer: Signer, service_hashes: dict[str, str], used: Callable[[UUID], None]
+        self,
+        store: IdentityStore,
+        signer: Signer,
+        verifier: Verifier,
+        service_hashes: dict[str, str],
+        used: Callable[[UUID], None],
     ) -> None:
         self._store = store
         self._signer = signer
+        self._verifier = verifier
         self._service_hashes = service_hashes
         self._used = used
         self._kept: dict[tuple[str, str | None, Profile], _Kept] = {}
@@ -75,13 +82,11 @@ class Tokens:
             self._used(kept.key_id)
             return kept.token
         generation = self._generation
-        # A name that no user can have is not worth a query, and PostgreSQL would not take it.
-        possible = username is None or is_name(username)
-        use = await self._store.find_key_use(key_hash, username if possible else None)
+        use = await self._store.find_key_use(key_hash, _possible(username))
         if use is None:
             return None
         self._used(use.key_id)
-        caller = _acting(use, username, profile) if possible else _nobody(use, username or "", profile)
+        caller = _acting(use, username, profile)
         signed_at = time.monotonic()
         seconds_left = USER_TOKEN_SECONDS if use.seconds_left is None else use.seconds_left
         lifetime_seconds = max(1, min(USER_TOKEN_SECONDS, int(seconds_left)))
@@ -95,6 +100,25 @@ class Tokens:
             self._kept[key_hash, username, profile] = _Kept(token, signed_at + keep_seconds, use.key_id)
         return token
 
+    async def holds(self, token: str) -> bool:
+        """Whether the token, which may be over, would be made the same now.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        try:
+            caller = self._verifier.read(token)
+        except Unauthenticated:
+            return False
+        if caller.kind == Kind.USER:
+            username = None if caller.username_status == UsernameStatus.ABSENT else caller.name
+            use = await self._store.find_key_use(UUID(caller.credential), _possible(username))
+            return use is not None and _acting(use, username, caller.profile) == caller
+        if caller.kind == Kind.SERVICE:
+            return any(_holder(caller.kind, name, of) == caller for of, name in self._service_hashes.items())
+        secret = await self._store.get_secret(str(caller.kind), caller.name)
+        return secret is not None and _holder(caller.kind, secret.subject, secret.secret_hash) == caller
+
     async def of_secret(self, secret: str) -> str:
         """A token for the service, the workers or the trainer whose secret this is.
 
@@ -104,12 +128,17 @@ class Tokens:
         """
         secret_hash = sha256(secret)
         if service := self._service_hashes.get(secret_hash):
-            caller = Caller(Kind.SERVICE, service)
+            caller = _holder(Kind.SERVICE, service, secret_hash)
         elif found := await self._store.find_secret(secret_hash):
-            caller = Caller(Kind(found.kind), found.subject)
+            caller = _holder(Kind(found.kind), found.subject, secret_hash)
         else:
             raise Unauthenticated("the secret is not known")
         return self._signer.sign(caller, _AUDIENCES[caller.kind], SECRET_TOKEN_SECONDS)
+
+
+def _possible(username: str | None) -> str | None:
+    """The name for a query: one that no user can have is not worth it, and PostgreSQL would not take it."""
+    return username if username is None or is_name(username) else None
 
 
 def is_name(text: str) -> bool:
@@ -118,7 +147,8 @@ def is_name(text: str) -> bool:
 
 
 def _acting(use: KeyUse, username: str | None, profile: Profile) -> Caller:
-    if username is not None and (use.roles is None or (username != use.owner and not use.impersonate)):
+    unknown = use.roles is None or _possible(username) is None
+    if username is not None and (unknown or (username != use.owner and not use.impersonate)):
         return _nobody(use, username, profile)
     return Caller(
         kind=Kind.USER,
@@ -129,10 +159,15 @@ def _acting(use: KeyUse, username: str | None, profile: Profile) -> Caller:
         username_status=UsernameStatus.NAMED if username else UsernameStatus.ABSENT,
         impersonate=use.impersonate,
         key_owner=use.owner,
+        credential=str(use.key_id),
     )
 
 
 def _nobody(use: KeyUse, username: str, profile: Profile) -> Caller:
     """Somebody who does not exist, or whom the key may not act for: that is said first, whether they exist or not."""
     status = UsernameStatus.UNKNOWN if use.impersonate else UsernameStatus.FOREIGN
-    return Caller(Kind.USER, username, [], [], profile, status, use.impersonate, use.owner)
+    return Caller(Kind.USER, username, [], [], profile, status, use.impersonate, use.owner, str(use.key_id))
+
+
+def _holder(kind: Kind, name: str, secret_hash: str) -> Caller:
+    return Caller(kind, name, credential=secret_hash[:_CREDENTIAL_DIGITS])

@@ -12,7 +12,7 @@ from esd.inference.v1 import inference_pb2_grpc
 from services.common import logs
 from services.common.auth import Verifier
 from services.common.blobs import Blobs
-from services.common.clients import TokenSource, channel
+from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
 from services.common.outbound import Outbound
 from services.common.server import Server
@@ -69,10 +69,11 @@ async def main() -> None:
     database = Database(settings.database_url)
     await database.migrate("inference")
     tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
+    identity = channel(settings.identity_address, tokens)
     peers = Peers(
         endpoints=channel(settings.endpoints_address, tokens),
         models=channel(settings.models_address, tokens),
-        identity=channel(settings.identity_address, tokens),
+        identity=identity,
     )
     signals, background, blobs = Signals(), Background(), Blobs(load(BlobSettings))
     pools, leftovers = PoolStore(database), LeftoverStore(database)
@@ -90,7 +91,8 @@ async def main() -> None:
     board, views = Board(BoardStore(database), signals), Views(blobs)
     webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), signals)
     servicer = InferenceServicer(inference, views, Events(inference, views, board), webhooks)
-    server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file, audience="inference"))
+    verifier = Verifier.from_file(settings.verifying_key_file, audience="inference")
+    server = Server(settings.listen, verifier, token_review(identity))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
     workers = QueueServicer(queue, pools, rehoming, signals, board, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)

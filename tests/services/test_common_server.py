@@ -13,7 +13,7 @@ from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.identity.v1 import identity_pb2 as pb
 from esd.identity.v1 import identity_pb2_grpc
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.common import errors
+from services.common import errors, streams
 from services.common.auth import Caller, Kind, Profile, UsernameStatus, current_caller
 from services.common.clients import KIND_OF
 from services.common.server import INTERNAL, STATUS_OF, Server
@@ -311,3 +311,49 @@ async def test_a_request_that_is_no_message_is_the_callers_mistake(
     create = channel.unary_unary("/esd.identity.v1.IdentityService/CreateRole")
     assert (await _failure(create(b"\xff", metadata=user_token())))[0] is grpc.StatusCode.INVALID_ARGUMENT
     assert (await _failure(create(b"\xff")))[0] is grpc.StatusCode.UNAUTHENTICATED, "a bad token comes first"
+
+
+class OpenQueue(inference_pb2_grpc.QueueServiceServicer):
+    """Says one thing and keeps the stream open."""
+
+    async def WatchPools(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.WatchPoolsResponse]:
+        yield inference_pb2.WatchPoolsResponse()
+        await asyncio.Event().wait()
+
+
+async def _watch(server: Server, metadata: Any) -> tuple[grpc.StatusCode, str | None]:
+    """How a stream of the server ends."""
+    inference_pb2_grpc.add_QueueServiceServicer_to_server(OpenQueue(), server.grpc)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+        stream = inference_pb2_grpc.QueueServiceStub(channel).WatchPools(
+            inference_pb2.WatchPoolsRequest(), metadata=metadata
+        )
+        assert await stream.read() == inference_pb2.WatchPoolsResponse()
+        ended = await _failure(stream.read())
+    await server.stop(0)
+    return ended
+
+
+async def test_without_a_review_a_stream_ends_with_its_token(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "REVIEW_SECONDS", 0.05)
+    metadata = tokens.of(Caller(Kind.SERVICE, "endpoints"), lifetime_seconds=2)
+    ended = await _watch(Server("127.0.0.1:0", tokens.verifier()), metadata)
+    assert ended == (grpc.StatusCode.UNAUTHENTICATED, streams.ENDED)
+
+
+async def test_a_stream_goes_on_while_nobody_can_review_it(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "REVIEW_SECONDS", 0.05)
+    verdicts: list[bool | None] = [True, None, None, True, False]
+    asked = []
+
+    async def review(tokens: Any) -> list[bool]:
+        asked.append(tokens)
+        verdict = verdicts[len(asked) - 1]
+        if verdict is None:
+            raise errors.Unavailable("identity is away")
+        return [verdict]
+
+    metadata = tokens.service("endpoints")
+    ended = await _watch(Server("127.0.0.1:0", tokens.verifier(), review), metadata)
+    assert ended == (grpc.StatusCode.UNAUTHENTICATED, streams.ENDED)
+    assert asked == [[metadata[0][1]]] * 5

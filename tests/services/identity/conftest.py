@@ -16,6 +16,7 @@ from esd.identity.v1 import identity_pb2 as pb
 from services.common.audit import Audit
 from services.common.auth import Caller, Profile
 from services.common.database import Database
+from services.common.server import Server
 from services.identity.authz import SECRET_METADATA, AuthorizationServicer
 from services.identity.domain import Identity
 from services.identity.key_uses import KeyUses
@@ -25,7 +26,7 @@ from services.identity.servicer import IdentityServicer
 from services.identity.store import CHANGED, IdentityStore
 from services.identity.tokens import Tokens as IdentityTokens
 from services.identity.tokens import sha256
-from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
+from tests.serving import AUDIT_KEY, Metadata, Tokens
 
 ALL = ["train:all", "checkpoint:all", "inference:all", "sagemaker_endpoint:all", "user:all", "role:all"]
 GATEWAY_SECRET = "the gateway's secret"
@@ -36,6 +37,7 @@ MODELS_SECRET = "the models service's secret"
 class Running:
     """One identity service and what is needed to call it."""
 
+    address: str
     channel: grpc.aio.Channel
     database: Database
     store: IdentityStore
@@ -96,7 +98,9 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
             stack.push_async_callback(database.dispose)
             store = IdentityStore(database, Audit("identity", AUDIT_KEY))
             uses = KeyUses(store)
-            issued = IdentityTokens(store, tokens.signer, {sha256(MODELS_SECRET): "models"}, uses.note)
+            issued = IdentityTokens(
+                store, tokens.signer, tokens.verifier(), {sha256(MODELS_SECRET): "models"}, uses.note
+            )
             identity = Identity(store, Passwords(password_key), issued.forget)
             await database.migrate("identity")
             await identity.bootstrap(first_key)
@@ -113,9 +117,13 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
 
             stack.push_async_callback(_cancel, asyncio.create_task(database.listen([CHANGED], on_notify)))
             stack.push_async_callback(_cancel, asyncio.create_task(uses.write()))
-            channel = await stack.enter_async_context(serving(add, tokens.verifier()))
+            server = Server("127.0.0.1:0", tokens.verifier())
+            add(server.grpc)
+            address = f"127.0.0.1:{await server.start()}"
+            stack.push_async_callback(server.stop, 0)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
             await notified.wait()
-            return Running(channel, database, store, issued, tokens, first_key, notified)
+            return Running(address, channel, database, store, issued, tokens, first_key, notified)
 
         yield start
 

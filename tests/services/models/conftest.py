@@ -145,7 +145,7 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
     database = Database(new_database(postgres), pool_size=2)
     await database.migrate("identity")
     store = IdentityStore(database, Audit("identity", AUDIT_KEY))
-    issued = IdentityTokens(store, tokens.signer, {sha256(SECRET): "models"}, KeyUses(store).note)
+    issued = IdentityTokens(store, tokens.signer, tokens.verifier(), {sha256(SECRET): "models"}, KeyUses(store).note)
     domain = IdentityDomain(store, Passwords(Fernet.generate_key().decode()), issued.forget)
     await domain.bootstrap(new_api_key())
     for name in ("designer", "guest"):

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
-from payloads import Generation, Img2Img, Txt2Img
+from payloads import Edit, Generation, Img2Img, Txt2Img
 from payloads.models import BASE, EMBEDDING, LORA, VAE, stem
 
 
@@ -36,6 +36,24 @@ def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", pnginfo=text, compress_level=4)
     return file.getvalue()
+
+
+def plain_png(image: Image.Image) -> bytes:
+    """Encodes a picture that no model made."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=4)
+    return file.getvalue()
+
+
+def edit_json(request: Edit, html_info: str, endpoint_name: str, job_id: str) -> bytes:
+    """The content of `<job id>_param.json` where no model was at work."""
+    content = {
+        "parameters": request.echo(),
+        "html_info": html_info,
+        "endpoint_name": endpoint_name,
+        "inference_id": job_id,
+    }
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 import payloads
 from esd.worker.v1 import worker_pb2
 from gpu_worker import canvas as canvases
-from gpu_worker import results
+from gpu_worker import results, retouch
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.canvas import Canvas
 from gpu_worker.engine import Engine
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
 from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
-from payloads import Generation, Img2Img, pictures
+from payloads import Edit, Generation, Img2Img, Payload, pictures
 from services.common.errors import InvalidArgument
 
 log = structlog.get_logger()
@@ -110,6 +110,9 @@ class Worker:
             request, canvas = await job.stage(self._request(job))
             if len(job.spec.image_uploads) < request.num_images:
                 raise JobError(f"the job makes {request.num_images} images, but has a place for only some of them")
+            if isinstance(request, Edit):
+                return await job.stage(self._retouch(job, request, time.monotonic() - began))
+            assert isinstance(request, Generation)
             self._typical_pixels = request.num_pixels
             self.on_change()
             files = await job.stage(self._fetch(job, request, held))
@@ -133,7 +136,7 @@ class Worker:
         if job in self._tasks:  # else its last event was told while this was drawn
             job.emit(worker_pb2.JobEvent(preview=worker_pb2.JobPreview(jpeg=jpeg)))
 
-    async def _request(self, job: Job) -> tuple[Generation, Canvas | None]:
+    async def _request(self, job: Job) -> tuple[Payload, Canvas | None]:
         """What the job asks for, and what it paints on."""
         if not job.spec.payload_url:
             return await asyncio.to_thread(_checked, job, to_python(job.spec.payload))
@@ -162,17 +165,38 @@ class Worker:
             )
         )
         param = results.param_json(request, files, infotexts, job.spec.endpoint_name, job.id)
-        encoded = time.monotonic()
+        timings = worker_pb2.Timings(
+            load_seconds=produced.load_seconds,
+            pipeline_seconds=produced.pipeline_seconds,
+            encode_seconds=time.monotonic() - began,
+        )
+        return await self._uploaded(job, images, param, timings)
+
+    async def _retouch(self, job: Job, request: Edit, fetch_seconds: float) -> worker_pb2.JobDone:
+        """Changes pictures without the engine, and uploads them."""
+        job.emit(worker_pb2.JobEvent(started=worker_pb2.JobStarted()))
+        began = time.monotonic()
+        try:
+            retouched = await asyncio.to_thread(retouch.retouched, request)
+        except pictures.Damaged as error:
+            raise JobError(str(error)) from None
+        made = time.monotonic()
+        images = [await asyncio.to_thread(results.plain_png, image) for image in retouched]
+        param = results.edit_json(request, retouch.html_info(request), job.spec.endpoint_name, job.id)
+        timings = worker_pb2.Timings(
+            fetch_seconds=fetch_seconds, pipeline_seconds=made - began, encode_seconds=time.monotonic() - made
+        )
+        return await self._uploaded(job, images, param, timings)
+
+    async def _uploaded(
+        self, job: Job, images: list[bytes], param: bytes, timings: worker_pb2.Timings
+    ) -> worker_pb2.JobDone:
+        began = time.monotonic()
         uploads = [*job.spec.image_uploads[: len(images)], job.spec.param_upload]
         objects = await asyncio.gather(
             *(self._upload(upload, content) for upload, content in zip(uploads, [*images, param], strict=True))
         )
-        timings = worker_pb2.Timings(
-            load_seconds=produced.load_seconds,
-            pipeline_seconds=produced.pipeline_seconds,
-            encode_seconds=encoded - began,
-            upload_seconds=time.monotonic() - encoded,
-        )
+        timings.upload_seconds = time.monotonic() - began
         return worker_pb2.JobDone(images=objects[:-1], param=objects[-1], timings=timings)
 
     async def _upload(self, upload: worker_pb2.Upload, content: bytes) -> worker_pb2.ResultObject:
@@ -209,7 +233,7 @@ def _failed(reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
     return worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=reason, cancelled=cancelled))
 
 
-def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Generation, Canvas | None]:
+def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas | None]:
     try:
         fields = payloads.parse(payload) if isinstance(payload, bytes) else payload
         request = payloads.check(job.spec.task_type, fields, job.id)

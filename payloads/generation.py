@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from payloads import prompts, samplers
+from payloads.base import Payload
 from payloads.scripts import check_scripts
 from payloads.showing import shown
 
@@ -38,10 +39,9 @@ _WITHOUT_EFFECT = {
 _SETTINGS = {"CLIP_stop_at_last_layers": "clip_skip", "sd_model_checkpoint": "model_name", "sd_vae": "vae_name"}
 
 
-class Generation(BaseModel):
+class Generation(Payload):
     """One job's request. Sizes are in pixels; those of `seed_resize_from` are used where both are > 0."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     without_effect: ClassVar[frozenset[str]] = frozenset(_WITHOUT_EFFECT)
 
     prompt: str = ""
@@ -69,8 +69,6 @@ class Generation(BaseModel):
     disable_extra_networks: bool = False
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
     exclusive: bool = False
-    # Names of what the payload has and nothing here uses; goes into the result's `info`.
-    ignored: list[str] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -189,10 +187,6 @@ class Generation(BaseModel):
     def subseed_of(self, image: int) -> int:
         """The subseed of an image."""
         return self.subseed + image
-
-    def echo(self) -> dict[str, Any]:
-        """The request as it is shown to its owner."""
-        return self.model_dump()
 
 
 def _unused_tags(given: dict[str, Any]) -> list[str]:

@@ -21,17 +21,18 @@ class Damaged(ValueError):
     """A picture cannot be read. The message is one sentence that names its field."""
 
 
-def check(text: str, name: str) -> None:
-    """Checks that a text holds a picture of a size that can be decoded. `name` is its field.
+def check(text: str, name: str) -> tuple[int, int]:
+    """The width and height of the picture in a text, if it can be decoded. `name` is its field.
 
     Raises:
-        Damaged: it does not.
+        Damaged: it cannot.
     """
     image = _opened(text, name)
     try:
         image.verify()  # checksums, where the format has them
     except _DAMAGED:
         raise Damaged(f"{name} is damaged or truncated: it cannot be read as {image.format}") from None
+    return image.size
 
 
 def decode(text: str, name: str) -> Image.Image:

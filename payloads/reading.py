@@ -9,13 +9,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from payloads.base import Payload
+from payloads.extras import RemoveBackground, UpscaleMany, UpscaleOne
 from payloads.generation import Generation
 from payloads.img2img import Img2Img
 from payloads.showing import shown
 from payloads.txt2img import Txt2Img
 from services.common.errors import InvalidArgument
 
-TASKS: dict[str, type[Generation]] = {"txt2img": Txt2Img, "img2img": Img2Img}
+TASKS: dict[str, type[Payload]] = {
+    "txt2img": Txt2Img,
+    "img2img": Img2Img,
+    "extra-single-image": UpscaleOne,
+    "extra-batch-images": UpscaleMany,
+    "rembg": RemoveBackground,
+}
 _SEED_RANGE = 2**32
 
 
@@ -36,7 +44,7 @@ def parse(content: bytes | str) -> dict[str, Any]:
     return parsed
 
 
-def check(task_type: str, fields: dict[str, Any], job_id: str) -> Generation:
+def check(task_type: str, fields: dict[str, Any], job_id: str) -> Payload:
     """The request in a payload. Null means absent, and a seed of -1 becomes a number that only depends on the job's id.
     The checked form, `model_dump()` of the answer, gives the same answer again.
 
@@ -45,11 +53,13 @@ def check(task_type: str, fields: dict[str, Any], job_id: str) -> Generation:
     """
     task = TASKS.get(task_type)
     if task is None:
-        raise InvalidArgument(f"task type {task_type} is not supported yet; possible: {', '.join(TASKS)}")
+        raise InvalidArgument(f"task type {task_type} is not known; possible: {', '.join(TASKS)}")
     try:
         request = task.model_validate(fields)
     except ValidationError as error:
         raise InvalidArgument("; ".join(_sentence(problem, task) for problem in error.errors())) from None
+    if not isinstance(request, Generation):
+        return request
     texts = {"seed": job_id, "subseed": f"{job_id} subseed"}
     seeds = {name: seed_of(text) for name, text in texts.items() if getattr(request, name) == -1}
     return request.model_copy(update=seeds)
@@ -70,11 +80,12 @@ def _float(digits: str) -> float:
     return max(-sys.float_info.max, min(sys.float_info.max, float(digits)))
 
 
-def _sentence(problem: Any, task: type[Generation]) -> str:
+def _sentence(problem: Any, task: type[Payload]) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     first, *inner = problem["loc"]
-    name, value = f"{first}{''.join(f'[{index}]' for index in inner)}", shown(problem["input"])
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
+    name, value = f"{first}{path}", shown(problem["input"])
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] in {"greater_than_equal", "less_than_equal"}:

@@ -17,7 +17,7 @@ MAX_BYTES = 64 * 1024 * 1024
 class CheckedPayload:
     """A payload ready to run: as plain values and as bytes, with what the queue needs to know of it."""
 
-    request: payloads.Generation
+    request: payloads.Payload
     fields: dict[str, Any]
     encoded: bytes
     num_images: int

@@ -104,7 +104,7 @@ async def test_a_large_payload_is_read_from_its_url(generate: Any, store: Object
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"task_type": "rembg"}, "task type rembg is not supported yet; possible: txt2img, img2img"),
+        ({"task_type": "deepbooru"}, "task type deepbooru is not known; possible: txt2img, img2img, "),
         ({"sampler_name": "Restart"}, 'sampler_name "Restart" cannot be run here'),
         ({"width": 100}, "width 100 is not a multiple of 8"),
         ({"n_iter": 3}, "the job makes 3 images"),
@@ -163,6 +163,32 @@ async def test_a_second_pass_makes_a_larger_picture(generate: Any, store: Object
     assert image.size == (96, 96)
     text = 'Denoising strength: 0.5, Hires upscale: 1.5, Hires upscaler: Lanczos, Hires prompt: "a dog", '
     assert text in image.text["parameters"]
+
+
+async def test_pictures_are_enlarged_and_cut_out_without_a_model(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    image = encoded(noise())
+    for task_type, payload, size, mode in (
+        ("extra-single-image", {"image": image, "upscaler_1": "Lanczos", "upscaling_resize": 2}, (128, 128), "RGB"),
+        ("rembg", {"input_image": image, "model": "u2net"}, (64, 64), "RGBA"),
+        (
+            "extra-batch-images",
+            {"imageList": [{"data": image, "name": "a"}], "upscaler_1": "Nearest"},
+            (128, 128),
+            "RGB",
+        ),
+    ):
+        spec = make_spec(task_type, num_uploads=1, **payload)
+        del spec.models[:]
+        events = await generate(spec)
+        assert [event.WhichOneof("event") for event in events] == ["started", "done"]
+        found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
+        assert (found.size, found.mode) == (size, mode)
+        param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+        assert param.keys() == {"parameters", "html_info", "endpoint_name", "inference_id"}
+        assert ("GrabCut" in param["html_info"]) == (task_type == "rembg")
+        assert image not in json.dumps(param)
 
 
 async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: ObjectStore, make_spec: Any) -> None:

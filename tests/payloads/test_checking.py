@@ -153,9 +153,11 @@ def test_bytes_that_are_no_text_and_json_that_is_no_object_are_refused() -> None
         check_payload("[1, 2]", "txt2img", JOB)
 
 
-def test_a_task_that_is_not_built_yet_is_refused_by_name() -> None:
-    with pytest.raises(InvalidArgument, match="task type rembg is not supported yet; possible: txt2img, img2img"):
-        check_payload("{}", "rembg", JOB)
+def test_a_task_that_is_not_known_is_refused_by_name() -> None:
+    with pytest.raises(
+        InvalidArgument, match="task type deepbooru is not known; possible: txt2img, img2img, extra-single-image, "
+    ):
+        check_payload("{}", "deepbooru", JOB)
 
 
 def test_a_job_costs_what_its_size_steps_and_number_of_images_say() -> None:

@@ -234,12 +234,18 @@ async def test_a_pinned_endpoint_must_be_in_service(service: Service) -> None:
     assert MessageToDict(await service.get(job.id))["params"]["sagemaker_inference_endpoint_id"] == pinned.id
 
 
-async def test_an_extra_task_is_stored_without_models_and_refused_at_its_start(service: Service) -> None:
+async def test_an_extra_task_needs_no_models_and_a_bad_picture_is_refused_at_its_start(service: Service) -> None:
     receipt = await service.create(task_type="rembg", models={"Stable-diffusion": ["whatever"]})
     assert not receipt.HasField("models")
     await service.upload(receipt)
     _, message = await refusal(service.start(receipt.id))
-    assert message == "task type rembg is not supported yet; possible: txt2img, img2img"
+    assert message == "input_image is missing"
+    await service.upload(receipt, input_image=encoded(noise()), model="u2net")
+    await service.start(receipt.id)
+    async with service.worker() as worker:
+        spec = (await worker.take()).spec
+        assert (spec.task_type, list(spec.models)) == ("rembg", [])
+        assert [upload.name for upload in spec.image_uploads] == ["image.png"]
 
 
 async def test_an_img2img_job_carries_its_picture_to_the_worker_and_a_bad_one_is_refused_at_the_start(

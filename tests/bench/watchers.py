@@ -1,4 +1,4 @@
-"""How long a job's event takes to its watcher, and what a watcher costs: many jobs, each watched through the gateway."""
+"""How long a job's event takes to its watcher, and what a watcher costs: many jobs, each watched through Envoy."""
 
 from __future__ import annotations
 

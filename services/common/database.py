@@ -37,7 +37,8 @@ class Database:
 
     def __init__(self, url: str, pool_size: int = 8) -> None:
         self._url = url
-        self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0)
+        # Errors go to the log, and the values of a statement may be secrets.
+        self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, hide_parameters=True)
         event.listen(self.engine.sync_engine, "checkout", _refuse_if_ended)
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
         self._plain_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)

@@ -41,7 +41,8 @@ async def run(settings: IdentitySettings) -> None:
         tokens.forget()
 
     def add_servicers(server: grpc.aio.Server) -> None:
-        identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(identity, tokens), server)
+        servicer = IdentityServicer(identity, tokens, settings.allow_initial_users)
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(servicer, server)
         authorization = AuthorizationServicer(tokens, hashes.gateway)
         ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server)
 

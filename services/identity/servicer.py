@@ -26,8 +26,9 @@ _NOT_APPLICABLE = "not_applicable"
 class IdentityServicer(rpc.IdentityServiceServicer):
     """Parses, calls the domain, replies."""
 
-    def __init__(self, identity: Identity, tokens: Tokens) -> None:
+    def __init__(self, identity: Identity, tokens: Tokens, allow_initial_users: bool = True) -> None:
         self._identity = identity
+        self._allow_initial_users = allow_initial_users
         self._tokens = tokens
 
     async def Ping(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
@@ -62,7 +63,7 @@ class IdentityServicer(rpc.IdentityServiceServicer):
         if not request.initial and not request.roles:
             raise InvalidArgument('[object has missing required properties (["roles"])]')
         caller = current_caller()
-        is_first_of_webui = request.initial and caller.is_webui and caller.impersonate
+        is_first_of_webui = self._allow_initial_users and request.initial and caller.is_webui and caller.impersonate
         if not is_first_of_webui:
             enforce()
         if not request.initial:

@@ -13,12 +13,16 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class IdentitySettings(AuditedSettings):
-    """What identity needs beside what every service does."""
+    """What identity needs beside what every service does.
+
+    Without `allow_initial_users` a WebUI client's `initial` user needs the permission like any other (contract 3.6).
+    """
 
     signing_key_file: Path
     secret_hashes_file: Path
     api_key_file: Path
     password_key_file: Path
+    allow_initial_users: bool = True
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Running:
     channel: grpc.aio.Channel
     database: Database
     store: IdentityStore
+    domain: Identity
     issued: IdentityTokens
     tokens: Tokens
     first_key: str
@@ -123,7 +124,7 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
             stack.push_async_callback(server.stop, 0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
             await notified.wait()
-            return Running(address, channel, database, store, issued, tokens, first_key, notified)
+            return Running(address, channel, database, store, identity, issued, tokens, first_key, notified)
 
         yield start
 

@@ -1,14 +1,19 @@
 """Roles and users, as contract 3 has them."""
 
 import json
+import traceback
 from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy as sa
 from google.protobuf.json_format import MessageToDict
+from structlog.testing import capture_logs
 
 from esd.identity.v1 import identity_pb2 as pb
+from esd.identity.v1 import identity_pb2_grpc
 from services.common.auth import Profile, UsernameStatus
+from services.identity.servicer import IdentityServicer
 
 ALL = ["train:all", "checkpoint:all", "inference:all", "sagemaker_endpoint:all", "user:all", "role:all"]
 INVALID, PRECONDITION, DENIED = (
@@ -16,6 +21,7 @@ INVALID, PRECONDITION, DENIED = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.PERMISSION_DENIED,
 )
+UNAUTHENTICATED, INTERNAL = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL
 
 
 async def _fails(call: Any, code: grpc.StatusCode) -> str:
@@ -236,6 +242,38 @@ async def test_the_webui_client_makes_its_first_administrator_with_an_impersonat
     user = await _user_named(identity, "ann")
     assert (user.creator, list(user.roles)) == ("ESD", ["IT Operator"])
     assert (await identity.caller(identity.first_key)).name == "api", "the first key still works"
+
+
+async def test_the_webui_clients_way_to_administrators_can_be_closed(
+    identity: Any, user_token: Any, serve: Any
+) -> None:
+    servicer = IdentityServicer(identity.domain, identity.issued, allow_initial_users=False)
+    channel = await serve(lambda server: identity_pb2_grpc.add_IdentityServiceServicer_to_server(servicer, server))
+    stub: Any = identity_pb2_grpc.IdentityServiceStub(channel)
+    initial = _user("eve", [], initial=True)
+    absent = user_token("api", profile=Profile.WEBUI, username_status=UsernameStatus.ABSENT, impersonate=True)
+    assert await _fails(stub.CreateUser(initial, metadata=absent), UNAUTHENTICATED) == "Unauthorized"
+    lesser = user_token("api", ["train:all"], profile=Profile.WEBUI, impersonate=True)
+    assert "['user:all']" in await _fails(stub.CreateUser(initial, metadata=lesser), DENIED)
+    boss = user_token("api", ALL, profile=Profile.WEBUI, impersonate=True)
+    assert (await stub.CreateUser(initial, metadata=boss)).user.username == "eve"
+
+
+async def test_no_password_and_no_key_is_ever_logged(identity: Any, user_token: Any) -> None:
+    webui = user_token("api", ALL, profile=Profile.WEBUI)
+    with capture_logs() as logs:
+        await identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=identity.admin)
+        await _user_named(identity, "ann", webui, show_password="True")
+        key = (await identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="ann"), metadata=identity.admin)).key
+        await identity.check(x_api_key=key)
+        async with identity.database.transaction() as session:
+            await session.execute(sa.text("ALTER TABLE users RENAME TO gone"))
+        await _fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=identity.admin), INTERNAL)
+    failed = next(entry["exc_info"] for entry in logs if entry["event"] == "rpc failed")
+    text = str(logs) + "".join(traceback.format_exception(failed))
+    assert "UndefinedTable" in text
+    for secret in ("päss word", key, "argon2", "gAAAA"):
+        assert secret not in text
 
 
 async def test_nobody_else_makes_an_administrator_without_the_permission(identity: Any, user_token: Any) -> None:

@@ -40,3 +40,11 @@ def test_a_watched_job_shows_itself_from_its_creation_to_its_picture(studio: Stu
     (image,) = [event["image"] for event in rest if "image" in event]
     assert Image.open(io.BytesIO(studio.api.get(image["url"]))).size == (64, 64)
     assert [next(iter(event)) for event in events(studio.api, job_id)] == ["image", "done"]
+
+
+def test_watching_ends_when_the_key_is_revoked(studio: Studio, admin: Api) -> None:
+    made = admin.ok("POST", "/keys", {"username": "painter"}, 201)
+    told = events(Api(studio.api.url, made["key"]), create_job(studio.api, studio.model))
+    assert next(told) == {"created": {}}
+    admin.ok("DELETE", "/keys", {"key_id_list": [made["id"]]}, 204)
+    assert {name for event in told for name in event} <= {"ping"}, "the stream ends though the job never does"

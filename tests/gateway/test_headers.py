@@ -22,6 +22,7 @@ UNREADABLE = [
     ("x-a", b""),
     ("user-agent", b"\xe9"),
     ("x-envoy-upstream-rq-timeout-ms", b"1"),
+    ("te", b"junk"),
 ]
 
 

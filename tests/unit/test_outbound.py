@@ -42,8 +42,8 @@ UNSOUND = [
 
 
 @asynccontextmanager
-async def server(handler: Handler) -> AsyncIterator[int]:
-    """A server on 127.0.0.1 that hands each request's head to the handler; answers its port."""
+async def server(handler: Handler, host: str = "127.0.0.1") -> AsyncIterator[int]:
+    """A server on the host that hands each request's head to the handler; answers its port."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -53,7 +53,7 @@ async def server(handler: Handler) -> AsyncIterator[int]:
         finally:
             writer.close()
 
-    listening = await asyncio.start_server(connected, "127.0.0.1", 0)
+    listening = await asyncio.start_server(connected, host, 0)
     try:
         yield listening.sockets[0].getsockname()[1]
     finally:
@@ -187,6 +187,15 @@ async def test_redirects_are_followed_and_each_hop_is_checked() -> None:
                 await _read(Outbound(LOCAL), f"http://127.0.0.1:{port}/")
 
 
+async def test_no_spelling_of_an_own_address_is_reached_by_a_redirect() -> None:
+    only = Outbound([ipaddress.ip_network("127.0.0.7/32")])
+    for bad in SPELLINGS:
+        location = bad.encode("ascii", "ignore").decode() if not bad.isascii() else bad
+        async with server(saying(f"HTTP/1.1 307 Moved\nLocation: {location}\nContent-Length: 0"), "127.0.0.7") as port:
+            with pytest.raises(UrlRefused):
+                await _read(only, f"http://127.0.0.7:{port}/")
+
+
 async def test_a_long_chain_of_redirects_ends() -> None:
     seen = []
 
@@ -241,7 +250,13 @@ async def test_what_drips_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_what_ends_early_or_speaks_no_http_may_be_tried_again() -> None:
-    for handler in (saying("HTTP/1.1 200 OK\nContent-Length: 5", b"ab"), saying("SSH-2.0-x"), saying("")):
+    bomb = gzip.compress(bytes(1000))
+    for handler in (
+        saying("HTTP/1.1 200 OK\nContent-Length: 5", b"ab"),
+        saying("HTTP/1.1 200 OK\nTransfer-Encoding: gzip", bomb),
+        saying("SSH-2.0-x"),
+        saying(""),
+    ):
         async with server(handler) as port:
             with pytest.raises(Unreachable):
                 await _read(Outbound(LOCAL), f"http://127.0.0.1:{port}/")

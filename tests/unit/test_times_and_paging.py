@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.common.errors import InvalidArgument
 from services.common.paging import MAX_LIMIT, KeyNames, make_key, parse_key, parse_limit
@@ -65,3 +67,27 @@ def test_a_limit_is_ten_by_default_and_none_is_larger_than_a_page_can_be(text: s
 def test_a_limit_that_is_no_number_is_refused() -> None:
     with pytest.raises(InvalidArgument, match='limit "few" is not a number'):
         parse_limit("few")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([NAMES.id, NAMES.time]) | st.text(), inner)
+    ),
+    max_leaves=5,
+)
+
+
+@given(st.uuids(), st.datetimes(datetime(2000, 1, 1), timezones=st.just(UTC)))
+def test_any_row_has_a_key_that_leads_back_to_it(row_id: UUID, time: datetime) -> None:
+    assert parse_key(NAMES, make_key(NAMES, row_id, time)) == (time, row_id)
+
+
+@given(JSON.map(lambda value: base64.urlsafe_b64encode(json.dumps(value).encode()).decode()) | st.text(min_size=1))
+def test_any_text_is_a_key_or_refused(key: str) -> None:
+    try:
+        time, row_id = parse_key(NAMES, key) or (None, None)
+    except InvalidArgument:
+        return
+    assert isinstance(time, datetime)
+    assert isinstance(row_id, UUID)

@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install check fix test test-slow up demo bench chaos
+.PHONY: help install check fix test test-slow test-k8s up demo bench chaos
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## Make .venv with the pinned dependencies and generate the protos' code
 
@@ -36,6 +36,10 @@ test: install  ## All tests, with the real parts on free ports
 
 test-slow: install  ## The tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built (minutes, once; as root)
+	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh)} && test -n "$$assets" && \
+	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest tests/services/endpoints/test_kubernetes.py tests/services/endpoints/test_clusters.py
 
 up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up

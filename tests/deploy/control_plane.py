@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
+import secrets
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.processes import ROOT, running
 
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS", "")
 _KUBERNETES = ROOT / "deploy" / "kubernetes"
-_ADMIN = "the token of the tests' administrator"
+_ADMIN = secrets.token_hex(16)
 # What the tests need of the controllers, and few threads for it.
 _CONTROLLERS = (
     "deployment,replicaset,disruption,garbagecollector,namespace,nodelifecycle,serviceaccount,serviceaccount-token"
@@ -66,11 +67,10 @@ class ControlPlane:
         return client.ApiClient(configuration)
 
 
-@contextmanager
-def control_plane(folder: Path) -> Iterator[ControlPlane]:
+@asynccontextmanager
+async def control_plane(folder: Path) -> AsyncIterator[ControlPlane]:
     """A control plane that runs during the block; its API answers when the block begins."""
-    version = subprocess.run([_program("kube-apiserver"), "--version"], capture_output=True, text=True, check=True)
-    minor = int(re.search(r"v1\.(\d+)", version.stdout)[1])  # type: ignore[index]
+    minor = _minor_version()
     etcd, peer, api = (free_port() for _ in range(3))
     plane = ControlPlane(folder, f"https://127.0.0.1:{api}", minor >= 21)
     key = generate_private_key(public_exponent=65537, key_size=2048)
@@ -122,12 +122,13 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
             log = stack.enter_context((folder / f"{name}.log").open("wb"))
             command = ["sh", "-c", 'exec "$@" 2>&1', "sh", _program(name), *arguments]
             stack.enter_context(running(command, {"PATH": os.environ["PATH"], "HOME": str(folder)}, log))
+            if name == "kube-apiserver":
+                await _until_it_answers(plane)  # the controllers would wait for 10 seconds only
         yield plane
 
 
-async def until_it_answers(plane: ControlPlane, seconds: float = 120) -> None:
-    """Returns when the API server is ready."""
-    async with asyncio.timeout(seconds), await plane.client() as api:
+async def _until_it_answers(plane: ControlPlane) -> None:
+    async with await plane.client() as api:
         while True:
             try:
                 await client.CoreV1Api(api).list_namespace()
@@ -135,6 +136,11 @@ async def until_it_answers(plane: ControlPlane, seconds: float = 120) -> None:
                 await asyncio.sleep(0.2)  # a server that does not listen yet sends no event
             else:
                 return
+
+
+def _minor_version() -> int:
+    said = subprocess.run([_program("kube-apiserver"), "--version"], capture_output=True, text=True, check=True).stdout
+    return int(said.partition("v1.")[2].partition(".")[0])
 
 
 def _program(name: str) -> str:
@@ -154,9 +160,20 @@ async def prepare(api: client.ApiClient) -> None:
 
 
 async def account_token(plane: ControlPlane) -> str:
-    """A token of the service account `endpoints`."""
+    """A token of the service account `endpoints`, whose role the API server knows."""
     async with await plane.client() as api:
         request = {"spec": {"audiences": ["https://tests"], "expirationSeconds": 3600}}
         core: Any = client.CoreV1Api(api)
-        answer = await core.create_namespaced_service_account_token("endpoints", "esd", request)
-        return str(answer.status.token)
+        token = str((await core.create_namespaced_service_account_token("endpoints", "esd", request)).status.token)
+    async with await plane.client(token) as own:
+        apps: Any = client.AppsV1Api(own)
+        while True:
+            try:
+                await client.ApisApi(own).get_api_versions()  # by a role that every account has
+                await apps.list_namespaced_deployment("esd-workers")
+            except ApiException as error:
+                if error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                await asyncio.sleep(0.1)  # the API server reads new roles in its own time, and does not tell when
+            else:
+                return token

@@ -37,7 +37,7 @@ from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
-from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare, until_it_answers
+from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare
 from tests.deploy.process_kubelet import ProcessKubelet
 from tests.serving import AUDIT_KEY, Metadata, Tokens
 
@@ -253,13 +253,11 @@ async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Contr
     if not ASSETS:
         pytest.skip("needs a Kubernetes control plane: set KUBEBUILDER_ASSETS (make test-k8s)")
     folder = tmp_path_factory.mktemp("kubernetes")
-    with control_plane(folder) as plane:
-        await until_it_answers(plane)
-        async with await plane.client() as api, AsyncExitStack() as stack:
-            await prepare(api)
-            for number in (1, 2):
-                await stack.enter_async_context(ProcessKubelet(api, f"node-{number}", 2, folder))
-            yield plane
+    async with control_plane(folder) as plane, await plane.client() as api, AsyncExitStack() as stack:
+        await prepare(api)
+        for number in (1, 2):
+            await stack.enter_async_context(ProcessKubelet(api, f"node-{number}", 2, folder))
+        yield plane
 
 
 @pytest.fixture
@@ -273,7 +271,10 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
                 image="worker:1",
                 server_url=f"http://{peers.address}",
                 command=command,
-                profiles={"one-gpu": Profile(gpus=1, cpu="100m", memory="64Mi")},
+                profiles={
+                    "one-gpu": Profile(gpus=1, cpu="100m", memory="64Mi"),
+                    "cpu": Profile(gpus=0, cpu="100m", memory="64Mi"),
+                },
                 cache_gib=1,
                 kubeconfig=nodes.kubeconfig(token),
             )

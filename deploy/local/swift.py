@@ -43,8 +43,13 @@ fallocate_reserve = 0
 pipeline = {kind}-server
 [app:{kind}-server]
 use = egg:swift#{kind}
+conn_timeout = {patience}
+node_timeout = {patience}
 """
 
+# Of the servers with each other, in seconds. They share one process: who does not answer is busy, not broken, and there
+# is no other to ask. By default ten answers that come late make the proxy refuse everything for a minute.
+_PATIENCE = 60
 _PROXY_CONF = """\
 [DEFAULT]
 swift_dir = {etc}
@@ -56,6 +61,10 @@ pipeline = catch_errors gatekeeper cache listing_formats bulk s3api tempauth cop
 proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
+conn_timeout = {patience}
+node_timeout = {patience}
+recoverable_node_timeout = {patience}
+error_suppression_limit = 1000000000
 allow_account_management = true
 account_autocreate = true
 [filter:catch_errors]
@@ -153,11 +162,11 @@ def _configure(root: Path) -> Path:
         ring = etc / f"{kind}.ring.gz"
         if not ring.exists():
             _make_ring(ring, port)
-        _write(etc / f"{kind}-server.conf", _SERVER_CONF.format(etc=etc, node=node, kind=kind))
+        _write(etc / f"{kind}-server.conf", _SERVER_CONF.format(etc=etc, node=node, kind=kind, patience=_PATIENCE))
     account, _, user = _setting("ESD_S3_ACCESS_KEY").partition(":")
     secret = Path(_setting("ESD_S3_SECRET_KEY_FILE")).read_text().strip()
     region = os.environ.get("ESD_S3_REGION", "us-east-1")
-    proxy = _PROXY_CONF.format(etc=etc, account=account, user=user, secret=secret, region=region)
+    proxy = _PROXY_CONF.format(etc=etc, account=account, user=user, secret=secret, region=region, patience=_PATIENCE)
     _write(etc / "proxy-server.conf", proxy)
     return etc
 

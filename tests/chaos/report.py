@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,6 +16,7 @@ from tests.chaos.clients import Submission
 from tests.chaos.run import Outcome
 
 _MAX_STORIES = 5
+_NAME = re.compile(r"[0-9a-f-]{36}|image_\d+")  # what makes every reason another
 _MAX_LINES = 80
 _BEFORE = timedelta(seconds=10)
 
@@ -29,7 +31,8 @@ def report(outcome: Outcome, folder: Path, console: Console) -> None:
     table.add_row("accepted", str(verdict.num_accepted), str(len(outcome.submissions)))
     table.add_row("succeeded", str(verdict.num_succeeded))
     table.add_row("failed with a reason", str(sum(map(bool, verdict.failures))))
-    for reason, number in Counter(verdict.failures).items():
+    reasons = (_NAME.sub("…", reason) for reason in verdict.failures)
+    for reason, number in Counter(reasons).items():
         table.add_row(f"  {reason}", str(number))
     for kind, found in verdict.wrong.items():
         table.add_row(kind, str(len(found)), "0")

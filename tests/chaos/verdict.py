@@ -173,7 +173,8 @@ class Judge:
 
     def _unaccounted(self) -> list[str]:
         """Prefixes with results that count for no job and that the cleaner does not know of."""
-        counted = {f"out/{row['id']}/result/{row['result_lease']}/" for row in self._rows.values()}
+        leases = [(row["id"], lease) for row in self._rows.values() for lease in (row["result_lease"], row["lease_id"])]
+        counted = {f"out/{job_id}/result/{lease}/" for job_id, lease in leases}
         pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=S3_BUCKET, Prefix="out/")
         keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
         prefixes = {key.rpartition("/")[0] + "/" for key in keys}

@@ -49,6 +49,8 @@ demo: install  ## A picture through the REST API: make demo CHECKPOINT=model.saf
 
 bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench.throughput
+	$(BIN)/python -m tests.bench.table_size
 	$(BIN)/python -m tests.bench.checkpoints
 
 chaos: install  ## Kill everything at random while users submit jobs, and prove that none is lost or doubled

@@ -24,6 +24,7 @@ from services.endpoints.cluster.local import LocalCluster, LocalSettings, find_g
 from services.endpoints.domain import Endpoints
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
+from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
 
@@ -41,6 +42,22 @@ class EndpointsSettings(AuditedSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_instances: int = Field(64, ge=1)
     drain_seconds: float = Field(60.0, ge=0)
+    # How pools follow their load (scaling.ScalingPolicy).
+    scale_target_async: float = Field(3.0, gt=0)
+    scale_target_real_time: float = Field(5.0, gt=0)
+    scale_job_seconds: float = Field(10.0, gt=0)
+    scale_out_seconds: float = Field(30.0, ge=0)
+    scale_in_seconds: float = Field(900.0, ge=0)
+
+    def scaling(self) -> ScalingPolicy:
+        """How pools follow their load."""
+        return ScalingPolicy(
+            target_async=self.scale_target_async,
+            target_real_time=self.scale_target_real_time,
+            job_seconds=self.scale_job_seconds,
+            out_seconds=self.scale_out_seconds,
+            in_seconds=self.scale_in_seconds,
+        )
 
     def local(self) -> LocalSettings:
         """How workers run on this machine.
@@ -95,7 +112,7 @@ async def main(settings: EndpointsSettings) -> None:
         EndpointsServicer(Endpoints(store, identity, settings.max_instances)), server.grpc
     )
     async with running_cluster(settings, store, wake.set) as cluster, asyncio.TaskGroup() as group:
-        control = ControlLoop(store, database, identity, queue, cluster, wake)
+        control = ControlLoop(store, database, identity, queue, cluster, wake, settings.scaling())
         loop = group.create_task(control.run())
         auditing = group.create_task(audit.log_heads(database))
         await server.run()

@@ -10,9 +10,9 @@ from uuid import uuid4
 from services.common.errors import InvalidArgument, NotFound
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.endpoints.peers import Identity, User
-from services.endpoints.store import IN_SERVICE, UPDATING, Endpoint, EndpointStore
+from services.endpoints.store import IN_SERVICE, REAL_TIME, UPDATING, Endpoint, EndpointStore
 
-ASYNC, REAL_TIME, SERVERLESS = "Async", "Real-time", "Serverless"
+SERVERLESS = "Serverless"
 _KEY_NAMES = KeyNames("EndpointDeploymentJobId", "startTime")
 _MAX_EXTENSIONS = 2  # the text says 3, and refuses the third: so does the original
 
@@ -87,6 +87,7 @@ class Endpoints:
             num_initial=new.num_initial,
             num_min=new.num_min,
             num_max=new.num_max,
+            num_workers=min(max(new.num_initial, new.num_min), new.num_max) if new.autoscaling else new.num_initial,
             owners=list(dict.fromkeys(new.roles)),
             creator=creator,
             custom_extensions=",".join(extensions),

@@ -11,6 +11,7 @@ from esd.identity.v1 import identity_pb2, identity_pb2_grpc
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.options.v1 import options_pb2
 from services.common.clients import domain_error
+from services.endpoints.scaling import Backlog
 
 _TIMEOUT_SECONDS = 10.0
 
@@ -25,11 +26,18 @@ class User:
 
 @dataclass(frozen=True)
 class Load:
-    """What the queue knows of an endpoint: its workers with a live stream, and its jobs."""
+    """What the queue knows of an endpoint: its workers with a live stream, its jobs, and how long one worker would
+    take for them, if it knows."""
 
     worker_ids: frozenset[str] = frozenset()
     num_queued: int = 0
     num_running: int = 0
+    work_seconds: float | None = None
+
+    @property
+    def backlog(self) -> Backlog:
+        """All jobs that have not ended."""
+        return Backlog(self.num_queued + self.num_running, self.work_seconds)
 
 
 class Identity:
@@ -84,10 +92,7 @@ class Queue:
         try:
             stream = self._stub.WatchPools(inference_pb2.WatchPoolsRequest(), wait_for_ready=True)
             async for response in stream:
-                yield {
-                    pool.endpoint_id: Load(frozenset(pool.worker_ids), pool.num_queued, pool.num_running)
-                    for pool in response.pools
-                }
+                yield {pool.endpoint_id: _load(pool) for pool in response.pools}
         except grpc.aio.AioRpcError as error:
             raise domain_error(error, "inference") from error
 
@@ -98,3 +103,8 @@ class Queue:
             await self._stub.RetireEndpoint(request, timeout=_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise domain_error(error, "inference") from error
+
+
+def _load(pool: inference_pb2.Pool) -> Load:
+    work_seconds = pool.work_seconds if pool.HasField("work_seconds") else None
+    return Load(frozenset(pool.worker_ids), pool.num_queued, pool.num_running, work_seconds)

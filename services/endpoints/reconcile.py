@@ -15,14 +15,27 @@ import structlog
 
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
-from services.endpoints.cluster import Cluster, Pool
+from services.endpoints.cluster import Cluster, Pool, PoolState
 from services.endpoints.peers import Identity, Load, Queue
-from services.endpoints.store import CHANGED, CREATING, DELETING, FAILED, Endpoint, EndpointStore
+from services.endpoints.scaling import ScalingPolicy, decide, needed_workers, seconds_until_due
+from services.endpoints.store import (
+    CHANGED,
+    CREATING,
+    DELETING,
+    DRAINING,
+    FAILED,
+    IN_SERVICE,
+    REAL_TIME,
+    UPDATING,
+    Endpoint,
+    EndpointStore,
+)
 
 log = structlog.get_logger()
 
 _SWEEP_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
+_WITHOUT_WORKERS = (DELETING, FAILED, DRAINING)
 
 
 class ControlLoop:
@@ -36,6 +49,7 @@ class ControlLoop:
         queue: Queue,
         cluster: Cluster,
         wake: asyncio.Event,
+        policy: ScalingPolicy,
     ) -> None:
         self._store = store
         self._database = database
@@ -43,6 +57,7 @@ class ControlLoop:
         self._queue = queue
         self._cluster = cluster
         self._wake = wake
+        self._policy = policy
         self._loads: dict[str, Load] | None = None  # None until the queue has told
 
     async def run(self) -> None:
@@ -84,12 +99,18 @@ class ControlLoop:
         while True:
             self._wake.clear()
             await confirm()
-            await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in await self._store.get_all()))
+            endpoints = await self._store.get_all()
+            await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in endpoints))
             try:
-                async with asyncio.timeout(_SWEEP_SECONDS):
+                async with asyncio.timeout(self._seconds_to_rest(endpoints)):
                     await self._wake.wait()
             except TimeoutError:
-                pass  # the sweep
+                pass  # the sweep, or a pool's time to change
+
+    def _seconds_to_rest(self, endpoints: list[Endpoint]) -> float:
+        now = datetime.now(UTC)
+        due = [seconds_until_due(row.scale, now, self._policy) for row in endpoints if row.autoscaling]
+        return min([_SWEEP_SECONDS, *(seconds for seconds in due if seconds is not None)])
 
     async def _reconcile_safely(self, endpoint: Endpoint) -> None:
         """One endpoint's trouble is not the others'; the sweep tries again."""
@@ -102,7 +123,9 @@ class ControlLoop:
 
     async def _reconcile(self, endpoint: Endpoint) -> None:
         load = (self._loads or {}).get(endpoint.id, Load())
-        num_workers = desired_workers(endpoint, load.num_queued)
+        if self._loads is not None:
+            await self._rescale(endpoint, load)
+        num_workers = 0 if endpoint.status in _WITHOUT_WORKERS else endpoint.num_workers
         if num_workers and not await self._cluster.has_secret(endpoint.id):
             secret = await self._identity.create_worker_secret(endpoint.id)
             await self._cluster.save_secret(endpoint.id, secret)
@@ -119,14 +142,32 @@ class ControlLoop:
             await self._retire_failed(endpoint, state.failure)
             self._wake.set()  # stop its other workers
         elif self._loads is not None:
-            await self._observe(endpoint, load)
+            await self._observe(endpoint, load, state)
 
-    async def _observe(self, endpoint: Endpoint, load: Load) -> None:
+    async def _rescale(self, endpoint: Endpoint, load: Load) -> None:
+        """Decides how many workers an endpoint that follows its load should have; a new one gets its first before."""
+        if not endpoint.autoscaling or endpoint.status not in (IN_SERVICE, UPDATING):
+            return
+        num_needed = needed_workers(load.backlog, endpoint.type == REAL_TIME, self._policy)
+        bounds = endpoint.num_min, endpoint.num_max
+        scale = decide(endpoint.scale, num_needed, *bounds, datetime.now(UTC), self._policy)
+        if scale == endpoint.scale:
+            return
+        if not await self._store.set_scale(endpoint, scale, _why(load, num_needed, bounds)):
+            self._wake.set()  # somebody changed it meanwhile: look again
+            return
+        if scale.num_workers != endpoint.num_workers:
+            log.info("a pool is scaled", endpoint=endpoint.name, before=endpoint.num_workers, now=scale.num_workers)
+        endpoint.num_workers, endpoint.need_since = scale.num_workers, scale.need_since
+        endpoint.surplus_since, endpoint.surplus_peak = scale.surplus_since, scale.surplus_peak
+
+    async def _observe(self, endpoint: Endpoint, load: Load, state: PoolState) -> None:
         """Writes down what the queue sees of the workers."""
         num_live = len(load.worker_ids)
         if num_live != endpoint.num_live:
             await self._store.set_num_live(endpoint.id, num_live)
-        if num_live and endpoint.status == CREATING:
+        has_arrived = num_live == state.num_running == endpoint.num_workers
+        if (num_live and endpoint.status == CREATING) or (has_arrived and endpoint.status == UPDATING):
             await self._store.set_in_service(endpoint.id, datetime.now(UTC))
             log.info("an endpoint is in service", endpoint=endpoint.name)
 
@@ -150,11 +191,8 @@ class ControlLoop:
         log.info("an endpoint is gone", endpoint=endpoint.name)
 
 
-def desired_workers(endpoint: Endpoint, num_queued: int) -> int:
-    """How many workers an endpoint should have now."""
-    if endpoint.status in (DELETING, FAILED):
-        return 0
-    if not endpoint.autoscaling:
-        return endpoint.num_initial
-    # The policy that follows the backlog is to come; until then the pool holds still within its bounds.
-    return min(max(endpoint.num_initial, endpoint.num_min, 1 if num_queued else 0), endpoint.num_max)
+def _why(load: Load, num_needed: int, bounds: tuple[int, int]) -> str:
+    """Why a pool is scaled, for its events."""
+    work = "" if load.work_seconds is None else f", about {load.work_seconds:.0f} s of work"
+    jobs = f"{load.num_queued} jobs wait and {load.num_running} run{work}"
+    return f"{jobs}, which needs {num_needed} workers of {bounds[0]} to {bounds[1]}"

@@ -12,8 +12,8 @@ from services.common.auth import current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.times import time_text
-from services.endpoints.domain import ASYNC, Endpoints, NewEndpoint, check_custom
-from services.endpoints.store import Endpoint
+from services.endpoints.domain import Endpoints, NewEndpoint, check_custom
+from services.endpoints.store import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
 

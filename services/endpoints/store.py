@@ -14,13 +14,23 @@ from sqlmodel import Field, SQLModel, col
 
 from services.common.audit import Audit
 from services.common.database import Database, notify
-from services.common.errors import FailedPrecondition, Unavailable
+from services.common.errors import FailedPrecondition, NotFound, Unavailable
+from services.endpoints import event_store as events
+from services.endpoints.event_store import Happening, remember
+from services.endpoints.scaling import Scale
 
 CHANGED = "endpoints_changed"  # the NOTIFY channel that wakes the control loop
 _LEADER_LOCK = 0x656E6470  # any numbers will do, as long as all replicas take the same
 _CREATE_LOCK = 0x656E6471
 
+ASYNC, REAL_TIME = "Async", "Real-time"
 CREATING, IN_SERVICE, UPDATING, FAILED, DELETING = "Creating", "InService", "Updating", "Failed", "Deleting"
+DRAINING = "Draining"  # not a word of the original: no workers and no new jobs, until somebody ends that
+
+
+_OBSERVED = {"id", "name", "num_live", "num_workers", "need_since", "surplus_since", "surplus_peak"}
+_BOUNDS = ("autoscaling", "num_min", "num_max", "num_workers")
+_OBSERVED |= {"start_time", "end_time", "is_retired"}
 
 
 class RoleHasEndpoint(FailedPrecondition):
@@ -31,10 +41,15 @@ class NameInUse(FailedPrecondition):
     """A live endpoint has this name."""
 
 
+class EndpointNotFound(NotFound):
+    """There is no such endpoint, or not for this caller."""
+
+
 class Endpoint(SQLModel, table=True):
     """A pool. Counts are of workers: `num_initial`, `num_min` and `num_max` are wishes, `num_live` is what was seen.
 
-    `is_retired` says that the queue was told that the endpoint takes no more jobs.
+    `num_workers` is what the control loop has decided, and `need_since` to `surplus_peak` why it may decide otherwise
+    soon (scaling.Scale). `is_retired` says that the queue was told that the endpoint takes no more jobs.
     """
 
     __tablename__ = "endpoints"
@@ -49,6 +64,10 @@ class Endpoint(SQLModel, table=True):
     num_min: int
     num_max: int
     num_live: int = 0
+    num_workers: int
+    need_since: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    surplus_since: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    surplus_peak: int = 0
     owners: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False))
     creator: str
     custom_extensions: str = ""
@@ -60,7 +79,12 @@ class Endpoint(SQLModel, table=True):
 
     def facts(self) -> dict[str, Any]:
         """What the audit may know: what was asked for, and what became of it; not what is merely observed."""
-        return self.model_dump(exclude={"id", "name", "num_live", "start_time", "end_time", "is_retired"})
+        return self.model_dump(exclude=_OBSERVED)
+
+    @property
+    def scale(self) -> Scale:
+        """What was decided about the number of workers."""
+        return Scale(self.num_workers, self.need_since, self.surplus_since, self.surplus_peak)
 
     def is_open_to(self, username: str, roles: list[str]) -> bool:
         """Whether the user may use the endpoint (contract 1.6: the owner test)."""
@@ -117,6 +141,8 @@ class EndpointStore:
                     f'Cannot create already existing model "{endpoint.name}": there is an endpoint of this name'
                 )
             session.add(endpoint)
+            await session.flush()
+            await remember(session, endpoint.id, Happening(events.CREATED, f"asked for by {endpoint.creator}"))
             await notify(session, CHANGED, endpoint.id)
             await self._audit.record(session, "endpoint.create", endpoint.name, after=endpoint.facts())
 
@@ -135,19 +161,42 @@ class EndpointStore:
         wanted = col(Endpoint.name).in_(names), col(Endpoint.status) != DELETING
         async with self._database.transaction() as session:
             await notify(session, CHANGED, "")
-            await self._change(session, "endpoint.delete", wanted, {"status": DELETING})
+            deletion = Happening(events.DELETING, "its workers finish what they run and leave; its jobs go elsewhere")
+            await self._change(session, "endpoint.delete", wanted, {"status": DELETING}, deletion)
 
     async def set_num_live(self, endpoint_id: str, num_live: int) -> None:
         """Remembers how many workers were seen."""
         await self._update(endpoint_id, num_live=num_live)
 
     async def set_in_service(self, endpoint_id: str, now: datetime) -> None:
-        """Brings a new endpoint into service."""
-        await self._update(endpoint_id, [CREATING], status=IN_SERVICE, end_time=now)
+        """Brings an endpoint into service: a new one, or one whose number of workers has changed."""
+        arrived = Happening(events.IN_SERVICE, "its workers are as many as wanted, and have reached the queue")
+        await self._update(endpoint_id, [CREATING, UPDATING], arrived, status=IN_SERVICE, end_time=now)
+
+    async def set_scale(self, endpoint: Endpoint, scale: Scale, reason: str) -> bool:
+        """Remembers what was decided, and why if it counts. False: the endpoint has changed since it was read."""
+        values: dict[str, Any] = {
+            "num_workers": scale.num_workers,
+            "need_since": scale.need_since,
+            "surplus_since": scale.surplus_since,
+            "surplus_peak": scale.surplus_peak,
+        }
+        happening = None
+        if scale.num_workers != endpoint.num_workers:
+            word = events.SCALED_OUT if scale.num_workers > endpoint.num_workers else events.SCALED_IN
+            text = f"from {endpoint.num_workers} to {scale.num_workers} workers: {reason}"
+            happening = Happening(word, text)
+            if endpoint.status == IN_SERVICE:
+                values["status"] = UPDATING
+        read = [col(Endpoint.id) == endpoint.id, col(Endpoint.status) == endpoint.status]
+        read += [getattr(Endpoint, name) == getattr(endpoint, name) for name in _BOUNDS]
+        async with self._database.transaction() as session:
+            return bool(await self._change(session, "endpoint.update", read, values, happening))
 
     async def set_failed(self, endpoint_id: str, error: str) -> None:
         """Gives an endpoint up."""
-        await self._update(endpoint_id, [CREATING, IN_SERVICE, UPDATING], status=FAILED, error=error, num_live=0)
+        states = [CREATING, IN_SERVICE, UPDATING]
+        await self._update(endpoint_id, states, Happening(events.FAILED, error), status=FAILED, error=error, num_live=0)
 
     async def set_retired(self, endpoint_id: str) -> None:
         """Remembers that the queue knows."""
@@ -179,30 +228,39 @@ class EndpointStore:
 
         `worker` is the row as read, with `num_launches` raised by one and the new process in it.
         """
-        async with self._database.transaction() as session:
-            result: Any = await session.execute(
-                _worker(worker)
-                .where(col(Worker.num_launches) == worker.num_launches - 1)
-                .values(
-                    num_launches=worker.num_launches,
-                    was_live=False,
-                    pid=worker.pid,
-                    start_time=worker.start_time,
-                    gpu=worker.gpu,
-                )
+        launched = (
+            _worker(worker)
+            .where(col(Worker.num_launches) == worker.num_launches - 1)
+            .values(
+                num_launches=worker.num_launches,
+                was_live=False,
+                pid=worker.pid,
+                start_time=worker.start_time,
+                gpu=worker.gpu,
             )
-            return bool(result.rowcount)
+        )
+        where = f" on GPU {worker.gpu}" if worker.gpu is not None else ""
+        started = Happening(events.WORKER_STARTED, f"worker {worker.slot}, process {worker.pid}{where}")
+        return await self._change_worker(worker, launched, started)
 
     async def set_worker_live(self, worker: Worker) -> None:
         """Remembers that the worker's present process reached the queue."""
         async with self._database.transaction() as session:
             await session.execute(_worker(worker, worker.num_launches).values(was_live=True, num_failures=0))
 
-    async def set_worker_ended(self, worker: Worker, num_failures: int) -> None:
-        """Remembers that the worker's present process is no more."""
-        ended = _worker(worker, worker.num_launches)
+    async def set_worker_ended(self, worker: Worker, num_failures: int, reason: str) -> None:
+        """Remembers that the worker's present process is no more, and why."""
+        ended = _worker(worker, worker.num_launches).where(col(Worker.pid) == worker.pid)
+        ended = ended.values(pid=None, start_time=None, num_failures=num_failures)
+        happening = Happening(events.WORKER_ENDED, f"worker {worker.slot}, process {worker.pid}: {reason}")
+        await self._change_worker(worker, ended, happening)
+
+    async def _change_worker(self, worker: Worker, change: Any, happening: Happening) -> bool:
         async with self._database.transaction() as session:
-            await session.execute(ended.values(pid=None, start_time=None, num_failures=num_failures))
+            result: Any = await session.execute(change)
+            if result.rowcount:
+                await remember(session, worker.endpoint_id, happening)
+            return bool(result.rowcount)
 
     async def remove_worker(self, worker: Worker) -> None:
         """Removes a place whose process has ended."""
@@ -235,21 +293,32 @@ class EndpointStore:
         except DBAPIError as error:
             raise Unavailable("the database does not answer at present") from error
 
-    async def _update(self, endpoint_id: str, statuses: Sequence[str] = (), **values: Any) -> None:
+    async def _update(
+        self, endpoint_id: str, statuses: Sequence[str] = (), happening: Happening | None = None, **values: Any
+    ) -> None:
         wanted = [col(Endpoint.id) == endpoint_id, *([col(Endpoint.status).in_(statuses)] if statuses else [])]
         async with self._database.transaction() as session:
-            await self._change(session, "endpoint.update", wanted, values)
+            await self._change(session, "endpoint.update", wanted, values, happening)
 
     async def _change(
-        self, session: AsyncSession, action: str, wanted: Sequence[ColumnElement[bool]], values: Mapping[str, Any]
-    ) -> None:
-        """Gives these endpoints the values, and tells the audit of each."""
-        found = select(Endpoint).where(*wanted).order_by(col(Endpoint.id)).with_for_update()
-        for endpoint in (await session.execute(found)).scalars().all():
+        self,
+        session: AsyncSession,
+        action: str,
+        wanted: Sequence[ColumnElement[bool]],
+        values: Mapping[str, Any],
+        happening: Happening | None = None,
+    ) -> int:
+        """Gives these endpoints the values, and tells the audit and the events of each. Answers how many they are."""
+        query = select(Endpoint).where(*wanted).order_by(col(Endpoint.id)).with_for_update()
+        found = (await session.execute(query)).scalars().all()
+        for endpoint in found:
             before = endpoint.facts()
             for name, value in values.items():
                 setattr(endpoint, name, value)
             await self._audit.record(session, action, endpoint.name, before, endpoint.facts())
+            if happening is not None:
+                await remember(session, endpoint.id, happening)
+        return len(found)
 
 
 def _live_endpoints() -> Any:

@@ -14,6 +14,8 @@ SIMPLE_TASKS = ["txt2img", "img2img"]
 EXTRA_TASKS = ["extra-single-image", "extra-batch-images", "rembg"]
 # The order in which a worker loads (contract 10.2); JSON objects arrive in none.
 _MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE"]
+# The original refuses jobs that name an endpoint while it grows or shrinks; here that is every day's business.
+_USABLE = {"InService", "Updating"}
 _PSEUDO_VAES = ("Automatic", "None")
 
 
@@ -63,7 +65,7 @@ class Choices:
         if draft.endpoint_name:
             if not found:
                 raise InvalidArgument(f"sagemaker endpoint with name {draft.endpoint_name} is not found")
-            if found[0].status != "InService":
+            if found[0].status not in _USABLE:
                 raise FailedPrecondition(f"sagemaker endpoint is not ready with status: {found[0].status}")
         if draft.inference_type not in {ASYNC, REAL_TIME} or not found:
             raise FailedPrecondition(f'no available {draft.inference_type} endpoints for user "{user.name}"')

@@ -16,7 +16,7 @@ from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
 from services.inference.board import Board
-from services.inference.pool_store import PoolStore
+from services.inference.pool_store import PoolState, PoolStore
 from services.inference.queue import Assignment, Queue, WorkerStream, parse_lease
 from services.inference.rehoming import Rehoming
 from services.inference.relay import Relay
@@ -301,10 +301,16 @@ def _assign(assignment: Assignment) -> pb.Assign:
     return pb.Assign(lease_id=str(assignment.lease_id), spec=spec)
 
 
-def _pools(pools: dict[UUID, tuple[list[str], int, int]]) -> pb.WatchPoolsResponse:
+def _pools(pools: dict[UUID, PoolState]) -> pb.WatchPoolsResponse:
     return pb.WatchPoolsResponse(
         pools=[
-            pb.Pool(endpoint_id=str(endpoint), worker_ids=workers, num_queued=queued, num_running=running)
-            for endpoint, (workers, queued, running) in sorted(pools.items())
+            pb.Pool(
+                endpoint_id=str(endpoint),
+                worker_ids=pool.worker_ids,
+                num_queued=pool.num_queued,
+                num_running=pool.num_held,
+                work_seconds=pool.work_seconds,
+            )
+            for endpoint, pool in sorted(pools.items())
         ]
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Select, case, delete, func, select, true
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from services.common.database import Database, notify
@@ -14,6 +17,53 @@ from services.inference.enqueue import enqueue, locked
 from services.inference.rows import Job, RetiredEndpoint, Worker
 from services.inference.signals import JOB_ENDED
 
+_NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """The workers with a stream, the jobs, and how long one worker would take for all of them, where that is known."""
+
+    worker_ids: list[str]
+    num_queued: int = 0
+    num_held: int = 0
+    work_seconds: float | None = None
+
+
+def _work() -> Select[Any]:
+    """Of each endpoint with jobs under way: how many, their cost, and what the last successes cost and took."""
+    held = func.count(col(Job.lease_id))
+    # Those that are held are half done, on average.
+    cost = func.sum(case((col(Job.lease_id).is_(None), col(Job.cost_seconds)), else_=col(Job.cost_seconds) / 2))
+    jobs = (
+        select(
+            col(Job.endpoint_id), (func.count() - held).label("num_queued"), held.label("num_held"), cost.label("cost")
+        )
+        .where(UNDER_WAY)
+        .group_by(col(Job.endpoint_id))
+        .subquery()
+    )
+    done = aliased(Job)
+    recent = (
+        select(
+            func.extract("epoch", col(done.complete_time) - col(done.start_time)).label("seconds"),
+            col(done.cost_seconds),
+        )
+        .where(col(done.endpoint_id) == jobs.c.endpoint_id, col(done.status) == "succeed")
+        .order_by(col(done.complete_time).desc())
+        .limit(_NUM_RECENT)
+        .correlate(jobs)
+        .subquery()
+    )
+    finished = select(
+        func.sum(recent.c.seconds).label("finished_seconds"), func.sum(recent.c.cost_seconds).label("finished_cost")
+    ).where(recent.c.seconds.is_not(None))
+    pace = finished.lateral()
+    return select(jobs, pace.c.finished_seconds, pace.c.finished_cost).join(pace, true())
+
+
+_WORK = _work()
+
 
 class PoolStore:
     """The pools."""
@@ -21,15 +71,19 @@ class PoolStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def pools(self) -> dict[UUID, tuple[list[str], int, int]]:
-        """Of each endpoint with workers or jobs under way: the workers' ids, how many jobs wait, how many are held."""
+    async def pools(self) -> dict[UUID, PoolState]:
+        """The pool of each endpoint that has workers or jobs under way."""
         workers = select(col(Worker.endpoint_id), func.array_agg(Worker.worker_id)).group_by(col(Worker.endpoint_id))
-        held = func.count(col(Job.lease_id))
-        jobs = select(col(Job.endpoint_id), func.count() - held, held).where(UNDER_WAY)
         async with self._database.transaction() as session:
-            found = {endpoint: (sorted(ids), 0, 0) for endpoint, ids in await session.execute(workers)}
-            for endpoint, num_queued, num_held in await session.execute(jobs.group_by(col(Job.endpoint_id))):
-                found[endpoint] = (found[endpoint][0] if endpoint in found else [], num_queued, num_held)
+            found = {endpoint: PoolState(sorted(ids)) for endpoint, ids in await session.execute(workers)}
+            for row in await session.execute(_WORK):
+                worker_ids = found[row.endpoint_id].worker_ids if row.endpoint_id in found else []
+                work_seconds = None
+                if worker_ids and row.finished_cost:
+                    # Jobs that a worker runs at once take turns, and with a queue behind them they are as many as ever.
+                    at_once = max(1.0, row.num_held / len(worker_ids))
+                    work_seconds = row.cost * float(row.finished_seconds) / row.finished_cost / at_once
+                found[row.endpoint_id] = PoolState(worker_ids, row.num_queued, row.num_held, work_seconds)
         return found
 
     async def retire(self, endpoint_id: UUID, reason: str) -> None:

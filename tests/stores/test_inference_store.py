@@ -14,7 +14,7 @@ from services.common.errors import FailedPrecondition, ResourceExhausted
 from services.inference.claim import CLAIM, MAX_PASSED_OVER, WARM_WINDOW
 from services.inference.lease_store import LeaseStore
 from services.inference.leftover_store import LeftoverStore
-from services.inference.pool_store import PoolStore
+from services.inference.pool_store import PoolState, PoolStore
 from services.inference.quotas import Quotas
 from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Submission, Worker, now
 from services.inference.store import JobFilter, JobStore
@@ -443,7 +443,25 @@ async def test_pools_count_workers_and_jobs(pool: Pool) -> None:
         await pool.add()
     await pool.welcome("v")
     await pool.claim_one()
-    assert await pool.pools.pools() == {pool.endpoint_id: (["v", "w"], 2, 1)}
+    assert await pool.pools.pools() == {pool.endpoint_id: PoolState(["v", "w"], 2, 1, None)}
+
+
+async def test_pools_tell_seconds_of_work_by_the_pace_of_the_last_successes(pool: Pool) -> None:
+    await pool.add(cost=2.0)
+    done = await pool.claim_one()
+    await pool.leases.start(pool.endpoint_id, lease(done))
+    await pool.leases.succeed(pool.endpoint_id, lease(done), [IMAGE], {})
+    async with pool.database.transaction() as session:
+        await session.execute(text("UPDATE job SET start_time = complete_time - interval '6 seconds'"))
+    assert await pool.pools.pools() == {pool.endpoint_id: PoolState(["w"])}
+    for cost in (1.0, 4.0, 5.0):
+        await pool.add(cost=cost)
+    assert (await pool.pools.pools())[pool.endpoint_id].work_seconds == pytest.approx(30)
+    held = await pool.claim(num_jobs=2)
+    assert [job.cost_seconds for job in held] == [1.0, 4.0]
+    assert (await pool.pools.pools())[pool.endpoint_id].work_seconds == pytest.approx(3 * (2.5 + 5) / 2)
+    await pool.leave()
+    assert (await pool.pools.pools())[pool.endpoint_id] == PoolState([], 3)
 
 
 async def test_jobs_of_a_retired_endpoint_are_found_and_moved_once(pool: Pool) -> None:

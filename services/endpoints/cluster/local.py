@@ -124,7 +124,7 @@ class LocalCluster:
         if process is None:
             process = Process.adopt(worker.pid, worker.start_time, self._on_change)
             if process is None:  # it ended while nobody watched, which says nothing about how it started
-                await self._record_end(worker, worker.num_failures)
+                await self._record_end(worker, worker.num_failures, "it ended while nobody watched")
                 return None
             log.info("a worker is adopted", worker=worker.worker_id, pid=process.pid)
             self._processes[key] = process
@@ -132,15 +132,14 @@ class LocalCluster:
             return process
         del self._processes[key]
         failed = not worker.was_live and not process.is_stopping
-        log.warning(
-            "a worker ended", worker=worker.worker_id, exit=process.exit, last_words=last_words(self._log_file(worker))
-        )
+        words = last_words(self._log_file(worker))
+        log.warning("a worker ended", worker=worker.worker_id, exit=process.exit, last_words=words)
         self._exits[key] = process.exit
-        await self._record_end(worker, worker.num_failures + 1 if failed else 0)
+        await self._record_end(worker, worker.num_failures + 1 if failed else 0, _how_it_ended(process, words))
         return None
 
-    async def _record_end(self, worker: Worker, num_failures: int) -> None:
-        await self._store.set_worker_ended(worker, num_failures)
+    async def _record_end(self, worker: Worker, num_failures: int, reason: str) -> None:
+        await self._store.set_worker_ended(worker, num_failures, reason)
         worker.pid, worker.start_time, worker.num_failures = None, None, num_failures
         if num_failures:
             loop = asyncio.get_running_loop()
@@ -216,6 +215,16 @@ def find_gpus() -> list[str]:
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in visible.split(",") if gpu.strip()]
     return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _how_it_ended(process: Process, words: str) -> str:
+    """One sentence for whoever reads the endpoint's events."""
+    if process.was_killed:
+        return "it did not finish in time and was killed"
+    if process.is_stopping:
+        return "it was asked to leave and left"
+    code = "" if process.exit is None else f" with code {process.exit}"
+    return f"it ended by itself{code}: {words or 'its log is empty'}"
 
 
 def _write_secret(path: Path, secret: str) -> None:

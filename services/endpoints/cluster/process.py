@@ -27,6 +27,7 @@ class Process:
         self.start_time = start_time
         self.has_ended = False
         self.is_stopping = False
+        self.was_killed = False  # because it did not end in time
         self.exit: int | None = None  # the status, minus the signal that killed it, None where it was not our child
         self._pidfd = pidfd
         self._on_end = on_end
@@ -51,7 +52,7 @@ class Process:
         if not self.is_stopping and not self.has_ended:
             self.is_stopping = True
             self._send(signal.SIGTERM)
-            self._kill = self._loop.call_later(seconds, self._send, signal.SIGKILL)
+            self._kill = self._loop.call_later(seconds, self._shoot)
 
     def let_go(self) -> None:
         """Watches no longer; the process runs on."""
@@ -61,6 +62,10 @@ class Process:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self.has_ended = True
+
+    def _shoot(self) -> None:
+        self.was_killed = True
+        self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
         try:

@@ -35,6 +35,7 @@ from services.endpoints.cluster.profiles import Profile
 from services.endpoints.domain import Endpoints
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
+from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
 from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare
@@ -77,13 +78,18 @@ class StandInIdentity(identity_pb2_grpc.IdentityServiceServicer):
 
 
 class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
-    """Sees workers come and go. `num_queued` are jobs by endpoint; a retired endpoint's are gone at once."""
+    """Sees workers come and go. `jobs` is what is known of them by endpoint; a retired endpoint's are gone at once."""
 
     def __init__(self) -> None:
         self.workers: dict[str, set[str]] = {}
-        self.num_queued: dict[str, int] = {}
+        self.jobs: dict[str, dict[str, Any]] = {}
         self.retired: list[tuple[str, str]] = []
         self.changed = asyncio.Condition()
+
+    async def set_jobs(self, endpoint_id: str, **known: Any) -> None:
+        """What the queue knows of an endpoint's jobs from now on: fields of Pool."""
+        self.jobs[endpoint_id] = known
+        await self._tell()
 
     async def _tell(self) -> None:
         async with self.changed:
@@ -105,14 +111,13 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
     async def WatchPools(self, request: inference.WatchPoolsRequest, context: Any) -> AsyncIterator[Any]:
         while True:
             async with self.changed:
-                ids = self.workers.keys() | self.num_queued.keys()
                 pools = [
                     inference.Pool(
                         endpoint_id=endpoint_id,
                         worker_ids=self.workers.get(endpoint_id, ()),
-                        num_queued=self.num_queued.get(endpoint_id, 0),
+                        **self.jobs.get(endpoint_id, {}),
                     )
-                    for endpoint_id in ids
+                    for endpoint_id in self.workers.keys() | self.jobs.keys()
                 ]
             yield inference.WatchPoolsResponse(pools=pools)
             async with self.changed:
@@ -120,7 +125,7 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
 
     async def RetireEndpoint(self, request: inference.RetireEndpointRequest, context: Any) -> Any:
         self.retired.append((request.endpoint_id, request.reason))
-        self.num_queued.pop(request.endpoint_id, None)
+        self.jobs.pop(request.endpoint_id, None)
         await self._tell()
         return inference.RetireEndpointResponse()
 
@@ -202,7 +207,12 @@ async def run_loop(
     verifying_key_file = tmp_path / "verifying.pem"
     running: list[RunningLoop] = []
 
-    def run(command: list[str] | None = None, stop_seconds: float = 10, gpus: tuple[str, ...] = ()) -> RunningLoop:
+    def run(
+        command: list[str] | None = None,
+        stop_seconds: float = 10,
+        gpus: tuple[str, ...] = (),
+        policy: ScalingPolicy | None = None,
+    ) -> RunningLoop:
         settings = LocalSettings(
             command=command or STANDIN_WORKER,
             folder=tmp_path / "workers",
@@ -215,7 +225,7 @@ async def run_loop(
         )
         wake = asyncio.Event()
         cluster = LocalCluster(store, settings, wake.set)
-        control = ControlLoop(store, database, *clients, cluster, wake)
+        control = ControlLoop(store, database, *clients, cluster, wake, policy or ScalingPolicy())
         running.append(RunningLoop(asyncio.create_task(control.run()), cluster))
         return running[-1]
 

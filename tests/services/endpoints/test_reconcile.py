@@ -196,14 +196,14 @@ async def test_a_deleted_endpoint_leaves_nothing(
     await create()
     endpoint = await endpoint_in("InService")
     worker = await worker_of(store, endpoint)
-    peers.queue.num_queued[endpoint.id] = 3
+    await peers.queue.set_jobs(endpoint.id, num_queued=3)
     await domain.delete_endpoints([endpoint.name])
     await create()  # name and role are free at once
     await until(lambda: endpoint.id not in peers.identity.secrets)
     await until(lambda: is_gone(store, endpoint))
     assert not is_alive(worker.pid)
     assert (endpoint.id, "endpoint esd-async-test was deleted") in peers.queue.retired
-    assert endpoint.id not in peers.queue.num_queued
+    assert endpoint.id not in peers.queue.jobs
     assert not (tmp_path / "workers" / endpoint.id).exists()
     await endpoint_in("InService")
 

@@ -1,0 +1,84 @@
+"""Owns the policy by which pools follow their load: a pure function of what was decided before, the load and the time.
+
+A pool grows after some seconds of need, at once where it has no worker. It shrinks when it had more than it needed for
+a while, to the most that it needed in that while; so one quiet moment costs nobody a warm worker, and a pool without a
+job for that long has `num_min` workers. Bounds hold at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+
+@dataclass(frozen=True)
+class ScalingPolicy:
+    """How pools grow and shrink. Targets are jobs for each worker; a job counts as `job_seconds` of work."""
+
+    target_async: float = 3.0
+    target_real_time: float = 5.0
+    job_seconds: float = 10.0
+    out_seconds: float = 30.0
+    in_seconds: float = 900.0
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Jobs that wait or run, and how long one worker would take for them, where that is known."""
+
+    num_jobs: int = 0
+    work_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What was decided: how many workers, since when they are too few, or too many and what was needed since then."""
+
+    num_workers: int
+    need_since: datetime | None = None
+    surplus_since: datetime | None = None
+    surplus_peak: int = 0
+
+
+def needed_workers(backlog: Backlog, is_real_time: bool, policy: ScalingPolicy) -> int:
+    """ceil(backlog / target), where long jobs count for more than one and short ones for less if their time is known.
+
+    Never more than there are jobs: a worker without one is of no use.
+    """
+    target = policy.target_real_time if is_real_time else policy.target_async
+    weight = float(backlog.num_jobs)
+    if backlog.work_seconds is not None and backlog.num_jobs:
+        weight = backlog.work_seconds / policy.job_seconds
+    return min(backlog.num_jobs, max(math.ceil(weight / target), 1))
+
+
+def decide(before: Scale, num_needed: int, num_min: int, num_max: int, now: datetime, policy: ScalingPolicy) -> Scale:
+    """What the pool should be now. The same answer however often it is asked at one moment."""
+    wanted = min(max(num_needed, num_min), num_max)
+    num_workers = min(max(before.num_workers, num_min), num_max)
+    if num_workers != before.num_workers:
+        before = Scale(num_workers)
+    if wanted > num_workers:
+        since = before.need_since or now
+        if num_workers == 0 or now - since >= timedelta(seconds=policy.out_seconds):
+            return Scale(wanted)
+        return Scale(num_workers, need_since=since)
+    if wanted == num_workers:
+        return Scale(num_workers)
+    since = before.surplus_since or now
+    peak = max(wanted, before.surplus_peak)
+    if now - since >= timedelta(seconds=policy.in_seconds):
+        return Scale(peak)
+    return Scale(num_workers, surplus_since=since, surplus_peak=peak)
+
+
+def seconds_until_due(scale: Scale, now: datetime, policy: ScalingPolicy) -> float | None:
+    """How long until the decision is another one with the same load; None where it stays."""
+    if scale.need_since is not None:
+        left = scale.need_since + timedelta(seconds=policy.out_seconds) - now
+    elif scale.surplus_since is not None:
+        left = scale.surplus_since + timedelta(seconds=policy.in_seconds) - now
+    else:
+        return None
+    return max(0.0, left.total_seconds())

@@ -85,6 +85,7 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
         self.jobs: dict[str, dict[str, Any]] = {}
         self.retired: list[tuple[str, str]] = []
         self.changed = asyncio.Condition()
+        self.num_changes = 0
 
     async def set_jobs(self, endpoint_id: str, **known: Any) -> None:
         """What the queue knows of an endpoint's jobs from now on: fields of Pool."""
@@ -93,6 +94,7 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
 
     async def _tell(self) -> None:
         async with self.changed:
+            self.num_changes += 1
             self.changed.notify_all()
 
     async def Work(self, requests: AsyncIterator[inference.WorkRequest], context: Any) -> AsyncIterator[Any]:
@@ -111,6 +113,7 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
     async def WatchPools(self, request: inference.WatchPoolsRequest, context: Any) -> AsyncIterator[Any]:
         while True:
             async with self.changed:
+                told = self.num_changes
                 pools = [
                     inference.Pool(
                         endpoint_id=endpoint_id,
@@ -121,7 +124,7 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
                 ]
             yield inference.WatchPoolsResponse(pools=pools)
             async with self.changed:
-                await self.changed.wait()
+                await self.changed.wait_for(lambda told=told: self.num_changes != told)
 
     async def RetireEndpoint(self, request: inference.RetireEndpointRequest, context: Any) -> Any:
         self.retired.append((request.endpoint_id, request.reason))

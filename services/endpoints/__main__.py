@@ -22,6 +22,7 @@ from services.common.settings import AuditedSettings, load, read_secret
 from services.endpoints.cluster import Cluster
 from services.endpoints.cluster.local import LocalCluster, LocalSettings, find_gpus
 from services.endpoints.domain import Endpoints
+from services.endpoints.event_store import EventStore
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
@@ -109,7 +110,7 @@ async def main(settings: EndpointsSettings) -> None:
     wake = asyncio.Event()
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file))
     rpc.add_EndpointsServiceServicer_to_server(
-        EndpointsServicer(Endpoints(store, identity, settings.max_instances)), server.grpc
+        EndpointsServicer(Endpoints(store, EventStore(database), identity, settings.max_instances)), server.grpc
     )
     async with running_cluster(settings, store, wake.set) as cluster, asyncio.TaskGroup() as group:
         control = ControlLoop(store, database, identity, queue, cluster, wake, settings.scaling())

@@ -5,15 +5,28 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 from uuid import uuid4
 
-from services.common.errors import InvalidArgument, NotFound
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.endpoints.event_store import Event, EventStore
 from services.endpoints.peers import Identity, User
-from services.endpoints.store import IN_SERVICE, REAL_TIME, UPDATING, Endpoint, EndpointStore
+from services.endpoints.store import (
+    CREATING,
+    DRAINING,
+    FAILED,
+    IN_SERVICE,
+    REAL_TIME,
+    UPDATING,
+    Endpoint,
+    EndpointNotFound,
+    EndpointStore,
+)
 
 SERVERLESS = "Serverless"
 _KEY_NAMES = KeyNames("EndpointDeploymentJobId", "startTime")
+_EVENT_KEY_NAMES = KeyNames("id", "time")
 _MAX_EXTENSIONS = 2  # the text says 3, and refuses the third: so does the original
 
 
@@ -34,6 +47,24 @@ class NewEndpoint:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What somebody wants of an endpoint; None leaves it as it is. Counts are of workers."""
+
+    autoscaling: bool | None = None
+    num_min: int | None = None
+    num_max: int | None = None
+    drain: bool | None = None
+
+
+@dataclass(frozen=True)
+class EventPage:
+    """Events, newest first, and the key that continues after them; None at the end."""
+
+    events: list[Event]
+    next_key: str | None
+
+
+@dataclass(frozen=True)
 class Page:
     """Endpoints, newest first, and the key that continues after them; None at the end."""
 
@@ -44,8 +75,9 @@ class Page:
 class Endpoints:
     """The domain. `max_workers` bounds every count, so that a slip of the finger does not bring the machine down."""
 
-    def __init__(self, store: EndpointStore, identity: Identity, max_workers: int) -> None:
+    def __init__(self, store: EndpointStore, events: EventStore, identity: Identity, max_workers: int) -> None:
         self._store = store
+        self._events = events
         self._identity = identity
         self._max_workers = max_workers
 
@@ -97,6 +129,35 @@ class Endpoints:
         await self._store.add_endpoint(endpoint)
         return endpoint
 
+    async def update_endpoint(self, endpoint_id: str, change: Change, by: str) -> Endpoint:
+        """Changes an endpoint; the control loop does what follows from it.
+
+        Raises:
+            EndpointNotFound: it is not there. InvalidArgument: the bounds are wrong, or nothing is to be changed.
+            FailedPrecondition: it has failed.
+        """
+        while True:
+            before = await self._store.get_live(endpoint_id)
+            values = _changed(before, change, self._max_workers)
+            words = (f"{name} {getattr(before, name)} -> {value}" for name, value in values.items())
+            if await self._store.update_endpoint(before, values, f"by {by}: {', '.join(words) or 'nothing'}"):
+                return await self._store.get_live(endpoint_id)
+
+    async def list_events(self, endpoint_id: str, sees_all: bool, user: User, limit: str, key: str) -> EventPage:
+        """What was done with an endpoint that the caller may see.
+
+        Raises:
+            EndpointNotFound: it is not there, or not for this caller. InvalidArgument: a bad limit or key.
+        """
+        num_wanted, after = parse_limit(limit), parse_key(_EVENT_KEY_NAMES, key)
+        endpoint = await self._store.get_live(endpoint_id)
+        if not sees_all and not endpoint.is_open_to(user.username, user.roles):
+            raise EndpointNotFound(f"endpoint with id {endpoint_id} is not found")
+        found = await self._events.page_events(endpoint_id, num_wanted + 1, after)
+        page = found[:num_wanted]
+        last = page[-1] if len(found) > num_wanted else None
+        return EventPage(page, make_key(_EVENT_KEY_NAMES, last.id, last.time) if last else None)
+
     async def delete_endpoints(self, names: list[str]) -> None:
         """Deletes what is found of these: from now on it is not listed, and its name and roles are free."""
         await self._store.mark_deleting(names)
@@ -140,17 +201,48 @@ def _check_new(new: NewEndpoint, max_workers: int) -> None:
         raise InvalidArgument("Serverless endpoint is not supported yet")
     if new.num_initial < 1:
         raise InvalidArgument(f"initial_instance_count should be at least 1: {new.name}")
-    if new.autoscaling and new.type == REAL_TIME and new.num_min < 1:
-        raise InvalidArgument(f"min_instance_number should be at least 1 for real-time endpoint: {new.name}")
-    if new.num_min < 0:
-        raise InvalidArgument(f"min_instance_number should be at least 0 for async endpoint: {new.name}")
-    if new.autoscaling and new.num_max < max(1, new.num_min):
-        raise InvalidArgument(f"max_instance_number should be at least {max(1, new.num_min)}: {new.name}")
-    largest = max(new.num_initial, new.num_max if new.autoscaling else 0)
-    if largest > max_workers:
-        raise InvalidArgument(f"an endpoint may have at most {max_workers} instances here (asked for: {largest})")
+    _check_bounds(new.name, new.type, new.autoscaling, new.num_min, new.num_max)
+    _check_largest(max(new.num_initial, new.num_max if new.autoscaling else 0), max_workers)
     if len(_split_extensions(new.custom_extensions)) > _MAX_EXTENSIONS:
         raise InvalidArgument("custom_extensions should be at most 3")
+
+
+def _check_bounds(name: str, kind: str, autoscaling: bool, num_min: int, num_max: int) -> None:
+    if autoscaling and kind == REAL_TIME and num_min < 1:
+        raise InvalidArgument(f"min_instance_number should be at least 1 for real-time endpoint: {name}")
+    if num_min < 0:
+        raise InvalidArgument(f"min_instance_number should be at least 0 for async endpoint: {name}")
+    if autoscaling and num_max < max(1, num_min):
+        raise InvalidArgument(f"max_instance_number should be at least {max(1, num_min)}: {name}")
+
+
+def _check_largest(num_workers: int, max_workers: int) -> None:
+    if num_workers > max_workers:
+        raise InvalidArgument(f"an endpoint may have at most {max_workers} instances here (asked for: {num_workers})")
+
+
+def _changed(before: Endpoint, change: Change, max_workers: int) -> dict[str, Any]:
+    """The values that a change gives an endpoint.
+
+    Raises:
+        InvalidArgument, FailedPrecondition.
+    """
+    if change == Change():
+        known = "autoscaling_enabled, min_instance_number, max_instance_number, drain"
+        raise InvalidArgument(f"nothing to change: give at least one of {known}")
+    if before.status == FAILED:
+        raise FailedPrecondition(f"endpoint {before.name} has failed; delete it and create another one")
+    wanted = {"autoscaling": change.autoscaling, "num_min": change.num_min, "num_max": change.num_max}
+    values: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    after = before.model_copy(update=values)
+    _check_bounds(before.name, before.type, after.autoscaling, after.num_min, after.num_max)
+    if after.autoscaling:
+        _check_largest(after.num_max, max_workers)
+    if change.drain and before.status != DRAINING:
+        values["status"] = DRAINING
+    if change.drain is False and before.status == DRAINING:
+        values["status"] = UPDATING if before.end_time else CREATING
+    return {name: value for name, value in values.items() if value != getattr(before, name)}
 
 
 def _split_extensions(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from services.common.database import Database
 
 MAX_EVENTS = 200  # of an endpoint; older ones are removed
 
-CREATED, UPDATED, DRAINING, DELETING, FAILED = "Created", "Updated", "Draining", "Deleting", "Failed"
+CREATED, UPDATED, DELETING, FAILED = "Created", "Updated", "Deleting", "Failed"
 IN_SERVICE, SCALED_OUT, SCALED_IN = "InService", "ScaledOut", "ScaledIn"
 WORKER_STARTED, WORKER_ENDED = "WorkerStarted", "WorkerEnded"
 

@@ -12,7 +12,8 @@ from services.common.auth import current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.times import time_text
-from services.endpoints.domain import Endpoints, NewEndpoint, check_custom
+from services.endpoints.domain import Change, Endpoints, NewEndpoint, check_custom
+from services.endpoints.peers import User
 from services.endpoints.store import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
@@ -50,6 +51,33 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
         message.min_instance_number.CopyFrom(minimum)
         message.max_instance_number.CopyFrom(maximum)
         return pb.CreateEndpointResponse(data=message)
+
+    async def UpdateEndpoint(self, request: pb.UpdateEndpointRequest, context: Any) -> pb.UpdateEndpointResponse:
+        change = Change(
+            autoscaling=request.autoscaling_enabled if request.HasField("autoscaling_enabled") else None,
+            num_min=_count_or_none("min_instance_number", request),
+            num_max=_count_or_none("max_instance_number", request),
+            drain=request.drain if request.HasField("drain") else None,
+        )
+        row = await self._endpoints.update_endpoint(request.endpoint_id, change, by=current_caller().name)
+        return pb.UpdateEndpointResponse(data=_message(row))
+
+    async def ListEndpointEvents(
+        self, request: pb.ListEndpointEventsRequest, context: Any
+    ) -> pb.ListEndpointEventsResponse:
+        caller = current_caller()
+        page = await self._endpoints.list_events(
+            request.endpoint_id,
+            sees_all=caller.may("sagemaker_endpoint:all"),
+            user=User(caller.name, list(caller.roles)),
+            limit=request.limit,
+            key=request.exclusive_start_key,
+        )
+        events = [
+            pb.EndpointEvent(time=time_text(event.time), type=event.type, message=event.message)
+            for event in page.events
+        ]
+        return pb.ListEndpointEventsResponse(events=events, last_evaluated_key=_text(page.next_key))
 
     async def DeleteEndpoints(self, request: pb.DeleteEndpointsRequest, context: Any) -> pb.DeleteEndpointsResponse:
         await self._endpoints.delete_endpoints(list(request.endpoint_name_list))
@@ -99,6 +127,11 @@ def _count(name: str, value: Value) -> int:
     raise InvalidArgument(
         f'[{name}: instance type (string) does not match any allowed primitive type (allowed: ["integer"])]'
     )
+
+
+def _count_or_none(name: str, request: pb.UpdateEndpointRequest) -> int | None:
+    value = getattr(request, name)
+    return None if value.WhichOneof("kind") in (None, "null_value") else _count(name, value)
 
 
 def _message(row: Endpoint) -> pb.Endpoint:

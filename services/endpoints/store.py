@@ -156,6 +156,27 @@ class EndpointStore:
         async with self._database.transaction() as session:
             return list((await session.execute(select(Endpoint))).scalars())
 
+    async def get_live(self, endpoint_id: str) -> Endpoint:
+        """The endpoint, unless it is being deleted.
+
+        Raises:
+            EndpointNotFound.
+        """
+        async with self._database.transaction() as session:
+            found: Endpoint | None = await session.scalar(_live_endpoints().where(col(Endpoint.id) == endpoint_id))
+        if found is None:
+            raise EndpointNotFound(f"endpoint with id {endpoint_id} is not found")
+        return found
+
+    async def update_endpoint(self, before: Endpoint, values: Mapping[str, Any], message: str) -> bool:
+        """Changes an endpoint as somebody asked. False: it is not as it was read any more."""
+        read = [col(Endpoint.id) == before.id]
+        read += [getattr(Endpoint, name) == getattr(before, name) for name in ("status", *_BOUNDS)]
+        async with self._database.transaction() as session:
+            await notify(session, CHANGED, before.id)
+            updated = Happening(events.UPDATED, message)
+            return bool(await self._change(session, "endpoint.update", read, values, updated))
+
     async def mark_deleting(self, names: list[str]) -> None:
         """Frees the names and roles of these endpoints at once; the control loop does the rest."""
         wanted = col(Endpoint.name).in_(names), col(Endpoint.status) != DELETING

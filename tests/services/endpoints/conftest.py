@@ -33,6 +33,7 @@ from services.endpoints.cluster.kubernetes import KubernetesSettings
 from services.endpoints.cluster.local import LocalCluster, LocalSettings
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.domain import Endpoints
+from services.endpoints.event_store import EventStore
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
@@ -173,10 +174,13 @@ def clients(peers: Peers) -> tuple[Identity, Queue]:
 
 
 @pytest.fixture
-async def stub(
-    store: EndpointStore, clients: tuple[Identity, Queue], serve: Callable[..., Awaitable[Any]]
-) -> endpoints_pb2_grpc.EndpointsServiceStub:
-    servicer = EndpointsServicer(Endpoints(store, clients[0], max_workers=8))
+def domain(store: EndpointStore, database: Database, clients: tuple[Identity, Queue]) -> Endpoints:
+    return Endpoints(store, EventStore(database), clients[0], max_workers=8)
+
+
+@pytest.fixture
+async def stub(domain: Endpoints, serve: Callable[..., Awaitable[Any]]) -> endpoints_pb2_grpc.EndpointsServiceStub:
+    servicer = EndpointsServicer(domain)
     return endpoints_pb2_grpc.EndpointsServiceStub(
         await serve(lambda server: endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(servicer, server))
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.endpoints.domain import Endpoints, NewEndpoint
+from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.store import Endpoint, EndpointStore
@@ -20,12 +20,12 @@ Settled = Callable[..., Awaitable[Endpoint]]
 
 
 @pytest.fixture
-def create(store: EndpointStore, clients: Any) -> Create:
+def create(domain: Endpoints) -> Create:
     """Creates an endpoint that follows its load."""
 
     async def make(num_initial: int = 1, num_min: int = 0, num_max: int = 3, kind: str = "Async") -> Endpoint:
         new = NewEndpoint("test", kind, "any", num_initial, True, num_min, num_max, ["painter"])
-        return await Endpoints(store, clients[0], max_workers=8).create_endpoint(new, "ann")
+        return await domain.create_endpoint(new, "ann")
 
     return make
 
@@ -127,3 +127,26 @@ async def test_a_worker_that_is_too_many_is_asked_to_leave(
     await settled(0)
     ended = await EventStore(database).page_events(created.id, 100, None)
     assert any(event.message.endswith("it was asked to leave and left") for event in ended)
+
+
+async def test_new_bounds_hold_at_once_and_a_drained_endpoint_comes_back(
+    run_loop: RunLoop, create: Create, settled: Settled, domain: Endpoints, store: EndpointStore
+) -> None:
+    run_loop(policy=ScalingPolicy(out_seconds=NEVER, in_seconds=NEVER))
+    created = await create()
+    await settled(1)
+    await domain.update_endpoint(created.id, Change(num_min=2), "ann")
+    await settled(2)
+    await domain.update_endpoint(created.id, Change(num_min=0, num_max=1), "ann")
+    await settled(1)
+
+    await domain.update_endpoint(created.id, Change(drain=True), "ann")
+
+    async def drained() -> bool:
+        (row,) = await store.get_all()
+        return (row.status, row.num_live) == ("Draining", 0) and not await store.get_workers()
+
+    await until(drained)
+    assert await domain.find_endpoints("", "Async", "ann", ["painter"]) == []
+    assert (await domain.update_endpoint(created.id, Change(drain=False), "ann")).status == "Updating"
+    await settled(1)

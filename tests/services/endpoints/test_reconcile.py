@@ -21,11 +21,6 @@ Create = Callable[..., Awaitable[Endpoint]]
 
 
 @pytest.fixture
-def domain(store: EndpointStore, clients: Any) -> Endpoints:
-    return Endpoints(store, clients[0], max_workers=8)
-
-
-@pytest.fixture
 def create(domain: Endpoints) -> Create:
     async def make(name: str = "test", num_workers: int = 1, role: str = "painter") -> Endpoint:
         new = NewEndpoint(name, "Async", "any", num_workers, False, 0, 1, [role])

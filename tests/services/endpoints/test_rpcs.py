@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
+from services.endpoints.event_store import MAX_EVENTS
 from services.endpoints.store import EndpointStore
 from tests.serving import Metadata, Tokens
 
@@ -258,3 +259,109 @@ async def test_a_job_finds_usable_endpoints_of_its_type_and_a_pinned_one_in_any_
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.FindEndpoints(pb.FindEndpointsRequest(), metadata=admin)
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+async def update(stub: Any, metadata: Metadata, endpoint_id: str, **change: Any) -> dict[str, Any]:
+    request = ParseDict({"endpoint_id": endpoint_id} | change, pb.UpdateEndpointRequest())
+    return MessageToDict((await stub.UpdateEndpoint(request, metadata=metadata)).data)
+
+
+async def events(stub: Any, metadata: Metadata, endpoint_id: str, **query: str) -> dict[str, Any]:
+    request = pb.ListEndpointEventsRequest(endpoint_id=endpoint_id, **query)
+    return MessageToDict(await stub.ListEndpointEvents(request, metadata=metadata))
+
+
+async def test_bounds_are_changed_one_by_one(stub: Any, admin: Metadata) -> None:
+    endpoint_id = (await create(stub, admin))["EndpointDeploymentJobId"]
+    changed = await update(stub, admin, endpoint_id, autoscaling_enabled=True, max_instance_number="4")
+    assert (changed["autoscaling"], changed["min_instance_number"], changed["max_instance_number"]) == (True, "0", "4")
+    changed = await update(stub, admin, endpoint_id, min_instance_number=2)
+    assert (changed["autoscaling"], changed["min_instance_number"], changed["max_instance_number"]) == (True, "2", "4")
+    assert (await listed(stub, admin))["endpoints"][0]["min_instance_number"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {},
+            "nothing to change: give at least one of autoscaling_enabled, min_instance_number, max_instance_number, drain",
+        ),
+        ({"min_instance_number": 2}, "max_instance_number should be at least 2: esd-async-test"),
+        ({"min_instance_number": "-1"}, "min_instance_number should be at least 0 for async endpoint: esd-async-test"),
+        ({"max_instance_number": 9}, "an endpoint may have at most 8 instances here (asked for: 9)"),
+    ],
+)
+async def test_a_bad_change_is_refused_and_changes_nothing(
+    stub: Any, admin: Metadata, change: dict[str, Any], sentence: str
+) -> None:
+    created = await create(stub, admin, autoscaling_enabled=True)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await update(stub, admin, created["EndpointDeploymentJobId"], **change)
+    assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
+    assert (await listed(stub, admin))["endpoints"] == [created]
+
+
+async def test_a_failed_endpoint_is_not_changed_and_an_unknown_one_not_found(
+    stub: Any, admin: Metadata, store: EndpointStore
+) -> None:
+    endpoint_id = (await create(stub, admin))["EndpointDeploymentJobId"]
+    await store.set_failed(endpoint_id, "no CUDA here")
+    assert (await listed(stub, admin))["endpoints"][0]["error"] == "no CUDA here"
+    with pytest.raises(grpc.aio.AioRpcError, match="has failed; delete it and create another one") as refused:
+        await update(stub, admin, endpoint_id, drain=True)
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    await stub.DeleteEndpoints(pb.DeleteEndpointsRequest(endpoint_name_list=["esd-async-test"]), metadata=admin)
+    for call in (update(stub, admin, endpoint_id, drain=True), events(stub, admin, endpoint_id)):
+        with pytest.raises(grpc.aio.AioRpcError, match=f"endpoint with id {endpoint_id} is not found") as refused:
+            await call
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_drained_endpoint_takes_no_jobs_and_is_as_before_when_brought_back(
+    stub: Any, admin: Metadata, service_token: Callable[[str], Metadata], store: EndpointStore
+) -> None:
+    endpoint_id = (await create(stub, admin))["EndpointDeploymentJobId"]
+    assert (await update(stub, admin, endpoint_id, drain=True))["endpoint_status"] == "Draining"
+    assert (await update(stub, admin, endpoint_id, drain=False))["endpoint_status"] == "Creating"
+    await store.set_in_service(endpoint_id, (await store.get_all())[0].start_time)
+    await update(stub, admin, endpoint_id, drain=True)
+    request = pb.FindEndpointsRequest(inference_type="Async", username="ann", roles=["painter"])
+    assert not (await stub.FindEndpoints(request, metadata=service_token("inference"))).endpoints
+    assert (await update(stub, admin, endpoint_id, drain=False))["endpoint_status"] == "Updating"
+    assert (await stub.FindEndpoints(request, metadata=service_token("inference"))).endpoints
+
+
+async def test_events_tell_what_was_done_newest_first_in_pages_and_are_bounded(
+    stub: Any, admin: Metadata, store: EndpointStore
+) -> None:
+    endpoint_id = (await create(stub, admin))["EndpointDeploymentJobId"]
+    await update(stub, admin, endpoint_id, max_instance_number=4, drain=True)
+    first = await events(stub, admin, endpoint_id, limit="1")
+    second = await events(stub, admin, endpoint_id, exclusive_start_key=first["last_evaluated_key"])
+    assert [(event["type"], event["message"]) for event in first["events"] + second["events"]] == [
+        ("Updated", "by ann: num_max 1 -> 4, status Creating -> Draining"),
+        ("Created", "asked for by ann"),
+    ]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", first["events"][0]["time"])
+    assert second["last_evaluated_key"] is None
+    for number in range(MAX_EVENTS):
+        await update(stub, admin, endpoint_id, max_instance_number=number % 2 + 1)
+    kept = (await events(stub, admin, endpoint_id, limit="0"))["events"]
+    assert len(kept) == MAX_EVENTS
+    assert {event["type"] for event in kept} == {"Updated"}
+
+
+async def test_who_may_only_list_sees_the_events_of_endpoints_of_their_roles_and_changes_none(
+    stub: Any, admin: Metadata, tokens: Tokens
+) -> None:
+    endpoint_id = (await create(stub, admin))["EndpointDeploymentJobId"]
+    painter = tokens.user("bob", ["sagemaker_endpoint:list"], ["painter"])
+    poet = tokens.user("bob", ["sagemaker_endpoint:list"], ["poet"])
+    assert (await events(stub, painter, endpoint_id))["events"]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await events(stub, poet, endpoint_id)
+    assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await update(stub, painter, endpoint_id, drain=True)
+    assert refused.value.details() == "User bob has no permissions: ['sagemaker_endpoint:all']"

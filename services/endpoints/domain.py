@@ -228,8 +228,8 @@ def _changed(before: Endpoint, change: Change, max_workers: int) -> dict[str, An
         InvalidArgument, FailedPrecondition.
     """
     if change == Change():
-        known = "autoscaling_enabled, min_instance_number, max_instance_number, drain"
-        raise InvalidArgument(f"nothing to change: give at least one of {known}")
+        known = "autoscaling_enabled, min_instance_number, max_instance_number or drain"
+        raise InvalidArgument(f"nothing to change: give {known}")
     if before.status == FAILED:
         raise FailedPrecondition(f"endpoint {before.name} has failed; delete it and create another one")
     wanted = {"autoscaling": change.autoscaling, "num_min": change.num_min, "num_max": change.num_max}

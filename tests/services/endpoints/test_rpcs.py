@@ -285,7 +285,7 @@ async def test_bounds_are_changed_one_by_one(stub: Any, admin: Metadata) -> None
     [
         (
             {},
-            "nothing to change: give at least one of autoscaling_enabled, min_instance_number, max_instance_number, drain",
+            "nothing to change: give autoscaling_enabled, min_instance_number, max_instance_number or drain",
         ),
         ({"min_instance_number": 2}, "max_instance_number should be at least 2: esd-async-test"),
         ({"min_instance_number": "-1"}, "min_instance_number should be at least 0 for async endpoint: esd-async-test"),

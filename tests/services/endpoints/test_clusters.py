@@ -37,6 +37,7 @@ async def pool(store: EndpointStore) -> Pool:
         num_initial=1,
         num_min=0,
         num_max=1,
+        num_workers=1,
         owners=[],
         creator="ann",
         start_time=datetime.now(UTC),

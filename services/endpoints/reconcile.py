@@ -74,14 +74,18 @@ class ControlLoop:
         while True:
             try:
                 async for loads in self._queue.watch_pools():
-                    if loads != self._loads:
-                        self._loads = loads
-                        self._wake.set()
+                    self.hear(loads)
             except EsdError as error:
                 log.warning("the queue is not watched", error=str(error))
             await asyncio.sleep(
                 _RETRY_SECONDS
             )  # only after a stream has ended: a server that refuses is not to be flooded
+
+    def hear(self, loads: dict[str, Load]) -> None:
+        """Takes what the queue tells of all endpoints."""
+        if loads != self._loads:
+            self._loads = loads
+            self._wake.set()
 
     async def _lead(self) -> None:
         while True:
@@ -99,13 +103,18 @@ class ControlLoop:
         while True:
             self._wake.clear()
             await confirm()
-            endpoints = await self._store.get_all()
-            await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in endpoints))
+            endpoints = await self.look()
             try:
                 async with asyncio.timeout(self._seconds_to_rest(endpoints)):
                     await self._wake.wait()
             except TimeoutError:
                 pass  # the sweep, or a pool's time to change
+
+    async def look(self) -> list[Endpoint]:
+        """Looks at every endpoint once and does what is to be done now; answers the endpoints."""
+        endpoints = await self._store.get_all()
+        await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in endpoints))
+        return endpoints
 
     def _seconds_to_rest(self, endpoints: list[Endpoint]) -> float:
         now = datetime.now(UTC)

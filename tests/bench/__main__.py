@@ -1,6 +1,6 @@
 """`make bench`: starts the stack in a folder of its own, measures, and prints the tables that the README quotes.
 
-    python -m tests.bench [startup] [get] [jobs] [watchers] [--jobs N] [--watchers N]
+    python -m tests.bench [startup] [get] [jobs] [watchers] [endpoints] [--jobs N] [--watchers N]
 
 Figures are medians and percentiles of one run; the machine's name and load belong to them.
 """
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from deploy.local.demo import Client, Picture, deploy, upload
 from deploy.local.stack import Stack
-from tests.bench import watchers
+from tests.bench import endpoints, watchers
 
 console = Console(width=110)
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
@@ -185,14 +185,35 @@ def bench_events(folder: Path, number: int) -> None:
     console.print(memory)
 
 
+def bench_endpoints(home: Path, folder: Path) -> None:
+    """How long endpoints take to start and to grow from zero, and a round of the control loop."""
+    stack = Stack(home, env_overrides={"ESD_SCALE_IN_SECONDS": "0"})
+    stack.start()
+    try:
+        client, model = prepare(stack, folder)
+        for endpoint in client.call("GET", "/endpoints", limit="-1")["endpoints"]:
+            client.call("DELETE", "/endpoints", {"endpoint_name_list": [endpoint["endpoint_name"]]})
+        picture = Picture("a red circle", 64, 64, steps=4)
+        started, grown = endpoints.start_and_growth(client, lambda: one_job(client, model, picture))
+    finally:
+        stack.stop()
+    table = new_table("Endpoints: a tiny model on the CPU")
+    row(table, "create to InService", started, "s", "p50 ≤ 20")
+    row(table, "no worker to first picture", grown, "s", "p50 ≤ 25")
+    words = f"round of the control loop, {endpoints.NUM_ENDPOINTS} endpoints"
+    row(table, words, endpoints.rounds(), "ms", "p50 ≤ 200")
+    console.print(table)
+
+
 def main() -> None:
     """Runs the benchmarks named on the command line, or all."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=["startup", "get", "jobs", "watchers", []], help="default: all")
+    names = ["startup", "get", "jobs", "watchers", "endpoints"]
+    parser.add_argument("what", nargs="*", choices=[*names, []], help="default: all")
     parser.add_argument("--jobs", type=int, default=500, help="number of jobs (default 500)")
     parser.add_argument("--watchers", type=int, default=500, help="number of watchers (default 500)")
     options = parser.parse_args()
-    chosen = options.what or ["startup", "get", "jobs", "watchers"]
+    chosen = options.what or names
     console.print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory(prefix="esd-bench-") as folder:
         Path(folder).chmod(0o711)  # PostgreSQL's user must get through, when root runs this
@@ -212,6 +233,8 @@ def main() -> None:
                 stack.stop()
         if "watchers" in chosen:
             bench_events(Path(folder), options.watchers)
+        if "endpoints" in chosen:
+            bench_endpoints(home, Path(folder))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import asyncio
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,11 +171,9 @@ class LocalCluster:
         return process
 
     async def _choose_gpu(self) -> str | None:
-        """The GPU with the fewest workers."""
         if not self._settings.gpus:
             return None
-        num_workers = Counter(worker.gpu for worker in await self._store.get_workers() if worker.pid)
-        return min(self._settings.gpus, key=lambda gpu: num_workers[gpu])
+        return choose_gpu(self._settings.gpus, [row.gpu for row in await self._store.get_workers() if row.pid])
 
     def _environment(self, worker: Worker) -> dict[str, str]:
         kept = {
@@ -208,6 +206,12 @@ class LocalCluster:
 
     def _log_file(self, worker: Worker) -> Path:
         return self._folder(worker.endpoint_id) / f"worker-{worker.slot}.log"
+
+
+def choose_gpu(gpus: list[str], taken: Iterable[str | None]) -> str:
+    """The GPU with the fewest workers, the first of those; `taken` are the GPUs of the workers that run."""
+    num_workers = Counter(taken)
+    return min(gpus, key=lambda gpu: num_workers[gpu])
 
 
 def find_gpus() -> list[str]:

@@ -21,8 +21,10 @@ from deploy.local.home import Home
 from deploy.local.ports import free_port
 from deploy.local.postgres import Postgres
 from deploy.local.store import process_environment
+from services.common import logs
 from services.common.audit import Audit
 from services.common.database import Database
+from services.common.settings import Settings
 from services.endpoints.cluster.local import LocalCluster, LocalSettings
 from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
@@ -91,6 +93,7 @@ def rounds() -> list[float]:
         with running(server.command(), process_environment()):
             server.wait_until_up()
             server.bootstrap(["endpoints"])
+            logs.configure("bench", Settings(log_level="warning"))
             return asyncio.run(_rounds(server.url("endpoints"), Path(folder)))
 
 

@@ -63,6 +63,7 @@ class LocalCluster:
         self._processes: dict[tuple[str, int], Process] = {}
         self._not_before: dict[tuple[str, int], float] = {}  # the loop's time
         self._exits: dict[tuple[str, int], int | None] = {}  # of the process before, as Process.exit
+        self._reading: asyncio.Task[dict[str, list[Worker]]] | None = None
         self._starting = asyncio.Lock()  # so that two endpoints do not choose the same GPU
 
     async def has_secret(self, endpoint_id: str) -> bool:
@@ -75,7 +76,7 @@ class LocalCluster:
 
     async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
         """Looks at each worker of the pool once: starts, stops, restarts, counts."""
-        workers = await self._store.get_workers(pool.endpoint_id)
+        workers = await self._workers_of(pool.endpoint_id)
         for slot in set(range(num_workers)) - {worker.slot for worker in workers}:
             await self._store.add_worker(pool.endpoint_id, slot)
             workers.append(Worker(endpoint_id=pool.endpoint_id, slot=slot))
@@ -111,6 +112,20 @@ class LocalCluster:
         for process in self._processes.values():
             process.let_go()
         self._processes.clear()
+
+    async def _workers_of(self, endpoint_id: str) -> list[Worker]:
+        """The rows of an endpoint's workers. A round asks for every endpoint at once, and all share one statement."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_workers())
+        return (await asyncio.shield(self._reading)).get(endpoint_id, [])
+
+    async def _read_workers(self) -> dict[str, list[Worker]]:
+        await asyncio.sleep(0)  # those who ask in this turn of the event loop share the answer
+        self._reading = None  # those who ask later get a later one
+        found: dict[str, list[Worker]] = {}
+        for worker in await self._store.get_workers():
+            found.setdefault(worker.endpoint_id, []).append(worker)
+        return found
 
     async def _process_of(self, worker: Worker) -> Process | None:
         """The worker's running process, adopted if it is not known; None if there is none, which the row says then."""

@@ -31,6 +31,7 @@ from services.common.server import Server
 from services.endpoints.cluster import Cluster, kubernetes
 from services.endpoints.cluster.kubernetes import KubernetesSettings
 from services.endpoints.cluster.local import LocalCluster, LocalSettings
+from services.endpoints.cluster.process import start_time_of
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.domain import Endpoints
 from services.endpoints.event_store import EventStore
@@ -191,6 +192,26 @@ def admin(tokens: Tokens) -> Metadata:
     return tokens.user("ann", ["sagemaker_endpoint:all"], ["painter"])
 
 
+@pytest.fixture
+def service_environment(database_url: str, peers: Peers, tokens: Tokens, tmp_path: Path) -> dict[str, str]:
+    """What a service as a process needs to run stand-in workers."""
+    (tmp_path / "secret").write_text(OWN_SECRET)
+    (tmp_path / "verifying.pem").write_text(tokens.public_key_pem)
+    (tmp_path / "audit").write_text(AUDIT_KEY)
+    return os.environ | {
+        "ESD_DATABASE_URL": database_url,
+        "ESD_SECRET_FILE": str(tmp_path / "secret"),
+        "ESD_AUDIT_KEY_FILE": str(tmp_path / "audit"),
+        "ESD_VERIFYING_KEY_FILE": str(tmp_path / "verifying.pem"),
+        "ESD_IDENTITY_ADDRESS": peers.address,
+        "ESD_INFERENCE_ADDRESS": peers.address,
+        "ESD_PUBLIC_URL": f"http://{peers.address}",
+        "ESD_WORKER_DIR": str(tmp_path / "workers"),
+        "ESD_WORKER_COMMAND": f'["{sys.executable}", "-m", "tests.services.endpoints.standin_worker"]',
+        "ESD_DEVICE": "cpu",
+    }
+
+
 @dataclass
 class RunningLoop:
     """A control loop that runs until it is stopped; its workers run on."""
@@ -249,7 +270,7 @@ def is_alive(pid: int) -> bool:
     """Whether the process runs; a child of ours that has ended is reaped."""
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    return Path(f"/proc/{pid}").exists()
+    return bool(start_time_of(pid))
 
 
 async def until(condition: Callable[[], Any], seconds: float = 60) -> Any:

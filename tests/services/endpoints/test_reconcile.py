@@ -14,8 +14,7 @@ import pytest
 from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.store import Endpoint, EndpointStore, Worker
 from tests.processes import ROOT
-from tests.services.endpoints.conftest import OWN_SECRET, STANDIN_WORKER, Peers, RunLoop, is_alive, until
-from tests.serving import AUDIT_KEY, Tokens
+from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, is_alive, until
 
 Create = Callable[..., Awaitable[Endpoint]]
 
@@ -245,42 +244,21 @@ async def test_a_worker_does_not_outlive_the_launcher(
 
 
 async def test_workers_survive_the_service_that_started_them_and_are_adopted_by_the_next(
-    database_url: str,
-    store: EndpointStore,
-    create: Create,
-    endpoint_in: Any,
-    peers: Peers,
-    tokens: Tokens,
-    tmp_path: Path,
+    service_environment: dict[str, str], store: EndpointStore, create: Create, endpoint_in: Any
 ) -> None:
-    (tmp_path / "secret").write_text(OWN_SECRET)
-    (tmp_path / "verifying.pem").write_text(tokens.public_key_pem)
-    (tmp_path / "audit").write_text(AUDIT_KEY)
-    environment = os.environ | {
-        "ESD_DATABASE_URL": database_url,
-        "ESD_SECRET_FILE": str(tmp_path / "secret"),
-        "ESD_AUDIT_KEY_FILE": str(tmp_path / "audit"),
-        "ESD_VERIFYING_KEY_FILE": str(tmp_path / "verifying.pem"),
-        "ESD_IDENTITY_ADDRESS": peers.address,
-        "ESD_INFERENCE_ADDRESS": peers.address,
-        "ESD_PUBLIC_URL": f"http://{peers.address}",
-        "ESD_WORKER_DIR": str(tmp_path / "workers"),
-        "ESD_WORKER_COMMAND": f'["{sys.executable}", "-m", "tests.services.endpoints.standin_worker"]',
-        "ESD_DEVICE": "cpu",
-    }
     command = [sys.executable, "-m", "services.endpoints"]
-    first = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT)
+    first = await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT)
     await create()
     endpoint = await endpoint_in("InService")
     worker = await another_process(store, endpoint, None)
     first.kill()
     await first.wait()
-    second = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT)
+    second = await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT)
     os.kill(worker.pid, signal.SIGKILL)  # whether before or after the adoption, the new service replaces it
     again = await another_process(store, endpoint, worker.pid)
     second.terminate()
     assert await second.wait() == 0
-    third = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT)
+    third = await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT)
     await create("other", role="poet")
     await until(lambda: both_in_service(store))
     assert (await worker_of(store, endpoint)).pid == again.pid

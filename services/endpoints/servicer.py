@@ -53,11 +53,12 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
         return pb.CreateEndpointResponse(data=message)
 
     async def UpdateEndpoint(self, request: pb.UpdateEndpointRequest, context: Any) -> pb.UpdateEndpointResponse:
+        body = request.body
         change = Change(
-            autoscaling=request.autoscaling_enabled if request.HasField("autoscaling_enabled") else None,
-            num_min=_count_or_none("min_instance_number", request),
-            num_max=_count_or_none("max_instance_number", request),
-            drain=request.drain if request.HasField("drain") else None,
+            autoscaling=body.autoscaling_enabled if body.HasField("autoscaling_enabled") else None,
+            num_min=_count_or_none("min_instance_number", body.min_instance_number),
+            num_max=_count_or_none("max_instance_number", body.max_instance_number),
+            drain=body.drain if body.HasField("drain") else None,
         )
         row = await self._endpoints.update_endpoint(request.endpoint_id, change, by=current_caller().name)
         return pb.UpdateEndpointResponse(data=_message(row))
@@ -129,8 +130,7 @@ def _count(name: str, value: Value) -> int:
     )
 
 
-def _count_or_none(name: str, request: pb.UpdateEndpointRequest) -> int | None:
-    value = getattr(request, name)
+def _count_or_none(name: str, value: Value) -> int | None:
     return None if value.WhichOneof("kind") in (None, "null_value") else _count(name, value)
 
 

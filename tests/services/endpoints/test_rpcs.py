@@ -262,7 +262,7 @@ async def test_a_job_finds_usable_endpoints_of_its_type_and_a_pinned_one_in_any_
 
 
 async def update(stub: Any, metadata: Metadata, endpoint_id: str, **change: Any) -> dict[str, Any]:
-    request = ParseDict({"endpoint_id": endpoint_id} | change, pb.UpdateEndpointRequest())
+    request = ParseDict({"endpoint_id": endpoint_id, "body": change}, pb.UpdateEndpointRequest())
     return MessageToDict((await stub.UpdateEndpoint(request, metadata=metadata)).data)
 
 

@@ -61,7 +61,7 @@ async def another_process(store: EndpointStore, endpoint: Endpoint, pid: int | N
 
     async def found() -> Worker | None:
         worker = await worker_of(store, endpoint)
-        return worker if worker.was_live and worker.pid != pid else None
+        return worker if worker.was_live and worker.pid not in (None, pid) else None
 
     return await until(found)
 

@@ -131,10 +131,7 @@ def test_a_steady_load_gets_what_it_needs_and_then_nothing_changes(
     scale, now = before, START
     for _ in range(6):  # at most: the bounds, a peak of before, the need
         scale = decide(scale, num_needed, *limits, now, POLICY)
-        due = seconds_until_due(scale, now, POLICY)
-        if due is None:
-            break
-        now += timedelta(seconds=due)
+        now += timedelta(seconds=seconds_until_due(scale, now, POLICY) or 0)
     assert scale == Scale(min(max(num_needed, limits[0]), limits[1]))
     assert decide(scale, num_needed, *limits, now + IN, POLICY) == scale
 

@@ -10,9 +10,9 @@ from gpu_worker.cache import CachedModel
 from gpu_worker.embeddings import Embedding
 from gpu_worker.lora import Network
 from gpu_worker.weights import Models
-from payloads import Generation
-from payloads.models import LORA, stem
-from payloads.prompts import Lora
+from services.common.payloads import Generation
+from services.common.payloads.models import LORA, stem
+from services.common.payloads.prompts import Lora
 
 Adapter = Network | Embedding
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
-from payloads import Img2Img, pictures
-from payloads.img2img import CROP_AND_RESIZE, FILL, JUST_RESIZE, LATENT_UPSCALE, RESIZE_AND_FILL
+from services.common.payloads import Img2Img, pictures
+from services.common.payloads.img2img import CROP_AND_RESIZE, FILL, JUST_RESIZE, LATENT_UPSCALE, RESIZE_AND_FILL
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]

@@ -18,7 +18,7 @@ from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
 from gpu_worker.run import Produced, Run
-from payloads import Generation
+from services.common.payloads import Generation
 
 if TYPE_CHECKING:
     from gpu_worker.core import Core

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from payloads import Generation
+from services.common.payloads import Generation
 
 _LATENT_SCALE = 8  # pixels per latent, both ways
 _CHANNELS = 4

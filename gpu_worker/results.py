@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
-from payloads import Edit, Generation, Img2Img, Txt2Img
-from payloads.models import BASE, EMBEDDING, LORA, VAE, stem
+from services.common.payloads import Edit, Generation, Img2Img, Txt2Img
+from services.common.payloads.models import BASE, EMBEDDING, LORA, VAE, stem
 
 
 def named(files: list[CachedModel], kind: str) -> CachedModel | None:

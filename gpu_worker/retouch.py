@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from payloads import pictures
-from payloads.extras import TO_SIZE, Edit, RemoveBackground, Upscale
+from services.common.payloads import pictures
+from services.common.payloads.extras import TO_SIZE, Edit, RemoveBackground, Upscale
 
 GRABCUT = "The background was removed by GrabCut, which knows colours and no objects; its edges are coarse."
 _RESAMPLING = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}

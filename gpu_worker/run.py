@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
-from payloads import Generation
-from payloads.models import BASE, VAE
+from services.common.payloads import Generation
+from services.common.payloads.models import BASE, VAE
 
 if TYPE_CHECKING:
     from gpu_worker.adapters import Adapter

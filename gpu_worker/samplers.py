@@ -1,4 +1,4 @@
-"""A1111's samplers as diffusers schedulers, by the names of payloads/samplers.py; a test keeps the two equal."""
+"""A1111's samplers as diffusers schedulers, by the names in the payloads' samplers.py; a test keeps the two equal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-from payloads.samplers import parts
+from services.common.payloads.samplers import parts
 
 Options = dict[str, Any]
 

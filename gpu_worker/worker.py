@@ -13,7 +13,6 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-import payloads
 from esd.worker.v1 import worker_pb2
 from gpu_worker import canvas as canvases
 from gpu_worker import results, retouch
@@ -23,8 +22,9 @@ from gpu_worker.engine import Engine
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
 from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
-from payloads import Edit, Generation, Img2Img, Payload, pictures
+from services.common import payloads
 from services.common.errors import InvalidArgument
+from services.common.payloads import Edit, Generation, Img2Img, Payload, pictures
 
 log = structlog.get_logger()
 

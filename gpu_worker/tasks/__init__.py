@@ -13,7 +13,7 @@ from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Task
 from gpu_worker.tasks import img2img, txt2img
 from gpu_worker.weights import Models
-from payloads import Generation, Img2Img, Txt2Img
+from services.common.payloads import Generation, Img2Img, Txt2Img
 
 
 def begin(

@@ -12,8 +12,8 @@ from gpu_worker import noise, samplers
 from gpu_worker.denoise import LATENT_SCALE, Evaluation, Guidance, denoise
 from gpu_worker.tasks.stages import as_tensor, counted, latents_of, no_context, pixels_of
 from gpu_worker.weights import Models
-from payloads import Txt2Img
-from payloads.txt2img import LATENT_UPSCALERS, SecondPass
+from services.common.payloads import Txt2Img
+from services.common.payloads.txt2img import LATENT_UPSCALERS, SecondPass
 
 _RESAMPLING = {"Nearest": Image.Resampling.NEAREST}
 

@@ -14,8 +14,8 @@ from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Guidance, Task, denoise
 from gpu_worker.tasks.stages import as_tensor, counted, guidance, latents_of, no_context, pixels_of
 from gpu_worker.weights import Models
-from payloads import Img2Img
-from payloads.img2img import LATENT_NOISE, LATENT_NOTHING
+from services.common.payloads import Img2Img
+from services.common.payloads.img2img import LATENT_NOISE, LATENT_NOTHING
 
 
 def generate(

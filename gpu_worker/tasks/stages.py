@@ -14,8 +14,8 @@ from gpu_worker.adapters import Adapters
 from gpu_worker.denoise import Conditioning, Guidance
 from gpu_worker.job import JobError
 from gpu_worker.weights import Models
-from payloads import Generation, prompts
-from payloads.txt2img import SecondPass
+from services.common.payloads import Generation, prompts
+from services.common.payloads.txt2img import SecondPass
 
 NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 

@@ -14,7 +14,7 @@ from gpu_worker.denoise import Evaluation, Guidance, Task, denoise
 from gpu_worker.tasks import hires
 from gpu_worker.tasks.stages import counted, guidance, no_context, pixels_of
 from gpu_worker.weights import Models
-from payloads import Txt2Img
+from services.common.payloads import Txt2Img
 
 
 def generate(

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-import payloads
+from services.common import payloads
 from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import payloads
+from services.common import payloads
 from services.common.errors import InvalidArgument
 
 MAX_BYTES = 64 * 1024 * 1024

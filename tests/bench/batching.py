@@ -25,7 +25,7 @@ from gpu_worker import tiny, weights
 from gpu_worker.cache import CachedModel
 from gpu_worker.core import Core
 from gpu_worker.run import Produced, Run
-from payloads import Generation
+from services.common.payloads import Generation
 from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of
 

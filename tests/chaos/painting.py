@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gpu_worker.cache import CachedModel
 from gpu_worker.engine import EngineSettings
 from gpu_worker.run import Produced
-from payloads import Generation
+from services.common.payloads import Generation
 
 SECONDS_PER_STEP = 0.05
 _JOBS_AT_ONCE = 4

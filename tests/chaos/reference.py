@@ -12,7 +12,7 @@ import torch
 from gpu_worker.cache import CachedModel
 from gpu_worker.core import Core
 from gpu_worker.run import Produced, Run
-from payloads import Generation
+from services.common.payloads import Generation
 from tests.chaos.verdict import Pixels
 
 _MAX_DIFFERENCE = 2  # of 255: company in a tick changes the last bits

@@ -21,7 +21,7 @@ from deploy.local.home import Home
 from deploy.local.postgres import Postgres
 from deploy.local.stack import Stack
 from deploy.local.store import Store
-from payloads import Generation
+from services.common.payloads import Generation
 from tests.chaos.clients import Refused, Submission, User
 from tests.chaos.faults import Faults
 from tests.chaos.history import Change, History

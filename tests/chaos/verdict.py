@@ -17,9 +17,9 @@ from botocore.exceptions import ClientError
 from numpy.typing import NDArray
 from PIL import Image
 
-import payloads
 from deploy.local.home import S3_BUCKET
-from payloads import Generation
+from services.common import payloads
+from services.common.payloads import Generation
 from tests.chaos.clients import Submission
 from tests.chaos.history import Change, History
 

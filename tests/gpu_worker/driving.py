@@ -9,7 +9,7 @@ from gpu_worker import weights
 from gpu_worker.adapters import Adapters
 from gpu_worker.denoise import predict
 from gpu_worker.tasks import stages, txt2img
-from payloads import Generation, Txt2Img, check
+from services.common.payloads import Generation, Txt2Img, check
 
 NO_ADAPTERS = Adapters()
 R = TypeVar("R", bound=Generation)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gpu_worker import tiny
-from payloads import Generation
+from services.common.payloads import Generation
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 LINSPACE = {"timestep_spacing": "linspace"}

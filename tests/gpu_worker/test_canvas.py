@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gpu_worker.canvas import Canvas, prepared, resized
-from payloads import Img2Img, check
+from services.common.payloads import Img2Img, check
 from tests.pictures import encoded, mask, noise
 
 

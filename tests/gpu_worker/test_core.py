@@ -14,7 +14,7 @@ from gpu_worker import tiny
 from gpu_worker.core import NO_MEMORY, Core
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.run import Produced, Run
-from payloads import Generation
+from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import changed, txt2img_of
 

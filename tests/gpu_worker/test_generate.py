@@ -17,7 +17,7 @@ from esd.worker.v1 import worker_pb2, worker_pb2_grpc
 from gpu_worker.job import to_python
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
-from payloads import check
+from services.common.payloads import check
 from tests.gpu_worker.conftest import ObjectStore
 from tests.pictures import encoded, mask, noise
 from tests.serving import Tokens

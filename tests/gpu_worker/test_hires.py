@@ -11,7 +11,7 @@ from PIL import Image
 
 from gpu_worker import weights
 from gpu_worker.tasks import hires, stages, txt2img
-from payloads import Txt2Img
+from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gpu_worker import tiny, weights
 from gpu_worker.canvas import Canvas, prepared
 from gpu_worker.tasks import img2img, stages
-from payloads import Img2Img, check, samplers
+from services.common.payloads import Img2Img, check, samplers
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive
 from tests.gpu_worker.reference import BETAS, pipeline_of, scheduler_of

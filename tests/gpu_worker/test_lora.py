@@ -13,7 +13,7 @@ from gpu_worker import ldm, lora, weights
 from gpu_worker.adapters import Adapters
 from gpu_worker.job import JobError
 from gpu_worker.tasks import stages
-from payloads.prompts import Lora
+from services.common.payloads.prompts import Lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, drive, latents, txt2img_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpu_worker import noise
-from payloads import Generation
+from services.common.payloads import Generation
 from tests.gpu_worker.driving import changed, txt2img_of
 
 REQUEST = txt2img_of(width=64, height=96, seed=3, subseed=9)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from gpu_worker.retouch import retouched
-from payloads import Edit, check
+from services.common.payloads import Edit, check
 from tests.pictures import encoded, noise
 
 LANCZOS, NEAREST = Image.Resampling.LANCZOS, Image.Resampling.NEAREST

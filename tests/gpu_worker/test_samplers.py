@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpu_worker import samplers
-from payloads import samplers as names
+from services.common.payloads import samplers as names
 
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from gpu_worker import ldm, prompt, weights
 from gpu_worker.canvas import prepared
 from gpu_worker.tasks import img2img, stages, txt2img
-from payloads import Img2Img, check
+from services.common.payloads import Img2Img, check
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents, scheduler_of

@@ -12,7 +12,7 @@ from diffusers import EulerDiscreteScheduler
 from gpu_worker import weights
 from gpu_worker.job import JobError
 from gpu_worker.tasks import txt2img
-from payloads import Generation, samplers
+from services.common.payloads import Generation, samplers
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of

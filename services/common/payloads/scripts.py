@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from payloads.showing import shown
+from services.common.payloads.showing import shown
 
 
 def _first_is_true(arguments: list[Any]) -> bool:

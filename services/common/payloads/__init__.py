@@ -4,12 +4,12 @@ The service checks what a client sent and freezes the checked form; the worker r
 a bound stands in one place. Knows neither gRPC nor torch.
 """
 
-from payloads.base import Payload
-from payloads.extras import Edit
-from payloads.generation import Generation
-from payloads.img2img import Img2Img
-from payloads.models import used
-from payloads.reading import check, parse
-from payloads.txt2img import Txt2Img
+from services.common.payloads.base import Payload
+from services.common.payloads.extras import Edit
+from services.common.payloads.generation import Generation
+from services.common.payloads.img2img import Img2Img
+from services.common.payloads.models import used
+from services.common.payloads.reading import check, parse
+from services.common.payloads.txt2img import Txt2Img
 
 __all__ = ["Edit", "Generation", "Img2Img", "Payload", "Txt2Img", "check", "parse", "used"]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from payloads.generation import Generation
 from services.common.errors import InvalidArgument
+from services.common.payloads.generation import Generation
 
 BASE, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
 PSEUDO_VAES = ("Automatic", "None")

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from payloads import prompts, samplers
-from payloads.base import Payload
-from payloads.scripts import check_scripts
-from payloads.showing import shown
+from services.common.payloads import prompts, samplers
+from services.common.payloads.base import Payload
+from services.common.payloads.scripts import check_scripts
+from services.common.payloads.showing import shown
 
 MAX_IMAGES = 64
 MAX_SIDE = 4096

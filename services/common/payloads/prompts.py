@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from payloads.showing import shown
+from services.common.payloads.showing import shown
 
 MAX_TEXTS = 8
 _TAG = re.compile(r"<(\w+):([^<>]+)>")

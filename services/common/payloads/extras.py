@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from payloads import pictures
-from payloads.base import Payload
-from payloads.generation import MAX_IMAGES, MAX_SIDE
-from payloads.showing import shown
+from services.common.payloads import pictures
+from services.common.payloads.base import Payload
+from services.common.payloads.generation import MAX_IMAGES, MAX_SIDE
+from services.common.payloads.showing import shown
 
 UPSCALERS = ("None", "Lanczos", "Nearest")
 BY_FACTOR, TO_SIZE = range(2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from payloads.showing import shown
+from services.common.payloads.showing import shown
 
 
 @dataclass(frozen=True)

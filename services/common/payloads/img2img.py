@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from payloads import pictures
-from payloads.generation import Generation
+from services.common.payloads import pictures
+from services.common.payloads.generation import Generation
 
 JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL, LATENT_UPSCALE = range(4)
 FILL, ORIGINAL, LATENT_NOISE, LATENT_NOTHING = range(4)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from payloads import Txt2Img, check, used
 from services.common.errors import InvalidArgument
+from services.common.payloads import Txt2Img, check, used
 
 
 def txt2img(**fields: Any) -> Txt2Img:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from payloads import check
-from payloads.extras import UpscaleMany, UpscaleOne
 from services.common.errors import InvalidArgument
+from services.common.payloads import check
+from services.common.payloads.extras import UpscaleMany, UpscaleOne
 from tests.pictures import encoded, noise
 
 IMAGE = encoded(noise(64, 48))

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from payloads import check, used
-from payloads.prompts import Lora, at_step, joined_by_and, read
 from services.common.errors import InvalidArgument
+from services.common.payloads import check, used
+from services.common.payloads.prompts import Lora, at_step, joined_by_and, read
 
 MODELS = [
     ("Stable-diffusion", "v1-5.safetensors"),

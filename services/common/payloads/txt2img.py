@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from payloads import prompts, samplers
-from payloads.generation import MAX_SIDE, Generation
-from payloads.showing import shown
+from services.common.payloads import prompts, samplers
+from services.common.payloads.generation import MAX_SIDE, Generation
+from services.common.payloads.showing import shown
 
 # Of latents, as modes of interpolation and whether they are smoothed; and of pixels.
 LATENT_UPSCALERS = {

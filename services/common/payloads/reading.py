@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from payloads.base import Payload
-from payloads.extras import RemoveBackground, UpscaleMany, UpscaleOne
-from payloads.generation import Generation
-from payloads.img2img import Img2Img
-from payloads.showing import shown
-from payloads.txt2img import Txt2Img
 from services.common.errors import InvalidArgument
+from services.common.payloads.base import Payload
+from services.common.payloads.extras import RemoveBackground, UpscaleMany, UpscaleOne
+from services.common.payloads.generation import Generation
+from services.common.payloads.img2img import Img2Img
+from services.common.payloads.showing import shown
+from services.common.payloads.txt2img import Txt2Img
 
 TASKS: dict[str, type[Payload]] = {
     "txt2img": Txt2Img,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from payloads import check, pictures
-from payloads.img2img import Img2Img
 from services.common.errors import InvalidArgument
+from services.common.payloads import check, pictures
+from services.common.payloads.img2img import Img2Img
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> str:

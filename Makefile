@@ -32,7 +32,7 @@ fix: install  ## Format and mend what can be mended
 
 test: install  ## All tests, with the real parts on free ports
 	@# One thread each: threads of torch spin while they wait for a core that another test has.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2
 
 test-slow: install  ## The tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow

@@ -10,9 +10,11 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
 from deploy.local.ports import free_port
@@ -94,10 +96,15 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
     return S3Access(swift.url, bucket, S3_REGION, S3_ACCESS_KEY, esd_home.s3_secret_key_file, swift)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a file's tests in one process, and all that share a whole stack in one, when tests run in two."""
-    for item in items:
-        folder = item.path.parent.name
-        shared = folder == "rest" or (folder == "e2e" and "stack" in getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(folder if shared else item.path.name))
+class _BySharedParts(LoadScopeScheduling):
+    """Keeps a file's tests in one process, and all that share a whole stack in one. Largest first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePosixPath(nodeid.partition("::")[0])
+        has_own_stack = file.name == "test_demo.py"
+        return file.parent.name if file.parent.name in {"e2e", "rest"} and not has_own_stack else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """What xdist calls to learn which tests go together, when tests run in several processes."""
+    return _BySharedParts(config, log)

@@ -30,11 +30,13 @@ def environment(tmp_path: Path, tokens: Tokens, make_database: Callable[[], str]
     """The settings of a service's process, but for its address. The services that it asks are not there."""
     (tmp_path / "verifying_key").write_text(tokens.public_key_pem)
     (tmp_path / "secret").write_text("mine")
+    (tmp_path / "audit_key").write_text("a" * 43)
     return {
         "PATH": os.environ["PATH"],
         "ESD_DATABASE_URL": make_database(),
         "ESD_VERIFYING_KEY_FILE": str(tmp_path / "verifying_key"),
         "ESD_SECRET_FILE": str(tmp_path / "secret"),
+        "ESD_AUDIT_KEY_FILE": str(tmp_path / "audit_key"),
         "ESD_WORKER_DIR": str(tmp_path / "worker"),
         "ESD_PUBLIC_URL": "http://127.0.0.1:1",
         "ESD_S3_ENDPOINT_URL": s3.endpoint_url,

@@ -35,7 +35,7 @@ test: install  ## All tests, with the real parts on free ports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2
 
 test-slow: install  ## The tests that take minutes each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2
 
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built (minutes, once; as root)
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh)} && test -n "$$assets" && \

@@ -76,6 +76,7 @@ def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_r
     assert processes_of(home) == []
 
 
+@pytest.mark.slow
 def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> None:
     checkpoint, prompt, port = home / "my own.safetensors", """an "owl's" nest; $HOME""", free_port()
     subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)

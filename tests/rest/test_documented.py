@@ -12,6 +12,8 @@ from tests.rest.routes import CHECKPOINT_TYPES
 from tests.rest.tables import fresh
 from tests.services.models.files import safetensors
 
+pytestmark = pytest.mark.slow
+
 LONG = "x" * 2000
 # (path, query, status): what each filter and page of a list may be.
 QUERIES = [

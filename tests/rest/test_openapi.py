@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
@@ -15,6 +16,8 @@ from gateway.openapi import openapi
 from tests.e2e.conftest import Api
 from tests.e2e.test_doors import NOT_BUILT
 from tests.protos import ROOT
+
+pytestmark = pytest.mark.slow
 
 DOCUMENT = openapi((ROOT / "esd" / "descriptors.binpb").read_bytes(), "/prod")
 TOO_MANY = 10_000  # instances that no endpoint may have

@@ -13,6 +13,8 @@ from esd.identity.v1 import ext_authz_pb2, ext_authz_pb2_grpc, identity_pb2, ide
 from services.common.auth import TOKEN_METADATA, Verifier
 from tests.e2e.conftest import Api, new_user
 
+pytestmark = pytest.mark.slow
+
 REPLICAS = ("identity", "identity-2")
 
 

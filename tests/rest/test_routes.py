@@ -19,6 +19,8 @@ from tests.e2e.conftest import Answer, Api, new_user
 from tests.rest.routes import IMPORTED, ROUTES, Route
 from tests.rest.tables import MISSING, fresh, made
 
+pytestmark = pytest.mark.slow
+
 RESOURCES = ("user", "role", "checkpoint", "sagemaker_endpoint", "inference", "train")
 PERMISSIONS = [f"{resource}:{action}" for resource in RESOURCES for action in ("all", "list", "create")]
 FIELDS = [

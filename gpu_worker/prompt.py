@@ -23,6 +23,7 @@ CHUNK_TOKENS = 75  # between CLIP's marks of start and end
 MAX_CHUNKS = 64
 _NONE = Adapters()
 _BACKTRACK_TOKENS = 20  # how far back a chunk may end at a comma
+_NO_MEAN = 1e-4  # of the mean size
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _CLOSED_BY = {")": ("(", _FACTORS["("]), "]": ("[", _FACTORS["["])}
 _SYNTAX = re.compile(
@@ -209,4 +210,8 @@ def _weighed(layer: torch.Tensor, weights: list[float]) -> torch.Tensor:
     factors = torch.ones(len(layer), dtype=layer.dtype)
     factors[1 : len(weights) + 1] = torch.tensor(weights, dtype=layer.dtype)
     weighed = layer * factors.to(layer.device)[:, None]
-    return weighed * (layer.mean() / weighed.mean())
+    # A layer whose mean is 0 but for rounding has none to restore: the quotient would be noise, or NaN.
+    means = torch.stack([layer.mean(), weighed.mean()]).float()
+    if (means.abs() < _NO_MEAN * layer.abs().mean()).any():
+        return weighed
+    return weighed * (means[0] / means[1])

@@ -56,6 +56,8 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
         unet = UNet2DConditionModel(**parts["unet"])
         vae = AutoencoderKL(**parts["vae"])
         clip = CLIPTextModel(CLIPTextConfig(**parts["text_encoder"]))
+    # Texts as the UNet reads them have a mean that is not 0, which weights in prompts keep.
+    torch.nn.init.constant_(clip.final_layer_norm.bias, 0.1)
     named = {ldm.unet_name(name, parts["unet"]): tensor for name, tensor in unet.state_dict().items()}
     for name, tensor in vae.state_dict().items():
         original = ldm.vae_name(name, parts["vae"])

@@ -73,6 +73,18 @@ def test_weights_scale_tokens_and_keep_the_mean(models: weights.Models) -> None:
     assert weighed.mean().item() == pytest.approx(plain.mean().item(), rel=1e-4)
 
 
+def test_a_mean_that_is_nothing_but_rounding_is_not_restored(models: weights.Models) -> None:
+    bias = models.text_encoders[0].model.final_layer_norm.bias
+    with torch.inference_mode():
+        before = bias.clone()
+        bias.zero_()
+        plain, weighed = encoded(models, "a cat on"), encoded(models, "a (cat:1.5) on")
+        bias.copy_(before)
+    factors = torch.ones(77, 1)
+    factors[2] = 1.5
+    assert torch.equal(weighed, plain * factors)
+
+
 def test_a_long_prompt_is_read_in_chunks_that_end_at_a_comma(models: weights.Models) -> None:
     words = "dog " * 70
     first, second = f"{words.strip()},", "cat " * 20

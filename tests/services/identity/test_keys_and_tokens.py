@@ -107,7 +107,7 @@ async def test_a_kept_token_needs_no_database_and_any_other_says_that_it_is_down
     url, other_url = make_url(database_url), make_url(make_database()).set(drivername="postgresql")
     with psycopg.connect(other_url.render_as_string(hide_password=False), autocommit=True) as connection:
         connection.execute(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS false')
-        ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        ends = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
         connection.execute(ends, [url.database])  # dropping it would wait for the disk, longer than a token is kept
     assert await identity.check(x_api_key=identity.first_key) == kept
     details = await _fails(identity.check(x_api_key=identity.first_key, username="x"), grpc.StatusCode.UNAVAILABLE)

@@ -254,7 +254,7 @@ async def test_when_all_database_connections_break_a_waiting_worker_still_gets_t
         url = database_url.replace("+psycopg", "")
         async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
             await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
         put = (await service.get(job_id)).params.struct_value["input_body_presign_url"]

@@ -21,7 +21,6 @@ FORBIDDEN = {
     "background.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "imports.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "import_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
-    "lease_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "pool_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "leftover_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),

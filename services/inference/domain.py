@@ -19,16 +19,16 @@ from services.common.errors import (
 )
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.times import read_time
-from services.inference.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
-from services.inference.cleaning import Cleaner
-from services.inference.freezing import Freezer
 from services.inference.peers import Peers
-from services.inference.priorities import Priorities
 from services.inference.rows import REAL_TIME, STATUSES, Job, Submission, now
 from services.inference.signals import JOB_ENDED, Signals, wait
 from services.inference.store import JobFilter, JobStore
-from services.inference.submissions import SubmittedBefore
-from services.inference.webhooks import check_webhook
+from services.inference.submitting.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
+from services.inference.submitting.freezing import Freezer
+from services.inference.submitting.priorities import Priorities
+from services.inference.submitting.submissions import SubmittedBefore
+from services.inference.upkeep.cleaning import Cleaner
+from services.inference.webhooks.domain import check_webhook
 
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _SWEEP_SECONDS = 7.0

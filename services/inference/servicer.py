@@ -16,12 +16,12 @@ from services.common.auth import current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.times import time_text
-from services.inference import events
-from services.inference.choices import SIMPLE_TASKS, Draft, User
 from services.inference.domain import Inference, Wanted
 from services.inference.rows import REAL_TIME, Job, Webhook
+from services.inference.submitting.choices import SIMPLE_TASKS, Draft, User
 from services.inference.views import Views
-from services.inference.webhooks import Webhooks
+from services.inference.watching import events
+from services.inference.webhooks.domain import Webhooks
 
 _MAX_KEY_CHARACTERS = 255
 

@@ -1,6 +1,7 @@
 """Jobs in PostgreSQL as their users see them. One method is one transaction.
 
-What workers do with jobs is in lease_store.py, what becomes of the jobs of an endpoint that goes away in pool_store.py.
+What workers do with jobs is in queue/store.py, what becomes of the jobs of an endpoint that goes away in
+queue/pool_store.py.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
-from services.inference.claim import NOT_UNDER_WAY, UNDER_WAY
-from services.inference.enqueue import enqueue, locked
-from services.inference.leftover_store import leave_behind
-from services.inference.quotas import NO_QUOTAS, Quotas, admit, note_usage
+from services.inference.queue.claim import NOT_UNDER_WAY, UNDER_WAY
+from services.inference.queue.enqueue import enqueue, locked
 from services.inference.rows import Job, Submission, Usage
 from services.inference.signals import JOB_ENDED, LEASES_LOST
-from services.inference.submissions import LIFETIME, find_submission, remember
+from services.inference.submitting.quotas import NO_QUOTAS, Quotas, admit, note_usage
+from services.inference.submitting.submissions import LIFETIME, find_submission, remember
+from services.inference.upkeep.leftover_store import leave_behind
 
 _SECOND_TIME_SECONDS = 60.0  # whoever deletes a job removes its objects too, unless it dies in between
 

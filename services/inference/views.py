@@ -6,9 +6,9 @@ from typing import Any
 
 from services.common.blobs import Blobs
 from services.common.times import time_text
-from services.inference.choices import SIMPLE_TASKS
 from services.inference.peers import Model
 from services.inference.rows import Job
+from services.inference.submitting.choices import SIMPLE_TASKS
 
 
 class Views:

@@ -25,7 +25,7 @@ from deploy.local.ports import free_port
 from deploy.local.postgres import Postgres
 from deploy.local.store import process_environment
 from services.common.database import Database
-from services.inference.lease_store import LeaseStore
+from services.inference.queue.store import LeaseStore
 from services.inference.rows import Worker, now
 from tests.processes import running
 

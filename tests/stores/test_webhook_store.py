@@ -9,7 +9,7 @@ import pytest
 from services.common.database import Database
 from services.inference.rows import ASYNC, DEAD, DELIVERED, PENDING, Job, Webhook
 from services.inference.store import JobStore
-from services.inference.webhook_store import WebhookStore
+from services.inference.webhooks.store import WebhookStore
 
 
 @pytest.fixture

@@ -25,29 +25,29 @@ from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.outbound import Outbound
 from services.common.settings import BlobSettings
-from services.inference.background import Background
-from services.inference.board import Board
-from services.inference.board_store import BoardStore
-from services.inference.cleaning import Cleaner
-from services.inference.deadlines import Deadlines
-from services.inference.dispatch import QueueServicer
 from services.inference.domain import Inference
-from services.inference.events import Events
-from services.inference.lease_store import LeaseStore
-from services.inference.leftover_store import LeftoverStore
-from services.inference.outputs import Outputs
 from services.inference.peers import Peers
-from services.inference.pool_store import PoolStore
-from services.inference.priorities import DEFAULT_RANGES, Priorities
-from services.inference.queue import Limits, Queue
-from services.inference.quotas import Quotas
-from services.inference.rehoming import Rehoming
+from services.inference.queue.domain import Limits, Queue
+from services.inference.queue.pool_store import PoolStore
+from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.servicer import QueueServicer
+from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
+from services.inference.submitting.priorities import DEFAULT_RANGES, Priorities
+from services.inference.submitting.quotas import Quotas
+from services.inference.upkeep.background import Background
+from services.inference.upkeep.cleaning import Cleaner
+from services.inference.upkeep.deadlines import Deadlines
+from services.inference.upkeep.leftover_store import LeftoverStore
+from services.inference.upkeep.outputs import Outputs
 from services.inference.views import Views
-from services.inference.webhook_store import WebhookStore
-from services.inference.webhooks import Webhooks
+from services.inference.watching.board import Board
+from services.inference.watching.events import Events
+from services.inference.watching.store import BoardStore
+from services.inference.webhooks.domain import Webhooks
+from services.inference.webhooks.store import WebhookStore
 from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens
 

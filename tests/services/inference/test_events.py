@@ -13,16 +13,16 @@ from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.database import Database
-from services.inference.board import Board
-from services.inference.board_store import BoardStore
-from services.inference.choices import User
 from services.inference.domain import Inference
-from services.inference.events import Events, Preview, Queued, Step
-from services.inference.priorities import Priorities
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS, Signals
 from services.inference.store import JobStore
+from services.inference.submitting.choices import User
+from services.inference.submitting.priorities import Priorities
 from services.inference.views import Views
+from services.inference.watching.board import Board
+from services.inference.watching.events import Events, Preview, Queued, Step
+from services.inference.watching.store import BoardStore
 from tests.services.inference.conftest import Service
 from tests.serving import Metadata, serving
 

@@ -9,7 +9,7 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
-from services.inference.quotas import Quotas
+from services.inference.submitting.quotas import Quotas
 from tests.pictures import encoded, noise
 from tests.services.inference.conftest import PNG, Service
 

@@ -13,15 +13,15 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.database import Database
-from services.inference.background import Background
-from services.inference.lease_store import LeaseStore
-from services.inference.leftover_store import LeftoverStore
-from services.inference.outputs import Outputs
-from services.inference.pool_store import PoolStore
-from services.inference.queue import Limits, Queue, WorkerStream
-from services.inference.rehoming import Rehoming
-from services.inference.results import ResultObject, Results
+from services.inference.queue.domain import Limits, Queue, WorkerStream
+from services.inference.queue.pool_store import PoolStore
+from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.results import ResultObject, Results
+from services.inference.queue.store import LeaseStore
 from services.inference.store import JobStore
+from services.inference.upkeep.background import Background
+from services.inference.upkeep.leftover_store import LeftoverStore
+from services.inference.upkeep.outputs import Outputs
 from tests.services.inference.conftest import PNG, SHA256, Service, ended_with
 
 pytestmark = pytest.mark.timeout(60)

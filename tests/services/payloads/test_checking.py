@@ -7,7 +7,7 @@ import pytest
 
 from services.common.errors import InvalidArgument
 from services.common.payloads.reading import seed_of
-from services.inference.payload import check_json, check_payload
+from services.inference.submitting.payload import check_json, check_payload
 
 JOB = "7f3c0b0e-4f4e-4c6e-9d0a-0f6a1e6a2b11"
 

@@ -12,8 +12,8 @@ from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from services.common.database import Database, notify
-from services.inference.claim import QUEUED, UNDER_WAY
-from services.inference.enqueue import enqueue, locked
+from services.inference.queue.claim import QUEUED, UNDER_WAY
+from services.inference.queue.enqueue import enqueue, locked
 from services.inference.rows import Job, RetiredEndpoint, Worker
 from services.inference.signals import JOB_ENDED
 

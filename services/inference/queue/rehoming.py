@@ -9,7 +9,7 @@ import structlog
 
 from services.common.errors import EsdError
 from services.inference.peers import Endpoint, Peers
-from services.inference.pool_store import PoolStore
+from services.inference.queue.pool_store import PoolStore
 from services.inference.rows import Job
 
 log = structlog.get_logger()

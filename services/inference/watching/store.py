@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
-from services.inference.claim import QUEUED
+from services.inference.queue.claim import QUEUED
 from services.inference.rows import Job, JobProgress, Worker, now
 from services.inference.signals import JOBS_MOVED, JOBS_WATCHED
 

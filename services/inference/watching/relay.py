@@ -8,8 +8,8 @@ from functools import partial
 from uuid import UUID
 
 from esd.worker.v1 import worker_pb2
-from services.inference.board import Board
-from services.inference.board_store import Progress
+from services.inference.watching.board import Board
+from services.inference.watching.store import Progress
 
 
 class Relay:

@@ -15,13 +15,13 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
-from services.inference.board import Board
-from services.inference.pool_store import PoolState, PoolStore
-from services.inference.queue import Assignment, Queue, WorkerStream, parse_lease
-from services.inference.rehoming import Rehoming
-from services.inference.relay import Relay
-from services.inference.results import ResultObject, Results
+from services.inference.queue.domain import Assignment, Queue, WorkerStream, parse_lease
+from services.inference.queue.pool_store import PoolState, PoolStore
+from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.results import ResultObject, Results
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, Signals, wait
+from services.inference.watching.board import Board
+from services.inference.watching.relay import Relay
 
 log = structlog.get_logger()
 

@@ -22,10 +22,10 @@ from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_url
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.times import time_text
-from services.inference.choices import User
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook, now
 from services.inference.signals import WEBHOOKS_DUE, Signals, wait
-from services.inference.webhook_store import WebhookStore
+from services.inference.submitting.choices import User
+from services.inference.webhooks.store import WebhookStore
 
 log = structlog.get_logger()
 

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import notify
-from services.inference.claim import QUEUE_CLOCK
+from services.inference.queue.claim import QUEUE_CLOCK
 from services.inference.rows import Job, UserClock
 from services.inference.signals import DEADLINE_SET, JOBS_QUEUED
 

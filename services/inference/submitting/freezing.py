@@ -11,8 +11,8 @@ from uuid import uuid4
 from services.common import payloads
 from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
 from services.common.errors import FailedPrecondition, InvalidArgument
-from services.inference.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
 from services.inference.rows import ASYNC, Job, now
+from services.inference.submitting.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
 
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread

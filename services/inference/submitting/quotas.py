@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.errors import ResourceExhausted
-from services.inference.claim import QUEUED
+from services.inference.queue.claim import QUEUED
 from services.inference.rows import Job, Usage
 
 _HOUR = timedelta(hours=1)

@@ -11,15 +11,15 @@ import structlog
 
 from services.common.blobs import Blobs
 from services.common.errors import InvalidArgument, Unavailable
-from services.inference.background import Background
-from services.inference.lease_store import LeaseStore
-from services.inference.leftover_store import LeftoverStore
-from services.inference.outputs import Outputs
 from services.inference.peers import Model
-from services.inference.rehoming import Rehoming
-from services.inference.results import Results, find_problem
+from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.results import Results, find_problem
+from services.inference.queue.store import LeaseStore
 from services.inference.rows import WRITABLE_SECONDS, Job, Worker, now
 from services.inference.signals import Signals
+from services.inference.upkeep.background import Background
+from services.inference.upkeep.leftover_store import LeftoverStore
+from services.inference.upkeep.outputs import Outputs
 
 log = structlog.get_logger()
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from services.common.errors import NotFound
-from services.inference.board import Board, Display
-from services.inference.choices import User
 from services.inference.domain import Inference
 from services.inference.rows import Job
 from services.inference.signals import heard
+from services.inference.submitting.choices import User
 from services.inference.views import Views
+from services.inference.watching.board import Board, Display
 
 _PING_SECONDS = 15.0
 _ESTIMATE_SECONDS = 5.0  # an estimate that moves by less is not told again

@@ -8,8 +8,8 @@ import structlog
 
 from services.common.blobs import Blobs
 from services.common.errors import Unavailable
-from services.inference.leftover_store import LeftoverStore
 from services.inference.store import JobStore
+from services.inference.upkeep.leftover_store import LeftoverStore
 
 log = structlog.get_logger()
 

@@ -1,0 +1,1 @@
+"""What time brings, and nobody waits for: deadlines, retention, objects to remove, raw answers to write."""

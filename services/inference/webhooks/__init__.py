@@ -1,0 +1,1 @@
+"""Calls to the URLs that users gave with their jobs, made when those have ended."""

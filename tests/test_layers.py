@@ -23,6 +23,10 @@ FORBIDDEN = {
     "import_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "pool_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "leftover_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
+    "task_servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "tasks.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "task_control.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
+    "task_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "dataset_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "peers.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
 }

@@ -20,7 +20,9 @@ from services.common.database import Database
 from services.common.server import Server
 from services.common.settings import AuditedSettings, load, read_secret
 from services.endpoints.cluster import Cluster
-from services.endpoints.cluster.local import LocalCluster, LocalSettings, find_gpus
+from services.endpoints.cluster.gpus import find_gpus
+from services.endpoints.cluster.local import LocalCluster
+from services.endpoints.cluster.machine import LocalSettings
 from services.endpoints.domain import Endpoints
 from services.endpoints.event_store import EventStore
 from services.endpoints.peers import Identity, Queue
@@ -28,6 +30,10 @@ from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
+from services.endpoints.task_control import TaskControl
+from services.endpoints.task_servicer import TaskServicer
+from services.endpoints.task_store import TaskStore
+from services.endpoints.tasks import Tasks
 
 
 class EndpointsSettings(AuditedSettings):
@@ -43,6 +49,10 @@ class EndpointsSettings(AuditedSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_instances: int = Field(64, ge=1)
     drain_seconds: float = Field(60.0, ge=0)
+    # Who gets a GPU that both a pool and a task wait for; with `tasks`, workers also leave GPUs that tasks wait for.
+    gpu_priority: Literal["pools", "tasks"] = "pools"
+    # How many tasks run at a time on a machine without a GPU.
+    max_cpu_tasks: int = Field(1, ge=0)
     # How pools follow their load (scaling.ScalingPolicy).
     scale_target_async: float = Field(3.0, gt=0)
     scale_target_real_time: float = Field(5.0, gt=0)
@@ -75,23 +85,25 @@ class EndpointsSettings(AuditedSettings):
             verifying_key_file=self.verifying_key_file.resolve(),
             device=self.device,
             gpus=[] if self.device == "cpu" else find_gpus(),
+            tasks_first=self.gpu_priority == "tasks",
+            max_cpu_tasks=self.max_cpu_tasks,
             drain_seconds=self.drain_seconds,
         )
 
 
 @asynccontextmanager
 async def running_cluster(
-    settings: EndpointsSettings, store: EndpointStore, on_change: Callable[[], None]
+    settings: EndpointsSettings, store: EndpointStore, tasks: TaskStore, on_change: Callable[[], None]
 ) -> AsyncIterator[Cluster]:
     """What runs the workers, which run on after the block."""
     if settings.cluster == "kubernetes":
-        from services.endpoints.cluster import kubernetes  # noqa: PLC0415 - of the extra `kubernetes`
+        from services.endpoints.cluster import kubernetes, kubernetes_api  # noqa: PLC0415 - of the extra `kubernetes`
 
-        own = load(kubernetes.KubernetesSettings)
-        async with kubernetes.running(own, settings.drain_seconds, on_change) as cluster:
+        own = load(kubernetes_api.KubernetesSettings)
+        async with kubernetes.running(own, settings.drain_seconds, settings.gpu_priority, on_change) as cluster:
             yield cluster
         return
-    local = LocalCluster(store, settings.local(), on_change)
+    local = LocalCluster(store, tasks, settings.local(), on_change)
     try:
         yield local
     finally:
@@ -103,7 +115,7 @@ async def main(settings: EndpointsSettings) -> None:
     database = Database(settings.database_url)
     await database.migrate("endpoints")
     audit = Audit.from_file("endpoints", settings.audit_key_file)
-    store = EndpointStore(database, audit)
+    store, tasks = EndpointStore(database, audit), TaskStore(database)
     tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
     identity = Identity(channel(settings.identity_address, tokens))
     queue = Queue(channel(settings.inference_address, tokens))
@@ -112,8 +124,10 @@ async def main(settings: EndpointsSettings) -> None:
     rpc.add_EndpointsServiceServicer_to_server(
         EndpointsServicer(Endpoints(store, EventStore(database), identity, settings.max_instances)), server.grpc
     )
-    async with running_cluster(settings, store, wake.set) as cluster, asyncio.TaskGroup() as group:
-        control = ControlLoop(store, database, identity, queue, cluster, wake, settings.scaling())
+    rpc.add_TaskServiceServicer_to_server(TaskServicer(Tasks(tasks)), server.grpc)
+    async with running_cluster(settings, store, tasks, wake.set) as cluster, asyncio.TaskGroup() as group:
+        task_control = TaskControl(tasks, identity, cluster, wake)
+        control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, settings.scaling())
         loop = group.create_task(control.run())
         auditing = group.create_task(audit.log_heads(database))
         await server.run()

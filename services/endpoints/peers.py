@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 import grpc
 
@@ -14,6 +15,16 @@ from services.common.clients import domain_error
 from services.endpoints.scaling import Backlog
 
 _TIMEOUT_SECONDS = 10.0
+
+
+class Holder(StrEnum):
+    """Who holds a secret that this service gives out."""
+
+    WORKER = "worker"
+    TRAINER = "trainer"
+
+
+_CALLERS = {Holder.WORKER: options_pb2.CALLER_WORKER, Holder.TRAINER: options_pb2.CALLER_TRAINER}
 
 
 @dataclass(frozen=True)
@@ -59,19 +70,19 @@ class Identity:
             raise domain_error(error, "identity") from error
         return User(response.username, list(response.roles))
 
-    async def create_worker_secret(self, endpoint_id: str) -> str:
-        """A new secret for the endpoint's workers, in place of any earlier one."""
+    async def create_secret(self, holder: Holder, owner_id: str) -> str:
+        """A new secret for the workers of an endpoint or for a task, in place of any earlier one."""
         try:
-            request = identity_pb2.CreateSecretRequest(caller=options_pb2.CALLER_WORKER, subject=endpoint_id)
+            request = identity_pb2.CreateSecretRequest(caller=_CALLERS[holder], subject=owner_id)
             response = await self._stub.CreateSecret(request, timeout=_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise domain_error(error, "identity") from error
         return str(response.secret)
 
-    async def delete_worker_secret(self, endpoint_id: str) -> None:
-        """Makes the secret of the endpoint's workers worthless; idempotent."""
+    async def delete_secret(self, holder: Holder, owner_id: str) -> None:
+        """Makes the secret worthless; idempotent."""
         try:
-            request = identity_pb2.DeleteSecretRequest(caller=options_pb2.CALLER_WORKER, subject=endpoint_id)
+            request = identity_pb2.DeleteSecretRequest(caller=_CALLERS[holder], subject=owner_id)
             await self._stub.DeleteSecret(request, timeout=_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise domain_error(error, "identity") from error

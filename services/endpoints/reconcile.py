@@ -1,4 +1,4 @@
-"""Owns the control loop: rows say which pools should be, the loop makes it so.
+"""Owns the control loop: rows say which pools and tasks should be, the loop makes it so.
 
 It is level-triggered and idempotent: what woke it does not matter, it looks at everything again, and may be stopped at
 any point. One replica at a time runs it, elected by a lock in the database. It wakes by NOTIFY (a row changed), by the
@@ -16,7 +16,7 @@ import structlog
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
 from services.endpoints.cluster import Cluster, Pool, PoolState
-from services.endpoints.peers import Identity, Load, Queue
+from services.endpoints.peers import Holder, Identity, Load, Queue
 from services.endpoints.scaling import ScalingPolicy, decide, needed_workers, seconds_until_due
 from services.endpoints.store import (
     CHANGED,
@@ -30,6 +30,7 @@ from services.endpoints.store import (
     Endpoint,
     EndpointStore,
 )
+from services.endpoints.task_control import TaskControl
 
 log = structlog.get_logger()
 
@@ -48,6 +49,7 @@ class ControlLoop:
         identity: Identity,
         queue: Queue,
         cluster: Cluster,
+        tasks: TaskControl,
         wake: asyncio.Event,
         policy: ScalingPolicy,
     ) -> None:
@@ -56,6 +58,7 @@ class ControlLoop:
         self._identity = identity
         self._queue = queue
         self._cluster = cluster
+        self._tasks = tasks
         self._wake = wake
         self._policy = policy
         self._loads: dict[str, Load] | None = None  # None until the queue has told
@@ -99,26 +102,27 @@ class ControlLoop:
 
     async def _reconcile_forever(self, confirm: Callable[[], Awaitable[None]]) -> None:
         # Before the first round, since only rounds make anything: what has no row now is nobody's.
-        await self._cluster.remove_orphans([endpoint.id for endpoint in await self._store.get_all()])
+        owner_ids = [endpoint.id for endpoint in await self._store.get_all()] + await self._tasks.owner_ids()
+        await self._cluster.remove_orphans(owner_ids)
         while True:
             self._wake.clear()
             await confirm()
-            endpoints = await self.look()
+            seconds = await self.look()
             try:
-                async with asyncio.timeout(self._seconds_to_rest(endpoints)):
+                async with asyncio.timeout(seconds):
                     await self._wake.wait()
             except TimeoutError:
-                pass  # the sweep, or a pool's time to change
+                pass  # the sweep, or the time of a pool or task has come
 
-    async def look(self) -> list[Endpoint]:
-        """Looks at every endpoint once and does what is to be done now; answers the endpoints."""
+    async def look(self) -> float:
+        """Looks at every endpoint and task once and does what is to be done now; answers how long it may rest."""
         endpoints = await self._store.get_all()
         await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in endpoints))
-        return endpoints
-
-    def _seconds_to_rest(self, endpoints: list[Endpoint]) -> float:
+        deadline = await self._tasks.look()
         now = datetime.now(UTC)
         due = [seconds_until_due(row.scale, now, self._policy) for row in endpoints if row.autoscaling]
+        if deadline is not None:
+            due.append(max(0.0, (deadline - now).total_seconds()))
         return min([_SWEEP_SECONDS, *(seconds for seconds in due if seconds is not None)])
 
     async def _reconcile_safely(self, endpoint: Endpoint) -> None:
@@ -136,7 +140,7 @@ class ControlLoop:
             await self._rescale(endpoint, load)
         num_workers = 0 if endpoint.status in _WITHOUT_WORKERS else endpoint.num_workers
         if num_workers and not await self._cluster.has_secret(endpoint.id):
-            secret = await self._identity.create_worker_secret(endpoint.id)
+            secret = await self._identity.create_secret(Holder.WORKER, endpoint.id)
             await self._cluster.save_secret(endpoint.id, secret)
         pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type)
         state = await self._cluster.apply(pool, num_workers, load.worker_ids)
@@ -194,7 +198,7 @@ class ControlLoop:
         await self._queue.retire_endpoint(endpoint.id, f"endpoint {endpoint.name} was deleted")
         if load.num_queued or load.num_running:
             return
-        await self._identity.delete_worker_secret(endpoint.id)
+        await self._identity.delete_secret(Holder.WORKER, endpoint.id)
         await self._cluster.forget(endpoint.id)
         await self._store.remove_endpoint(endpoint.id)
         log.info("an endpoint is gone", endpoint=endpoint.name)

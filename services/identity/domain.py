@@ -25,8 +25,7 @@ DEFAULT_ROLES = [ADMINISTRATORS, "byoc"]
 INSTALLER = "ESD"  # the creator of what the first start made
 FIRST_USER = "api"
 
-# Which services may make and delete the secrets of what they start.
-_SECRET_KEEPERS = {"worker": ("endpoints",), "trainer": ("endpoints", "training")}
+_STARTER = "endpoints"  # the service that starts workers and trainers, and it alone makes their secrets
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ class Identity:
         Raises:
             PermissionDenied: the service does not start such processes.
         """
-        _may_keep(service, kind)
+        _may_keep_secrets(service)
         secret = secrets.token_urlsafe(32)
         await self._store.save_secret(Secret(kind=kind, subject=subject, secret_hash=sha256(secret)))
         return secret
@@ -243,7 +242,7 @@ class Identity:
         Raises:
             PermissionDenied: the service does not start such processes.
         """
-        _may_keep(service, kind)
+        _may_keep_secrets(service)
         await self._store.remove_secret(kind, subject)
 
     async def _save_user(self, username: str, password: str, roles: list[str], creator: str) -> None:
@@ -279,9 +278,9 @@ def _may_grant(actor: Actor, permissions: list[str]) -> None:
         raise PermissionDenied(f"creator has no permission to assign permission [{missing}] to others")
 
 
-def _may_keep(service: str, kind: str) -> None:
-    if service not in _SECRET_KEEPERS[kind]:
-        raise PermissionDenied(f"the {service} service keeps no secrets of a {kind}")
+def _may_keep_secrets(service: str) -> None:
+    if service != _STARTER:
+        raise PermissionDenied(f"the {service} service starts neither workers nor trainers, and makes no secrets")
 
 
 def _name(field: str, name: str) -> str:

@@ -25,13 +25,16 @@ from services.common import logs
 from services.common.audit import Audit
 from services.common.database import Database
 from services.common.settings import Settings
-from services.endpoints.cluster.local import LocalCluster, LocalSettings
+from services.endpoints.cluster.local import LocalCluster
+from services.endpoints.cluster.machine import LocalSettings
 from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
 from services.endpoints.peers import Load
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.store import EndpointStore
+from services.endpoints.task_control import TaskControl
+from services.endpoints.task_store import TaskStore
 from tests.processes import running
 
 NUM_ENDPOINTS = 100
@@ -80,8 +83,8 @@ def _is_empty(endpoint: dict[str, Any]) -> bool:
 class _NoIdentity:
     """Gives secrets that nobody asks for."""
 
-    async def create_worker_secret(self, endpoint_id: str) -> str:
-        return endpoint_id
+    async def create_secret(self, holder: str, owner_id: str) -> str:
+        return owner_id
 
 
 def rounds() -> list[float]:
@@ -104,10 +107,12 @@ async def _rounds(database_url: str, folder: Path) -> list[float]:
     domain = Endpoints(store, EventStore(database), _NoIdentity(), max_workers=1)  # type: ignore[arg-type]
     settings = LocalSettings(_SLEEPER, folder / "workers", "", folder / "key", "cpu", [])
     wake = asyncio.Event()
-    cluster = LocalCluster(store, settings, wake.set)
+    tasks = TaskStore(database)
+    cluster = LocalCluster(store, tasks, settings, wake.set)
     identity: Any = _NoIdentity()
     queue: Any = None
-    control = ControlLoop(store, database, identity, queue, cluster, wake, ScalingPolicy())
+    task_control = TaskControl(tasks, identity, cluster, wake)
+    control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, ScalingPolicy())
     for _ in range(NUM_ENDPOINTS):
         await domain.create_endpoint(NewEndpoint("", "Async", "any", 1, True, 0, 1, [str(uuid4())]), "bench")
     await control.look()

@@ -33,7 +33,7 @@ _KUBERNETES = ROOT / "deploy" / "kubernetes"
 _ADMIN = secrets.token_hex(16)
 # What the tests need of the controllers, and few threads for it.
 _CONTROLLERS = (
-    "deployment,replicaset,disruption,garbagecollector,namespace,nodelifecycle,serviceaccount,serviceaccount-token"
+    "deployment,replicaset,job,disruption,garbagecollector,namespace,nodelifecycle,serviceaccount,serviceaccount-token"
 )
 
 
@@ -148,12 +148,14 @@ def _program(name: str) -> str:
 
 
 async def prepare(api: client.ApiClient) -> None:
-    """Makes the namespaces, the account and the role of deploy/kubernetes."""
+    """Makes the namespaces, the account, the role and the priorities of deploy/kubernetes."""
     base, workers = _KUBERNETES / "base", _KUBERNETES / "workers"
     core, rbac = client.CoreV1Api(api), client.RbacAuthorizationV1Api(api)
     for file in (base / "namespace.yaml", workers / "namespace.yaml"):
         await core.create_namespace(yaml.safe_load(file.read_text()))
     await core.create_namespaced_service_account("esd", yaml.safe_load((base / "service-account.yaml").read_text()))
+    for priority in yaml.safe_load_all((workers / "priorities.yaml").read_text()):
+        await client.SchedulingV1Api(api).create_priority_class(priority)
     role, binding = yaml.safe_load_all((workers / "role.yaml").read_text())
     await rbac.create_namespaced_role("esd-workers", role)
     await rbac.create_namespaced_role_binding("esd-workers", binding)

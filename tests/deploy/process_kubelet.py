@@ -20,6 +20,7 @@ from kubernetes_asyncio import client, watch
 from kubernetes_asyncio.client.exceptions import ApiException
 
 _BACKOFF_SECONDS = 0.2
+_ENDED = ("Succeeded", "Failed")
 
 
 class ProcessKubelet:
@@ -68,6 +69,8 @@ class ProcessKubelet:
                     self._pods[uid] = asyncio.create_task(self._run(pod))
                 elif pod.metadata.deletion_timestamp and (process := self._processes.pop(uid, None)):
                     process.send_signal(signal.SIGTERM)
+                elif pod.metadata.deletion_timestamp and pod.status.phase in _ENDED:
+                    await self._remove(pod)
 
     async def _run(self, pod: Any) -> None:
         """The pod's life: started, started again when it ends, gone when it was to go."""
@@ -93,9 +96,15 @@ class ProcessKubelet:
                     break  # it was told to go
                 words = log.read_bytes()[-2048:].decode(errors="replace")
                 end = {"terminated": {"exitCode": code, "message": words, "finishedAt": _now()}}
+                if pod.spec.restart_policy == "Never":
+                    await self._tell(pod, 0, end, None, phase="Failed" if code else "Succeeded")
+                    return
                 await self._tell(pod, num_restarts, {"waiting": {"reason": "CrashLoopBackOff"}}, end)
                 await asyncio.sleep(_BACKOFF_SECONDS)
                 num_restarts += 1
+        await self._remove(pod)
+
+    async def _remove(self, pod: Any) -> None:
         with suppress(ApiException):
             await self._core.delete_namespaced_pod(
                 pod.metadata.name, pod.metadata.namespace, body={"gracePeriodSeconds": 0}
@@ -125,7 +134,9 @@ class ProcessKubelet:
                     environment[name] = place_of + value.removeprefix(path)
         return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
 
-    async def _tell(self, pod: Any, num_restarts: int, state: dict[str, Any], last: dict[str, Any] | None) -> None:
+    async def _tell(
+        self, pod: Any, num_restarts: int, state: dict[str, Any], last: dict[str, Any] | None, phase: str = "Running"
+    ) -> None:
         ready = "running" in state
         container = {
             "name": pod.spec.containers[0].name,
@@ -139,7 +150,7 @@ class ProcessKubelet:
         conditions = [
             {"type": kind, "status": str(ready), "lastTransitionTime": _now()} for kind in ("Ready", "ContainersReady")
         ]
-        status = {"phase": "Running", "startTime": _now(), "conditions": conditions, "containerStatuses": [container]}
+        status = {"phase": phase, "startTime": _now(), "conditions": conditions, "containerStatuses": [container]}
         with suppress(ApiException):  # it is gone already
             await self._core.patch_namespaced_pod_status(pod.metadata.name, pod.metadata.namespace, {"status": status})
 

@@ -24,7 +24,7 @@ from deploy.local.home import S3_ACCESS_KEY, Home
 from gateway.settings import GatewaySettings, refuse_open_door
 from services.common.settings import BlobSettings, load
 from services.endpoints.__main__ import EndpointsSettings
-from services.endpoints.cluster.kubernetes import KubernetesSettings
+from services.endpoints.cluster.kubernetes_api import KubernetesSettings
 from services.identity.settings import IdentitySettings
 from services.inference.__main__ import InferenceSettings
 from services.models.settings import ModelsSettings

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.endpoints.task_store import State, Task
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -28,29 +30,45 @@ class PoolState:
     failure: str | None = None
 
 
-class Cluster(Protocol):
-    """Runs the workers of pools.
+@dataclass(frozen=True)
+class TaskState:
+    """What became of a task so far, and what it waits for or why it failed."""
 
-    Every method is idempotent, and none waits for a worker to start or to stop: what happens later is told by the
+    state: State
+    num_attempts: int
+    reason: str = ""
+
+
+class Cluster(Protocol):
+    """Runs the workers of pools, and tasks. Both are owners of a secret, by their id.
+
+    Every method is idempotent, and none waits for a process to start or to stop: what happens later is told by the
     callback that the implementation was made with.
     """
 
-    async def has_secret(self, endpoint_id: str) -> bool:
-        """Whether the secret of the endpoint's workers is in place."""
+    async def has_secret(self, owner_id: str) -> bool:
+        """Whether the owner's secret is in place."""
         ...
 
-    async def save_secret(self, endpoint_id: str, secret: str) -> None:
-        """Puts the secret where the endpoint's workers find it."""
+    async def save_secret(self, owner_id: str, secret: str) -> None:
+        """Puts the secret where the owner's processes find it."""
         ...
 
     async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
         """Starts what is missing and stops what is too many; `live` are the ids of workers that the queue sees."""
         ...
 
-    async def forget(self, endpoint_id: str) -> None:
-        """Removes what is left of a pool that has no workers any more: its secret, its logs."""
+    async def apply_task(self, task: Task, should_run: bool) -> TaskState:
+        """Begins the task when it is its turn, and again while it may; stops it when it should not run any more.
+
+        It has stopped when the answer is not RUNNING.
+        """
         ...
 
-    async def remove_orphans(self, endpoint_ids: Collection[str]) -> None:
-        """Removes what was made for endpoints other than these, whose rows are lost."""
+    async def forget(self, owner_id: str) -> None:
+        """Removes what is left of a pool that has no workers, or a task that has ended: its secret, its logs."""
+        ...
+
+    async def remove_orphans(self, owner_ids: Collection[str]) -> None:
+        """Removes what was made for owners other than these, whose rows are lost."""
         ...

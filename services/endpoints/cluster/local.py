@@ -7,76 +7,61 @@ control loop adopts it. It does not outlive the launcher, whose pid it gets in i
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from services.endpoints.cluster import Pool, PoolState
+from services.endpoints.cluster import Pool, PoolState, TaskState
+from services.endpoints.cluster.local_tasks import LocalTasks
+from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, LocalSettings, Machine
 from services.endpoints.cluster.process import Process, start
 from services.endpoints.cluster.tail import last_words
 from services.endpoints.store import EndpointStore, Worker
+from services.endpoints.task_store import Task, TaskStore
 
 log = structlog.get_logger()
 
 MAX_FAILURES = 3
-_FIRST_BACKOFF_SECONDS = 0.5  # doubled at each further failure
-# What a worker inherits. It gets no other variable: the service's own name the database and its secret.
-_INHERITED = {"PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE"}
-_INHERITED_PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "PYTORCH_", "OMP_", "MKL_", "HF_")
-_INHERITED_SETTINGS = {
-    "ESD_LAUNCHER_PID",
-    "ESD_LOG_FORMAT",
-    "ESD_LOG_LEVEL",
-    "ESD_NUM_THREADS",
-    "ESD_CACHE_MAX_BYTES",
-    "ESD_MAX_RESIDENT_MODELS",
-}
 
 
 @dataclass(frozen=True)
-class LocalSettings:
-    """How workers are run. `folder` keeps secrets, logs and the model cache; `gpus` are shared out one per worker."""
+class _Round:
+    """What a round of the control loop reads once for all pools: workers, and the GPUs that are kept for tasks."""
 
-    command: list[str]
-    folder: Path
-    server_url: str
-    verifying_key_file: Path
-    device: str
-    gpus: list[str]
-    # How long a worker that is stopped may take to finish its job, and then to leave, before it is killed.
-    drain_seconds: float = 60.0
-    leave_seconds: float = 10.0
+    workers: dict[str, list[Worker]]
+    kept_gpus: list[str]
 
 
 class LocalCluster:
     """Runs workers as processes. `on_change` is called when one has ended, or may be tried again."""
 
-    def __init__(self, store: EndpointStore, settings: LocalSettings, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, store: EndpointStore, tasks: TaskStore, settings: LocalSettings, on_change: Callable[[], None]
+    ) -> None:
         self._store = store
-        self._settings = settings
+        self._task_store = tasks
+        self._machine = Machine(settings, store, tasks)
+        self._tasks = LocalTasks(self._machine, tasks, on_change)
         self._on_change = on_change
         self._processes: dict[tuple[str, int], Process] = {}
         self._not_before: dict[tuple[str, int], float] = {}  # the loop's time
         self._exits: dict[tuple[str, int], int | None] = {}  # of the process before, as Process.exit
-        self._reading: asyncio.Task[dict[str, list[Worker]]] | None = None
-        self._starting = asyncio.Lock()  # so that two endpoints do not choose the same GPU
+        self._reading: asyncio.Task[_Round] | None = None
 
-    async def has_secret(self, endpoint_id: str) -> bool:
+    async def has_secret(self, owner_id: str) -> bool:
         """Whether the secret's file is there."""
-        return self._secret_file(endpoint_id).exists()
+        return self._machine.secret_file(owner_id).exists()
 
-    async def save_secret(self, endpoint_id: str, secret: str) -> None:
+    async def save_secret(self, owner_id: str, secret: str) -> None:
         """Writes the secret's file, readable for this user only."""
-        _write_secret(self._secret_file(endpoint_id), secret)
+        self._machine.save_secret(owner_id, secret)
 
     async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
         """Looks at each worker of the pool once: starts, stops, restarts, counts."""
-        workers = await self._workers_of(pool.endpoint_id)
+        read = await self._read_once()
+        workers = read.workers.get(pool.endpoint_id, [])
         for slot in set(range(num_workers)) - {worker.slot for worker in workers}:
             await self._store.add_worker(pool.endpoint_id, slot)
             workers.append(Worker(endpoint_id=pool.endpoint_id, slot=slot))
@@ -89,43 +74,52 @@ class LocalCluster:
                 process = await self._start(worker)
             elif process is None:
                 await self._store.remove_worker(worker)
-            elif worker.slot >= num_workers:
-                process.stop(self._settings.drain_seconds + self._settings.leave_seconds)
+            elif worker.slot >= num_workers or worker.gpu in read.kept_gpus:
+                process.stop(self._machine.settings.stop_seconds)
             elif worker.worker_id in live and not worker.was_live:
                 await self._store.set_worker_live(worker)
             num_running += process is not None
         return PoolState(num_running)
 
-    async def forget(self, endpoint_id: str) -> None:
-        """Removes the endpoint's folder."""
-        shutil.rmtree(self._folder(endpoint_id), ignore_errors=True)
+    async def apply_task(self, task: Task, should_run: bool) -> TaskState:
+        """Looks at the task once: starts it, stops it, starts it again."""
+        return await self._tasks.apply(task, should_run)
 
-    async def remove_orphans(self, endpoint_ids: Collection[str]) -> None:
+    async def forget(self, owner_id: str) -> None:
+        """Removes the owner's folder."""
+        self._machine.forget(owner_id)
+        self._tasks.forget(owner_id)
+
+    async def remove_orphans(self, owner_ids: Collection[str]) -> None:
         """Removes folders. A process without a row has a secret that identity will refuse, and ends by itself."""
-        for secret in self._settings.folder.glob("*/secret"):
-            if secret.parent.name not in endpoint_ids:
-                log.warning("the folder of an endpoint that is not known is removed", endpoint_id=secret.parent.name)
-                await self.forget(secret.parent.name)
+        for owner_id in set(self._machine.owners()) - set(owner_ids):
+            log.warning("the folder of an endpoint or task that is not known is removed", owner_id=owner_id)
+            await self.forget(owner_id)
 
     def close(self) -> None:
         """Lets go of all processes, which run on."""
         for process in self._processes.values():
             process.let_go()
         self._processes.clear()
+        self._tasks.close()
 
-    async def _workers_of(self, endpoint_id: str) -> list[Worker]:
-        """The rows of an endpoint's workers. A round asks for every endpoint at once, and all share one statement."""
+    async def _read_once(self) -> _Round:
+        """The rows that concern pools. A round asks for every endpoint at once, and all share one answer."""
         if self._reading is None:
-            self._reading = asyncio.create_task(self._read_workers())
-        return (await asyncio.shield(self._reading)).get(endpoint_id, [])
+            self._reading = asyncio.create_task(self._read())
+        return await asyncio.shield(self._reading)
 
-    async def _read_workers(self) -> dict[str, list[Worker]]:
+    async def _read(self) -> _Round:
         await asyncio.sleep(0)  # those who ask in this turn of the event loop share the answer
         self._reading = None  # those who ask later get a later one
+        workers = await self._store.get_workers()
         found: dict[str, list[Worker]] = {}
-        for worker in await self._store.get_workers():
+        for worker in workers:
             found.setdefault(worker.endpoint_id, []).append(worker)
-        return found
+        if not self._machine.settings.tasks_first:
+            return _Round(found, [])
+        tasks = await self._task_store.get_uncleared()
+        return _Round(found, self._machine.shares_of(workers, tasks).kept_for_tasks())
 
     async def _process_of(self, worker: Worker) -> Process | None:
         """The worker's running process, adopted if it is not known; None if there is none, which the row says then."""
@@ -158,7 +152,7 @@ class LocalCluster:
         worker.pid, worker.start_time, worker.num_failures = None, None, num_failures
         if num_failures:
             loop = asyncio.get_running_loop()
-            delay = _FIRST_BACKOFF_SECONDS * 2 ** (num_failures - 1)
+            delay = FIRST_BACKOFF_SECONDS * 2 ** (num_failures - 1)
             self._not_before[worker.endpoint_id, worker.slot] = loop.time() + delay
             loop.call_later(delay, self._on_change)
 
@@ -167,11 +161,15 @@ class LocalCluster:
         key = (worker.endpoint_id, worker.slot)
         if asyncio.get_running_loop().time() < self._not_before.get(key, 0):
             return None
-        async with self._starting:
+        async with self._machine.starting:
+            gpu = (await self._machine.shares()).for_worker() if self._machine.settings.gpus else None
+            if gpu is None and self._machine.settings.gpus:
+                return None  # all are tasks'; the end of one will tell
             worker.num_launches += 1
-            worker.gpu = await self._choose_gpu()
+            worker.gpu = gpu
+            environment = self._machine.environment(worker.endpoint_id, gpu) | {"ESD_WORKER_ID": worker.worker_id}
             process, release = start(
-                self._settings.command, self._environment(worker), self._log_file(worker), self._on_change
+                self._machine.settings.command, environment, self._log_file(worker), self._on_change
             )
             worker.pid, worker.start_time = process.pid, process.start_time
             claimed = False
@@ -185,55 +183,14 @@ class LocalCluster:
         log.info("a worker is started", worker=worker.worker_id, pid=process.pid, gpu=worker.gpu)
         return process
 
-    async def _choose_gpu(self) -> str | None:
-        if not self._settings.gpus:
-            return None
-        return choose_gpu(self._settings.gpus, [row.gpu for row in await self._store.get_workers() if row.pid])
-
-    def _environment(self, worker: Worker) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if name in _INHERITED | _INHERITED_SETTINGS or name.startswith(_INHERITED_PREFIXES)
-        }
-        own = {
-            "ESD_SERVER_URL": self._settings.server_url,
-            "ESD_SECRET_FILE": str(self._secret_file(worker.endpoint_id)),
-            "ESD_CACHE_DIR": str(self._settings.folder / "cache"),
-            "ESD_DEVICE": self._settings.device,
-            "ESD_VERIFYING_KEY_FILE": str(self._settings.verifying_key_file),
-            "ESD_DRAIN_SECONDS": str(self._settings.drain_seconds),
-            "ESD_WORKER_ID": worker.worker_id,
-        }
-        return kept | own | ({} if worker.gpu is None else {"CUDA_VISIBLE_DEVICES": worker.gpu})
-
     def _failure(self, worker: Worker) -> str:
         code = self._exits.get((worker.endpoint_id, worker.slot))  # None also where another control loop saw it end
         how = "ended" if code is None else f"ended with code {code}"
         words = last_words(self._log_file(worker)) or "its log is empty"
         return f"a worker failed to start {worker.num_failures} times in a row; the last one {how}: {words}"
 
-    def _folder(self, endpoint_id: str) -> Path:
-        return self._settings.folder / endpoint_id
-
-    def _secret_file(self, endpoint_id: str) -> Path:
-        return self._folder(endpoint_id) / "secret"
-
     def _log_file(self, worker: Worker) -> Path:
-        return self._folder(worker.endpoint_id) / f"worker-{worker.slot}.log"
-
-
-def choose_gpu(gpus: list[str], taken: Iterable[str | None]) -> str:
-    """The GPU with the fewest workers, the first of those; `taken` are the GPUs of the workers that run."""
-    num_workers = Counter(taken)
-    return min(gpus, key=lambda gpu: num_workers[gpu])
-
-
-def find_gpus() -> list[str]:
-    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu.strip()]
-    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+        return self._machine.folder(worker.endpoint_id) / f"worker-{worker.slot}.log"
 
 
 def _how_it_ended(process: Process, words: str) -> str:
@@ -244,11 +201,3 @@ def _how_it_ended(process: Process, words: str) -> str:
         return "it was asked to leave and left"
     code = "" if process.exit is None else f" with code {process.exit}"
     return f"it ended by itself{code}: {words or 'its log is empty'}"
-
-
-def _write_secret(path: Path, secret: str) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".new")
-    unfinished.touch(mode=0o600)
-    unfinished.write_text(secret)
-    unfinished.replace(path)

@@ -6,14 +6,28 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from services.common import process as bonds
+
 # The shell waits for a line before it becomes the command: by then the pid is in the database. If this service dies
 # between the two, the shell reads the end of the pipe and goes, so that nothing ever runs that no row knows.
 _GATE = 'read -r go && exec "$@"'
+# Where it matters how the command ended, the shell stays, hands SIGTERM on, and writes the exit code into the file that
+# is its $0: who adopts a process cannot ask for it. If the shell is killed, the command is too (die_with_parent).
+_RECORDING_GATE = """
+read -r go || exit
+exec 3>&2 2>/dev/null  # the shell's own remarks are not the command's last words
+trap '${child:+kill -TERM $child}' TERM
+python=$1 wrapper=$2; shift 2
+"$python" -I -S "$wrapper" --parent $$ -- "$@" 2>&3 3>&- & child=$!
+while wait $child; code=$?; kill -0 $child; do :; done
+echo $code >"$0.new" && mv "$0.new" "$0"
+"""
 
 
 class Process:
@@ -85,18 +99,26 @@ class Process:
 
 
 def start(
-    command: list[str], environment: dict[str, str], log_file: Path, on_end: Callable[[], None]
+    command: list[str],
+    environment: dict[str, str],
+    log_file: Path,
+    on_end: Callable[[], None],
+    exit_file: Path | None = None,
 ) -> tuple[Process, Callable[[bool], None]]:
     """Starts a process in a session of its own, held back until the returned function is called.
 
     Called with True it becomes the command, with False it ends. Its output goes to the log file, which begins anew.
+    With an `exit_file`, the command's exit code is there once the process has ended, and nothing if it was killed.
     """
+    shell = ["/bin/sh", "-c", _GATE, "worker", *command]
+    if exit_file is not None:
+        shell = ["/bin/sh", "-c", _RECORDING_GATE, str(exit_file), sys.executable, bonds.__file__, *command]
     gate_out, gate_in = os.pipe()
     try:
         log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with log_file.open("wb") as output:
             child = subprocess.Popen(
-                ["/bin/sh", "-c", _GATE, "worker", *command],
+                shell,
                 env=environment,
                 stdin=gate_out,
                 stdout=output,

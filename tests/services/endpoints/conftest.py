@@ -2,6 +2,7 @@
 
 peers      stand-ins of identity and of the queue on one real server; what they were told is theirs to read
 store      the store on a fresh, migrated database
+foreman    whom stand-in tasks ask what to do
 stub       EndpointsService on a real server, without a control loop
 run_loop   starts a control loop with the local cluster; several may run, each can be stopped
 """
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -22,6 +23,7 @@ from esd.identity.v1 import identity_pb2 as identity
 from esd.identity.v1 import identity_pb2_grpc
 from esd.inference.v1 import inference_pb2 as inference
 from esd.inference.v1 import inference_pb2_grpc
+from esd.options.v1 import options_pb2 as options
 from services.common.audit import Audit
 from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, current_caller
 from services.common.clients import TokenSource, channel
@@ -29,8 +31,9 @@ from services.common.database import Database
 from services.common.errors import NotFound, Unauthenticated
 from services.common.server import Server
 from services.endpoints.cluster import Cluster, kubernetes
-from services.endpoints.cluster.kubernetes import KubernetesSettings
-from services.endpoints.cluster.local import LocalCluster, LocalSettings
+from services.endpoints.cluster.kubernetes_api import KubernetesSettings
+from services.endpoints.cluster.local import LocalCluster
+from services.endpoints.cluster.machine import LocalSettings
 from services.endpoints.cluster.process import start_time_of
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.domain import Endpoints
@@ -40,8 +43,11 @@ from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.servicer import EndpointsServicer
 from services.endpoints.store import EndpointStore
+from services.endpoints.task_control import TaskControl
+from services.endpoints.task_store import TaskStore
 from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare
 from tests.deploy.process_kubelet import ProcessKubelet
+from tests.services.endpoints.foreman import Foreman
 from tests.serving import AUDIT_KEY, Metadata, Tokens
 
 OWN_SECRET = "the secret of the endpoints service"
@@ -54,7 +60,8 @@ class StandInIdentity(identity_pb2_grpc.IdentityServiceServicer):
 
     def __init__(self, tokens: Tokens) -> None:
         self._signer = tokens.signer
-        self.secrets: dict[str, str] = {}
+        self.secrets: dict[str, str] = {}  # of workers, by endpoint
+        self.trainers: dict[str, str] = {}  # the secrets of tasks
 
     async def GetUser(self, request: identity.GetUserRequest, context: Any) -> identity.GetUserResponse:
         if request.username not in USERS:
@@ -62,12 +69,16 @@ class StandInIdentity(identity_pb2_grpc.IdentityServiceServicer):
         return identity.GetUserResponse(username=request.username, roles=USERS[request.username])
 
     async def CreateSecret(self, request: identity.CreateSecretRequest, context: Any) -> identity.CreateSecretResponse:
-        self.secrets[request.subject] = f"secret of {request.subject}"
-        return identity.CreateSecretResponse(secret=self.secrets[request.subject])
+        secrets = self._secrets(request.caller)
+        secrets[request.subject] = f"secret of {request.subject}"
+        return identity.CreateSecretResponse(secret=secrets[request.subject])
 
     async def DeleteSecret(self, request: identity.DeleteSecretRequest, context: Any) -> identity.DeleteSecretResponse:
-        self.secrets.pop(request.subject, None)
+        self._secrets(request.caller).pop(request.subject, None)
         return identity.DeleteSecretResponse()
+
+    def _secrets(self, caller: options.Caller) -> dict[str, str]:
+        return {options.CALLER_WORKER: self.secrets, options.CALLER_TRAINER: self.trainers}[caller]
 
     async def IssueToken(self, request: identity.IssueTokenRequest, context: Any) -> identity.IssueTokenResponse:
         if request.secret == OWN_SECRET:
@@ -169,6 +180,11 @@ def store(database: Database) -> EndpointStore:
 
 
 @pytest.fixture
+def task_store(database: Database) -> TaskStore:
+    return TaskStore(database)
+
+
+@pytest.fixture
 def clients(peers: Peers) -> tuple[Identity, Queue]:
     own = channel(peers.address, TokenSource(peers.address, OWN_SECRET))
     return Identity(own), Queue(own)
@@ -185,6 +201,12 @@ async def stub(domain: Endpoints, serve: Callable[..., Awaitable[Any]]) -> endpo
     return endpoints_pb2_grpc.EndpointsServiceStub(
         await serve(lambda server: endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(servicer, server))
     )
+
+
+@pytest.fixture
+async def foreman(tmp_path: Path) -> AsyncIterator[Foreman]:
+    async with Foreman(tmp_path / "foreman") as foreman:
+        yield foreman
 
 
 @pytest.fixture
@@ -230,7 +252,12 @@ RunLoop = Callable[..., RunningLoop]
 
 @pytest.fixture
 async def run_loop(
-    store: EndpointStore, database: Database, clients: tuple[Identity, Queue], peers: Peers, tmp_path: Path
+    store: EndpointStore,
+    task_store: TaskStore,
+    database: Database,
+    clients: tuple[Identity, Queue],
+    peers: Peers,
+    tmp_path: Path,
 ) -> AsyncIterator[RunLoop]:
     verifying_key_file = tmp_path / "verifying.pem"
     running: list[RunningLoop] = []
@@ -240,6 +267,7 @@ async def run_loop(
         stop_seconds: float = 10,
         gpus: tuple[str, ...] = (),
         policy: ScalingPolicy | None = None,
+        **how: Any,
     ) -> RunningLoop:
         settings = LocalSettings(
             command=command or STANDIN_WORKER,
@@ -250,20 +278,22 @@ async def run_loop(
             gpus=list(gpus),
             drain_seconds=stop_seconds / 2,
             leave_seconds=stop_seconds / 2,
+            **how,
         )
         wake = asyncio.Event()
-        cluster = LocalCluster(store, settings, wake.set)
-        control = ControlLoop(store, database, *clients, cluster, wake, policy or ScalingPolicy())
+        cluster = LocalCluster(store, task_store, settings, wake.set)
+        tasks = TaskControl(task_store, clients[0], cluster, wake)
+        control = ControlLoop(store, database, *clients, cluster, tasks, wake, policy or ScalingPolicy())
         running.append(RunningLoop(asyncio.create_task(control.run()), cluster))
         return running[-1]
 
     yield run
     for loop in running:
         await loop.stop()
-    for worker in await store.get_workers():
-        if worker.pid and is_alive(worker.pid):
-            os.kill(worker.pid, 9)
-            await until(lambda pid=worker.pid: not is_alive(pid))
+    for row in [*await store.get_workers(), *await task_store.get_uncleared()]:
+        if row.pid and is_alive(row.pid):
+            os.kill(row.pid, 9)
+            await until(lambda pid=row.pid: not is_alive(pid))
 
 
 def is_alive(pid: int) -> bool:
@@ -304,7 +334,11 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
     async with AsyncExitStack() as stack:
         token = await account_token(nodes)
 
-        async def make(command: list[str] = STANDIN_WORKER, on_change: Callable[[], None] = lambda: None) -> Cluster:
+        async def make(
+            command: list[str] = STANDIN_WORKER,
+            on_change: Callable[[], None] = lambda: None,
+            gpu_priority: Literal["pools", "tasks"] = "pools",
+        ) -> Cluster:
             settings = KubernetesSettings(
                 image="worker:1",
                 server_url=f"http://{peers.address}",
@@ -316,6 +350,6 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
                 cache_gib=1,
                 kubeconfig=nodes.kubeconfig(token),
             )
-            return await stack.enter_async_context(kubernetes.running(settings, 5, on_change))
+            return await stack.enter_async_context(kubernetes.running(settings, 5, gpu_priority, on_change))
 
         yield make

@@ -16,10 +16,14 @@ from uuid import uuid4
 import pytest
 
 from services.endpoints.cluster import Cluster, Pool, PoolState
-from services.endpoints.cluster.local import LocalCluster, LocalSettings
-from services.endpoints.peers import Identity
+from services.endpoints.cluster.local import LocalCluster
+from services.endpoints.cluster.machine import LocalSettings
+from services.endpoints.peers import Holder, Identity
 from services.endpoints.store import Endpoint, EndpointStore
+from services.endpoints.task_control import TaskControl
+from services.endpoints.task_store import State, Task, TaskStore
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, until
+from tests.services.endpoints.foreman import Foreman
 
 UNLUCKY_WORKER = [sys.executable, "-c", "import sys; sys.exit('no luck today')"]
 MakeCluster = Callable[..., Awaitable[Cluster]]
@@ -54,7 +58,9 @@ def make_cluster(request: pytest.FixtureRequest) -> MakeCluster:
 
 
 @pytest.fixture
-async def make_local(store: EndpointStore, peers: Peers, tmp_path: Path) -> AsyncIterator[MakeCluster]:
+async def make_local(
+    store: EndpointStore, task_store: TaskStore, peers: Peers, tmp_path: Path
+) -> AsyncIterator[MakeCluster]:
     made: list[LocalCluster] = []
 
     async def make(command: list[str] = STANDIN_WORKER) -> Cluster:
@@ -68,7 +74,7 @@ async def make_local(store: EndpointStore, peers: Peers, tmp_path: Path) -> Asyn
             drain_seconds=5,
             leave_seconds=5,
         )
-        made.append(LocalCluster(store, settings, lambda: None))
+        made.append(LocalCluster(store, task_store, settings, lambda: None))
         return made[-1]
 
     yield make
@@ -103,7 +109,7 @@ class Driver:
 @pytest.fixture
 def give_secret(clients: tuple[Identity, Any], pool: Pool) -> Callable[[Cluster], Awaitable[None]]:
     async def give(cluster: Cluster) -> None:
-        await cluster.save_secret(pool.endpoint_id, await clients[0].create_worker_secret(pool.endpoint_id))
+        await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
 
     return give
 
@@ -157,3 +163,85 @@ async def test_what_belongs_to_no_endpoint_is_removed(make_cluster: MakeCluster,
     assert await cluster.has_secret(pool.endpoint_id)
     await cluster.remove_orphans([])
     assert not await cluster.has_secret(pool.endpoint_id)
+
+
+Begin = Callable[..., Awaitable[Task]]
+Reach = Callable[..., Awaitable[Task]]
+
+
+@pytest.fixture
+async def begin(
+    make_cluster: MakeCluster, task_store: TaskStore, clients: tuple[Identity, Any], foreman: Foreman
+) -> AsyncIterator[Begin]:
+    """Asks for a task, and does for it what the control loop does until the end of the test."""
+    cluster = await make_cluster(foreman.command)
+    control = TaskControl(task_store, clients[0], cluster, asyncio.Event())
+
+    async def look() -> None:
+        while True:
+            await control.look()
+            await asyncio.sleep(0.1)
+
+    async def add(instance_type: str = "one-gpu", max_attempts: int = 1) -> Task:
+        row = Task(
+            id=str(uuid4()),
+            kind="train",
+            service="training",
+            instance_type=instance_type,
+            max_attempts=max_attempts,
+            creation_time=datetime.now(UTC),
+        )
+        return await task_store.add_task(row)
+
+    looking = asyncio.create_task(look())
+    yield add
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+
+
+@pytest.fixture
+def reach(task_store: TaskStore) -> Reach:
+    """Waits until the task is in the state, and cleared if that is its end."""
+
+    async def wait(task: Task, state: State, words: str = "") -> Task:
+        async def found() -> Task | None:
+            row = await task_store.get_task(task.id)
+            return row if row.state == state and row.is_cleared == row.has_ended and words in row.reason else None
+
+        row: Task = await until(found, seconds=120)
+        return row
+
+    return wait
+
+
+async def test_a_task_runs_to_its_end_with_a_secret_of_its_own(
+    begin: Begin, reach: Reach, foreman: Foreman, peers: Peers
+) -> None:
+    task = await begin()
+    said, end = await foreman.next(task.id)
+    assert (said["word"], said["secret"]) == ("train", peers.identity.trainers[task.id])
+    await reach(task, State.RUNNING)
+    end()
+    assert (await reach(task, State.SUCCEEDED)).num_attempts == 1
+    assert peers.identity.trainers == {}
+
+
+async def test_a_task_that_fails_is_begun_again_as_often_as_it_may(
+    begin: Begin, reach: Reach, foreman: Foreman
+) -> None:
+    task = await begin(max_attempts=2)
+    (await foreman.next(task.id))[1](3, "the loss is nan")
+    await reach(task, State.WAITING, "attempt 1 of 2 failed: it ended with code 3: the loss is nan")
+    (await foreman.next(task.id))[1](4, "out of memory")
+    failed = await reach(task, State.FAILED)
+    assert (failed.num_attempts, failed.reason) == (2, "it ended with code 4: out of memory")
+
+
+async def test_a_task_that_is_stopped_leaves_and_is_not_begun_again(
+    begin: Begin, reach: Reach, foreman: Foreman, task_store: TaskStore
+) -> None:
+    task = await begin(max_attempts=2)
+    await foreman.next(task.id)
+    await task_store.request_stop(task.id)
+    await reach(task, State.STOPPED)
+    assert not foreman.has_met(task.id)

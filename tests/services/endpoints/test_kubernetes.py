@@ -17,11 +17,15 @@ import pytest
 from kubernetes_asyncio import client
 
 from services.common.database import Database
-from services.endpoints.cluster import Cluster, Pool, manifests
+from services.endpoints.cluster import Cluster, Pool
+from services.endpoints.cluster.pods import OWNER, name_of
 from services.endpoints.domain import Endpoints, NewEndpoint
-from services.endpoints.peers import Identity, Queue
+from services.endpoints.peers import Holder, Identity, Queue
 from services.endpoints.reconcile import ControlLoop
+from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.store import Endpoint, EndpointStore
+from services.endpoints.task_control import TaskControl
+from services.endpoints.task_store import TaskStore
 from tests.deploy.control_plane import ControlPlane, account_token
 from tests.deploy.process_kubelet import ProcessKubelet
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, until
@@ -41,15 +45,21 @@ async def api(nodes: ControlPlane) -> AsyncIterator[client.ApiClient]:
 
 @pytest.fixture
 async def run_on_kubernetes(
-    make_kubernetes: Any, store: EndpointStore, database: Database, clients: tuple[Identity, Queue]
+    make_kubernetes: Any,
+    store: EndpointStore,
+    task_store: TaskStore,
+    database: Database,
+    clients: tuple[Identity, Queue],
 ) -> AsyncIterator[RunOnKubernetes]:
     """Starts a control loop whose workers are pods that run this command."""
     loops: list[asyncio.Task[None]] = []
 
-    async def run(command: list[str] = STANDIN_WORKER) -> Cluster:
+    async def run(command: list[str] = STANDIN_WORKER, policy: ScalingPolicy | None = None) -> Cluster:
         wake = asyncio.Event()
         cluster: Cluster = await make_kubernetes(command, wake.set)
-        loops.append(asyncio.create_task(ControlLoop(store, database, *clients, cluster, wake).run()))
+        tasks = TaskControl(task_store, clients[0], cluster, wake)
+        control = ControlLoop(store, database, *clients, cluster, tasks, wake, policy or ScalingPolicy())
+        loops.append(asyncio.create_task(control.run()))
         return cluster
 
     yield run
@@ -59,10 +69,10 @@ async def run_on_kubernetes(
 
 
 @pytest.fixture
-def create(store: EndpointStore, clients: tuple[Identity, Queue]) -> Callable[..., Awaitable[Endpoint]]:
+def create(domain: Endpoints) -> Callable[..., Awaitable[Endpoint]]:
     async def make(instance_type: str, num_workers: int = 1) -> Endpoint:
         new = NewEndpoint("test", "Async", instance_type, num_workers, False, 0, 1, ["painter"])
-        return await Endpoints(store, clients[0], max_workers=8).create_endpoint(new, "ann")
+        return await domain.create_endpoint(new, "ann")
 
     return make
 
@@ -84,7 +94,7 @@ async def objects_of(api: client.ApiClient, endpoint_id: str) -> dict[str, list[
         "Pod": core.list_namespaced_pod,
         "Secret": core.list_namespaced_secret,
     }
-    label = f"{manifests.ENDPOINT}={endpoint_id}"
+    label = f"{OWNER}={endpoint_id}"
     return {kind: list((await list_(NAMESPACE, label_selector=label)).items) for kind, list_ in lists.items()}
 
 
@@ -161,7 +171,7 @@ async def test_what_somebody_changed_by_hand_is_put_right(
     await cluster.save_secret(pool.endpoint_id, "a secret that nobody knows")
     await cluster.apply(pool, 1, ())
     apps: Any = client.AppsV1Api(api)
-    name = manifests.name_of(pool.endpoint_id)
+    name = name_of(pool.endpoint_id)
     change = [{"op": "replace", "path": "/spec/template/spec/containers/0/image", "value": "other:1"}]
     await apps.patch_namespaced_deployment(name, NAMESPACE, change)
     await apps.patch_namespaced_deployment_scale(
@@ -209,7 +219,7 @@ async def test_a_third_node_takes_the_worker_that_waited(
 ) -> None:
     cluster: Cluster = await make_kubernetes()
     pool = Pool(str(uuid4()), "test", "one-gpu")
-    await cluster.save_secret(pool.endpoint_id, await clients[0].create_worker_secret(pool.endpoint_id))
+    await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
     await cluster.apply(pool, 5, ())
 
     def live() -> int:

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
+from kubernetes_asyncio import client
 
 from services.endpoints.cluster import Pool, manifests
-from services.endpoints.cluster.kubernetes import KubernetesSettings
+from services.endpoints.cluster.kubernetes_api import KubernetesApi, KubernetesSettings, UnknownProfileError
+from services.endpoints.cluster.pods import Program, secret_object
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
+from services.endpoints.task_store import Task
+from tests.processes import ROOT
 
+PROGRAM = Program("esd-gpu-worker:0.1.0", ["python"], "https://gateway", 100, 60, "esd-before-others")
 POOL = Pool("11111111-2222-3333-4444-555555555555", "a name", "ml.g5.12xlarge")
+TASK = Task(
+    id="66666666-7777-8888-9999-000000000000",
+    kind="train",
+    service="training",
+    instance_type="any",
+    max_attempts=3,
+    deadline_seconds=3600,
+    creation_time=datetime.now(UTC),
+)
+PRIORITIES = ROOT / "deploy" / "kubernetes" / "workers" / "priorities.yaml"
 
 
 def deployment(profile: Profile) -> dict[str, Any]:
-    return manifests.deployment(POOL, profile, "esd-gpu-worker:0.1.0", ["python"], "https://gateway", 100, 60)
+    return manifests.deployment(POOL, profile, PROGRAM)
 
 
 def container_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +47,8 @@ def test_the_objects_of_a_pool_are_valid_for_the_three_newest_versions() -> None
     objects = [
         deployment(AWS_PROFILES["ml.g4dn.xlarge"]),
         deployment(own),
-        manifests.secret(POOL.endpoint_id, "secret"),
+        manifests.job(TASK, own, PROGRAM),
+        secret_object(POOL.endpoint_id, "secret"),
         manifests.disruption_budget(POOL.endpoint_id),
     ]
     with warnings.catch_warnings():
@@ -70,14 +89,55 @@ def test_a_worker_without_a_gpu_asks_for_none() -> None:
     assert {"name": "ESD_DEVICE", "value": "cpu"} in container_of(found)["env"]
 
 
-def test_profiles_of_the_settings_come_beside_those_of_aws_and_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+async def idle_client() -> AsyncIterator[client.ApiClient]:
+    """A client that calls nobody."""
+    async with client.ApiClient() as api:
+        yield api
+
+
+def test_profiles_of_the_settings_come_beside_those_of_aws_and_before_them(
+    monkeypatch: pytest.MonkeyPatch, idle_client: client.ApiClient
+) -> None:
     monkeypatch.setenv("ESD_KUBERNETES_IMAGE", "image:1")
     monkeypatch.setenv("ESD_KUBERNETES_SERVER_URL", "http://gateway:8080")
     monkeypatch.setenv("ESD_KUBERNETES_PROFILES", '{"mine": {"gpus": 2}, "ml.g5.xlarge": {"memory": "1Gi"}}')
-    settings = KubernetesSettings()
-    assert (mine := settings.profile("mine")) is not None
-    assert mine.gpus == 2
-    assert (changed := settings.profile("ml.g5.xlarge")) is not None
-    assert changed.memory == "1Gi"
-    assert settings.profile("ml.g6.xlarge") == AWS_PROFILES["ml.g6.xlarge"]
-    assert settings.profile("ml.p2.xlarge") is None
+    api = KubernetesApi(idle_client, KubernetesSettings(), 60, "pools")
+    assert api.profile("mine").gpus == 2
+    assert api.profile("ml.g5.xlarge").memory == "1Gi"
+    assert api.profile("ml.g6.xlarge") == AWS_PROFILES["ml.g6.xlarge"]
+    with pytest.raises(UnknownProfileError, match=r"it has mine, ml\.g4dn"):
+        api.profile("ml.p2.xlarge")
+
+
+def test_whoever_goes_first_has_the_higher_priority_and_only_tasks_take_the_place_of_others(
+    idle_client: client.ApiClient,
+) -> None:
+    settings = KubernetesSettings(image="image:1", server_url="http://gateway:8080")
+    pools_first = KubernetesApi(idle_client, settings, 60, "pools")
+    tasks_first = KubernetesApi(idle_client, settings, 60, "tasks")
+    classes = {found["metadata"]["name"]: found for found in yaml.safe_load_all(PRIORITIES.read_text())}
+
+    def class_of(program: Program) -> Any:
+        return classes[program.priority_class]
+
+    assert class_of(pools_first.program())["value"] > class_of(pools_first.program("train"))["value"]
+    assert class_of(tasks_first.program())["value"] < class_of(tasks_first.program("train"))["value"]
+    never = [
+        class_of(api.program(kind)) for api, kind in ((pools_first, None), (pools_first, "train"), (tasks_first, None))
+    ]
+    assert {found["preemptionPolicy"] for found in never} == {"Never"}
+    assert class_of(tasks_first.program("train"))["preemptionPolicy"] == "PreemptLowerPriority"
+    assert tasks_first.program("train").command == ["python", "-m", "gpu_worker", "train"]
+
+
+def test_a_task_is_begun_as_often_as_it_may_and_looks_like_a_worker_otherwise() -> None:
+    found = manifests.job(TASK, Profile(), PROGRAM)
+    worker, task = (of["spec"]["template"]["spec"] for of in (deployment(Profile()), found))
+    assert found["spec"]["backoffLimit"] == 2
+    assert task["activeDeadlineSeconds"] == 3600
+    assert {name for name in task if task[name] != worker.get(name)} == {
+        "restartPolicy", "activeDeadlineSeconds", "containers", "volumes",
+    }  # fmt: skip
+    assert {"name": "ESD_TASK_ID", "value": TASK.id} in container_of(found)["env"]
+    assert container_of(found)["securityContext"] == container_of(deployment(Profile()))["securityContext"]

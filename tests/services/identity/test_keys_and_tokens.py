@@ -176,15 +176,16 @@ async def test_a_workers_secret_opens_one_service_until_it_is_replaced_or_delete
     await _fails(_issue(identity, second), grpc.StatusCode.UNAUTHENTICATED)
 
 
-async def test_secrets_are_made_only_for_services_that_start_such_processes(
+async def test_secrets_are_made_only_for_the_service_that_starts_such_processes(
     identity: Any, service_token: Any, user_token: Any
 ) -> None:
     worker = pb.CreateSecretRequest(caller=options.CALLER_WORKER, subject=str(uuid4()))
     trainer = pb.CreateSecretRequest(caller=options.CALLER_TRAINER, subject=str(uuid4()))
     denied = grpc.StatusCode.PERMISSION_DENIED
-    assert (await identity.stub.CreateSecret(trainer, metadata=service_token("training"))).secret
-    await _fails(identity.stub.CreateSecret(worker, metadata=service_token("training")), denied)
-    await _fails(identity.stub.CreateSecret(trainer, metadata=service_token("models")), denied)
+    assert (await identity.stub.CreateSecret(trainer, metadata=service_token("endpoints"))).secret
+    for other in ("training", "inference"):
+        await _fails(identity.stub.CreateSecret(worker, metadata=service_token(other)), denied)
+        await _fails(identity.stub.CreateSecret(trainer, metadata=service_token(other)), denied)
     await _fails(identity.stub.CreateSecret(worker, metadata=user_token("api", ALL)), denied)
     service = pb.CreateSecretRequest(caller=options.CALLER_SERVICE, subject=str(uuid4()))
     await _fails(

@@ -1,0 +1,125 @@
+"""Owns tasks that are Jobs: the cluster begins them when a GPU of their profile is free, and again after a failure.
+
+Who goes first is told by the pods' priority classes, so it is the scheduler that lets tasks wait, and that asks workers
+to leave where tasks go first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kubernetes_asyncio.client.exceptions import ApiException
+
+from services.endpoints.cluster import TaskState, manifests
+from services.endpoints.cluster.kubernetes_api import (
+    INVALID,
+    TIMEOUT_SECONDS,
+    KubernetesApi,
+    UnknownProfileError,
+    sentence,
+    told_as_unavailable,
+    unless_missing,
+    unless_there,
+)
+from services.endpoints.cluster.pods import name_of
+from services.endpoints.cluster.tail import last_words_in
+from services.endpoints.task_store import State, Task
+
+_ENDED = {"Succeeded", "Failed"}
+
+
+class KubernetesTasks:
+    """Runs tasks as Jobs."""
+
+    def __init__(self, api: KubernetesApi) -> None:
+        self._api = api
+
+    async def apply(self, task: Task, should_run: bool) -> TaskState:
+        """Makes the Job or deletes it, and reads from it and its pods what became of the task."""
+        with told_as_unavailable():
+            job = await self._find(task.id)
+            if not should_run:
+                if job is not None:
+                    await self.delete(task.id)
+                pods = await self._api.pods_of(task.id)
+                is_running = any(pod.status.phase not in _ENDED for pod in pods)
+                return TaskState(State.RUNNING if is_running else State.WAITING, task.num_attempts, task.reason)
+            if job is None:
+                return await self._create(task)
+            return _state(task, job, await self._api.pods_of(task.id))
+
+    async def delete(self, task_id: str) -> None:
+        """Deletes the Job, if it is there, and its pods."""
+        with unless_missing():
+            await self._api.batch.delete_namespaced_job(
+                name_of(task_id),
+                self._api.namespace,
+                propagation_policy="Background",
+                _request_timeout=TIMEOUT_SECONDS,
+            )
+
+    async def _find(self, task_id: str) -> Any | None:
+        with unless_missing():
+            return await self._api.batch.read_namespaced_job(
+                name_of(task_id), self._api.namespace, _request_timeout=TIMEOUT_SECONDS
+            )
+        return None
+
+    async def _create(self, task: Task) -> TaskState:
+        """Makes the Job, once: what runs for hours is not changed by a newer version of this service."""
+        try:
+            manifest = manifests.job(task, self._api.profile(task.instance_type), self._api.program(task.kind))
+            with unless_there():
+                await self._api.batch.create_namespaced_job(
+                    self._api.namespace, manifest, _request_timeout=TIMEOUT_SECONDS
+                )
+        except ApiException as error:
+            if error.status not in INVALID:
+                raise
+            return TaskState(State.FAILED, task.num_attempts, f"the cluster refuses this task: {sentence(error)}")
+        except UnknownProfileError as error:
+            return TaskState(State.FAILED, task.num_attempts, str(error))
+        return TaskState(State.WAITING, task.num_attempts, task.reason)
+
+
+def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
+    conditions = {found.type for found in job.status.conditions or () if found.status == "True"}
+    num_failed = job.status.failed or 0
+    pods.sort(key=lambda pod: pod.metadata.creation_timestamp)
+    if "Complete" in conditions:
+        return TaskState(State.SUCCEEDED, max(num_failed + 1, task.num_attempts))
+    if "Failed" in conditions:
+        return TaskState(State.FAILED, max(num_failed, task.num_attempts), _last_failure(pods))
+    if any(pod.status.phase == "Running" for pod in pods):
+        return TaskState(State.RUNNING, max(num_failed + 1, task.num_attempts))
+    if task.state == State.RUNNING and not num_failed:
+        return TaskState(State.RUNNING, task.num_attempts)  # it has ended, and the Job's status will say so
+    waiting = [pod for pod in pods if pod.status.phase == "Pending"]
+    if waiting:
+        return TaskState(State.WAITING, task.num_attempts, _obstacle(waiting[-1]) or task.reason)
+    failure = (
+        f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}" if num_failed else task.reason
+    )
+    return TaskState(State.WAITING, max(num_failed, task.num_attempts), failure)
+
+
+def _obstacle(pod: Any) -> str:
+    """Why the pod does not run yet, where the cluster says so."""
+    for condition in pod.status.conditions or ():
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return f"it waits for a place: {condition.message}"
+    for container in pod.status.container_statuses or ():
+        if container.state.waiting and container.state.waiting.message:
+            return f"it waits: {container.state.waiting.message}"
+    return ""
+
+
+def _last_failure(pods: list[Any]) -> str:
+    """Why the last attempt failed, as far as its pod still tells."""
+    for pod in reversed(pods):
+        for container in pod.status.container_statuses or ():
+            if (end := container.state.terminated) and end.exit_code:
+                return f"it ended with code {end.exit_code}: {last_words_in(end.message or '') or 'its log is empty'}"
+        if pod.status.phase == "Failed":
+            return f"it was ended by the cluster: {pod.status.message or pod.status.reason or 'nobody says why'}"
+    return "its pod is gone"

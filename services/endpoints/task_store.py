@@ -1,0 +1,153 @@
+"""Owns the rows of tasks: what runs to its end on the GPUs that endpoints have too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, DateTime, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlmodel import Field, SQLModel, col
+
+from services.common.database import Database, notify
+from services.common.errors import NotFound
+from services.endpoints.store import CHANGED
+
+
+class TaskNotFound(NotFound):
+    """There is no such task, or not for this caller."""
+
+
+class State(StrEnum):
+    """Where a task is in its life. It waits again between two attempts."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+_OPEN = (State.WAITING, State.RUNNING)
+
+
+class Task(SQLModel, table=True):
+    """A command that runs to its end, and the process that was last started for it, where that is one of a machine.
+
+    `service` asked for it. `num_attempts` fences as a worker's `num_launches` does. `is_cleared` says that its secret
+    and whatever else was made for it are gone.
+    """
+
+    __tablename__ = "tasks"
+
+    id: str = Field(primary_key=True)
+    kind: str
+    service: str
+    instance_type: str
+    max_attempts: int
+    deadline_seconds: int | None = None
+    state: str = State.WAITING
+    reason: str = ""
+    stop_requested: bool = False
+    num_attempts: int = 0
+    creation_time: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    begin_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    end_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    is_cleared: bool = False
+    pid: int | None = None
+    start_time: str | None = None
+    gpu: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state not in _OPEN
+
+    @property
+    def deadline(self) -> datetime | None:
+        """When it has to have ended; None where it may take as long as it likes, or has not begun."""
+        if self.begin_time is None or self.deadline_seconds is None:
+            return None
+        return self.begin_time + timedelta(seconds=self.deadline_seconds)
+
+
+class TaskStore:
+    """The tasks' part of the endpoints' database. Each method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add_task(self, task: Task) -> Task:
+        """Adds a task, unless one of this id is there; answers the one that is."""
+        async with self._database.transaction() as session:
+            await session.execute(insert(Task).values(task.model_dump()).on_conflict_do_nothing())
+            await notify(session, CHANGED, task.id)
+            return (await session.execute(select(Task).where(col(Task.id) == task.id))).scalar_one()
+
+    async def get_task(self, task_id: str) -> Task:
+        """The task.
+
+        Raises:
+            TaskNotFound.
+        """
+        async with self._database.transaction() as session:
+            found = await session.get(Task, task_id)
+        if found is None:
+            raise TaskNotFound(f"task with id {task_id} is not found")
+        return found
+
+    async def get_uncleared(self) -> list[Task]:
+        """Tasks for which something is to be done, the oldest first."""
+        found = select(Task).where(~col(Task.is_cleared)).order_by(col(Task.creation_time), col(Task.id))
+        async with self._database.transaction() as session:
+            return list((await session.execute(found)).scalars())
+
+    async def request_stop(self, task_id: str) -> None:
+        """Remembers that somebody wants the task to end."""
+        asked = update(Task).where(col(Task.id) == task_id, col(Task.state).in_(_OPEN)).values(stop_requested=True)
+        async with self._database.transaction() as session:
+            await session.execute(asked)
+            await notify(session, CHANGED, task_id)
+
+    async def claim_attempt(self, task: Task) -> bool:
+        """Records a process as the task's, unless another control loop was first.
+
+        `task` is the row as read, with `num_attempts` raised by one and the new process in it.
+        """
+        values: dict[str, Any] = {"pid": task.pid, "start_time": task.start_time, "gpu": task.gpu}
+        values |= {"num_attempts": task.num_attempts, "state": State.RUNNING, "reason": ""}
+        values |= {"begin_time": func.coalesce(col(Task.begin_time), func.clock_timestamp())}
+        return await self._change(task.id, col(Task.num_attempts) == task.num_attempts - 1, values)
+
+    async def set_state(self, task_id: str, state: State, num_attempts: int, reason: str) -> bool:
+        """Remembers what became of the task after so many attempts. One that does not run has no process.
+
+        False: it has ended already, or another control loop has begun it again meanwhile.
+        """
+        values: dict[str, Any] = {"state": state, "num_attempts": num_attempts, "reason": reason}
+        if state == State.RUNNING:
+            values["begin_time"] = func.coalesce(col(Task.begin_time), func.clock_timestamp())
+        else:
+            values |= {"pid": None, "start_time": None, "gpu": None}
+        if state not in _OPEN:
+            values["end_time"] = func.clock_timestamp()
+        return await self._change(task_id, col(Task.num_attempts) <= num_attempts, values)
+
+    async def set_cleared(self, task_id: str) -> None:
+        """Remembers that nothing is left of the task but its row."""
+        async with self._database.transaction() as session:
+            await session.execute(update(Task).where(col(Task.id) == task_id).values(is_cleared=True))
+
+    async def remove_ended(self, before: datetime) -> None:
+        """Removes tasks that ended before this time."""
+        old = delete(Task).where(col(Task.end_time) < before, col(Task.is_cleared))
+        async with self._database.transaction() as session:
+            await session.execute(old)
+
+    async def _change(self, task_id: str, as_known: ColumnElement[bool], values: Mapping[str, Any]) -> bool:
+        known = col(Task.id) == task_id, col(Task.state).in_(_OPEN), as_known
+        async with self._database.transaction() as session:
+            result: Any = await session.execute(update(Task).where(*known).values(**values))
+            return bool(result.rowcount)

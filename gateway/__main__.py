@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 DESCRIPTORS = Path(next(iter(esd.__path__))) / "descriptors.binpb"
 MAX_REQUEST_BYTES = 4 * 1024 * 1024  # what a gRPC server takes unless told otherwise
 MAX_PAYLOAD_BYTES = 65 * 1024 * 1024  # a job with a payload of 64 MiB inline, and the JSON around it
-MAX_RESPONSE_BYTES = 32 * 1024 * 1024  # a list of everything, up to the services' own cap
+MAX_RESPONSE_BYTES = 96 * 1024 * 1024  # the services' own limit, should JSON write each byte as six
 
 
 def render(settings: GatewaySettings, template: str, secret: str, document: Path) -> str:

@@ -51,6 +51,7 @@ function envoy_on_request(handle)
     return
   end
   local path = headers:get(":path")
+  if path == nil then return end -- CONNECT, which no route takes
   local plain = api_path(path, handle:filterContext():get("base_path"))
   if plain ~= path then
     headers:replace(":path", plain)

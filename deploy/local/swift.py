@@ -24,6 +24,8 @@ import socket  # noqa: E402
 from eventlet import wsgi  # noqa: E402
 from swift.common import bufferedhttp  # noqa: E402
 from swift.common import wsgi as swift_wsgi  # noqa: E402
+from swift.common.middleware.s3api.controllers import multi_upload  # noqa: E402
+from swift.common.middleware.s3api.s3response import NoSuchUpload  # noqa: E402
 from swift.common.ring import RingBuilder  # noqa: E402
 from swift.common.utils import set_swift_dir  # noqa: E402
 
@@ -61,6 +63,7 @@ pipeline = catch_errors gatekeeper cache listing_formats bulk s3api tempauth cop
 proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
+expose_info = false
 conn_timeout = {patience}
 node_timeout = {patience}
 recoverable_node_timeout = {patience}
@@ -115,6 +118,7 @@ def main() -> None:
     sockets.mkdir(mode=0o700, exist_ok=True)
     os.chdir(sockets)
     _connect_through_sockets()
+    _refuse_parts_after_the_end()
     for kind in _INTERNAL:
         Path(f"{kind}.sock").unlink(missing_ok=True)
         listener = eventlet.listen(f"{kind}.sock", family=socket.AF_UNIX, backlog=_BACKLOG)
@@ -147,6 +151,19 @@ def _connect_through_sockets() -> None:
         connection.sock.connect(names[connection.port])
 
     bufferedhttp.BufferedHTTPConnection.connect = connect
+
+
+def _refuse_parts_after_the_end() -> None:
+    """A complete upload takes no more parts, as on AWS. Swift would write over those that the object is made of."""
+    find = multi_upload._get_upload_info
+
+    def find_open(request: Any, app: Any, upload_id: str) -> tuple[Any, bool]:
+        found, is_open = find(request, app, upload_id)
+        if request.method == "PUT" and not is_open:
+            raise NoSuchUpload(upload_id=upload_id)
+        return found, is_open
+
+    multi_upload._get_upload_info = find_open
 
 
 def _configure(root: Path) -> Path:

@@ -53,6 +53,7 @@ STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
 }
 INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of what becomes JSON: the gateway makes it in memory
 DRAIN_SECONDS = 10.0
 _MAX_MESSAGE = 4000  # characters of an error's sentence
 _OPTIONS = [
@@ -61,6 +62,8 @@ _OPTIONS = [
     ("grpc.max_metadata_size", 64 * 1024),
     ("grpc.absolute_max_metadata_size", 128 * 1024),
     ("grpc.so_reuseport", 0),
+    # A kilobyte may unpack to a megabyte, and our answers and pictures are small or packed already: only `identity`.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # A caller that vanished without a word is noticed, and its streams end.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -258,6 +261,7 @@ class _Call:
                 reply = begin_reply()
                 response = await behaviour(request, context)
                 if self._rules.is_rest:  # sending it apart from the response has a price
+                    _check_size(response)
                     await context.send_initial_metadata(self._rules.metadata(response, caller, reply))
             except Exception as error:  # every failure becomes a status here
                 await self._fail(error, context)
@@ -325,6 +329,12 @@ class _Call:
         # Of an answer without a message the trailing metadata is all there is, so the gateway makes headers of it.
         await context.abort(code, message, () if retry_after is None else (("retry-after", str(retry_after)),))
         raise AssertionError("abort returns")
+
+
+def _check_size(response: Message) -> None:
+    if (size := response.ByteSize()) > MAX_ANSWER_BYTES:
+        megabytes = f"{size / 2**20:.0f} MiB, {MAX_ANSWER_BYTES // 2**20} are possible"
+        raise errors.FailedPrecondition(f"the answer would have {megabytes}: ask for fewer at once")
 
 
 def _host(peer: str) -> str:

@@ -14,7 +14,7 @@ from services.identity.keys import new_api_key, shown_prefix
 from services.identity.passwords import Passwords
 from services.identity.rows import ApiKey, Role, Secret, User
 from services.identity.store import IdentityStore
-from services.identity.tokens import MAX_NAME_LENGTH, is_name, sha256
+from services.identity.tokens import MAX_NAME_BYTES, is_name, sha256
 
 RESOURCES = ("train", "checkpoint", "inference", "sagemaker_endpoint", "user", "role")
 ALL_PERMISSIONS = [f"{resource}:all" for resource in RESOURCES]
@@ -289,8 +289,8 @@ def _name(field: str, name: str) -> str:
     Raises:
         InvalidArgument: it is too long.
     """
-    if len(name) > MAX_NAME_LENGTH:
-        bounds = f"length: {len(name)}, maximum allowed: {MAX_NAME_LENGTH}"
+    if (length := len(name.encode())) > MAX_NAME_BYTES:
+        bounds = f"length: {length} bytes, maximum allowed: {MAX_NAME_BYTES}"
         raise InvalidArgument(f'[{field}: string "{_short(name)}" is too long ({bounds})]')
     return name
 

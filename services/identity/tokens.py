@@ -22,7 +22,7 @@ USER_TOKEN_SECONDS = 30
 SECRET_TOKEN_SECONDS = 300
 _KEEP_SECONDS = 20.0
 _MAX_KEPT = 10_000
-MAX_NAME_LENGTH = 255
+MAX_NAME_BYTES = 255  # as UTF-8, of a user's or role's name
 _CREDENTIAL_DIGITS = 16
 
 _AUDIENCES = {Kind.SERVICE: AUDIENCE_SERVICES, Kind.WORKER: "inference", Kind.TRAINER: "training"}
@@ -77,6 +77,8 @@ class Tokens:
         if is_mistyped(key):
             return None
         key_hash = sha256(key)
+        if username is not None:
+            username = username[: MAX_NAME_BYTES + 1]  # still nobody's name, and short enough for a header
         kept = self._kept.get((key_hash, username, profile))
         if kept is not None and kept.until > time.monotonic():
             self._used(kept.key_id)
@@ -143,7 +145,7 @@ def _possible(username: str | None) -> str | None:
 
 def is_name(text: str) -> bool:
     """Whether the text can be the name of a user or role."""
-    return 1 <= len(text) <= MAX_NAME_LENGTH and "\0" not in text
+    return 1 <= len(text.encode()) <= MAX_NAME_BYTES and "\0" not in text
 
 
 def _acting(use: KeyUse, username: str | None, profile: Profile) -> Caller:

@@ -61,6 +61,39 @@ def test_urls_that_were_not_signed_so_are_refused(s3: S3Access) -> None:
     assert send(s3, "PUT", url.replace("X-Amz-Expires=300", "X-Amz-Expires=3000"), b"x").status_code == FORBIDDEN
 
 
+@pytest.mark.parametrize(
+    "header", ["x-amz-copy-source", "x-copy-from", "x-object-manifest", "x-symlink-target", "x-amz-meta-a"]
+)
+def test_a_url_to_write_with_reads_no_other_object(s3: S3Access, header: str) -> None:
+    secret = f"{s3.bucket}/secret"
+    assert send(s3, "PUT", presign(s3, "put_object", "secret"), b"secret").status_code == 200
+    source = f"/{secret}" if "copy" in header else secret
+    answer = send(s3, "PUT", presign(s3, "put_object", "mine"), b"", **{header: source})
+    assert answer.status_code in {200, FORBIDDEN}
+    assert b"secret" not in send(s3, "GET", presign(s3, "get_object", "mine")).content
+
+
+def test_a_part_is_not_copied_from_another_object_and_not_written_after_the_end(s3: S3Access) -> None:
+    client = s3.store.client()
+    client.put_object(Bucket=s3.bucket, Key="secret", Body=b"secret")
+    upload = client.create_multipart_upload(Bucket=s3.bucket, Key="parts")["UploadId"]
+    url = presign(s3, "upload_part", "parts", UploadId=upload, PartNumber=1)
+    copied = send(s3, "PUT", url, b"", **{"x-amz-copy-source": f"/{s3.bucket}/secret"})
+    assert copied.status_code == FORBIDDEN
+    etag = send(s3, "PUT", url, b"first").headers["etag"]
+    parts = {"Parts": [{"PartNumber": 1, "ETag": etag}]}
+    client.complete_multipart_upload(Bucket=s3.bucket, Key="parts", UploadId=upload, MultipartUpload=parts)
+    assert send(s3, "PUT", url, b"other").status_code == 404
+    assert client.get_object(Bucket=s3.bucket, Key="parts")["Body"].read() == b"first"
+
+
+def test_the_store_tells_strangers_nothing_of_itself(s3: S3Access) -> None:
+    for path in ("/info", "/healthcheck", "/auth/v1.0", "/v1/AUTH_esd", "/", f"/{s3.bucket}", f"/{s3.bucket}/secret"):
+        answer = httpx.get(s3.endpoint_url + path)
+        assert answer.status_code >= 400, path
+        assert "2.3" not in answer.text
+
+
 def test_expired_urls_are_refused(s3: S3Access, monkeypatch: pytest.MonkeyPatch) -> None:
     yesterday = datetime.now(UTC) - timedelta(days=1)
     monkeypatch.setattr("botocore.auth.get_current_datetime", lambda *_: yesterday)

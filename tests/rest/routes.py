@@ -134,7 +134,7 @@ ROUTES = [
         {"username": Fresh(), "password": "secret", "roles": ["nothing"]},
         {
             "username": Text(longest=NAME, good=("Zoë T.",)),
-            "password": Text(is_free=True, good=("pässword",)),
+            "password": Text(longest=1024, good=("pässword",)),
             "roles": Texts("nothing", 20, bad=(["no such role"],)),
             "initial": Flag(may_be_true=False),
             "creator": _IGNORED_TEXT,

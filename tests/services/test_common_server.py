@@ -13,10 +13,11 @@ from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.identity.v1 import identity_pb2 as pb
 from esd.identity.v1 import identity_pb2_grpc
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
+from gateway.__main__ import MAX_RESPONSE_BYTES
 from services.common import errors, streams
 from services.common.auth import Caller, Kind, Profile, UsernameStatus, current_caller
 from services.common.clients import KIND_OF
-from services.common.server import INTERNAL, STATUS_OF, Server
+from services.common.server import INTERNAL, MAX_ANSWER_BYTES, STATUS_OF, Server
 from services.common.status import set_reply
 from tests.serving import Tokens
 
@@ -41,6 +42,9 @@ class Subject(identity_pb2_grpc.IdentityServiceServicer):
 
     async def Ping(self, request: pb.PingRequest, context: Any) -> pb.PingResponse:
         return pb.PingResponse()
+
+    async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Any) -> pb.ListApiKeysResponse:
+        return pb.ListApiKeysResponse(keys=[pb.ApiKey(prefix="x" * int(request.username))])
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Any) -> pb.IssueTokenResponse:
         return pb.IssueTokenResponse(token="t")
@@ -357,3 +361,21 @@ async def test_a_stream_goes_on_while_nobody_can_review_it(tokens: Tokens, monke
     ended = await _watch(Server("127.0.0.1:0", tokens.verifier(), review), metadata)
     assert ended == (grpc.StatusCode.UNAUTHENTICATED, streams.ENDED)
     assert asked == [[metadata[0][1]]] * 5
+
+
+async def test_an_answer_that_is_too_large_for_json_is_refused_in_words(stub: Any, user_token: Any) -> None:
+    metadata = user_token("ann", ["user:all"])
+    assert (await stub.ListApiKeys(pb.ListApiKeysRequest(username="4000000"), metadata=metadata)).keys
+    request = pb.ListApiKeysRequest(username=str(MAX_ANSWER_BYTES + 1))
+    code, sentence = await _failure(stub.ListApiKeys(request, metadata=metadata))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert sentence == "the answer would have 16 MiB, 16 are possible: ask for fewer at once"
+    assert MAX_RESPONSE_BYTES >= 6 * MAX_ANSWER_BYTES, "what the gateway takes, should JSON write each byte as six"
+
+
+async def test_nothing_is_unpacked(stub: Any, user_token: Any) -> None:
+    metadata = user_token("ann", ["role:all"])
+    for algorithm in (grpc.Compression.Gzip, grpc.Compression.Deflate):
+        code, sentence = await _failure(stub.Ping(pb.PingRequest(), metadata=metadata, compression=algorithm))
+        assert code == grpc.StatusCode.UNIMPLEMENTED, sentence
+    assert await stub.Ping(pb.PingRequest(), metadata=metadata) == pb.PingResponse()

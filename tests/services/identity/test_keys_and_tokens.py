@@ -46,6 +46,13 @@ async def test_an_unknown_user_passes_the_gateway_without_roles(identity: Any, n
     assert not caller.permissions
 
 
+@pytest.mark.parametrize("name", ["x" * 50_000, "\N{GRINNING FACE}" * 10_000])
+async def test_a_name_that_nobody_can_have_travels_no_further_than_a_header_can(identity: Any, name: str) -> None:
+    response = await identity.check(x_api_key=identity.first_key, username=name)
+    assert len(response.ok_response.headers[0].header.value) < 8_000
+    assert (await identity.caller(identity.first_key, username=name)).username_status == UsernameStatus.UNKNOWN
+
+
 async def test_a_plain_key_acts_for_its_owner_only(identity: Any) -> None:
     key = await identity.make_user("ann", ["train:all"])
     assert (await identity.caller(key, username="ann")).username_status == UsernameStatus.NAMED

@@ -25,6 +25,14 @@ class Adapters:
     embeddings: Mapping[str, Embedding] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Equipped:
+    """A checkpoint in memory and what the job adds to it."""
+
+    models: Models
+    adapters: Adapters = Adapters()
+
+
 def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
     """Reads a LoRA or an embedding for these models.
 
@@ -37,9 +45,9 @@ def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
 
 
 def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adapters:
-    """The adapters that the request names, out of its files."""
+    """The adapters that the request names, out of those that its checkpoint can have."""
     by_name = {name: found for file, found in loaded.items() for name in (stem(file.name), file.name)}
-    uses = [(by_name.get(use.name) or by_name[stem(use.name)], use) for use in request.loras]
+    uses = [(by_name.get(use.name) or by_name.get(stem(use.name)), use) for use in request.loras]
     return Adapters(
         tuple((network, use) for network, use in uses if isinstance(network, Network)),
         {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding)},

@@ -1,8 +1,9 @@
 """Who takes the next tick on the GPU. Plain Python without torch: it knows names of runs, nothing of models.
 
 A tick is one UNet call for runs of one group (the same UNet and latent size). Groups share the GPU in time slices;
-within a group, runs are admitted in order of arrival for as long as their pixels fit the bound. A run is added when it
-wants a UNet call, takes part in ticks from then on, and is removed when it wants something else or has ended.
+within a group, runs are admitted in order of arrival for as long as their pixels fit the bound. A run is placed when it
+wants a UNet call, takes part in ticks from then on, and is removed when it wants something else or has ended. One that
+wants another UNet in the middle changes its group.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ class Batch(Generic[R]):
     def __contains__(self, run: R) -> bool:
         return any(run in group.num_pixels for group in self._groups.values())
 
-    def add(self, run: R, group: Hashable, num_pixels: int, exclusive: bool = False) -> None:
-        """Puts a run at the end of its group. An exclusive run is a group of its own: it never shares a tick."""
+    def place(self, run: R, group: Hashable, num_pixels: int, exclusive: bool = False) -> None:
+        """Puts a run at the end of the group, if it is not there already. An exclusive run is a group of its own: it
+        never shares a tick."""
         key = (group, run) if exclusive else (group,)
+        if key in self._groups and run in self._groups[key].num_pixels:
+            return
+        self.remove(run)
         if key not in self._groups:
             # A new group is owed nothing for the time before it came.
             self._groups[key] = _Group(min((other.spent_seconds for other in self._groups.values()), default=0.0))

@@ -20,7 +20,7 @@ from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.preview import Previews
 from gpu_worker.resident import Resident
-from gpu_worker.run import Produced, Run
+from gpu_worker.run import Equipment, Produced, Run
 
 log = structlog.get_logger()
 
@@ -43,7 +43,7 @@ class Core:
         self._resident: Resident[weights.Models] = Resident(max_resident_models, on_loaded)
         self._previews = Previews()
         # LoRAs and embeddings, for the models that they were loaded for.
-        self._additions: Resident[adapters.Adapter] = Resident(_MAX_ADAPTERS, on_loaded, may_exceed=True)
+        self._additions: Resident[adapters.Adapter] = Resident(_MAX_ADAPTERS, on_loaded)
         self._last_tick: torch.cuda.Event | None = None
 
     @property
@@ -92,37 +92,48 @@ class Core:
         """Starts the runs whose models are here, and the loads there is room for, in order of arrival."""
         for run in list(self._waiting):
             try:
-                is_ready = self._take_models(run)
+                for equipment in run.equipment:
+                    self._take(equipment, run)
             except Exception as error:
                 self._fail(run, error)
                 continue
-            if run.models is None and run.key not in self._resident:
+            if run.models is None and run.equipment[0].key not in self._resident:
                 return  # it waits for a place, which nobody behind it may take
             if not run.is_started:
                 run.is_started = True
                 run.on_started()
                 run.lap()
-            if is_ready:
-                assert run.models is not None
+            if all(equipment.is_here for equipment in run.equipment):
                 run.load_seconds = run.lap()
-                run.task = tasks.begin(run.request, run.canvas, run.models, run.adapters, run.on_step)
+                run.task = tasks.begin(run.request, run.canvas, run.equipment, run.on_step)
                 self._waiting.remove(run)
                 self._stages.append(run)
 
-    def _take_models(self, run: Run) -> bool:
-        """Takes what is in memory of the run's models and begins to load the rest; True: all of it is here."""
-        if run.models is None:
-            run.models = self._resident.take(run.key, lambda: weights.load(run.base, run.vae, self._device))
-        if run.models is None:
-            return False
-        models = run.models
-        for file in run.additions:
-            if file not in run.adapters:
-                key = (file.key, *run.key)
-                found = self._additions.take(key, lambda: adapters.load(file, models, run.base.name))  # noqa: B023
+    def _take(self, equipment: Equipment, run: Run) -> None:
+        """Takes what is in memory of a checkpoint's models and begins to load the rest. A second one comes after the
+        first, and needs no place: two runs that had one each would wait for each other for ever."""
+        first = run.equipment[0]
+        if equipment is not first and first.models is None:
+            return
+        if equipment.models is None:
+            base, vae = equipment.base, equipment.vae
+            equipment.models = self._resident.take(
+                equipment.key, lambda: weights.load(base, vae, self._device), may_exceed=equipment is not first
+            )
+        models = equipment.models
+        if models is None:
+            return
+        if first.models is not None and models.family != first.models.family:
+            equipment.additions.clear()  # they are made for the first
+        for file in equipment.additions:
+            if file not in equipment.adapters:
+                found = self._additions.take(
+                    (file.key, *equipment.key),
+                    lambda: adapters.load(file, models, equipment.base.name),  # noqa: B023
+                    may_exceed=True,
+                )
                 if found is not None:
-                    run.adapters[file] = found
-        return len(run.adapters) == len(run.additions)
+                    equipment.adapters[file] = found
 
     def _tick(self) -> None:
         runs = self._batch.next()
@@ -149,8 +160,7 @@ class Core:
         max_rows = self._batch.max_rows(wishes[0].row_pixels)
         try:
             with torch.inference_mode():
-                assert runs[0].models is not None
-                predictions = predict(runs[0].models.unet, wishes, max_rows)
+                predictions = predict(wishes, max_rows)
         except torch.OutOfMemoryError:
             predictions = None
         except Exception as error:
@@ -192,9 +202,9 @@ class Core:
             if run.wish is None:
                 self._batch.remove(run)
                 self._stages.append(run)
-            elif run not in self._batch:
+            else:
                 pixels = run.wish.num_rows * run.wish.row_pixels
-                self._batch.add(run, (run.key, *run.wish.size), pixels, run.request.exclusive)
+                self._batch.place(run, run.wish.group, pixels, run.request.exclusive)
 
     def _fail(self, run: Run, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -210,10 +220,11 @@ class Core:
         for queue in (self._waiting, self._stages):
             if run in queue:
                 queue.remove(run)
-        for file in run.adapters:
-            self._additions.give_back((file.key, *run.key))
-        run.adapters = {}
-        if run.models is not None:
-            self._resident.give_back(run.key)
-        run.models = run.task = run.wish = None  # with them go the latents
+        for equipment in run.equipment:
+            for file in equipment.adapters:
+                self._additions.give_back((file.key, *equipment.key))
+            if equipment.models is not None:
+                self._resident.give_back(equipment.key)
+            equipment.models, equipment.adapters = None, {}
+        run.task = run.wish = None  # with them go the latents
         run.on_end(outcome)

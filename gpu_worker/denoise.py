@@ -8,7 +8,7 @@ the last bits that the size of a matrix product changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -68,19 +68,38 @@ class Guidance:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and guidance."""
+class Step:
+    """What a step is made with. In the middle of a job it may be another UNet than before."""
 
-    x: torch.Tensor
-    timestep: float
+    unet: Any
     guidance: Guidance
     # An inpainting UNet's other channels: the mask and the latents of what stays, (rows, 5, height/8, width/8).
     context: torch.Tensor | None = None
 
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and step."""
+
+    x: torch.Tensor
+    timestep: float
+    step: Step
+
     @property
     def input(self) -> torch.Tensor:
         """The UNet's input for one text."""
-        return self.x if self.context is None else torch.cat([self.x, self.context], 1)
+        context = self.step.context
+        return self.x if context is None else torch.cat([self.x, context], 1)
+
+    @property
+    def guidance(self) -> Guidance:
+        """What steers the prediction."""
+        return self.step.guidance
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for evaluations that can share a UNet call."""
+        return id(self.step.unet), *self.size
 
     @property
     def size(self) -> tuple[int, int]:
@@ -111,21 +130,19 @@ class _Part:
 def denoise(
     sampling: Sampling,
     latents: torch.Tensor,
-    guidance: Sequence[Guidance],
+    steps: Sequence[Step],
     on_evaluation: Callable[[int], None],
     keep: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-    context: torch.Tensor | None = None,
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
     """Takes a job's latents from the sampler's first noise level to its last, and returns them, fp32.
 
-    `guidance` is that of each step; the last one holds for any further. `on_evaluation` hears how many of the sampler's
-    evaluations are done. `keep` puts back what an evaluation must not have changed, given the latents and how many are
-    done.
+    The last of the steps holds for any further. `on_evaluation` hears how many of the sampler's evaluations are done.
+    `keep` puts back what an evaluation must not have changed, given the latents and how many are done.
     """
     for index, timestep in enumerate(sampling.timesteps):
         x = sampling.scaled(latents, index)
-        step = min(sampling.step_of(index), len(guidance) - 1)
-        prediction = yield Evaluation(x, timestep, guidance[step], context)
+        step = min(sampling.step_of(index), len(steps) - 1)
+        prediction = yield Evaluation(x, timestep, steps[step])
         latents = sampling.step(prediction, index, latents)
         if keep is not None:
             latents = keep(latents, index + 1)
@@ -133,8 +150,10 @@ def denoise(
     return latents
 
 
-def predict(unet: Any, evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
-    """The guided predictions in fp32, in as few UNet calls as prompt lengths and `max_rows` allow."""
+def predict(evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
+    """The guided predictions in fp32 of evaluations of one group, in as few UNet calls as prompt lengths and `max_rows`
+    allow."""
+    unet = evaluations[0].step.unet
     parts = [
         _Part(wish.input, wish.timestep, text, wish.guidance.networks)
         for wish in evaluations

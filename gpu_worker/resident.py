@@ -22,14 +22,12 @@ class _Entry(Generic[M]):
 
 
 class Resident(Generic[M]):
-    """At most `max_models` at a time, the least recently used first; what is in use is never evicted, and with
-    `may_exceed` does not keep others out. Belongs to one thread; `on_loaded` is called in another whenever a load has
-    ended."""
+    """At most `max_models` at a time, the least recently used go first; what is in use is never evicted. Belongs to one
+    thread; `on_loaded` is called in another whenever a load has ended."""
 
-    def __init__(self, max_models: int, on_loaded: Callable[[], None], may_exceed: bool = False) -> None:
+    def __init__(self, max_models: int, on_loaded: Callable[[], None]) -> None:
         self._max_models = max_models
         self._on_loaded = on_loaded
-        self._may_exceed = may_exceed
         self._entries: OrderedDict[Key, _Entry[M]] = OrderedDict()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -38,15 +36,16 @@ class Resident(Generic[M]):
         """Keys of the single files behind the models that are here."""
         return tuple({name for key, entry in self._entries.items() if entry.models.done() for name in key})
 
-    def take(self, key: Key, load: Callable[[], M]) -> M | None:
-        """The models, in use until given back. None: they are not here; their load was begun if there was a place.
+    def take(self, key: Key, load: Callable[[], M], may_exceed: bool = False) -> M | None:
+        """The models, in use until given back. None: they are not here; their load was begun if there was a place, or
+        without one if it may exceed the bound.
 
         Raises:
             Whatever the load raised.
         """
         entry = self._entries.get(key)
         if entry is None:
-            self._begin(key, load)
+            self._begin(key, load, may_exceed)
             return None
         if not entry.models.done():
             return None
@@ -69,10 +68,10 @@ class Resident(Generic[M]):
         """Waits for the load on its way and ends the thread."""
         self._loader.shutdown(cancel_futures=True)
 
-    def _begin(self, key: Key, load: Callable[[], M]) -> None:
+    def _begin(self, key: Key, load: Callable[[], M], may_exceed: bool) -> None:
         unused = [other for other, entry in self._entries.items() if not entry.num_users and entry.models.done()]
         while len(self._entries) >= self._max_models and unused:
             del self._entries[unused.pop(0)]
-        if len(self._entries) < self._max_models or self._may_exceed:
+        if len(self._entries) < self._max_models or may_exceed:
             self._entries[key] = entry = _Entry(self._loader.submit(load))
             entry.models.add_done_callback(lambda _: self._on_loaded())

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
 from services.common.payloads import Edit, Generation, Img2Img, Txt2Img
-from services.common.payloads.models import BASE, EMBEDDING, LORA, VAE, stem
+from services.common.payloads.models import BASE, EMBEDDING, LORA, VAE, find, stem
 
 
 def named(files: list[CachedModel], kind: str) -> CachedModel | None:
@@ -24,9 +24,11 @@ def named(files: list[CachedModel], kind: str) -> CachedModel | None:
 
 
 def hashes(files: list[CachedModel]) -> dict[str, str]:
-    """The SHA-256 of every model behind a picture, by the names that A1111 has for them."""
-    names = {BASE: "model", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}"}
-    return {names[file.type].format(stem(file.name)): file.sha256 for file in files}
+    """The SHA-256 of every model behind a picture, by the names that A1111 has for them. Further checkpoints have none
+    there and are `model:<name>`."""
+    names = {BASE: "model:{}", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}"}
+    found = {names[file.type].format(stem(file.name)): file.sha256 for file in files}
+    return {"model": found.pop(f"model:{stem(files[0].name)}")} | found
 
 
 def png(pixels: NDArray[np.uint8], infotext: str) -> bytes:
@@ -76,6 +78,7 @@ def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:
         "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
         **_img2img_fields(request),
         **_second_pass_fields(request),
+        **_refiner_fields(request, files),
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Hashes": json.dumps(hashes(files)),
         "Version": f"esd {VERSION}",
@@ -113,6 +116,19 @@ def _second_pass_fields(request: Generation) -> dict[str, Any]:
         "Hires prompt": json.dumps(request.hr_prompt) if request.hr_prompt else None,
         "Hires negative prompt": json.dumps(request.hr_negative_prompt) if request.hr_negative_prompt else None,
     }
+    return fields
+
+
+def _refiner_fields(request: Generation, files: list[CachedModel]) -> dict[str, Any]:
+    bases = [file for file in files if file.type == BASE]
+    named = [(BASE, file.name) for file in bases]
+    fields: dict[str, Any] = {}
+    for field, name in request.other_checkpoints:
+        file = bases[find(named, BASE, name, field)]
+        label = {"refiner_checkpoint": "Refiner", "hr_checkpoint_name": "Hires checkpoint"}[field]
+        fields[label] = f"{stem(file.name)} [{file.sha256[:10]}]"
+    if "Refiner" in fields:
+        fields["Refiner switch at"] = request.refiner_switch_at
     return fields
 
 

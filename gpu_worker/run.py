@@ -32,6 +32,27 @@ class Produced:
 
 
 @dataclass(eq=False)
+class Equipment:
+    """A checkpoint that a run uses, with what the job adds to it: as files, and in memory as far as it is there."""
+
+    base: CachedModel
+    vae: CachedModel | None
+    additions: list[CachedModel]
+    models: Models | None = None
+    adapters: dict[CachedModel, Adapter] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names its models in memory."""
+        return (self.base.key, self.vae.key) if self.vae else (self.base.key,)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of it is in memory."""
+        return self.models is not None and len(self.adapters) == len(self.additions)
+
+
+@dataclass(eq=False)
 class Run:
     """A run waits for its models, which it then holds until its end, and is a task from there on. The engine's thread
     calls the listeners: `on_step` with how many of steps x images are done, `on_end` once, with what became of it. The
@@ -46,33 +67,23 @@ class Run:
     canvas: Canvas | None = None
     audience: Audience | None = None
     on_preview: Callable[[bytes], None] = lambda _: None
-    models: Models | None = None
-    adapters: dict[CachedModel, Adapter] = field(default_factory=dict)
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None
     is_started: bool = False
     load_seconds: float = 0.0
+    # One for each checkpoint; the job begins with the first.
+    equipment: list[Equipment] = field(init=False)
     _since: float = field(default_factory=time.monotonic, init=False)
 
-    @property
-    def base(self) -> CachedModel:
-        """The checkpoint."""
-        return next(file for file in self.files if file.type == BASE)
+    def __post_init__(self) -> None:
+        vae = next((file for file in self.files if file.type == VAE), None)
+        additions = [file for file in self.files if file.type not in {BASE, VAE}]
+        self.equipment = [Equipment(file, vae, list(additions)) for file in self.files if file.type == BASE]
 
     @property
-    def vae(self) -> CachedModel | None:
-        """The VAE that takes the place of the checkpoint's own."""
-        return next((file for file in self.files if file.type == VAE), None)
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What names its models in memory."""
-        return (self.base.key, self.vae.key) if self.vae else (self.base.key,)
-
-    @property
-    def additions(self) -> list[CachedModel]:
-        """LoRAs and embeddings."""
-        return [file for file in self.files if file.type not in {BASE, VAE}]
+    def models(self) -> Models | None:
+        """Those that the job begins with, when they are here."""
+        return self.equipment[0].models
 
     def lap(self) -> float:
         """Seconds since the last lap."""

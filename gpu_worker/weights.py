@@ -40,6 +40,7 @@ _UNET_IN = "model.diffusion_model.input_blocks.0.0.weight"
 _CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _CLIP = "cond_stage_model.transformer."
 _BIG_G = "conditioner.embedders.1.model."
+_BIG_G_OF_REFINER = "conditioner.embedders.0.model."
 # diffusers' converters from the original layout; they carry no types.
 _convert: Any = single_file_utils
 _PICKLE_STARTS = (b"PK", b"\x80")
@@ -57,7 +58,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Models:
-    """A checkpoint in memory. SD1.5 has one text encoder, SDXL has two."""
+    """A checkpoint in memory. SD1.5 has one text encoder, SDXL has two, of which SDXL's refiner has the second."""
 
     unet: Any
     vae: Any
@@ -69,7 +70,17 @@ class Models:
     @property
     def is_sdxl(self) -> bool:
         """Whether the UNet takes SDXL's pooled text and sizes."""
-        return len(self.text_encoders) > 1
+        return bool(self.unet.config.addition_embed_type == "text_time")
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether the UNet takes an aesthetic score in the place of the picture's wanted size."""
+        return self.is_sdxl and len(self.text_encoders) == 1
+
+    @property
+    def family(self) -> str:
+        """What a LoRA, an embedding or a ControlNet must have been made for."""
+        return ("sdxl_refiner" if self.is_refiner else "sdxl") if self.is_sdxl else "sd15"
 
     @property
     def is_inpainting(self) -> bool:
@@ -170,8 +181,9 @@ def _family(weights: Weights, metadata: dict[str, str], name: str) -> Config:
         return _own_config(metadata[CONFIG_METADATA], name)
     if any(key.startswith(_BIG_G) for key in weights):
         return _family_config("sdxl")
-    if any(key.startswith("conditioner.embedders.0.model.") for key in weights):
-        raise JobError(f"{name} is an SDXL refiner, which cannot be the base model")
+    if any(key.startswith(_BIG_G_OF_REFINER) for key in weights):
+        shared = {part: config for part, config in _family_config("sdxl").items() if part != "text_encoder"}
+        return shared | _family_config("sdxl_refiner")
     if _CONTEXT in weights and weights[_CONTEXT].shape[1] == _NUM_CONTEXT_SD2:
         raise JobError(f"{name} is a Stable Diffusion 2 checkpoint; possible: Stable Diffusion 1.5, SDXL")
     return _family_config("sd15")
@@ -180,7 +192,8 @@ def _family(weights: Weights, metadata: dict[str, str], name: str) -> Config:
 def _own_config(text: str, name: str) -> Config:
     try:
         config: Config = json.loads(text)
-        parts = [config[part] for part in ("unet", "vae", "text_encoder", "scheduler")]
+        text_encoder = "text_encoder" if "text_encoder" in config else "text_encoder_2"
+        parts = [config[part] for part in ("unet", "vae", text_encoder, "scheduler")]
     except (ValueError, KeyError, TypeError):
         raise JobError(f"{name} has metadata {CONFIG_METADATA} that cannot be read") from None
     if not all(isinstance(part, dict) for part in parts):
@@ -255,17 +268,19 @@ def _load_vae(
 
 
 def _load_text_encoders(weights: Weights, config: Config, fill: _Filler) -> tuple[TextEncoder, ...]:
-    # transformers 5.6 took the wrapper `text_model` away from CLIPTextModel, but not from the one with projection.
-    clip = {
-        key.removeprefix("text_model."): value for key, value in _convert.convert_ldm_clip_checkpoint(weights).items()
-    }
-    first = fill(lambda: CLIPTextModel(CLIPTextConfig(**config["text_encoder"])), "text encoder", clip)
-    encoders = [TextEncoder(_tokenizer("<|endoftext|>"), first)]
+    encoders = []
+    if "text_encoder" in config:
+        # transformers 5.6 took the wrapper `text_model` away from CLIPTextModel, but not from the one with projection.
+        converted = _convert.convert_ldm_clip_checkpoint(weights)
+        clip = {key.removeprefix("text_model."): value for key, value in converted.items()}
+        first = fill(lambda: CLIPTextModel(CLIPTextConfig(**config["text_encoder"])), "text encoder", clip)
+        encoders.append(TextEncoder(_tokenizer("<|endoftext|>"), first))
     if "text_encoder_2" in config:
+        prefix = _BIG_G if encoders else _BIG_G_OF_REFINER
         clip_config = CLIPTextConfig(**config["text_encoder_2"])
         with init_empty_weights():
             empty = CLIPTextModelWithProjection(clip_config)
-        converted = _convert.convert_open_clip_checkpoint(empty, weights, prefix=_BIG_G)
+        converted = _convert.convert_open_clip_checkpoint(empty, weights, prefix=prefix)
         second = fill(lambda: CLIPTextModelWithProjection(clip_config), "second text encoder", converted)
         encoders.append(TextEncoder(_tokenizer("!"), second))
     return tuple(encoders)

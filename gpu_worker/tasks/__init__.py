@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.adapters import Adapter, gathered
-from gpu_worker.cache import CachedModel
+from gpu_worker.adapters import Equipped, gathered
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Task
+from gpu_worker.job import JobError
+from gpu_worker.run import Equipment
 from gpu_worker.tasks import img2img, txt2img
-from gpu_worker.weights import Models
+from gpu_worker.tasks.stages import Crew
 from services.common.payloads import Generation, Img2Img, Txt2Img
+from services.common.payloads.models import BASE, find
 
 
 def begin(
-    request: Generation,
-    canvas: Canvas | None,
-    models: Models,
-    loaded: Mapping[CachedModel, Adapter],
-    on_step: Callable[[int], None],
+    request: Generation, canvas: Canvas | None, equipment: Sequence[Equipment], on_step: Callable[[int], None]
 ) -> Task[list[NDArray[np.uint8]]]:
-    """The task of a request, which returns pixels of shape (height, width, 3) for each image."""
+    """The task of a request, which returns pixels of shape (height, width, 3) for each image.
+
+    Raises:
+        JobError: a refiner has latents of another family than the checkpoint before it.
+    """
+    crew = _crew(request, equipment)
     if isinstance(request, Img2Img):
         assert canvas is not None
-        return img2img.generate(request, canvas, models, gathered(request, loaded), on_step)
+        return (yield from img2img.generate(request, canvas, crew, on_step))
     assert isinstance(request, Txt2Img)
-    second = gathered(request.second_pass, loaded) if request.second_pass else None
-    return txt2img.generate(request, models, gathered(request, loaded), on_step, second)
+    second = request.second_pass
+    second_crew = _crew(second, equipment) if second else None
+    return (yield from txt2img.generate(request, crew, second_crew, on_step))
+
+
+def _crew(request: Generation, equipment: Sequence[Equipment]) -> Crew:
+    """Who paints a pass, by the names in its request."""
+    files = [(BASE, one.base.name) for one in equipment]
+    base = equipment[find(files, BASE, request.model_name, "checkpoint")] if request.model_name else equipment[0]
+    other = equipment[find(files, BASE, request.refiner, "refiner_checkpoint")] if request.refiner else base
+    if other is base:
+        return Crew(_equipped(request, base))
+    crew = Crew(_equipped(request, base), _equipped(request, other))
+    if crew.last.is_sdxl != crew.base.models.is_sdxl:
+        raise JobError(
+            f"refiner_checkpoint {other.base.name} cannot go on with the latents of {base.base.name}: "
+            "one is of SDXL's family, the other of Stable Diffusion 1.5's"
+        )
+    return crew
+
+
+def _equipped(request: Generation, equipment: Equipment) -> Equipped:
+    assert equipment.models is not None
+    return Equipped(equipment.models, gathered(request, equipment.adapters))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 
 from gpu_worker import noise, samplers
-from gpu_worker.denoise import LATENT_SCALE, Evaluation, Guidance, denoise
-from gpu_worker.tasks.stages import as_tensor, counted, latents_of, no_context, pixels_of
+from gpu_worker.denoise import LATENT_SCALE, Evaluation, Step, denoise
+from gpu_worker.job import JobError
+from gpu_worker.tasks.stages import Crew, as_tensor, counted, latents_of, no_context, pixels_of, plan
 from gpu_worker.weights import Models
 from services.common.payloads import Txt2Img
 from services.common.payloads.txt2img import LATENT_UPSCALERS, SecondPass
@@ -18,29 +21,53 @@ from services.common.payloads.txt2img import LATENT_UPSCALERS, SecondPass
 _RESAMPLING = {"Nearest": Image.Resampling.NEAREST}
 
 
+@dataclass(frozen=True, eq=False)
+class Second:
+    """The second pass of a request: who paints it, what with, and who decodes what it begins with."""
+
+    first: Txt2Img
+    request: SecondPass
+    crew: Crew
+    steps: list[Step]
+    decoder: Models
+
+
+def begin(request: Txt2Img, first_crew: Crew, crew: Crew) -> Second:
+    """The second pass of a request that has one.
+
+    Raises:
+        JobError: a prompt is too long, or its checkpoint cannot read the first one's latents.
+    """
+    second = request.second_pass
+    assert second is not None
+    if request.hr_upscaler in LATENT_UPSCALERS and crew.base.models.is_sdxl != first_crew.last.is_sdxl:
+        raise JobError(
+            f"hr_checkpoint_name {request.hr_checkpoint_name} has latents of another family than the first pass, so "
+            f"hr_upscaler {request.hr_upscaler} cannot scale them; Lanczos scales pixels"
+        )
+    return Second(request, second, crew, plan(crew, second, partial(no_context, second)), first_crew.last)
+
+
 def denoised(
-    request: Txt2Img,
-    second: SecondPass,
-    latents: torch.Tensor,
-    models: Models,
-    steering: list[Guidance],
-    batch: int,
-    on_step: Callable[[int], None],
+    second: Second, latents: torch.Tensor, batch: int, on_step: Callable[[int], None]
 ) -> Generator[Evaluation | None, torch.Tensor, torch.Tensor]:
     """The final latents of a batch at the second pass's size, from those of the first."""
-    scaled = yield from upscaled(request, latents, models)
-    images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
-    generators = noise.generators([request.seed_of(image) for image in images])
-    first = noise.first(second, images, generators)
+    models, first, request = second.crew.base.models, second.first, second.request
+    scaled = yield from upscaled(first, latents, second.decoder, models)
+    images = range(batch * first.batch_size, (batch + 1) * first.batch_size)
+    generators = noise.generators([first.seed_of(image) for image in images])
+    drawn = noise.first(request, images, generators)
     sampling = samplers.create(
-        second.sampler_name, models.scheduler_config, second.steps, generators, second.eta, second.first_step
+        request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
     )
-    on_evaluation = counted(request, batch, second, len(sampling.timesteps), on_step)
-    noised = sampling.noised(scaled, first, 0).to(models.device)
-    return (yield from denoise(sampling, noised, steering, on_evaluation, None, no_context(models, second)))
+    on_evaluation = counted(first, batch, request, len(sampling.timesteps), on_step)
+    noised = sampling.noised(scaled, drawn, 0).to(models.device)
+    return (yield from denoise(sampling, noised, second.steps, on_evaluation))
 
 
-def upscaled(request: Txt2Img, latents: torch.Tensor, models: Models) -> Generator[None, torch.Tensor, torch.Tensor]:
+def upscaled(
+    request: Txt2Img, latents: torch.Tensor, decoder: Models, encoder: Models
+) -> Generator[None, torch.Tensor, torch.Tensor]:
     """Latents of the second pass's size, on the CPU, without noise. Lets others go first between its stages.
 
     Raises:
@@ -56,8 +83,8 @@ def upscaled(request: Txt2Img, latents: torch.Tensor, models: Models) -> Generat
         resampling = _RESAMPLING.get(request.hr_upscaler, Image.Resampling.LANCZOS)
         rows = []
         for row in torch.split(latents, 1):
-            larger = Image.fromarray(pixels_of(models, row)).resize((width, height), resampling)
-            rows.append(latents_of(models, as_tensor(np.asarray(larger))).cpu())
+            larger = Image.fromarray(pixels_of(decoder, row)).resize((width, height), resampling)
+            rows.append(latents_of(encoder, as_tensor(np.asarray(larger))).cpu())
             yield None
         scaled = torch.cat(rows)
     return _middle(scaled, *request.hr_size)

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gpu_worker import noise, samplers
-from gpu_worker.adapters import Adapters
 from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import Evaluation, Guidance, Task, denoise
-from gpu_worker.tasks.stages import as_tensor, counted, guidance, latents_of, no_context, pixels_of
+from gpu_worker.denoise import Evaluation, Step, Task, denoise
+from gpu_worker.tasks.stages import Crew, as_tensor, counted, latents_of, no_context, pixels_of, plan
 from gpu_worker.weights import Models
 from services.common.payloads import Img2Img
 from services.common.payloads.img2img import LATENT_NOISE, LATENT_NOTHING
 
 
 def generate(
-    request: Img2Img, canvas: Canvas, models: Models, adapters: Adapters, on_step: Callable[[int], None]
+    request: Img2Img, canvas: Canvas, crew: Crew, on_step: Callable[[int], None]
 ) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels for each image, as txt2img's does; the canvas has what stays of the originals.
 
     Raises:
         JobError: a prompt is too long, or the latents became NaN.
     """
-    steering = guidance(models, request, adapters)
+    steps = plan(crew, request, partial(context, request, canvas))
     yield None
-    originals = encoded(request, canvas, models)
+    originals = encoded(request, canvas, crew.base.models)
     images = []
     for batch in range(request.n_iter):
-        latents = yield from denoised(request, canvas, models, originals, steering, batch, on_step)
+        latents = yield from denoised(request, canvas, crew.base.models, originals, steps, batch, on_step)
         for row in torch.split(latents, 1):
             yield None
-            images.append(pixels_of(models, row))
+            images.append(pixels_of(crew.last, row))
     return images
 
 
@@ -54,7 +54,7 @@ def denoised(
     canvas: Canvas,
     models: Models,
     originals: torch.Tensor,
-    steering: list[Guidance],
+    steps: list[Step],
     batch: int,
     on_step: Callable[[int], None],
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
@@ -72,10 +72,9 @@ def denoised(
     latents = sampling.noised(originals, first, 0).to(models.device)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
-    if mask is not None and not models.is_inpainting:
+    if mask is not None and any(step.context is None for step in steps):
         keep = _kept(sampling, originals.to(models.device), first.to(models.device), mask.to(models.device))
-    context = _context(canvas, mask, models, request)
-    return (yield from denoise(sampling, latents, steering, on_evaluation, keep, context))
+    return (yield from denoise(sampling, latents, steps, on_evaluation, keep))
 
 
 def _kept(
@@ -91,13 +90,13 @@ def _kept(
     return keep
 
 
-def _context(canvas: Canvas, mask: torch.Tensor | None, models: Models, request: Img2Img) -> torch.Tensor | None:
+def context(request: Img2Img, canvas: Canvas, models: Models) -> torch.Tensor | None:
     """What an inpainting UNet is told: the mask, and the originals with grey where they are to be painted."""
-    if mask is None or not models.is_inpainting:
-        return no_context(models, request)
-    assert canvas.mask is not None
+    if canvas.mask is None or not models.is_inpainting:
+        return no_context(request, models)
     stays = 1 - torch.from_numpy(np.around(canvas.mask))
     rows = [latents_of(models, as_tensor(picture) * stays) for picture in canvas.pictures]
     latents = torch.cat(rows).expand(request.batch_size, -1, -1, -1)
+    mask = torch.from_numpy(canvas.latent_mask)
     mask_rows = mask.to(models.device).expand(request.batch_size, 1, -1, -1)
     return torch.cat([mask_rows, latents], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -10,32 +11,61 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_worker import prompt
-from gpu_worker.adapters import Adapters
-from gpu_worker.denoise import Conditioning, Guidance
+from gpu_worker.adapters import Equipped
+from gpu_worker.denoise import Conditioning, Guidance, Step
 from gpu_worker.job import JobError
 from gpu_worker.weights import Models
 from services.common.payloads import Generation, prompts
 from services.common.payloads.txt2img import SecondPass
 
+# Aesthetic scores of what SDXL's refiner is led to, and led away from (A1111's sdxl_refiner_*_aesthetic_score).
+_SCORES = (6.0, 2.5)
 NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 
 
-def guidance(models: Models, request: Generation, adapters: Adapters) -> list[Guidance]:
-    """What steers each step of the request; steps of the same texts share one.
+@dataclass(frozen=True, eq=False)
+class Crew:
+    """Who paints a pass: a checkpoint, and when there is a refiner, that one from its first step on."""
+
+    base: Equipped
+    refiner: Equipped | None = None
+
+    @property
+    def last(self) -> Models:
+        """The models that the pass ends with."""
+        return (self.refiner or self.base).models
+
+
+def plan(crew: Crew, request: Generation, context: Callable[[Models], torch.Tensor | None]) -> list[Step]:
+    """What each step of a pass is made with; `context` is what an inpainting UNet is told.
 
     Raises:
         JobError: a prompt is too long.
     """
+    if crew.refiner is None:
+        return _plan(crew.base, request, range(request.num_steps), context)
+    first = request.first_refined_step
+    base = _plan(crew.base, request, range(first), context)
+    return base + _plan(crew.refiner, request, range(first, request.num_steps), context)
+
+
+def _plan(
+    equipped: Equipped, request: Generation, numbers: range, context: Callable[[Models], torch.Tensor | None]
+) -> list[Step]:
+    """Steps of one checkpoint; those of the same texts share their guidance."""
+    if not numbers:
+        return []
+    models, adapters = equipped.models, equipped.adapters
     networks = tuple((network, use.unet_scale) for network, use in adapters.networks)
 
     @cache
-    def encoded(text: str) -> Conditioning:
-        return _encode(models, text, request, adapters)
+    def encoded(text: str, is_negative: bool) -> Conditioning:
+        return _encode(equipped, text, request, is_negative)
 
     @cache
     def steering(texts: tuple[tuple[str, float], ...], negative: str) -> Guidance:
-        positives = tuple((encoded(text), weight) for text, weight in texts)
-        return Guidance(positives, encoded(negative) if request.is_guided else None, request.cfg_scale, networks)
+        positives = tuple((encoded(text, False), weight) for text, weight in texts)
+        return Guidance(positives, encoded(negative, True) if request.is_guided else None, request.cfg_scale, networks)
 
     before = request.steps_before if isinstance(request, SecondPass) else 0
 
@@ -46,15 +76,20 @@ def guidance(models: Models, request: Generation, adapters: Adapters) -> list[Gu
         texts = tuple((at(text, step), weight) for text, weight in request.texts)
         return steering(texts, at(request.negative_text, step))
 
-    return [at_step(step) for step in range(request.num_steps)]
+    told = context(models)
+    return [Step(models.unet, at_step(step), told) for step in numbers]
 
 
-def _encode(models: Models, text: str, request: Generation, adapters: Adapters) -> Conditioning:
-    """What the UNet is told of a text; SDXL also of the picture's size."""
-    hidden, pooled = prompt.encode(models, text, request.clip_skip, adapters)
+def _encode(equipped: Equipped, text: str, request: Generation, is_negative: bool) -> Conditioning:
+    """What the UNet is told of a text; SDXL also of the picture's size, its refiner of a score for beauty."""
+    models = equipped.models
+    hidden, pooled = prompt.encode(models, text, request.clip_skip, equipped.adapters)
     if pooled is None:
         return Conditioning(hidden, None)
-    sizes = [request.height, request.width, 0, 0, request.height, request.width]
+    if is_negative and not text:  # SDXL was trained with nothing in the place of no text
+        hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
+    wanted = [_SCORES[is_negative]] if models.is_refiner else [request.height, request.width]
+    sizes = [request.height, request.width, 0, 0, *wanted]
     time_ids = torch.tensor([sizes], dtype=models.dtype, device=models.device)
     return Conditioning(hidden, {"text_embeds": pooled, "time_ids": time_ids})
 
@@ -84,7 +119,7 @@ def pixels_of(models: Models, latents: torch.Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def no_context(models: Models, request: Generation) -> torch.Tensor | None:
+def no_context(request: Generation, models: Models) -> torch.Tensor | None:
     """What an inpainting UNet is told when there is no mask: all is painted, on grey. None for other UNets."""
     if not models.is_inpainting:
         return None

@@ -1,21 +1,23 @@
 """Owns how a test advances tasks without an engine: alone, or in company that joins and leaves between ticks."""
 
 from collections.abc import Generator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from gpu_worker import weights
-from gpu_worker.adapters import Adapters
-from gpu_worker.denoise import predict
+from gpu_worker.adapters import Adapters, Equipped
+from gpu_worker.denoise import Step, predict
 from gpu_worker.tasks import stages, txt2img
+from gpu_worker.tasks.stages import Crew
 from services.common.payloads import Generation, Txt2Img, check
 
 NO_ADAPTERS = Adapters()
 R = TypeVar("R", bound=Generation)
 
 
-def drive(unet: Any, tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows: int = 64) -> list[Any]:
+def drive(tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows: int = 64) -> list[Any]:
     """Runs tasks to their ends, each joining at the tick given with it, and answers what each returned."""
     results: dict[int, Any] = {}
     wishes: dict[int, Any] = {}
@@ -35,9 +37,9 @@ def drive(unet: Any, tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows
             for index, (joins_at, _) in enumerate(tasks):
                 if joins_at == tick:
                     advance(index, None)
-            for size in {wish.size for wish in wishes.values()}:
-                active = [index for index, wish in wishes.items() if wish.size == size]
-                predictions = predict(unet, [wishes[index] for index in active], max_rows)
+            for group in {wish.group for wish in wishes.values()}:
+                active = [index for index, wish in wishes.items() if wish.group == group]
+                predictions = predict([wishes[index] for index in active], max_rows)
                 for index, prediction in zip(active, predictions, strict=True):
                     advance(index, prediction)
             tick += 1
@@ -56,12 +58,22 @@ def changed(request: R, **changes: Any) -> R:
     return type(request).model_validate(request.model_dump() | changes)
 
 
+def crew(models: weights.Models, adapters: Adapters = NO_ADAPTERS, refiner: weights.Models | None = None) -> Crew:
+    """A crew of models without a run."""
+    return Crew(Equipped(models, adapters), Equipped(refiner) if refiner else None)
+
+
+def plan(request: Generation, models: weights.Models, adapters: Adapters = NO_ADAPTERS) -> list[Step]:
+    """What each step of a request without a picture is made with."""
+    return stages.plan(crew(models, adapters), request, partial(stages.no_context, request))
+
+
 def latents(
-    request: Txt2Img, models: weights.Models, adapters: Adapters = NO_ADAPTERS
+    request: Txt2Img, models: weights.Models, adapters: Adapters = NO_ADAPTERS, refiner: weights.Models | None = None
 ) -> Generator[Any, Any, torch.Tensor]:
     """The task of a request's first batch up to its final latents."""
-    steering = stages.guidance(models, request, adapters)
-    return (yield from txt2img.denoised(request, models, steering, 0, lambda _: None))
+    steps = stages.plan(crew(models, adapters, refiner), request, partial(stages.no_context, request))
+    return (yield from txt2img.denoised(request, models, steps, 0, lambda _: None))
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -89,7 +89,9 @@ def pipeline_latents(pipeline: Any, sampler: str, request: Generation, **options
     """The final latents of the request's first batch, made by the pipeline alone."""
     seeds = [request.seed + row for row in range(request.batch_size)]
     pipeline.scheduler = scheduler_of(sampler, seeds)
-    texts = {"prompt": [request.prompt] * len(seeds), "negative_prompt": [request.negative_prompt] * len(seeds)}
+    # No negative prompt is the text "" in SD1.5 and nothing in SDXL.
+    negative = [request.negative_prompt] * len(seeds) if request.negative_prompt else None
+    texts = {"prompt": [request.prompt] * len(seeds), "negative_prompt": negative}
     found: torch.Tensor = pipeline(
         **(options or texts),
         num_inference_steps=request.steps,

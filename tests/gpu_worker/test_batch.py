@@ -6,9 +6,9 @@ from gpu_worker.batch import Batch
 def test_runs_of_a_group_tick_together_from_the_moment_they_come() -> None:
     batch: Batch[str] = Batch(max_pixels=100)
     assert batch.next() == []
-    batch.add("a", "group", 10)
+    batch.place("a", "group", 10)
     assert batch.next() == ["a"]
-    batch.add("b", "group", 10)
+    batch.place("b", "group", 10)
     assert batch.next() == ["a", "b"]
     assert batch.remove("a")
     assert not batch.remove("a")
@@ -20,7 +20,7 @@ def test_runs_of_a_group_tick_together_from_the_moment_they_come() -> None:
 def test_a_tick_has_no_more_pixels_than_the_bound_and_nobody_is_overtaken() -> None:
     batch: Batch[str] = Batch(max_pixels=100)
     for run, num_pixels in (("a", 60), ("large", 90), ("c", 10)):
-        batch.add(run, "group", num_pixels)
+        batch.place(run, "group", num_pixels)
     assert batch.next() == ["a"]
     batch.remove("a")
     assert batch.next() == ["large", "c"]
@@ -28,16 +28,16 @@ def test_a_tick_has_no_more_pixels_than_the_bound_and_nobody_is_overtaken() -> N
 
 def test_a_run_above_the_bound_ticks_alone() -> None:
     batch: Batch[str] = Batch(max_pixels=100)
-    batch.add("huge", "group", 1000)
-    batch.add("b", "group", 1)
+    batch.place("huge", "group", 1000)
+    batch.place("b", "group", 1)
     assert batch.next() == ["huge"]
 
 
 def test_groups_never_share_a_tick_and_get_equal_time() -> None:
     batch: Batch[str] = Batch(max_pixels=100, slice_seconds=1)
     for run in "abc":
-        batch.add(run, "small", 10)
-    batch.add("x", "large", 10)
+        batch.place(run, "small", 10)
+    batch.place("x", "large", 10)
     seconds = {"a": 0.0, "x": 0.0}
     for _ in range(200):
         runs = batch.next()
@@ -50,8 +50,8 @@ def test_groups_never_share_a_tick_and_get_equal_time() -> None:
 
 def test_a_group_keeps_the_gpu_for_its_slice() -> None:
     batch: Batch[str] = Batch(max_pixels=100, slice_seconds=1)
-    batch.add("a", "one", 1)
-    batch.add("b", "two", 1)
+    batch.place("a", "one", 1)
+    batch.place("b", "two", 1)
     order = []
     for _ in range(12):
         order += batch.next()
@@ -61,10 +61,10 @@ def test_a_group_keeps_the_gpu_for_its_slice() -> None:
 
 def test_a_group_that_comes_late_is_owed_nothing_for_the_time_before() -> None:
     batch: Batch[str] = Batch(max_pixels=100, slice_seconds=0)
-    batch.add("old", "one", 1)
+    batch.place("old", "one", 1)
     batch.next()
     batch.spent(1000)
-    batch.add("new", "two", 1)
+    batch.place("new", "two", 1)
     order = []
     for _ in range(6):
         order += batch.next()
@@ -74,9 +74,9 @@ def test_a_group_that_comes_late_is_owed_nothing_for_the_time_before() -> None:
 
 def test_an_exclusive_run_ticks_alone_in_its_turn() -> None:
     batch: Batch[str] = Batch(max_pixels=100, slice_seconds=0)
-    batch.add("a", "group", 1)
-    batch.add("alone", "group", 1, exclusive=True)
-    batch.add("b", "group", 1)
+    batch.place("a", "group", 1)
+    batch.place("alone", "group", 1, exclusive=True)
+    batch.place("b", "group", 1)
     ticks = []
     for _ in range(4):
         ticks.append(batch.next())

@@ -17,6 +17,7 @@ from gpu_worker.run import Produced, Run
 from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import changed, txt2img_of
+from tests.gpu_worker.tiny_sdxl import make
 
 REQUEST = txt2img_of(prompt="a cat", negative_prompt="bad", steps=6, width=64, height=64, seed=3)
 
@@ -39,14 +40,15 @@ class Driven:
         # Called with the rows of a UNet call before it.
         self.before: Callable[[torch.Tensor], None] = lambda _: None
 
-    def add(self, name: str, request: Generation, checkpoint: Path | None = None) -> Run:
+    def add(self, name: str, request: Generation, checkpoint: Path | None = None, *others: Path) -> Run:
         steps = self.progress.setdefault(name, [])
 
         def end(outcome: Any) -> None:
             self.outcomes[name] = outcome
             self.ended.append(name)
 
-        run = Run(name, request, [as_cached(checkpoint or self.checkpoint)], lambda: None, steps.append, end)
+        files = [as_cached(path) for path in (checkpoint or self.checkpoint, *others)]
+        run = Run(name, request, files, lambda: None, steps.append, end)
         self.core.add(run)
         return run
 
@@ -220,6 +222,48 @@ def test_a_second_pass_goes_on_among_runs_of_its_own_size(driven: Driven) -> Non
     assert driven.progress["in company"][-1] == 12
     assert driven.pixels("in company").shape == (1, 128, 128, 3)
     assert np.abs(driven.pixels("in company").astype(int) - driven.pixels("alone")).max() <= 1
+
+
+def test_a_refined_job_goes_on_among_runs_of_the_refiner(driven: Driven, others: list[Path]) -> None:
+    """With one place for models: what a job needs beside its checkpoint waits for none."""
+    driven.core.close()
+    driven = Driven(driven.checkpoint, max_models=1)
+    refined = changed(REQUEST, refiner_checkpoint=others[0].stem, refiner_switch_at=0.5)
+    driven.add("alone", refined, None, others[0])
+    driven.until_ended("alone")
+    driven.num_rows.clear()
+    for seed in (3, 4):
+        driven.add(str(seed), changed(refined, seed=seed), None, others[0])
+    driven.add("company", changed(REQUEST, steps=12))
+    driven.until_ended("3", "4", "company")
+    assert {6, 4} <= set(driven.num_rows)  # first among all, then among the refined
+    assert np.abs(driven.pixels("3") - driven.pixels("alone")).max() <= 1
+    assert len(driven.core.warm_models) == 2
+    driven.add("unrefined", REQUEST)
+    driven.until_ended("unrefined")
+    assert np.abs(driven.pixels("unrefined") - driven.pixels("alone")).max() > 1
+    driven.core.close()
+
+
+def test_a_second_pass_may_have_a_checkpoint_of_its_own(driven: Driven, others: list[Path]) -> None:
+    request = changed(REQUEST, enable_hr=True, denoising_strength=0.5, hr_checkpoint_name=others[0].name)
+    driven.add("both", request, None, others[0])
+    driven.add("one", changed(request, hr_checkpoint_name=""))
+    driven.until_ended("both", "one")
+    assert driven.pixels("both").shape == (1, 128, 128, 3)
+    assert np.abs(driven.pixels("both") - driven.pixels("one")).max() > 1
+
+
+def test_a_checkpoint_of_another_family_cannot_go_on_with_the_latents(driven: Driven, tmp_path: Path) -> None:
+    sdxl = make(tmp_path / "xl.safetensors").path
+    driven.add("refined", changed(REQUEST, refiner_checkpoint="xl"), None, sdxl)
+    second = {"enable_hr": True, "hr_checkpoint_name": "xl"}
+    driven.add("latents", changed(REQUEST, **second), None, sdxl)
+    driven.add("pixels", changed(REQUEST, **second, hr_upscaler="Lanczos"), None, sdxl)
+    driven.until_ended("refined", "latents", "pixels")
+    assert str(driven.outcomes["refined"]).startswith("refiner_checkpoint xl.safetensors cannot go on with the latents")
+    assert "so hr_upscaler Latent cannot scale them; Lanczos scales pixels" in str(driven.outcomes["latents"])
+    assert driven.pixels("pixels").shape == (1, 128, 128, 3)
 
 
 def test_checkpoints_and_sizes_take_turns(driven: Driven, others: list[Path]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_worker import weights
-from gpu_worker.denoise import Conditioning, Evaluation, Guidance, predict
+from gpu_worker.denoise import Conditioning, Evaluation, Guidance, Step, predict
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close
 
@@ -21,13 +21,16 @@ def text(num_chunks: int, seed: int) -> Conditioning:
     return Conditioning(torch.randn((1, 77 * num_chunks, 32), generator=generator), None)
 
 
-def wish(index: int, num_chunks: tuple[int, ...], cfg_scale: float = 5.0, num_rows: int = 1) -> Evaluation:
+def wish(
+    models: weights.Models, index: int, num_chunks: tuple[int, ...], cfg_scale: float = 5.0, num_rows: int = 1
+) -> Evaluation:
     """`num_chunks` of the text, of the negative text, and of further texts."""
     x = torch.randn((num_rows, 4, 8, 8), generator=torch.Generator().manual_seed(index))
     negative = text(num_chunks[1], 100 + index) if cfg_scale > 1 else None
     texts = [num_chunks[0], *num_chunks[2:]]
     positives = tuple((text(length, index + 1000 * number), 1.0 - 0.4 * number) for number, length in enumerate(texts))
-    return Evaluation(x, 999.0 - 137.25 * index, Guidance(positives, negative, cfg_scale))
+    guidance = Guidance(positives, negative, cfg_scale)
+    return Evaluation(x, 999.0 - 137.25 * index, Step(models.unet, guidance))
 
 
 def alone(models: weights.Models, wish: Evaluation) -> torch.Tensor:
@@ -54,17 +57,17 @@ def test_rows_of_any_guidance_prompt_length_and_timestep_have_the_predictions_of
     models: weights.Models, max_rows: int
 ) -> None:
     wishes = [
-        wish(0, (1, 1)),
-        wish(1, (3, 1), cfg_scale=1.0),
-        wish(2, (1, 2), num_rows=2),
-        wish(3, (2, 3), cfg_scale=7.5),
-        wish(4, (5, 1)),
-        wish(5, (7, 7), cfg_scale=0.0),
-        wish(6, (14, 1), num_rows=2),
-        wish(7, (1, 1, 2, 1), num_rows=2),
+        wish(models, 0, (1, 1)),
+        wish(models, 1, (3, 1), cfg_scale=1.0),
+        wish(models, 2, (1, 2), num_rows=2),
+        wish(models, 3, (2, 3), cfg_scale=7.5),
+        wish(models, 4, (5, 1)),
+        wish(models, 5, (7, 7), cfg_scale=0.0),
+        wish(models, 6, (14, 1), num_rows=2),
+        wish(models, 7, (1, 1, 2, 1), num_rows=2),
     ]
     with torch.inference_mode():
-        for found, one in zip(predict(models.unet, wishes, max_rows), wishes, strict=True):
+        for found, one in zip(predict(wishes, max_rows), wishes, strict=True):
             assert_close(found, alone(models, one))
 
 
@@ -76,7 +79,9 @@ def test_prompt_lengths_with_a_reasonable_common_multiple_share_a_call(models: w
 
     hook = models.unet.register_forward_pre_hook(before, with_kwargs=True)
     with torch.inference_mode():
-        predict(models.unet, [wish(0, (1, 1)), wish(1, (2, 1)), wish(2, (3, 1)), wish(3, (1, 4))], 64)
-        predict(models.unet, [wish(0, (4, 4)), wish(1, (5, 5))], 64)
+        predict(
+            [wish(models, 0, (1, 1)), wish(models, 1, (2, 1)), wish(models, 2, (3, 1)), wish(models, 3, (1, 4))], 64
+        )
+        predict([wish(models, 0, (4, 4)), wish(models, 1, (5, 5))], 64)
     hook.remove()
     assert calls == [(8, 12), (2, 4), (2, 5)]

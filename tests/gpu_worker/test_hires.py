@@ -13,7 +13,7 @@ from gpu_worker import weights
 from gpu_worker.tasks import hires, stages, txt2img
 from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
+from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, plan, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of
 
 REQUEST = txt2img_of(
@@ -47,10 +47,8 @@ def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: py
 def final_latents(request: Txt2Img, models: weights.Models) -> Any:
     """A task of both passes up to the final latents."""
     first = yield from latents(request, models)
-    second = request.second_pass
-    assert second is not None
-    steering = stages.guidance(models, second, NO_ADAPTERS)
-    return (yield from hires.denoised(request, second, first, models, steering, 0, lambda _: None))
+    second = hires.begin(request, crew(models), crew(models))
+    return (yield from hires.denoised(second, first, 0, lambda _: None))
 
 
 def expected(pipeline: Any, request: Txt2Img, scaled: torch.Tensor) -> torch.Tensor:
@@ -88,34 +86,34 @@ def test_second_passes_in_company_have_the_latents_of_img2img_on_the_first(
         )
         for index, (name, _, _) in enumerate(modes)
     ]
-    found = drive(models.unet, [(index, final_latents(request, models)) for index, request in enumerate(requests)])
-    firsts = drive(models.unet, [(0, latents(request, models)) for request in requests])
+    found = drive([(index, final_latents(request, models)) for index, request in enumerate(requests)])
+    firsts = drive([(0, latents(request, models)) for request in requests])
     for request, latent, first, (_, mode, antialias) in zip(requests, found, firsts, modes, strict=True):
         scaled = torch.nn.functional.interpolate(first, (12, 12), mode=mode, antialias=antialias)
         assert_close(latent, expected(pipeline, request, scaled))
 
 
 def test_pixels_are_scaled_where_the_upscaler_is_of_pixels(models: weights.Models) -> None:
-    first = drive(models.unet, [(0, latents(REQUEST, models))])[0]
+    first = drive([(0, latents(REQUEST, models))])[0]
     with torch.inference_mode():
         picture = Image.fromarray(stages.pixels_of(models, first))
         for name, resampling in (("Lanczos", 1), ("Nearest", 0), ("None", 1)):
-            task = hires.upscaled(changed(REQUEST, hr_upscaler=name), first, models)
+            task = hires.upscaled(changed(REQUEST, hr_upscaler=name), first, models, models)
             larger = np.asarray(picture.resize((96, 96), Image.Resampling(resampling)))
-            assert_close(drive(models.unet, [(0, task)])[0], stages.latents_of(models, stages.as_tensor(larger)))
+            assert_close(drive([(0, task)])[0], stages.latents_of(models, stages.as_tensor(larger)))
 
 
 def test_what_is_too_much_is_cut_evenly(models: weights.Models) -> None:
     request = changed(REQUEST, hr_resize_x=128, hr_resize_y=96)
     first = torch.randn(1, 4, 8, 8)
-    found = drive(models.unet, [(0, hires.upscaled(request, first, models))])[0]
+    found = drive([(0, hires.upscaled(request, first, models, models))])[0]
     assert torch.equal(found, torch.nn.functional.interpolate(first, (16, 16), mode="bilinear")[:, :, 2:14])
 
 
 def test_both_passes_count_as_steps_and_make_the_larger_picture(models: weights.Models) -> None:
     progress: list[int] = []
     request = changed(REQUEST, n_iter=2)
-    images = drive(models.unet, [(0, txt2img.generate(request, models, NO_ADAPTERS, progress.append))])[0]
+    images = drive([(0, txt2img.generate(request, crew(models), crew(models), progress.append))])[0]
     assert progress == list(range(1, 11))
     assert [image.shape for image in images] == [(96, 96, 3)] * 2
 
@@ -125,7 +123,7 @@ def test_parts_of_a_changing_prompt_go_on_counting_in_the_second_pass(models: we
     request = changed(REQUEST, prompt="[a:b:1.5] [c:d:4] [e:f:0.5]")
     second = request.second_pass
     assert second is not None
-    found = stages.guidance(models, second, NO_ADAPTERS)
+    found = [step.guidance for step in plan(second, models)]
     for step, text in enumerate(("a c f", "b d f")):
-        same = stages.guidance(models, txt2img_of(prompt=text, width=96, height=96), NO_ADAPTERS)[0]
+        same = plan(txt2img_of(prompt=text, width=96, height=96), models)[0].guidance
         assert torch.equal(found[step].positives[0][0].text, same.positives[0][0].text)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpu_worker.canvas import Canvas, prepared
 from gpu_worker.tasks import img2img, stages
 from services.common.payloads import Img2Img, check, samplers
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive
+from tests.gpu_worker.driving import assert_close, changed, crew, drive, plan
 from tests.gpu_worker.reference import BETAS, pipeline_of, scheduler_of
 from tests.pictures import encoded, mask, noise
 
@@ -74,8 +75,8 @@ def latents(request: Img2Img, models: weights.Models) -> Generator[Any, Any, tor
     """The task of a request's first batch up to its final latents."""
     canvas = prepared(request)
     originals = img2img.encoded(request, canvas, models)
-    texts = stages.guidance(models, request, NO_ADAPTERS)
-    return (yield from img2img.denoised(request, canvas, models, originals, texts, 0, lambda _: None))
+    steps = stages.plan(crew(models), request, partial(img2img.context, request, canvas))
+    return (yield from img2img.denoised(request, canvas, models, originals, steps, 0, lambda _: None))
 
 
 def original(vae: Any, image: Any = None, keep: Any = 1) -> torch.Tensor:
@@ -134,7 +135,7 @@ def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(
         for index, name in enumerate(names)
     ]
     tasks = [(2 * index % 5, latents(request, models)) for index, request in enumerate(requests)]
-    for request, found in zip(requests, drive(models.unet, tasks), strict=True):
+    for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, of_pipeline(StableDiffusionImg2ImgPipeline, parts, request))
 
 
@@ -148,7 +149,7 @@ def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(
         for index, name in enumerate(names)
     ]
     tasks = [(2 * index % 5, latents(request, models)) for index, request in enumerate(requests)]
-    for request, found in zip(requests, drive(models.unet, tasks), strict=True):
+    for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, of_inpainting(parts, request))
 
 
@@ -158,7 +159,7 @@ def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, timestep_spacing="leading")
     alphas = scheduler.alphas_cumprod
     times = [1 + 125 * step for step in range(8)][::-1][request.first_step :]
-    positive = stages.guidance(models, request, NO_ADAPTERS)[0].positives[0][0]
+    positive = plan(request, models)[0].guidance.positives[0][0]
 
     def epsilon(x: torch.Tensor, time: int) -> torch.Tensor:
         return models.unet(x, time, positive.text, return_dict=False)[0]
@@ -180,14 +181,14 @@ def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights
                 3: lambda h: (23 * h[-1] - 16 * h[-2] + 5 * h[-3]) / 12,
             }.get(len(history), lambda h: (55 * h[-1] - 59 * h[-2] + 37 * h[-3] - 9 * h[-4]) / 24)(history)
             x = transferred(x, combined, time)
-    assert_close(drive(models.unet, [(0, latents(request, models))])[0], x)
+    assert_close(drive([(0, latents(request, models))])[0], x)
 
 
 @pytest.mark.parametrize(("strength", "num_steps"), [(0.0, 1), (0.5, 11), (0.75, 16), (1.0, 20), (0.049, 1)])
 def test_as_many_steps_are_made_as_in_a1111(models: weights.Models, strength: float, num_steps: int) -> None:
     request = changed(REQUEST, steps=20, denoising_strength=strength)
     progress: list[int] = []
-    drive(models.unet, [(0, img2img.generate(request, prepared(request), models, NO_ADAPTERS, progress.append))])
+    drive([(0, img2img.generate(request, prepared(request), crew(models), progress.append))])
     assert progress == list(range(1, num_steps + 1))
 
 
@@ -197,7 +198,7 @@ def test_an_inpainting_unet_reads_the_mask_and_what_stays(parts: dict[str, Any],
     with_unet = parts | {"unet": inpainting.unet}
     requests = [changed(MASKED, seed=seed, sampler_name=name) for seed, name in enumerate(("Euler a", "DDIM"))]
     tasks = [(index, latents(request, inpainting)) for index, request in enumerate(requests)]
-    for request, found in zip(requests, drive(inpainting.unet, tasks), strict=True):
+    for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, of_inpainting(with_unet, request, masked_image_latents=known))
 
 
@@ -205,15 +206,15 @@ def test_without_a_mask_an_inpainting_unet_paints_all_on_grey(inpainting: weight
     task = latents(REQUEST, inpainting)
     with torch.inference_mode():
         wish = next(task)
-        assert wish.context is not None
+        assert wish.step.context is not None
         grey = inpainting.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean * inpainting.vae.config.scaling_factor
-        assert torch.equal(wish.context[:, :1], torch.ones(1, 1, 8, 8))
-        assert_close(wish.context[:, 1:], grey)
+        assert torch.equal(wish.step.context[:, :1], torch.ones(1, 1, 8, 8))
+        assert_close(wish.step.context[:, 1:], grey)
 
 
 def pixels(request: Img2Img, models: weights.Models) -> tuple[Canvas, list[np.ndarray]]:
     canvas = prepared(request)
-    found = drive(models.unet, [(0, img2img.generate(request, canvas, models, NO_ADAPTERS, lambda _: None))])[0]
+    found = drive([(0, img2img.generate(request, canvas, crew(models), lambda _: None))])[0]
     return canvas, [canvas.finished(image, row) for row, image in enumerate(found)]
 
 

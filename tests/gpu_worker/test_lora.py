@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 from gpu_worker import ldm, lora, weights
 from gpu_worker.adapters import Adapters
 from gpu_worker.job import JobError
-from gpu_worker.tasks import stages
 from services.common.payloads.prompts import Lora
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, drive, latents, txt2img_of
+from tests.gpu_worker.driving import assert_close, drive, latents, plan, txt2img_of
 
 Weights = dict[str, torch.Tensor]
 REQUEST = {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 3}
@@ -108,10 +107,10 @@ def test_a_network_of_each_kind_equals_its_merge(models: weights.Models, tmp_pat
     network, changes = write(tmp_path / "x.safetensors", models, {layer: kind})
     use = Lora("x", 0.8, 0.6)
     request = txt2img_of(**REQUEST)
-    found = drive(models.unet, [(0, latents(request, models, Adapters(((network, use),))))])[0]
+    found = drive([(0, latents(request, models, Adapters(((network, use),))))])[0]
     expected_models = merged(models, (changes, use))
-    assert_close(found, drive(expected_models.unet, [(0, latents(request, expected_models))])[0])
-    without = drive(models.unet, [(0, latents(request, models))])[0]
+    assert_close(found, drive([(0, latents(request, expected_models))])[0])
+    without = drive([(0, latents(request, models))])[0]
     assert (found - without).abs().max() > 1e-4 * without.abs().max()
 
 
@@ -135,10 +134,10 @@ def test_jobs_with_different_networks_in_one_call_equal_each_its_merge(models: w
         (i % 3, latents(request, models, Adapters(tuple((networks[n][0], use) for n, use in own))))
         for i, (request, own) in enumerate(zip(requests, uses, strict=True))
     ]
-    found = drive(models.unet, tasks, max_rows=5)
+    found = drive(tasks, max_rows=5)
     for latent, request, own in zip(found, requests, uses, strict=True):
         alone = merged(models, *((networks[n][1], use) for n, use in own))
-        assert_close(latent, drive(alone.unet, [(0, latents(request, alone))])[0])
+        assert_close(latent, drive([(0, latents(request, alone))])[0])
     assert not any(module._forward_hooks for module in models.unet.modules())
 
 
@@ -185,10 +184,10 @@ def test_what_does_not_fit_is_refused_by_name(
 
 def test_several_texts_and_changing_texts_have_the_guidance_of_their_step(models: weights.Models) -> None:
     request = txt2img_of(prompt="[a cat:a dog:0.5] AND [red|blue] :0.5", negative_prompt="[bad:1]", steps=4)
-    found = stages.guidance(models, request, NO_ADAPTERS)
+    found = [step.guidance for step in plan(request, models)]
 
     def expected(text: str) -> torch.Tensor:
-        return stages.guidance(models, txt2img_of(prompt=text, cfg_scale=1), NO_ADAPTERS)[0].positives[0][0].text
+        return plan(txt2img_of(prompt=text, cfg_scale=1), models)[0].guidance.positives[0][0].text
 
     for step, (texts, negative) in enumerate(
         [

@@ -14,7 +14,7 @@ from gpu_worker.job import JobError
 from gpu_worker.tasks import txt2img
 from services.common.payloads import Generation, samplers
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import NO_ADAPTERS, assert_close, changed, drive, latents, txt2img_of
+from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of
 
 REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
@@ -41,7 +41,7 @@ def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: py
 def run(request: Generation, models: weights.Models) -> tuple[list[int], np.ndarray]:
     """Progress and pixels."""
     progress: list[int] = []
-    images = drive(models.unet, [(0, txt2img.generate(request, models, NO_ADAPTERS, progress.append))])[0]
+    images = drive([(0, txt2img.generate(request, crew(models), None, progress.append))])[0]
     return progress, np.stack(images)
 
 
@@ -54,7 +54,7 @@ def test_a_job_alone_has_the_latents_of_the_diffusers_pipeline(
     pipeline: Any, models: weights.Models, name: str
 ) -> None:
     request = changed(REQUEST, sampler_name=name, steps=5)
-    assert_close(drive(models.unet, [(0, latents(request, models))])[0], expected_latents(pipeline, request))
+    assert_close(drive([(0, latents(request, models))])[0], expected_latents(pipeline, request))
 
 
 @pytest.mark.parametrize("first", range(0, len(NAMES), COMPANY))
@@ -76,14 +76,14 @@ def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diff
         for index, name in enumerate(names)
     ]
     tasks = [(2 * index % 7, latents(request, models)) for index, request in enumerate(requests)]
-    for request, found in zip(requests, drive(models.unet, tasks), strict=True):
+    for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, expected_latents(pipeline, request))
 
 
 def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models: weights.Models) -> None:
     for name in ("Euler a", "DPM++ SDE", "DPM++ 2M SDE", "LCM", "DPM2 a"):
         request = changed(REQUEST, sampler_name=name, batch_size=2)
-        found = drive(models.unet, [(0, latents(request, models))])[0]
+        found = drive([(0, latents(request, models))])[0]
         for index in range(2):
             alone = changed(REQUEST, sampler_name=name, seed=REQUEST.seed + index)
             assert_close(found[index : index + 1], expected_latents(pipeline, alone))
@@ -91,7 +91,7 @@ def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models:
 
 def test_ddim_takes_eta(pipeline: Any, models: weights.Models) -> None:
     request = changed(REQUEST, sampler_name="DDIM", eta=0.7)
-    found = drive(models.unet, [(0, latents(request, models))])[0]
+    found = drive([(0, latents(request, models))])[0]
     assert_close(found, pipeline_latents(pipeline, "DDIM", request))
     assert not torch.allclose(found, expected_latents(pipeline, changed(request, eta=0.0)))
 

@@ -6,13 +6,13 @@ picture in a way that cannot be had is refused, unless it is switched off.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from services.common.payloads import prompts, samplers
 from services.common.payloads.base import Payload
-from services.common.payloads.scripts import check_scripts
+from services.common.payloads.scripts import check_scripts, refiner_of
 from services.common.payloads.showing import shown
 
 MAX_IMAGES = 64
@@ -26,17 +26,23 @@ _REFUSED = {
     "restore_faces": "face restoration needs weights that this service does not have; set it to false",
     "tiling": "it is not supported yet; set it to false",
     "s_churn": "it is not supported yet; set it to 0",
-    "refiner_checkpoint": "a refiner is not supported yet; leave it out",
     "firstpass_image": "it is deprecated in A1111 too; use img2img",
 }
 # Fields of A1111 that say how its own interface shows, stores or repeats a picture.
 _WITHOUT_EFFECT = {
     "alwayson_scripts", "comments", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
-    "override_settings_restore_afterwards", "refiner_switch_at", "s_noise", "s_tmax", "s_tmin", "sampler_index",
+    "override_settings_restore_afterwards", "s_noise", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "send_images",
 }  # fmt: skip
-_SETTINGS = {"CLIP_stop_at_last_layers": "clip_skip", "sd_model_checkpoint": "model_name", "sd_vae": "vae_name"}
+_SETTINGS = {
+    "CLIP_stop_at_last_layers": "clip_skip",
+    "hires_fix_refiner_pass": "refiner_pass",
+    "sd_model_checkpoint": "model_name",
+    "sd_vae": "vae_name",
+}
+REFINE_FIRST: Final = "first pass"
+REFINE_SECOND: Final = "second pass"
 
 
 class Generation(Payload):
@@ -65,6 +71,11 @@ class Generation(Payload):
     # Which of the job's models are used, where not the first: `override_settings.sd_model_checkpoint` and `.sd_vae`.
     model_name: str = ""
     vae_name: str = ""
+    # Another checkpoint that goes on with the latents once so much of the steps is done; in which pass, where there are
+    # two: `override_settings.hires_fix_refiner_pass`.
+    refiner_checkpoint: str = ""
+    refiner_switch_at: float = Field(0.8, ge=0, le=1)
+    refiner_pass: Literal["first pass", "second pass", "both passes"] = REFINE_SECOND
     # The prompt's tags are taken out, and do nothing.
     disable_extra_networks: bool = False
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
@@ -81,6 +92,9 @@ class Generation(Payload):
         given.setdefault("ignored", ignored)
         name = given.get("sampler_name") or given.get("sampler_index") or "Euler"
         given["sampler_name"] = samplers.find(name, given.get("scheduler"))
+        given |= refiner_of(given.get("alwayson_scripts"))
+        if given.get("refiner_checkpoint") in _OFF:
+            given.pop("refiner_checkpoint", None)
         settings = given.get("override_settings")
         for setting, value in (settings if isinstance(settings, dict) else {}).items():
             if setting in _SETTINGS and value is not None:
@@ -134,6 +148,23 @@ class Generation(Payload):
     def loras(self) -> tuple[prompts.Lora, ...]:
         """The LoRAs of the prompt."""
         return () if self.disable_extra_networks else prompts.read(self.prompt).loras
+
+    @property
+    def refiner(self) -> str:
+        """The name of the refiner of this pass, or nothing."""
+        return self.refiner_checkpoint
+
+    @property
+    def first_refined_step(self) -> int:
+        """The number of the first step, from 0, that is the refiner's."""
+        return next(
+            (step for step in range(self.num_steps) if step / self.num_steps >= self.refiner_switch_at), self.num_steps
+        )
+
+    @property
+    def other_checkpoints(self) -> list[tuple[str, str]]:
+        """The names of the checkpoints beside the first, over all passes, each behind its field."""
+        return [("refiner_checkpoint", self.refiner)] if self.refiner else []
 
     @property
     def num_images(self) -> int:

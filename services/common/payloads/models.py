@@ -15,8 +15,8 @@ _HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
 
 
 def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
-    """Positions in `models`, which are pairs of type and file name: the base model first, then the VAE if there is one,
-    the LoRAs in the prompt's order, and the embeddings that a prompt mentions.
+    """Positions in `models`, which are pairs of type and file name: the base model first, then other checkpoints,
+    the VAE if there is one, the LoRAs in the prompt's order, and the embeddings that a prompt mentions.
 
     Raises:
         InvalidArgument: the request names a model that is not among them.
@@ -25,9 +25,10 @@ def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     if not bases:
         raise InvalidArgument(f"models names no checkpoint of type {BASE}")
     named = "override_settings.sd_model_checkpoint"
-    found = [_find(models, BASE, request.model_name, named) if request.model_name else bases[0]]
+    found = [find(models, BASE, request.model_name, named) if request.model_name else bases[0]]
+    found += [find(models, BASE, name, field) for field, name in request.other_checkpoints]
     found += _vae(request, models)
-    found += [_find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
+    found += [find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
     texts = request.all_text.lower()
     found += [index for index, (kind, name) in enumerate(models) if kind == EMBEDDING and stem(name).lower() in texts]
     return list(dict.fromkeys(found))
@@ -42,12 +43,16 @@ def _vae(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     if request.vae_name == "None":
         return []
     if request.vae_name not in {"", "Automatic"}:
-        return [_find(models, VAE, request.vae_name, "override_settings.sd_vae")]
+        return [find(models, VAE, request.vae_name, "override_settings.sd_vae")]
     return [index for index, (kind, name) in enumerate(models) if kind == VAE and name not in PSEUDO_VAES][:1]
 
 
-def _find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) -> int:
-    """By the file's name or its stem."""
+def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) -> int:
+    """The position of a model by its file's name or stem. `field` is what names it.
+
+    Raises:
+        InvalidArgument: it is not among them.
+    """
     same_kind = {index: model for index, (own_kind, model) in enumerate(models) if own_kind == kind}
     for wanted, known in ((name, lambda model: model), (stem(name), stem), (name, stem)):
         for index, model in same_kind.items():

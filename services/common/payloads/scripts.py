@@ -67,6 +67,17 @@ def check_scripts(scripts: Any) -> list[str]:
     return unknown
 
 
+def refiner_of(scripts: Any) -> dict[str, Any]:
+    """What the script `refiner` says, as fields of the payload: [enabled, checkpoint, switch at]."""
+    for name, script in (scripts if isinstance(scripts, dict) else {}).items():
+        if name.strip().lower() == "refiner" and isinstance(script, dict) and isinstance(script.get("args"), list):
+            arguments = script["args"]
+            if _first_is_true(arguments):
+                fields = ("refiner_checkpoint", "refiner_switch_at")
+                return dict(zip(fields, arguments[1:], strict=False))
+    return {}
+
+
 def _check_units(units: list[Any]) -> None:
     """ControlNet units: one is on unless it says otherwise, and does nothing without a model."""
     for index, unit in enumerate(units):

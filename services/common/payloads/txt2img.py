@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from services.common.payloads import prompts, samplers
-from services.common.payloads.generation import MAX_SIDE, Generation
+from services.common.payloads.generation import MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation
 from services.common.payloads.showing import shown
 
 # Of latents, as modes of interpolation and whether they are smoothed; and of pixels.
@@ -32,6 +32,11 @@ class SecondPass(Generation):
     steps_before: int
 
     @property
+    def refiner(self) -> str:
+        """None where only the first pass has one."""
+        return "" if self.refiner_pass == REFINE_FIRST else self.refiner_checkpoint
+
+    @property
     def num_steps(self) -> int:
         """Steps that are made."""
         return self.num_left
@@ -45,7 +50,7 @@ class SecondPass(Generation):
 class Txt2Img(Generation):
     """A txt2img payload. The names of the second pass begin with `hr_`; what is empty there is as in the first."""
 
-    without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"hr_scheduler", "hr_checkpoint_name"}
+    without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"hr_scheduler"}
 
     enable_hr: bool = False
     denoising_strength: float = Field(0.75, ge=0, le=1)
@@ -56,6 +61,7 @@ class Txt2Img(Generation):
     hr_upscaler: str = "Latent"
     hr_second_pass_steps: int = Field(0, ge=0, le=150)
     hr_sampler_name: str = ""
+    hr_checkpoint_name: str = ""
     hr_prompt: str = ""
     hr_negative_prompt: str = ""
 
@@ -65,9 +71,8 @@ class Txt2Img(Generation):
         given = dict(fields)
         if not given.get("enable_hr"):
             return {name: value for name, value in given.items() if not name.startswith("hr_")}
-        if given.get("hr_checkpoint_name") not in _SAME:
-            other = shown(given["hr_checkpoint_name"])
-            raise ValueError(f"hr_checkpoint_name {other}: another checkpoint is not supported yet; leave it out")
+        if given.get("hr_checkpoint_name") in _SAME:
+            given.pop("hr_checkpoint_name", None)
         upscaler = given.get("hr_upscaler") or "Latent"
         if upscaler not in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS):
             possible = ", ".join((*LATENT_UPSCALERS, *PIXEL_UPSCALERS))
@@ -123,6 +128,7 @@ class Txt2Img(Generation):
             "prompt": self.hr_prompt or self.prompt,
             "negative_prompt": self.hr_negative_prompt or self.negative_prompt,
             "sampler_name": self.hr_sampler_name or self.sampler_name,
+            "model_name": self.hr_checkpoint_name or self.model_name,
             "width": width,
             "height": height,
             # A1111 makes all steps of the second pass, on a schedule that is as much longer as strength is less than 1.
@@ -131,6 +137,18 @@ class Txt2Img(Generation):
             "steps_before": self.steps,
         }
         return SecondPass.model_construct(**{name: getattr(self, name) for name in Generation.model_fields} | changes)
+
+    @property
+    def refiner(self) -> str:
+        """None where only the second pass has one, as A1111 has it if nothing else is said."""
+        return "" if self.enable_hr and self.refiner_pass == REFINE_SECOND else self.refiner_checkpoint
+
+    @property
+    def other_checkpoints(self) -> list[tuple[str, str]]:
+        """Those of both passes."""
+        second = self.second_pass
+        own = [("hr_checkpoint_name", self.hr_checkpoint_name)] if second and self.hr_checkpoint_name else []
+        return super().other_checkpoints + own + (second.other_checkpoints if second else [])
 
     @property
     def total_steps(self) -> int:

@@ -77,10 +77,6 @@ def test_it_has_names_of_its_own_or_those_of_the_first() -> None:
         ({"hr_scale": 9}, "hr_scale 9 is out of range: 1.0 to 8.0 is possible"),
         ({"width": 1024, "hr_scale": 5}, "the second pass has 5120x2560 pixels; each way at most 4096 are possible"),
         (
-            {"hr_checkpoint_name": "other.ckpt"},
-            'hr_checkpoint_name "other.ckpt": another checkpoint is not supported yet',
-        ),
-        (
             {"denoising_strength": 0},
             "denoising_strength 0.0 is too little for the 50 steps of the second pass: from 0.05",
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from google.api import annotations_pb2
@@ -172,15 +173,19 @@ class _Document:
 
     def _responses(self, route: _Route) -> Json:
         extensions: Any = route.method.options.Extensions
-        reply = extensions[options_pb2.reply]
+        replies = [extensions[options_pb2.reply], *extensions[options_pb2.other_reply]]
         errors = {"4XX": {"$ref": "#/components/responses/Error"}, "5XX": {"$ref": "#/components/responses/Error"}}
-        status = str(reply.status or 200)
-        if status == "204":
-            return {status: {"description": reply.message}, **errors}
+        return {str(reply.status or 200): self._response(route, reply) for reply in replies} | errors
+
+    def _response(self, route: _Route, reply: options_pb2.Reply) -> Json:
+        status = reply.status or 200
+        response: Json = {"description": reply.message or HTTPStatus(status).phrase}
+        if status == HTTPStatus.NO_CONTENT:
+            return response
         bare = reply.raw or route.method.server_streaming
         schema = self._reference(route.method.output_type) if bare else self._envelope(route)
-        body = {"text/event-stream" if route.method.server_streaming else "application/json": {"schema": schema}}
-        return {status: {"description": reply.message or "OK", "content": body}, **errors}
+        kind = "text/event-stream" if route.method.server_streaming else "application/json"
+        return response | {"content": {kind: {"schema": schema}}}
 
     def _envelope(self, route: _Route) -> Json:
         properties: Json = {"statusCode": {"type": "integer"}, "message": {"type": "string"}}

@@ -153,7 +153,14 @@ class _Rules:
         self.kind = _KINDS.get(extensions[options.caller])
         self.absence = _ABSENCES[extensions[options.without_username]]
         self.enforced_by_servicer: bool = extensions[options.enforced_by_servicer]
-        self.reply: options.Reply = extensions[options.reply]
+        reply: options.Reply = extensions[options.reply]
+        status, message = reply.status or 200, reply.message
+        self.is_raw = reply.raw
+        self.usual = {
+            Profile.DOCUMENT: (status, message),
+            Profile.WEBUI: (reply.webui_status or status, reply.webui_message or message),
+        }
+        self.others: dict[int, str] = {other.status: other.message for other in extensions[options.other_reply]}
         self.is_rest = method.GetOptions().HasExtension(annotations_pb2.http)
 
     def admit(self, caller: Caller) -> None:
@@ -169,15 +176,17 @@ class _Rules:
             caller.enforce(self.permissions, self.absence)
 
     def metadata(self, response: Message, caller: Caller | None, reply: ReplyStatus) -> tuple[tuple[str, str], ...]:
-        """The initial metadata from which the gateway makes the REST envelope."""
-        webui = caller is not None and caller.profile == Profile.WEBUI
-        status = (
-            reply.status or (self.reply.webui_status if webui and self.reply.webui_status else self.reply.status) or 200
-        )
-        declared = self.reply.webui_message if webui and self.reply.webui_message else self.reply.message
-        message = reply.message or declared or _MESSAGES.get(status, "OK")
+        """The initial metadata from which the gateway makes the REST envelope.
+
+        Raises:
+            KeyError: the servicer chose a status that the proto does not declare.
+        """
+        status, message = self.usual[caller.profile if caller else Profile.DOCUMENT]
+        if reply.status not in (None, status):
+            status, message = reply.status, self.others[reply.status]
+        message = reply.message or message or _MESSAGES[status]
         pairs = [("x-esd-status", str(status)), ("x-esd-message", quote(message, safe=" "))]
-        if self.reply.raw:
+        if self.is_raw:
             pairs.append(("x-esd-raw", "1"))
         elif any(field.name == "data" for field, _ in response.ListFields()):
             pairs.append(("x-esd-unwrap", "1"))

@@ -25,6 +25,9 @@ def begin_reply() -> ReplyStatus:
 
 
 def set_reply(status: int | None = None, message: str | None = None) -> None:
-    """Sets the HTTP status and the message of the answer under way. Native gRPC callers do not see them."""
+    """Sets the HTTP status, one of those that the RPC's proto declares, and the message of the answer under way.
+
+    Native gRPC callers do not see them.
+    """
     reply = _reply.get()
     reply.status, reply.message = status, message

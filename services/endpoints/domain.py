@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.endpoints.event_store import Event, EventStore
-from services.endpoints.peers import Identity, User
+from services.endpoints.peers import Identity
 from services.endpoints.store import (
     CREATING,
     DRAINING,
@@ -87,7 +87,7 @@ class Endpoints:
         Raises:
             InvalidArgument: the user is not known, the limit no number, the key none of ours.
         """
-        user = await self._find_user(username) if username else None
+        user = await self._identity.get_user(username) if username else None
         num_wanted, position = parse_limit(limit), parse_key(_KEY_NAMES, key)
         after = (-position[0].timestamp(), str(position[1])) if position else None
         rows = [
@@ -143,7 +143,9 @@ class Endpoints:
             if await self._store.update_endpoint(before, values, f"by {by}: {', '.join(words) or 'nothing'}"):
                 return await self._store.get_live(endpoint_id)
 
-    async def list_events(self, endpoint_id: str, sees_all: bool, user: User, limit: str, key: str) -> EventPage:
+    async def list_events(
+        self, endpoint_id: str, sees_all: bool, username: str, roles: list[str], limit: str, key: str
+    ) -> EventPage:
         """What was done with an endpoint that the caller may see.
 
         Raises:
@@ -151,7 +153,7 @@ class Endpoints:
         """
         num_wanted, after = parse_limit(limit), parse_key(_EVENT_KEY_NAMES, key)
         endpoint = await self._store.get_live(endpoint_id)
-        if not sees_all and not endpoint.is_open_to(user.username, user.roles):
+        if not sees_all and not endpoint.is_open_to(username, roles):
             raise EndpointNotFound(f"endpoint with id {endpoint_id} is not found")
         found = await self._events.page_events(endpoint_id, num_wanted + 1, after)
         page = found[:num_wanted]
@@ -172,12 +174,6 @@ class Endpoints:
             for row in rows
             if row.type == inference_type and row.status in (IN_SERVICE, UPDATING) and row.is_open_to(username, roles)
         ]
-
-    async def _find_user(self, username: str) -> User:
-        try:
-            return await self._identity.get_user(username)
-        except NotFound:
-            raise InvalidArgument(f'user: "{username}" not exist') from None
 
 
 def full_name(endpoint_type: str, name: str, endpoint_id: str) -> str:

@@ -8,10 +8,11 @@ from enum import StrEnum
 
 import grpc
 
-from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from esd.identity.v1 import identity_pb2
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.options.v1 import options_pb2
 from services.common.clients import domain_error
+from services.common.users import Users
 from services.endpoints.scaling import Backlog
 
 _TIMEOUT_SECONDS = 10.0
@@ -25,14 +26,6 @@ class Holder(StrEnum):
 
 
 _CALLERS = {Holder.WORKER: options_pb2.CALLER_WORKER, Holder.TRAINER: options_pb2.CALLER_TRAINER}
-
-
-@dataclass(frozen=True)
-class User:
-    """What this service knows of a user."""
-
-    username: str
-    roles: list[str]
 
 
 @dataclass(frozen=True)
@@ -51,24 +44,8 @@ class Load:
         return Backlog(self.num_queued + self.num_running, self.work_seconds)
 
 
-class Identity:
-    """The identity service."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = identity_pb2_grpc.IdentityServiceStub(channel)
-
-    async def get_user(self, username: str) -> User:
-        """The user of this name.
-
-        Raises:
-            NotFound, Unavailable.
-        """
-        try:
-            request = identity_pb2.GetUserRequest(username=username)
-            response = await self._stub.GetUser(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "identity") from error
-        return User(response.username, list(response.roles))
+class Identity(Users):
+    """The identity service: users, and the secrets of what this service starts."""
 
     async def create_secret(self, holder: Holder, owner_id: str) -> str:
         """A new secret for the workers of an endpoint or for a task, in place of any earlier one."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.struct_pb2 import NULL_VALUE, Value
+from google.protobuf.struct_pb2 import Value
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
 from services.common.auth import current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
+from services.common.structs import json_value
 from services.common.times import time_text
 from services.endpoints.domain import Change, Endpoints, NewEndpoint, check_custom
-from services.endpoints.peers import User
 from services.endpoints.store import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
@@ -34,7 +34,7 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
             key=request.exclusive_start_key,
         )
         return pb.ListEndpointsResponse(
-            endpoints=[_message(row) for row in page.endpoints], last_evaluated_key=_text(page.next_key)
+            endpoints=[_message(row) for row in page.endpoints], last_evaluated_key=json_value(page.next_key)
         )
 
     async def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.CreateEndpointResponse:
@@ -70,7 +70,8 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
         page = await self._endpoints.list_events(
             request.endpoint_id,
             sees_all=caller.may("sagemaker_endpoint:all"),
-            user=User(caller.name, list(caller.roles)),
+            username=caller.name,
+            roles=list(caller.roles),
             limit=request.limit,
             key=request.exclusive_start_key,
         )
@@ -78,7 +79,7 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
             pb.EndpointEvent(time=time_text(event.time), type=event.type, message=event.message)
             for event in page.events
         ]
-        return pb.ListEndpointEventsResponse(events=events, last_evaluated_key=_text(page.next_key))
+        return pb.ListEndpointEventsResponse(events=events, last_evaluated_key=json_value(page.next_key))
 
     async def DeleteEndpoints(self, request: pb.DeleteEndpointsRequest, context: Any) -> pb.DeleteEndpointsResponse:
         await self._endpoints.delete_endpoints(list(request.endpoint_name_list))
@@ -142,17 +143,13 @@ def _message(row: Endpoint) -> pb.Endpoint:
         endpoint_status=row.status,
         instance_type=row.instance_type,
         autoscaling=row.autoscaling,
-        min_instance_number=_text(str(row.num_min)),
-        max_instance_number=_text(str(row.num_max)),
+        min_instance_number=json_value(str(row.num_min)),
+        max_instance_number=json_value(str(row.num_max)),
         current_instance_count=str(row.num_live),
         start_time=time_text(row.start_time),
-        end_time=_text(time_text(row.end_time)),
-        status=_text(None),
-        error=_text(row.error),
+        end_time=json_value(time_text(row.end_time)),
+        status=json_value(None),
+        error=json_value(row.error),
         owner_group_or_role=row.owners,
         custom_extensions=row.custom_extensions,
     )
-
-
-def _text(text: str | None) -> Value:
-    return Value(null_value=NULL_VALUE) if text is None else Value(string_value=text)

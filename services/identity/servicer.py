@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from google.protobuf import struct_pb2
 
 from esd.identity.v1 import identity_pb2 as pb
 from esd.identity.v1 import identity_pb2_grpc as rpc
 from esd.options.v1 import options_pb2 as options
 from services.common.auth import Caller, current_caller, enforce
 from services.common.errors import InvalidArgument
+from services.common.structs import json_value, list_value
 from services.common.times import time_text
 from services.identity.domain import ADMINISTRATORS, DEFAULT_ROLES, Actor, Identity, UserView
 from services.identity.rows import ApiKey, Role
@@ -39,7 +39,7 @@ class IdentityServicer(rpc.IdentityServiceServicer):
         return pb.ListRolesResponse(
             roles=[_role(role) for role in roles],
             previous_evaluated_key=_NOT_APPLICABLE,
-            last_evaluated_key=struct_pb2.Value(null_value=struct_pb2.NULL_VALUE),
+            last_evaluated_key=json_value(None),
         )
 
     async def CreateRole(self, request: pb.CreateRoleRequest, context: Context) -> pb.CreateRoleResponse:
@@ -152,6 +152,5 @@ def _key(key: ApiKey) -> pb.ApiKey:
 
 
 def _initial_user(username: str) -> pb.CreateUserResponse:
-    response = pb.CreateUserResponse(user=pb.CreateUserResponse.InitialUser(username=username, roles=[ADMINISTRATORS]))
-    response.all_roles.extend(DEFAULT_ROLES)
-    return response
+    user = pb.CreateUserResponse.InitialUser(username=username, roles=[ADMINISTRATORS])
+    return pb.CreateUserResponse(user=user, all_roles=list_value(DEFAULT_ROLES))

@@ -227,8 +227,8 @@ class Inference:
             InvalidArgument: the username or the status is unknown, the limit no number, a time none, or the key
             malformed.
         """
-        if wanted.username and await self._peers.find_roles(wanted.username) is None:
-            raise InvalidArgument(f'user: "{wanted.username}" not exist')
+        if wanted.username:
+            await self._peers.users.get_user(wanted.username)
         if wanted.status and wanted.status not in STATUSES:
             raise InvalidArgument(f'status "{wanted.status}" is not known; possible: {", ".join(STATUSES)}')
         size, after = parse_limit(wanted.limit), parse_key(_KEY_NAMES, wanted.start_key)

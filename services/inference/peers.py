@@ -9,10 +9,9 @@ from uuid import UUID
 import grpc
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
-from esd.identity.v1 import identity_pb2, identity_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 from services.common.clients import domain_error
-from services.common.errors import NotFound
+from services.common.users import Users
 
 _TIMEOUT_SECONDS = 10
 
@@ -51,12 +50,12 @@ class Model:
 
 
 class Peers:
-    """The stubs of three services."""
+    """Three services, and what identity knows of `users`."""
 
     def __init__(self, endpoints: grpc.aio.Channel, models: grpc.aio.Channel, identity: grpc.aio.Channel) -> None:
         self._endpoints = endpoints_pb2_grpc.EndpointsServiceStub(endpoints)
         self._models = models_pb2_grpc.ModelsServiceStub(models)
-        self._identity = identity_pb2_grpc.IdentityServiceStub(identity)
+        self.users = Users(identity)
 
     async def find_endpoints(
         self, inference_type: str, username: str, roles: list[str], pinned_name: str = ""
@@ -112,19 +111,3 @@ class Peers:
             for file in response.checkpoints
         ]
         return found, [(missing.type, missing.name) for missing in response.missing]
-
-    async def find_roles(self, username: str) -> list[str] | None:
-        """The user's roles; None when there is no such user.
-
-        Raises:
-            Unavailable: identity does not answer.
-        """
-        request = identity_pb2.GetUserRequest(username=username)
-        try:
-            response = await self._identity.GetUser(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            mapped = domain_error(error, "identity")
-            if isinstance(mapped, NotFound):
-                return None
-            raise mapped from error
-        return list(response.roles)

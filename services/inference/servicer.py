@@ -8,13 +8,13 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.struct_pb2 import ListValue, NullValue, Struct, Value
 
 from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from services.common.auth import current_caller, enforce
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
+from services.common.structs import json_value, list_value
 from services.common.times import time_text
 from services.inference.domain import Inference, Wanted
 from services.inference.rows import REAL_TIME, Job, Webhook
@@ -100,7 +100,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         jobs, next_key = await self._inference.list_jobs(wanted, _user())
         return pb.ListInferenceJobsResponse(
-            inferences=[self._item(job) for job in jobs], last_evaluated_key=_value(next_key)
+            inferences=[self._item(job) for job in jobs], last_evaluated_key=json_value(next_key)
         )
 
     async def DeleteInferenceJobs(
@@ -116,7 +116,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request.state, request.limit, request.exclusive_start_key, _user()
         )
         return pb.ListWebhooksResponse(
-            webhooks=[_webhook(webhook) for webhook in webhooks], last_evaluated_key=_value(next_key)
+            webhooks=[_webhook(webhook) for webhook in webhooks], last_evaluated_key=json_value(next_key)
         )
 
     async def ResendWebhook(
@@ -136,15 +136,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         if job.task_type in SIMPLE_TASKS:
             named = ({"id": row["id"], "name": row["all_names"], "type": row["type"]} for row in job.models)
-            receipt.models.CopyFrom(_list(list(named)))
+            receipt.models.CopyFrom(list_value(list(named)))
         return receipt
 
     def _started(self, job: Job) -> dict[str, Any]:
         """The answer to a start: 200 with the finished Real-time job, 202 with a receipt for an Async one."""
         if job.inference_type == REAL_TIME:
-            set_reply(200, "OK")
+            set_reply(200)
             return {"data": self._detail(job)}
-        set_reply(202, "Accepted")
+        set_reply(202)
         receipt = pb.JobReceipt(
             inference_id=str(job.id),
             status=job.status,
@@ -156,16 +156,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def _detail(self, job: Job) -> pb.InferenceJob:
         """A job with URLs; what is unset is absent."""
         set_fields: dict[str, Any] = {
-            name: _value(value) for name, value in self._nullable(job).items() if value is not None
+            name: json_value(value) for name, value in self._nullable(job).items() if value is not None
         }
         images, outputs = self._views.result_urls(job)
-        return pb.InferenceJob(
-            **_always(job), **set_fields, img_presigned_urls=_list(images), output_presigned_urls=_list(outputs)
-        )
+        set_fields |= {"img_presigned_urls": list_value(images), "output_presigned_urls": list_value(outputs)}
+        return pb.InferenceJob(**_always(job), **set_fields)
 
     def _item(self, job: Job) -> pb.InferenceJob:
         """A job in a list; what is unset is null."""
-        fields: dict[str, Any] = {name: _value(value) for name, value in self._nullable(job).items()}
+        fields: dict[str, Any] = {name: json_value(value) for name, value in self._nullable(job).items()}
         return pb.InferenceJob(**_always(job), **fields)
 
     def _nullable(self, job: Job) -> dict[str, Any]:
@@ -224,9 +223,9 @@ def _webhook(webhook: Webhook) -> pb.Webhook:
         message_id=str(webhook.message_id),
         state=webhook.state,
         num_attempts=webhook.num_attempts,
-        last_error=_value(webhook.last_error),
+        last_error=json_value(webhook.last_error),
         create_time=time_text(webhook.create_time),
-        end_time=_value(time_text(webhook.end_time)),
+        end_time=json_value(time_text(webhook.end_time)),
     )
 
 
@@ -254,22 +253,3 @@ def _event(event: events.Event) -> pb.WatchInferenceJobResponse:
         case events.Ping():
             message.ping.SetInParent()
     return message
-
-
-def _list(values: list[Any]) -> ListValue:
-    listed = ListValue()
-    listed.extend(values)
-    return listed
-
-
-def _value(value: Any) -> Value:
-    """A JSON value; None is null."""
-    if value is None:
-        return Value(null_value=NullValue.NULL_VALUE)
-    if isinstance(value, str):
-        return Value(string_value=value)
-    if isinstance(value, list):
-        return Value(list_value=_list(value))
-    struct = Struct()
-    struct.update(value)
-    return Value(struct_value=struct)

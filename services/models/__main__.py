@@ -14,6 +14,7 @@ from services.common.logs import configure
 from services.common.outbound import Outbound
 from services.common.server import serve
 from services.common.settings import BlobSettings, load, read_secret
+from services.common.users import Users
 from services.models.background import Background
 from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
@@ -21,7 +22,6 @@ from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports, Limits
-from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
 from services.models.settings import ModelsSettings
 from services.models.store import LOOK, MOVE_OBJECTS, ModelStore
@@ -34,14 +34,14 @@ async def main() -> None:
     configure("models", settings)
     verifier = Verifier.from_file(settings.verifying_key_file)
     tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
-    identity = Identity(channel(settings.identity_address, tokens))
+    users = Users(channel(settings.identity_address, tokens))
     database = Database(settings.database_url)
     await database.migrate("models")
     chores = Chores(settings.database_url)
     await chores.prepare()
     audit = Audit.from_file("models", settings.audit_key_file)
     store = ModelStore(database, chores, audit)
-    models = Models(store, blobs, identity, settings.look_max_bytes)
+    models = Models(store, blobs, users, settings.look_max_bytes)
     outbound = Outbound(settings.import_allowed_networks)
     limits = Limits(settings.import_max_bytes, settings.import_max_hours)
     imports = Imports(models, store, ImportStore(database, chores, audit), blobs, outbound, limits)

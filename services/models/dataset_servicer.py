@@ -7,14 +7,15 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from google.protobuf import struct_pb2
+from google.protobuf.struct_pb2 import Struct
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.common.paging import parse_limit
+from services.common.structs import json_value, plain, struct
 from services.models.dataset_store import Dataset, DatasetItem
 from services.models.datasets import Datasets, NewItem
-from services.models.messages import numbers_as_text, plain, struct, viewer
+from services.models.messages import numbers_as_text, viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -29,10 +30,8 @@ class DatasetRpcs:
         rows, key = await self._datasets.list_datasets(
             viewer(), request.dataset_status, parse_limit(request.limit), request.exclusive_start_key
         )
-        null = struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
         return pb.ListDatasetsResponse(
-            datasets=[self._list_item(row) for row in rows],
-            last_evaluated_key=null if key is None else struct_pb2.Value(string_value=key),
+            datasets=[self._list_item(row) for row in rows], last_evaluated_key=json_value(key)
         )
 
     async def CreateDataset(self, request: pb.CreateDatasetRequest, context: Context) -> pb.CreateDatasetResponse:
@@ -76,7 +75,7 @@ class DatasetRpcs:
             description=_description(row),
         )
 
-    def _item(self, item: DatasetItem) -> struct_pb2.Struct:
+    def _item(self, item: DatasetItem) -> Struct:
         own = {
             "key": f"{_timestamp(item)}_{item.name}",
             "name": item.name,

@@ -18,9 +18,9 @@ import structlog
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.common.times import time_text
+from services.common.users import Users
 from services.models.checks import Tag, check_params, complete_parts, file_name
 from services.models.inspection import Findings, inspect
-from services.models.peers import Identity
 from services.models.pickles import Refused
 from services.models.store import (
     ACTIVE,
@@ -64,12 +64,10 @@ class Resolved:
 class Models:
     """Checkpoints, in the object store and in the tables."""
 
-    def __init__(
-        self, store: ModelStore, blobs: Blobs, identity: Identity, look_max_bytes: int = LOOK_MAX_BYTES
-    ) -> None:
+    def __init__(self, store: ModelStore, blobs: Blobs, users: Users, look_max_bytes: int = LOOK_MAX_BYTES) -> None:
         self._store = store
         self._blobs = blobs
-        self._identity = identity
+        self._users = users
         self._look_max_bytes = look_max_bytes
 
     def s3_location(self, checkpoint: Checkpoint) -> str:
@@ -88,9 +86,7 @@ class Models:
         """
         viewers = [viewer]
         if username and username != viewer.username:
-            user = await self._identity.find_user(username)
-            if user is None:
-                raise InvalidArgument(f'user: "{username}" not exist')
+            user = await self._users.get_user(username)
             if not viewer.sees_everything:
                 viewers.append(Viewer(user.username, user.roles, EVERYTHING in user.permissions))
         seen = Filters(viewers, filters.statuses, filters.types, filters.owners)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -13,12 +12,13 @@ from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
+from services.common.structs import json_value, plain, struct
 from services.models.checks import Tag
 from services.models.dataset_servicer import DatasetRpcs
 from services.models.datasets import Datasets
 from services.models.domain import Models, NewFile, Resolved
 from services.models.imports import Imports
-from services.models.messages import numbers_as_text, plain, struct, viewer
+from services.models.messages import numbers_as_text, viewer
 from services.models.store import Checkpoint, Filters, Viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -60,7 +60,7 @@ class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
             await self._imports.create_imports(
                 viewer(), request.checkpoint_type, list(request.urls), dict(request.sha256), plain(request.params)
             )
-            set_reply(202, "Checkpoint creation in progress, please check later")
+            set_reply(202)
             return pb.CreateCheckpointResponse()
         files = [NewFile(file.filename, file.parts_number) for file in request.filenames]
         row, urls = await self._models.create_checkpoint(
@@ -82,7 +82,7 @@ class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
         if body.HasField("name"):
             renamed = await self._models.rename(row, body.name)
             status, message = (202, "rename is processing, please wait") if renamed else (200, "no need to update")
-        set_reply(status, message)
+        set_reply(status)
         return pb.UpdateCheckpointResponse(status_code=status, message=message)
 
     async def DeleteCheckpoints(
@@ -143,24 +143,16 @@ def _tag(where: str, entry: struct_pb2.Value) -> Tag:
 
 
 def _list_item(row: Checkpoint, s3_location: str) -> pb.CheckpointListItem:
-    names = _null_or_list(row.names)
     return pb.CheckpointListItem(
         id=str(row.id),
         s3_location=s3_location,
         type=row.type,
         status=row.status,
-        name=names,
+        name=json_value(row.names or None),
         created=f"{row.created_at.timestamp():.6f}",
-        params=struct_pb2.Value(struct_value=struct(numbers_as_text(row.params))),
+        params=json_value(numbers_as_text(row.params)),
         allowed_roles_or_users=row.owners,
     )
-
-
-def _null_or_list(names: Iterable[str]) -> struct_pb2.Value:
-    values = [struct_pb2.Value(string_value=name) for name in names]
-    if not values:
-        return struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
-    return struct_pb2.Value(list_value=struct_pb2.ListValue(values=values))
 
 
 def _resolved(found: Resolved) -> pb.ResolvedCheckpoint:

@@ -35,6 +35,21 @@ def test_it_has_every_route_with_a_description_and_what_it_needs() -> None:
     assert list(described["DELETE", "/users"]["responses"]) == ["204", "4XX", "5XX"]
 
 
+def test_it_has_every_status_that_an_answer_can_have() -> None:
+    paths = document()["paths"]
+    for path, verb, statuses in (
+        ("/checkpoints", "post", {"201": "Created", "202": "Checkpoint creation in progress, please check later"}),
+        ("/checkpoints/{checkpoint_id}", "put", {"200": "OK", "202": "rename is processing, please wait"}),
+        ("/inferences", "post", {"201": "Created", "200": "OK", "202": "Accepted"}),
+        ("/inferences/{job_id}/start", "put", {"200": "OK", "202": "Accepted"}),
+    ):
+        responses = paths[path][verb]["responses"]
+        found = {status: response["description"] for status, response in responses.items() if status.isdigit()}
+        assert found == statuses
+        schemas = [responses[status]["content"]["application/json"]["schema"] for status in statuses]
+        assert all(schema == schemas[0] for schema in schemas)
+
+
 def test_the_rules_of_a_request_are_in_its_schema() -> None:
     schemas = document()["components"]["schemas"]
     dataset = schemas["CreateDatasetRequest"]

@@ -162,7 +162,7 @@ async def test_the_envelope_is_the_protos_unless_the_servicer_varies_it(
     for reply, expected in [
         (None, ("201", "role created")),
         ((None, "grün & gut"), ("201", "grün & gut")),
-        ((202, None), ("202", "role created")),
+        ((201, None), ("201", "role created")),
         (None, ("201", "role created")),
     ]:
         subject.reply = reply
@@ -170,6 +170,14 @@ async def test_the_envelope_is_the_protos_unless_the_servicer_varies_it(
         assert (metadata["x-esd-status"], unquote(metadata["x-esd-message"])) == expected
         assert metadata["x-esd-message"].isascii()
         assert "x-esd-raw" not in metadata
+
+
+async def test_a_servicer_chooses_only_among_the_statuses_of_the_proto(
+    stub: Any, subject: Subject, user_token: Any
+) -> None:
+    subject.reply = (202, None)
+    creating = stub.CreateRole(GOOD_ROLE, metadata=user_token("ann", ["role:all"]))
+    assert await _failure(creating) == (grpc.StatusCode.INTERNAL, INTERNAL)
 
 
 async def test_an_rpc_without_a_rest_route_says_nothing_of_an_envelope(stub: Any) -> None:

@@ -77,6 +77,7 @@ class _Homes:
         """
         pair = (owner, inference_type)
         if pair not in self._found:
-            roles = await self._peers.find_roles(owner) or []
+            user = await self._peers.users.find_user(owner)
+            roles = user.roles if user else []
             self._found[pair] = await self._peers.find_endpoints(inference_type, owner, roles)
         return self._found[pair]

@@ -27,6 +27,7 @@ from services.common.database import Database
 from services.common.outbound import Outbound
 from services.common.server import Server
 from services.common.settings import BlobSettings
+from services.common.users import Users
 from services.identity.domain import Identity as IdentityDomain
 from services.identity.key_uses import KeyUses
 from services.identity.keys import new_api_key
@@ -43,7 +44,6 @@ from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports, Limits
-from services.models.peers import Identity
 from services.models.servicer import ModelsServicer
 from services.models.store import LOOK, MOVE_OBJECTS, ModelStore
 from tests.conftest import S3Access
@@ -176,7 +176,7 @@ async def service(
     blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
-        domain = Models(store, blobs, Identity(identity), LOOK_MAX_BYTES)
+        domain = Models(store, blobs, Users(identity), LOOK_MAX_BYTES)
         outbound = Outbound([ipaddress.ip_network("127.0.0.0/8")])
         imports = Imports(
             domain, store, ImportStore(database, chores, audit), blobs, outbound, Limits(MAX_IMPORT_BYTES)

@@ -1,4 +1,4 @@
-"""What this service asks of others: identity knows users."""
+"""What identity tells other services of users."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import grpc
 
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
 from services.common.clients import domain_error
+from services.common.errors import InvalidArgument
 
-_TIMEOUT_SECONDS = 5.0
+_TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class User:
     permissions: list[str]
 
 
-class Identity:
-    """The identity service."""
+class Users:
+    """Asks the identity service."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = identity_pb2_grpc.IdentityServiceStub(channel)
+    def __init__(self, identity: grpc.aio.Channel) -> None:
+        self._stub = identity_pb2_grpc.IdentityServiceStub(identity)
 
     async def find_user(self, username: str) -> User | None:
         """The user, or None when there is no such one.
@@ -40,3 +41,14 @@ class Identity:
                 return None
             raise domain_error(error, "identity") from error
         return User(found.username, list(found.roles), list(found.permissions))
+
+    async def get_user(self, username: str) -> User:
+        """The user whom a request names.
+
+        Raises:
+            InvalidArgument: there is no such one. Unavailable: identity does not answer.
+        """
+        user = await self.find_user(username)
+        if user is None:
+            raise InvalidArgument(f'user: "{username}" not exist')
+        return user

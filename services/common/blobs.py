@@ -178,7 +178,7 @@ class Blobs:
         answer = await self._run(self._client.list_parts, Key=key, UploadId=upload_id)
         return {part["PartNumber"]: part["ETag"].strip('"') for part in answer.get("Parts", [])}
 
-    async def put_part(self, key: str, upload_id: str, number: int, content: bytes) -> str:
+    async def put_part(self, key: str, upload_id: str, number: int, content: bytes | bytearray) -> str:
         """Writes one part of an open upload, and answers its ETag without its quotes.
 
         Raises:

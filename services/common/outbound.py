@@ -13,6 +13,7 @@ import ipaddress
 import re
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ MAX_REDIRECTS = 10
 CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 30.0  # for all of an answer's head, however slowly it drips
 READ_SECONDS = 30.0  # between two pieces of a body
+SLOW_SECONDS = 60.0  # of waiting for a body, in which it must have brought SLOW_BYTES
+SLOW_BYTES = 1_000_000
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
@@ -186,15 +189,22 @@ class Answer:
         """The body in pieces, as they come.
 
         Raises:
-            Unreachable: it ended too early or paused too long.
+            Unreachable: it ended too early, paused too long or only drips.
         """
         pieces = self._response.aiter_stream().__aiter__()
+        waited_seconds, num_bytes = 0.0, 0
         while True:
+            began = time.monotonic()
             with _worded(self.hops[-1]):
                 try:
                     piece = await pieces.__anext__()
                 except StopAsyncIteration:
                     return
+            waited_seconds, num_bytes = waited_seconds + time.monotonic() - began, num_bytes + len(piece)
+            if waited_seconds > SLOW_SECONDS:
+                if num_bytes < SLOW_BYTES:
+                    raise Unreachable(f"{self.hops[-1].shown} sends {num_bytes} bytes in {waited_seconds:.0f} seconds")
+                waited_seconds, num_bytes = 0.0, 0
             yield piece
 
 

@@ -24,7 +24,7 @@ from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports, Limits
 from services.models.servicer import ModelsServicer
 from services.models.settings import ModelsSettings
-from services.models.store import LOOK, MOVE_OBJECTS, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
 
 
 async def main() -> None:
@@ -45,8 +45,9 @@ async def main() -> None:
     outbound = Outbound(settings.import_allowed_networks)
     limits = Limits(settings.import_max_bytes, settings.import_max_hours)
     imports = Imports(models, store, ImportStore(database, chores, audit), blobs, outbound, limits)
-    background = Background(models, store, blobs, settings.upload_max_hours)
+    background = Background(models, store, blobs, settings.upload_max_hours, settings.renamed_keep_hours)
     chores.add(MOVE_OBJECTS, background.move_objects)
+    chores.add(REMOVE_OBJECT, background.remove_object)
     chores.add(LOOK, background.look)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
     chores.add(IMPORT, imports.run, queue=LONG)

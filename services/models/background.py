@@ -20,11 +20,14 @@ log = structlog.get_logger()
 class Background:
     """The chores of checkpoints. Each may be cut short anywhere and done again."""
 
-    def __init__(self, models: Models, store: ModelStore, blobs: Blobs, upload_max_hours: float) -> None:
+    def __init__(
+        self, models: Models, store: ModelStore, blobs: Blobs, upload_max_hours: float, renamed_keep_hours: float
+    ) -> None:
         self._models = models
         self._store = store
         self._blobs = blobs
         self._upload_max_hours = upload_max_hours
+        self._renamed_keep = timedelta(hours=renamed_keep_hours)
 
     async def end_stale_uploads(self) -> None:
         """Ends uploads that were not finished in time: their parts go, their names are free, the row says why."""
@@ -48,7 +51,10 @@ class Background:
             log.info("nothing to look at any more", checkpoint=checkpoint_id, file=file_name, reason=str(end))
 
     async def move_objects(self, checkpoint_id: str, is_last: bool) -> None:
-        """Moves the objects of renamed files to their new keys. Until then each is found, and used, under the old."""
+        """Copies the objects of renamed files to their new keys. Until then each is found, and used, under the old.
+
+        The old ones stay for a while: jobs that were queued before name them.
+        """
         parsed = UUID(checkpoint_id)
         try:
             checkpoint = await self._store.get_checkpoint(parsed)
@@ -63,7 +69,12 @@ class Background:
             except BlobNotFound:
                 log.warning("an object to rename is gone", key=old)
                 return
-            if await self._store.save_moved(parsed, old, new):
-                await self._blobs.delete(old)
-            else:
+            if not await self._store.save_moved(parsed, old, new, self._renamed_keep):
                 await self._blobs.delete(new)  # deleted or renamed again meanwhile
+
+    async def remove_object(self, checkpoint_id: str, key: str, is_last: bool) -> None:
+        """Removes what a renamed file has left at its old key, unless a later rename has come back to that."""
+        for checkpoint in await self._store.find_checkpoints([UUID(checkpoint_id)]):
+            if any(key in (file.key, file.next_key) for file in checkpoint.files):
+                return
+        await self._blobs.delete(key)

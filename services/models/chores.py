@@ -8,7 +8,8 @@ it is still wanted. A process that died is noticed by its missing heartbeat.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import procrastinate
@@ -28,6 +29,7 @@ _SCHEMA_LOCK = 0x63686F72
 _HEARTBEAT_SECONDS = 3.0
 _DEAD_AFTER_SECONDS = 10.0
 _MAX_WAIT_SECONDS = 300
+_POLL_SECONDS = 1.0  # for those that wait: nothing tells when their time has come
 
 # Called with the deferred arguments, and `is_last` where no further attempt follows.
 Work = Callable[..., Awaitable[None]]
@@ -64,11 +66,23 @@ class Chores:
 
         self._app.periodic(cron=cron)(self._app.task(name=name, queue=SHORT, queueing_lock=name)(run))
 
-    async def defer(self, session: AsyncSession, name: str, lock: str, **arguments: str) -> None:
-        """Has the chore done once the session's transaction commits. Chores of one `lock` are done one by one."""
+    async def defer(
+        self,
+        session: AsyncSession,
+        name: str,
+        lock: str,
+        arguments: Mapping[str, str],
+        wait: timedelta | None = None,
+    ) -> None:
+        """Has the chore done once the session's transaction commits, or when it has waited after that.
+
+        Chores of one `lock` are done one by one; those that wait let the others go first.
+        """
         raw = await (await session.connection()).get_raw_connection()
         await session.execute(sa.text(f"SET LOCAL search_path TO public, {_SCHEMA}"))
-        await self._app.configure_task(name, lock=lock, connection=raw.driver_connection).defer_async(**arguments)
+        later: Any = {"schedule_in": {"seconds": int(wait.total_seconds())}, "priority": -1} if wait else {}
+        task = self._app.configure_task(name, lock=lock, connection=raw.driver_connection, **later)
+        await task.defer_async(**arguments)
 
     async def prepare(self) -> None:
         """Makes the schema where it is missing; replicas that start at once wait for each other."""
@@ -98,6 +112,7 @@ class Chores:
             queues=[queue],
             concurrency=self._concurrency,
             install_signal_handlers=False,
+            fetch_job_polling_interval=_POLL_SECONDS,
             shutdown_graceful_timeout=0,
             update_heartbeat_interval=_HEARTBEAT_SECONDS,
             stalled_worker_timeout=_DEAD_AFTER_SECONDS,

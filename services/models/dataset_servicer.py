@@ -54,7 +54,7 @@ class DatasetRpcs:
                 status=row.status,
                 timestamp=_timestamp(row),
                 description=_description(row),
-                data=[self._item(item) for item in items],
+                data=[_item(item, url) for item, url in items],
             )
         )
 
@@ -75,15 +75,16 @@ class DatasetRpcs:
             description=_description(row),
         )
 
-    def _item(self, item: DatasetItem) -> Struct:
-        own = {
-            "key": f"{_timestamp(item)}_{item.name}",
-            "name": item.name,
-            "type": item.type,
-            "preview_url": self._datasets.preview_url(item),
-            "dataStatus": item.status,
-        }
-        return struct(numbers_as_text(item.params) | own)
+
+def _item(item: DatasetItem, preview_url: str) -> Struct:
+    own = {
+        "key": f"{_timestamp(item)}_{item.name}",
+        "name": item.name,
+        "type": item.type,
+        "preview_url": preview_url,
+        "dataStatus": item.status,
+    }
+    return struct(numbers_as_text(item.params) | own)
 
 
 def _timestamp(row: Dataset | DatasetItem) -> str:

@@ -46,10 +46,6 @@ class Datasets:
         """The folder of the dataset's files, `s3://…`."""
         return self._blobs.url(_folder(dataset.name, dataset.prefix).rstrip("/"))
 
-    def preview_url(self, item: DatasetItem) -> str:
-        """A URL that shows the file for a day."""
-        return self._blobs.presign_get(item.key, PREVIEW_URL_SECONDS)
-
     async def list_datasets(
         self, viewer: Viewer, status: str, limit: int, key: str
     ) -> tuple[list[Dataset], str | None]:
@@ -88,20 +84,20 @@ class Datasets:
             twice = next(key for key in keys if keys.count(key) > 1)
             raise InvalidArgument(f"content: {twice.rpartition('/')[2]} is given more than once")
         await self._store.save_dataset(dataset, items, creator)
-        return {
-            file.filename: self._blobs.presign_put(key, UPLOAD_URL_SECONDS)
-            for file, key in zip(files, keys, strict=True)
-        }
+        urls = await asyncio.to_thread(lambda: [self._blobs.presign_put(key, UPLOAD_URL_SECONDS) for key in keys])
+        return {file.filename: url for file, url in zip(files, urls, strict=True)}
 
-    async def get_dataset(self, viewer: Viewer, name: str) -> tuple[Dataset, list[DatasetItem]]:
-        """The dataset and its files.
+    async def get_dataset(self, viewer: Viewer, name: str) -> tuple[Dataset, list[tuple[DatasetItem, str]]]:
+        """The dataset and its files, each with a URL that shows it for a day.
 
         Raises:
             DatasetNotFound, DatasetHidden.
         """
         dataset, items = await self._store.get_dataset(name)
         _check_owner(viewer, dataset)
-        return dataset, items
+        keys = [item.key for item in items]
+        urls = await asyncio.to_thread(lambda: [self._blobs.presign_get(key, PREVIEW_URL_SECONDS) for key in keys])
+        return dataset, list(zip(items, urls, strict=True))
 
     async def update_status(self, viewer: Viewer, name: str, status: str) -> None:
         """Sets the status of a dataset and of all its files.

@@ -126,11 +126,8 @@ class Models:
         except BaseException:
             await asyncio.shield(self._abort_uploads(checkpoint))
             raise
-        urls = {
-            asked.filename: [self._part_url(file, number) for number in range(1, file.parts_number + 1)]
-            for asked, file in zip(files, checkpoint.files, strict=True)
-        }
-        return checkpoint, urls
+        urls = await asyncio.to_thread(lambda: [self._part_urls(file) for file in checkpoint.files])  # up to 2000
+        return checkpoint, {asked.filename: parts for asked, parts in zip(files, urls, strict=True)}
 
     async def get_checkpoint(self, viewer: Viewer, checkpoint_id: str) -> Checkpoint:
         """The checkpoint, for somebody who wants to change it.
@@ -245,8 +242,9 @@ class Models:
             )
         )
 
-    def _part_url(self, file: CheckpointFile, number: int) -> str:
-        return self._blobs.presign_part(file.key, file.upload_id, number, PART_URL_SECONDS)
+    def _part_urls(self, file: CheckpointFile) -> list[str]:
+        numbers = range(1, file.parts_number + 1)
+        return [self._blobs.presign_part(file.key, file.upload_id, number, PART_URL_SECONDS) for number in numbers]
 
     async def _complete(self, file: CheckpointFile, parts: list[tuple[int, str]]) -> None:
         """Completes an upload, or finds that an earlier request did so without getting further."""

@@ -64,7 +64,8 @@ class ImportStore:
                 session.add_all([one for _, one in imports])
                 await session.flush()
                 for checkpoint, _ in imports:
-                    await self._chores.defer(session, IMPORT, lock=str(checkpoint.id), checkpoint_id=str(checkpoint.id))
+                    arguments = {"checkpoint_id": str(checkpoint.id)}
+                    await self._chores.defer(session, IMPORT, str(checkpoint.id), arguments)
                 for checkpoint_id, after in facts.items():
                     await self._audit.record(session, "checkpoint.create", checkpoint_id, after=after)
         except IntegrityError:

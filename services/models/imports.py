@@ -225,7 +225,10 @@ class Imports:
 
 
 class _Parts:
-    """Collects bytes into parts; one is being stored while the next is being filled."""
+    """Collects bytes into parts; one is being stored while the next is being filled.
+
+    Two buffers that change places hold them, so an import takes twice the size of a part, however long the file.
+    """
 
     def __init__(
         self, blobs: Blobs, imports: ImportStore, key: str, upload_id: str, held: Import, limits: Limits
@@ -238,7 +241,8 @@ class _Parts:
         self._limits = limits
         self._received = held.bytes_done
         self._number = len(held.parts)
-        self._buffer = bytearray()
+        self._filling, self._other = bytearray(limits.part_bytes), bytearray(limits.part_bytes)
+        self._num_filled = 0
         self._storing: asyncio.Task[tuple[str, int]] | None = None
         self.digest = hashlib.sha256()
 
@@ -252,12 +256,14 @@ class _Parts:
         if self._received > self._limits.max_bytes:
             raise UrlRefused(f"more than the {self._limits.max_bytes} bytes that are allowed")
         self.digest.update(chunk)
-        self._buffer += chunk
-        if len(self._buffer) >= self._limits.part_bytes:
-            with memoryview(self._buffer) as buffer:
-                content = bytes(buffer[: self._limits.part_bytes])
-            del self._buffer[: self._limits.part_bytes]
-            await self._store(content)
+        left = memoryview(chunk)
+        while left:
+            taken = left[: len(self._filling) - self._num_filled]
+            self._filling[self._num_filled : self._num_filled + len(taken)] = taken
+            self._num_filled += len(taken)
+            left = left[len(taken) :]
+            if self._num_filled == len(self._filling):
+                await self._store()
 
     async def end(self) -> Import:
         """Stores what is left, and answers the import with all its parts.
@@ -267,8 +273,8 @@ class _Parts:
         """
         if self._received == 0:
             raise UrlRefused("the file is empty")
-        if self._buffer:
-            await self._store(bytes(self._buffer))
+        if self._num_filled:
+            await self._store()
         await self._settle(is_last=True)
         if self._held.bytes_total != self._held.bytes_done:
             # The range that was asked for was empty: all parts were there.
@@ -281,12 +287,16 @@ class _Parts:
             self._storing.cancel()
             await asyncio.gather(self._storing, return_exceptions=True)
 
-    async def _store(self, content: bytes) -> None:
-        await self._settle(is_last=False)
+    async def _store(self) -> None:
+        await self._settle(is_last=False)  # from here on nobody reads the other buffer
+        content, self._filling, self._other = self._filling, self._other, self._filling
+        if self._num_filled < len(content):
+            content = content[: self._num_filled]
+        self._num_filled = 0
         self._number += 1
         self._storing = asyncio.create_task(self._put(self._number, content))
 
-    async def _put(self, number: int, content: bytes) -> tuple[str, int]:
+    async def _put(self, number: int, content: bytearray) -> tuple[str, int]:
         return await self._blobs.put_part(self._key, self._upload_id, number, content), len(content)
 
     async def _settle(self, is_last: bool) -> None:

@@ -20,8 +20,10 @@ from services.models.pickles import MAX_PICKLE_BYTES, Refused, scan_archive, sca
 from services.models.recognition import UNKNOWN, Shapes, recognise
 
 MODEL_SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin"})
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-_MAX_MEMBERS = 1000
+# Beyond any model of these kinds: headers have some hundred kilobytes and, with a trainer's notes, a few megabytes.
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+_MAX_HEADER_VALUES = 500_000
+_MAX_MEMBERS = 100
 _MAX_DIMENSIONS = 32
 _MAX_LONG_HEADER_BYTES = 64 * 1024
 _READ_AHEAD_BYTES = 256 * 1024
@@ -190,8 +192,11 @@ class _Window(io.RawIOBase):
 
     def read(self, count: int = -1) -> bytes:
         left = max(0, self._size - self._position)
+        count = left if count < 0 else min(count, left)
+        if count > MAX_PICKLE_BYTES:  # zipfile reads the directory at once, of whatever size it says it is
+            raise Refused(f"has a directory of {count} bytes, {MAX_PICKLE_BYTES} are allowed")
         self._file.seek(self._start + self._position)
-        content = self._file.read(left if count < 0 else min(count, left))
+        content = self._file.read(count)
         self._position += len(content)
         return content
 
@@ -207,8 +212,11 @@ def _safetensors_shapes(file: IO[bytes], size: int) -> Shapes:
         )
     if 8 + length > size:
         raise Refused(f"is truncated: its header alone has {length} bytes, the file {size}")
+    text = file.read(length)
+    if text.count(b",") > _MAX_HEADER_VALUES:  # each becomes a hundred times as large as it is written
+        raise Refused(f"has a header of more than {_MAX_HEADER_VALUES} values, which no model here needs")
     try:
-        header = json.loads(file.read(length).decode())
+        header = json.loads(text.decode())
     except (ValueError, RecursionError):
         raise Refused("is no safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):

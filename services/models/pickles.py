@@ -12,7 +12,8 @@ import zlib
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-MAX_PICKLE_BYTES = 64 * 1024 * 1024
+MAX_PICKLE_BYTES = 8 * 1024 * 1024  # those of checkpoints have some hundred kilobytes
+_MAX_OPCODES = 2_000_000
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, the stream format before 1.6
 _TORCH_STREAM_PICKLES = 5  # magic, protocol, system, the object, storage keys
 
@@ -85,7 +86,9 @@ def _scan(file: IO[bytes]) -> tuple[list[str], list[int]]:
     top: list[str] = []
     memo: dict[int, str | None] = {}
     try:
-        for opcode, given, _ in pickletools.genops(file):
+        for number, (opcode, given, _) in enumerate(pickletools.genops(file)):
+            if number >= _MAX_OPCODES:
+                raise Refused(f"has a pickle of more than {_MAX_OPCODES} opcodes, which no weights need")
             argument: Any = given  # of a type that the opcode decides
             name = opcode.name
             if name in {"GLOBAL", "INST"}:

@@ -15,6 +15,7 @@ class ModelsSettings(AuditedSettings):
     """What models needs beside what every service does.
 
     Imports may come from public addresses, and from `import_allowed_networks` (a JSON list such as `["10.0.0.0/8"]`).
+    A renamed file's object stays under its old key for `renamed_keep_hours` too, for jobs that were queued with it.
     Uploaded files of more than `look_max_bytes` are looked at after their client was answered.
     """
 
@@ -22,4 +23,5 @@ class ModelsSettings(AuditedSettings):
     import_max_bytes: int = Field(100 * GIB, ge=1)
     import_max_hours: float = Field(24, gt=0)
     upload_max_hours: float = Field(48, gt=0)
+    renamed_keep_hours: float = Field(168, ge=0)
     look_max_bytes: int = Field(LOOK_MAX_BYTES, ge=0)

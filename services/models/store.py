@@ -8,7 +8,7 @@ will want to upload the mended file under the same name.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -26,6 +26,7 @@ INITIAL, ACTIVE, DISABLED = "Initial", "Active", "Disabled"
 STATUSES = (INITIAL, ACTIVE, DISABLED)
 MOVE_OBJECTS = "move_objects"  # a chore
 LOOK = "look_at_object"  # a chore
+REMOVE_OBJECT = "remove_object"  # a chore
 _MAX_STALE = 100  # that are looked at together
 # The words of params whose values are kept by the names of files.
 _WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture", "kind"})
@@ -248,7 +249,7 @@ class ModelStore:
         async with self._database.transaction() as session:
             await _locked(session, checkpoint_id)
             arguments = {"checkpoint_id": str(checkpoint_id), "file_name": name, "status": status}
-            await self._chores.defer(session, LOOK, lock=str(checkpoint_id), **arguments)
+            await self._chores.defer(session, LOOK, str(checkpoint_id), arguments)
 
     async def save_status(self, checkpoint_id: UUID, status: str) -> Checkpoint:
         """Sets the status; `Active` only once all files are complete, until then nothing changes.
@@ -286,15 +287,17 @@ class ModelStore:
                     for word, value in checkpoint.params.items()
                 }
                 await session.flush()
-                await self._chores.defer(
-                    session, MOVE_OBJECTS, lock=str(checkpoint_id), checkpoint_id=str(checkpoint_id)
-                )
+                arguments = {"checkpoint_id": str(checkpoint_id)}
+                await self._chores.defer(session, MOVE_OBJECTS, str(checkpoint_id), arguments)
                 await self._audit.record(session, "checkpoint.rename", str(checkpoint_id), before, checkpoint.facts())
         except IntegrityError:
             raise NameInUse(new) from None
 
-    async def save_moved(self, checkpoint_id: UUID, old_key: str, new_key: str) -> bool:
-        """Notes that the object is at its new key now; False when that is not wanted any more."""
+    async def save_moved(self, checkpoint_id: UUID, old_key: str, new_key: str, keep: timedelta) -> bool:
+        """Notes that the object is at its new key now, and has the old one removed after a while.
+
+        False, and nothing done, when that is not wanted any more.
+        """
         async with self._database.transaction() as session:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
             for file in checkpoint.files if checkpoint else ():
@@ -304,6 +307,8 @@ class ModelStore:
                     if isinstance(uploads, dict) and isinstance(uploads.get(file.name), dict):
                         moved = uploads | {file.name: uploads[file.name] | {"key": new_key}}
                         checkpoint.params = checkpoint.params | {"multipart_upload": moved}
+                    arguments = {"checkpoint_id": str(checkpoint_id), "key": old_key}
+                    await self._chores.defer(session, REMOVE_OBJECT, str(checkpoint_id), arguments, wait=keep)
                     return True
             return False
 

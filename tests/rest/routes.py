@@ -34,6 +34,7 @@ class Route:
     body: Mapping[str, Any] | None = None
     fields: Mapping[str, Kind] = field(default_factory=dict)
     anonymous: int = 401
+    message: str = ""  # where it is not the status's own
 
 
 def _file(**changes: Any) -> dict[str, Any]:
@@ -98,7 +99,7 @@ _ITEMS = Cases(
 _IGNORED_TEXT = Text(required=False, may_be_empty=True, is_free=True)
 
 ROUTES = [
-    Route("ping", "GET", "/ping", 200, (), anonymous=200),
+    Route("ping", "GET", "/ping", 200, (), anonymous=200, message="pong"),
     Route("list roles", "GET", "/roles", 200, ("role:all", "role:list")),
     Route(
         "create role",
@@ -113,6 +114,7 @@ ROUTES = [
             "creator": _IGNORED_TEXT,
             "initial": Flag(),
         },
+        message="role created",
     ),
     Route(
         "delete roles",
@@ -192,6 +194,7 @@ ROUTES = [
         ("checkpoint:all", "checkpoint:create"),
         {"checkpoint_type": "ControlNet", "urls": [], "params": {"message": "m"}},
         anonymous=202,
+        message="Checkpoint creation in progress, please check later",
     ),
     Route(
         "update checkpoint",

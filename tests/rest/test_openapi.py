@@ -1,4 +1,5 @@
-"""schemathesis over our OpenAPI document, through the real gateway: nothing that a client sends is our fault."""
+"""schemathesis over our OpenAPI document, through the real gateway: nothing that a client sends is our fault, and every
+answer is one that the document tells of."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
-from schemathesis.checks import not_a_server_error
+from schemathesis.checks import not_a_server_error, response_schema_conformance, status_code_conformance
 
 from deploy.local.stack import Stack
 from gateway.openapi import openapi
@@ -41,7 +42,7 @@ def test_nothing_that_fits_or_breaks_the_document_is_a_server_error(
     answer = case.call(base_url=f"{stack.url}/prod", session=session)
     if answer.status_code == 501 and (case.operation.method.upper(), case.operation.path) in not_built:
         return
-    case.validate_response(answer, checks=[not_a_server_error])
+    case.validate_response(answer, checks=[not_a_server_error, status_code_conformance, response_schema_conformance])
     if answer.status_code != 204:
         assert isinstance(answer.json(), dict), "every other answer is JSON"
 

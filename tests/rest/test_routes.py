@@ -96,7 +96,10 @@ def check(answer: Answer, status: int) -> None:
 @pytest.mark.parametrize("profile", ["document", "webui"])
 def test_a_sound_request_has_the_status_of_the_contract(world: World, route: Route, profile: str) -> None:
     api = world.admin if profile == "document" else world.webui
-    check(world.send(api, route, username="api"), route.status)
+    answer = world.send(api, route, username="api")
+    check(answer, route.status)
+    if route.status != 204:
+        assert answer.message == (route.message or {200: "OK", 201: "Created"}[route.status])
     if route.body is not None:
         check(world.send(api, route, {"unknown_field": {"a": [1]}}, username="api"), route.status)
 
@@ -132,6 +135,16 @@ def test_each_permission_alone_opens_or_does_not(world: World, route: Route) -> 
             check(answer, 403)
             assert answer.message.startswith(f"User only {permission} has no permissions: ['")
             assert all(f"'{needed}'" in answer.message for needed in route.permissions)
+
+
+def test_a_user_whose_roles_are_gone_may_nothing(admin: Api) -> None:
+    new_user(admin, "roleless", ["checkpoint:all"]).close()
+    admin.ok("DELETE", "/roles", {"role_name_list": ["roleless"]}, 204)
+    (user,) = admin.ok("GET", "/users?username=roleless")["users"]
+    assert (user["roles"], user["permissions"]) == ([], [])
+    answer = admin.call("GET", "/checkpoints", headers={"username": "roleless"})
+    check(answer, 403)
+    assert answer.message == "User roleless has no permissions: ['checkpoint:all', 'checkpoint:list']"
 
 
 @by_name

@@ -12,6 +12,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 from structlog.testing import capture_logs
 
+from services.common import audit
 from services.common.audit import Audit, Head, Verdict, differences, logged_heads, verify
 from services.common.auth import Caller, Kind, Origin, set_caller, set_origin
 from services.common.database import Database
@@ -161,6 +162,20 @@ async def test_the_head_is_logged_at_the_start_and_at_the_end(database: Database
         await asyncio.wait([logging])
     assert [entry["sequence"] for entry in logs] == [1, 2]
     assert {len(entry["mac"]) for entry in logs} == {64}
+
+
+async def test_the_head_is_logged_again_whenever_it_has_changed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "_HEAD_SECONDS", 0.02)  # of a minute
+    with capture_logs() as logs:
+        logging = asyncio.create_task(AUDIT.log_heads(database))
+        for number in range(1, 4):
+            await record(database, "x", a=number)
+            while [entry["sequence"] for entry in logs][-1:] != [number]:  # noqa: ASYNC110 - a log line wakes nobody
+                await asyncio.sleep(0.01)
+        logging.cancel()
+        await asyncio.wait([logging])
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from services.common.audit import Audit
 from services.common.database import Database
 from services.models.chores import Chores
+from services.models.import_store import Import, ImportStore
 from services.models.store import (
     ACTIVE,
     DISABLED,
@@ -184,3 +185,24 @@ async def test_counts_follow_every_change(store: ModelStore) -> None:
     assert (await total(), await total(statuses=[INITIAL]), await total(statuses=[DISABLED])) == (4, 2, 2)
     await store.remove_checkpoints([row.id for row in rows[1:]])
     assert (await total(), await total(owners=["a"]), await total(statuses=[INITIAL])) == (1, 1, 0)
+
+
+async def test_an_import_and_its_chore_are_there_together_or_not_at_all(database: Database, database_url: str) -> None:
+    chores = Chores(database_url)
+    await chores.prepare()
+    imports = ImportStore(database, chores, Audit("models", AUDIT_KEY))
+
+    async def add(*names: str) -> None:
+        made = [checkpoint(name) for name in names]
+        await imports.add_imports([(each, Import(checkpoint_id=each.id, url=f"https://x/{each.id}")) for each in made])
+
+    async def count() -> list[int]:
+        tables = ("checkpoints", "imports", "chores.procrastinate_jobs", "audit")
+        async with database.transaction() as session:
+            return [(await session.execute(sa.text(f"SELECT count(*) FROM {table}"))).scalar_one() for table in tables]
+
+    await add("a.pt", "b.pt")
+    assert await count() == [2, 2, 2, 2]
+    with pytest.raises(NameInUse):
+        await add("c.pt", "a.pt")
+    assert await count() == [2, 2, 2, 2]

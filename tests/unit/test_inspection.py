@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.models import inspection, pickles
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
 from tests.services.models.files import (
@@ -66,6 +67,24 @@ def test_a_header_of_nested_brackets_is_refused() -> None:
     content = b"[" * 200_000
     with pytest.raises(Refused, match="not JSON"):
         look("a.safetensors", len(content).to_bytes(8, "little") + content)
+
+
+def test_a_header_of_more_values_than_any_model_has_is_refused_before_it_is_read() -> None:
+    text = b'{"":[' + b"0," * 500_001 + b"0]}"
+    with pytest.raises(Refused, match="more than 500000 values"):
+        look("a.safetensors", len(text).to_bytes(8, "little") + text)
+
+
+def test_an_archive_with_a_huge_directory_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "MAX_PICKLE_BYTES", 100)
+    with pytest.raises(Refused, match=r"has a directory of \d+ bytes, 100 are allowed"):
+        look("a.ckpt", torch_zip(weights()))
+
+
+def test_a_pickle_of_more_opcodes_than_weights_need_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "_MAX_OPCODES", 10)
+    with pytest.raises(Refused, match="more than 10 opcodes"):
+        look("a.ckpt", torch_zip(weights()))
 
 
 SHORT, LONG = "models/Stable-diffusion/a.safetensors", f"models/Lora/{'b' * 120}.safetensors"

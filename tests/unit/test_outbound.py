@@ -249,6 +249,32 @@ async def test_what_drips_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
                 await _read(Outbound(LOCAL), f"http://127.0.0.1:{port}/")
 
 
+async def test_a_body_that_only_drips_is_given_up_and_not_for_the_readers_slowness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound, "SLOW_SECONDS", 0.2)
+
+    async def dripping_body(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    async with server(dripping_body) as port:
+        with pytest.raises(Unreachable, match=r"sends \d+ bytes in \d+ seconds"):
+            await _read(Outbound(LOCAL), f"http://127.0.0.1:{port}/")
+    async with (
+        server(saying("HTTP/1.1 200 OK\nContent-Length: 200000", bytes(200_000))) as port,
+        Outbound(LOCAL).open(f"http://127.0.0.1:{port}/") as answer,
+    ):
+        num_bytes = 0
+        async for chunk in answer.chunks():
+            num_bytes += len(chunk)
+            await asyncio.sleep(0.1)
+        assert num_bytes == 200_000
+
+
 async def test_what_ends_early_or_speaks_no_http_may_be_tried_again() -> None:
     bomb = gzip.compress(bytes(1000))
     for handler in (

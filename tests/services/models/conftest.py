@@ -45,11 +45,12 @@ from services.models.domain import Models
 from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports, Limits
 from services.models.servicer import ModelsServicer
-from services.models.store import LOOK, MOVE_OBJECTS, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
 from tests.conftest import S3Access
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
 UPLOAD_MAX_HOURS = 48
+RENAMED_KEEP_HOURS = 168
 LOOK_MAX_BYTES = 20 * 1024 * 1024
 MAX_IMPORT_BYTES = 64 * 1024 * 1024
 SECRET = "the models service's secret"
@@ -187,8 +188,9 @@ async def service(
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)
 
         channel = await stack.enter_async_context(serving(add, tokens.verifier()))
-        background = Background(domain, store, blobs, UPLOAD_MAX_HOURS)
+        background = Background(domain, store, blobs, UPLOAD_MAX_HOURS, RENAMED_KEEP_HOURS)
         chores.add(MOVE_OBJECTS, background.move_objects)
+        chores.add(REMOVE_OBJECT, background.remove_object)
         chores.add(LOOK, background.look)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
         chores.add(IMPORT, imports.run, queue=LONG)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -86,7 +87,7 @@ async def test_an_import_goes_on_after_the_process_has_ended(
                         await asyncio.sleep(0.05)
             getattr(process, end)()
             assert process.wait(20) == (-9 if end == "kill" else 0)
-        with running(COMMAND, environment):
+        with running(COMMAND, environment | {"PYTHONDONTWRITEBYTECODE": "1"}) as process:
             async with grpc.aio.insecure_channel(environment["ESD_LISTEN"]) as channel:
                 await _wait_until_serving(channel)
                 stub = models_pb2_grpc.ModelsServiceStub(channel)
@@ -94,4 +95,6 @@ async def test_an_import_goes_on_after_the_process_has_ended(
                     while (await show(stub))["status"] == "Initial":  # noqa: ASYNC110
                         await asyncio.sleep(0.1)
                 assert (await show(stub))["status"] == "Active"
+                written = psutil.Process(process.pid).io_counters().write_bytes
+                assert written < MIB, "nothing of it touches the disk"
         assert source.asked == [("/a.safetensors", ""), ("/a.safetensors", str(10 * MIB))]

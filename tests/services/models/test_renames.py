@@ -4,10 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.blobs import BlobNotFound
-from tests.services.models.conftest import Running
+from services.common.database import Database
+from tests.services.models.conftest import RENAMED_KEEP_HOURS, Running
 from tests.services.models.files import safetensors
 from tests.services.models.test_uploads import refused
 from tests.serving import Metadata
@@ -40,12 +42,27 @@ async def _resolved(models: Running, name: str) -> Any:
     return next(iter(answer.checkpoints), None)
 
 
-async def test_a_rename_keeps_the_extension_and_moves_the_object(models: Running) -> None:
+async def _let_the_old_ones_go(service: tuple[Running, Database]) -> None:
+    """Makes it late enough for the objects at old keys to be removed."""
+    waiting = "FROM chores.procrastinate_jobs WHERE task_name = 'remove_object' AND scheduled_at > now()"
+    async with service[1].transaction() as session:
+        await session.execute(sa.text("SET LOCAL search_path TO public, chores"))
+        soon = f"SELECT count(*) {waiting} + interval '{RENAMED_KEEP_HOURS - 1} hours'"
+        assert (await session.execute(sa.text(soon))).scalar_one() > 0
+        due = "UPDATE chores.procrastinate_jobs SET scheduled_at = now() WHERE task_name = 'remove_object'"
+        await session.execute(sa.text(due))
+
+
+async def test_a_rename_keeps_the_extension_and_moves_the_object(
+    models: Running, service: tuple[Running, Database]
+) -> None:
     content = safetensors()
     checkpoint_id = await models.upload("old.safetensors", content)
     assert await _rename(models, checkpoint_id, "new") == (202, "rename is processing, please wait")
     shown = await models.show(checkpoint_id)
     assert (shown["name"], shown["status"]) == (["new.safetensors"], "Active")
+    await _keys(models, checkpoint_id, "new.safetensors", "old.safetensors")
+    await _let_the_old_ones_go(service)
     await _keys(models, checkpoint_id, "new.safetensors")
     found = await _resolved(models, "new.safetensors")
     assert found.key.endswith("/new.safetensors")
@@ -58,6 +75,17 @@ async def test_a_rename_keeps_the_extension_and_moves_the_object(models: Running
     await models.upload("old.safetensors", content)  # the name is free
 
 
+async def test_what_was_queued_with_the_old_name_finds_the_object_where_it_was(models: Running) -> None:
+    content = safetensors()
+    checkpoint_id = await models.upload("old.safetensors", content)
+    queued = await _resolved(models, "old.safetensors")
+    await _rename(models, checkpoint_id, "new")
+    await _keys(models, checkpoint_id, "new.safetensors", "old.safetensors")
+    assert await models.blobs.get(queued.key) == content
+    await models.delete([checkpoint_id])
+    await _keys(models, checkpoint_id)
+
+
 async def test_only_the_first_file_is_renamed(models: Running) -> None:
     created = await models.create(("a.safetensors", 1), ("a.yaml", 1))
     tags = {
@@ -67,7 +95,7 @@ async def test_only_the_first_file_is_renamed(models: Running) -> None:
     await models.update(created.checkpoint.id, tags)
     assert (await _rename(models, created.checkpoint.id, "b"))[0] == 202
     assert (await models.show(created.checkpoint.id))["name"] == ["b.safetensors", "a.yaml"]
-    await _keys(models, created.checkpoint.id, "a.yaml", "b.safetensors")
+    await _keys(models, created.checkpoint.id, "a.safetensors", "a.yaml", "b.safetensors")
 
 
 async def test_a_name_in_use_and_a_foreign_checkpoint_are_refused(models: Running) -> None:
@@ -89,14 +117,17 @@ async def test_of_two_who_take_the_same_name_at_once_one_gets_it(models: Running
     assert sum(isinstance(result, Exception) for result in results) == 1
 
 
-async def test_renaming_there_and_back_ends_where_it_began(models: Running) -> None:
+async def test_renaming_there_and_back_ends_where_it_began(models: Running, service: tuple[Running, Database]) -> None:
     content = safetensors()
     checkpoint_id = await models.upload("a.safetensors", content)
-    for name in ("b", "a", "b", "c", "a"):
+    await _rename(models, checkpoint_id, "b")
+    await _keys(models, checkpoint_id, "a.safetensors", "b.safetensors")
+    for name in ("a", "b", "c", "a"):
         assert (await _rename(models, checkpoint_id, name))[0] == 202
     async with asyncio.timeout(60):
         while not (found := await _resolved(models, "a.safetensors")).key.endswith("/a.safetensors"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+    await _let_the_old_ones_go(service)
     await _keys(models, checkpoint_id, "a.safetensors")
     assert await models.blobs.get(found.key) == content
 

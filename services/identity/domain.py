@@ -44,13 +44,14 @@ class Actor:
 
 @dataclass(frozen=True)
 class UserView:
-    """A user as others may see one. `password` is clear text, `********`, or `*` for a user without one."""
+    """A user as others may see one. `password` is clear text where that was asked for."""
 
     username: str
     roles: list[str]
     creator: str
     permissions: list[str]
-    password: str
+    has_password: bool
+    password: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,11 @@ class Identity:
         self._changed()
 
     async def list_users(self, actor: Actor, username: str | None, reveal_passwords: bool) -> list[UserView]:
-        """The users that the actor may see, by name descending."""
+        """The users that the actor may see, by name descending.
+
+        Whoever asks for passwords lets people log in with them, so one that is not there is shown as a text that
+        nobody can know.
+        """
         users = await self._store.find_users(None if username is None else _name("username", username))
         if "user:all" not in actor.permissions:
             users = [user for user in users if actor.name in (user.creator, user.username)]
@@ -258,11 +263,12 @@ class Identity:
         self._changed()
 
     def _view(self, user: User, roles: dict[str, Role], reveal_password: bool) -> UserView:
-        password = "*" if user.password_hash is None else "********"
-        if reveal_password and user.password_encrypted is not None:
-            password = self._passwords.reveal(user.password_encrypted) or password
+        password = None
+        if reveal_password:
+            password = self._passwords.reveal(user.password_encrypted) if user.password_encrypted else None
+            password = password or secrets.token_urlsafe(32)
         permissions = _union(roles[name] for name in user.roles if name in roles)
-        return UserView(user.username, user.roles, user.creator, permissions, password)
+        return UserView(user.username, user.roles, user.creator, permissions, user.password_hash is not None, password)
 
 
 def _union(roles: Iterable[Role]) -> list[str]:

@@ -21,6 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _SECRET_KINDS = {options.CALLER_WORKER: "worker", options.CALLER_TRAINER: "trainer"}
 _NOT_APPLICABLE = "not_applicable"
+_HIDDEN = "********"
 
 
 class IdentityServicer(rpc.IdentityServiceServicer):
@@ -130,12 +131,14 @@ def _role(role: Role) -> pb.Role:
 
 
 def _user(user: UserView) -> pb.User:
+    """NOTE: the original showed `*` for no password to a client that asked for passwords and took that for one."""
+    marked = "*" if current_caller().is_webui and not user.has_password else _HIDDEN
     return pb.User(
         username=user.username,
         roles=user.roles,
         creator=user.creator,
         permissions=user.permissions,
-        password=user.password,
+        password=user.password or marked,
     )
 
 

@@ -49,6 +49,7 @@ async def test_path_query_and_host_reach_the_store_as_sent(
     host = {"Host": "pictures.example:8080"}
     status, headers, body = await asyncio.to_thread(exchange, gateway.address, "GET", path, headers=host)
     assert (status, headers["etag"], body) == (200, '"of the store"', b"stored")
+    assert (headers["x-content-type-options"], headers["content-security-policy"]) == ("nosniff", "sandbox")
     method, received, received_headers, _ = store.requests[0]
     assert (method, received, received_headers["host"]) == ("GET", path, "pictures.example:8080")
     assert not seen.checks

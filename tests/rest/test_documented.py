@@ -141,6 +141,16 @@ def test_a_checkpoint_by_url(admin: Api) -> None:
     assert (deleted.status, deleted.body) == (204, None)
 
 
+def test_urls_win_over_filenames(admin: Api) -> None:
+    names = [f"{fresh()}.pt", f"{fresh()}.pt"]
+    both = {"filenames": [{"filename": names[0], "parts_number": 1}], "urls": [f"http://10.0.0.1/{names[1]}"]}
+    answer = admin.call("POST", "/checkpoints", {"checkpoint_type": "VAE", "params": {}, **both})
+    assert (answer.status, "data" in answer.body) == (202, False)
+    listed = [row["name"] for row in admin.ok("GET", "/checkpoints?types=VAE&per_page=1000")["checkpoints"]]
+    assert [names[1]] in listed
+    assert [names[0]] not in listed
+
+
 def test_a_checkpoint_by_parts(admin: Api) -> None:
     name = f"{fresh()}.safetensors"
     body = {

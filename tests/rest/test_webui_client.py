@@ -69,7 +69,7 @@ def test_it_connects_and_lets_its_users_log_in(extension: Extension) -> None:
     users = extension.call("GET", "users?show_password=True").json()["data"]["users"]
     logins = {user["username"]: user["password"] for user in users}
     assert logins[extension.user] == "pass wörd"
-    assert logins["api"] == "*", "a user without a password"
+    assert len(logins["api"]) > 40, "nobody logs in as a user without a password"
     (own,) = extension.call("GET", f"users?username={extension.user}&show_password=False").json()["data"]["users"]
     assert own["roles"] == ["IT Operator"]
     assert own["password"] == "********"

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 import sqlalchemy as sa
+from cryptography.fernet import Fernet
 from google.protobuf.json_format import MessageToDict
 from structlog.testing import capture_logs
 
@@ -70,7 +71,7 @@ async def test_the_first_start_makes_the_default_roles_and_the_user_api(identity
                 "roles": ["IT Operator"],
                 "creator": "ESD",
                 "permissions": sorted(ALL),
-                "password": "*",
+                "password": "********",
             }
         ],
         "previous_evaluated_key": "not_applicable",
@@ -218,7 +219,23 @@ async def test_passwords_are_shown_in_the_webui_profile_only_and_only_when_asked
     assert (await _user_named(identity, "ann", show_password="True")).password == "********"
     assert (await _user_named(identity, "ann", webui, show_password="True")).password == "päss word"
     assert (await _user_named(identity, "ann", webui, show_password="False")).password == "********"
-    assert (await _user_named(identity, "api", webui, show_password="yes")).password == "*"
+    for name, without in (("ann", "********"), ("api", "*")):
+        assert (await _user_named(identity, name, webui)).password == without
+        assert (await _user_named(identity, name, show_password="True")).password == "********"
+
+
+async def test_nobody_logs_in_with_what_is_shown_of_a_password_that_is_not_there(
+    identity: Any, user_token: Any
+) -> None:
+    webui = user_token("api", ALL, profile=Profile.WEBUI)
+    await identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=identity.admin)
+    async with identity.database.transaction() as session:  # by another key than today's
+        lost = Fernet(Fernet.generate_key()).encrypt(b"x").decode()
+        await session.execute(sa.text("UPDATE users SET password_encrypted = :lost"), {"lost": lost})
+    for name in ("api", "ann"):
+        shown = {(await _user_named(identity, name, webui, show_password="yes")).password for _ in range(3)}
+        assert len(shown) == 3
+        assert min(map(len, shown)) >= 40
 
 
 async def test_deleted_users_are_gone_and_unknown_ones_skipped(identity: Any) -> None:

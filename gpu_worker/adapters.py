@@ -1,28 +1,35 @@
-"""What a job adds to its checkpoint: the LoRAs of its prompt and the embeddings that its prompts mention."""
+"""What a job adds to its checkpoint: LoRAs and embeddings that its prompts name, and the ControlNets of its units."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from gpu_worker import embeddings, lora
+from gpu_worker import controlnet, embeddings, lora
 from gpu_worker.cache import CachedModel
+from gpu_worker.controlnet import ControlNet
 from gpu_worker.embeddings import Embedding
 from gpu_worker.lora import Network
 from gpu_worker.weights import Models
 from services.common.payloads import Generation
-from services.common.payloads.models import LORA, stem
+from services.common.payloads.models import CONTROLNET, EMBEDDING, LORA, find, stem
 from services.common.payloads.prompts import Lora
 
-Adapter = Network | Embedding
+Adapter = Network | Embedding | ControlNet
+_KINDS: dict[str, Callable[[CachedModel, Models, str], Adapter]] = {
+    LORA: lora.load,
+    EMBEDDING: embeddings.load,
+    CONTROLNET: controlnet.load,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """LoRAs with their scales, and embeddings by the word that stands for them."""
+    """LoRAs with their scales, embeddings by the word that stands for them, and the ControlNet of each unit."""
 
     networks: tuple[tuple[Network, Lora], ...] = ()
     embeddings: Mapping[str, Embedding] = field(default_factory=dict)
+    controlnets: tuple[ControlNet, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,22 +40,29 @@ class Equipped:
     adapters: Adapters = Adapters()
 
 
+def key(file: CachedModel, base_key: tuple[str, ...]) -> tuple[str, ...]:
+    """What names a loaded addition: a LoRA or an embedding for each checkpoint, a ControlNet for all of a family."""
+    return (file.key,) if file.type == CONTROLNET else (file.key, *base_key)
+
+
 def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
-    """Reads a LoRA or an embedding for these models.
+    """Reads a LoRA, an embedding or a ControlNet for these models.
 
     Raises:
         JobError: the file is damaged, or made for another architecture than the checkpoint's.
     """
-    kind = lora if file.type == LORA else embeddings
-    found: Adapter = kind.load(file, models, base_name)
-    return found
+    return _KINDS[file.type](file, models, base_name)
 
 
 def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adapters:
     """The adapters that the request names, out of those that its checkpoint can have."""
     by_name = {name: found for file, found in loaded.items() for name in (stem(file.name), file.name)}
     uses = [(by_name.get(use.name) or by_name.get(stem(use.name)), use) for use in request.loras]
+    controlnets = {file: found for file, found in loaded.items() if isinstance(found, ControlNet)}
+    files = [(CONTROLNET, file.name) for file in controlnets]
+    units = [find(files, CONTROLNET, unit.model, "controlnet") for unit in request.controlnet if files]
     return Adapters(
         tuple((network, use) for network, use in uses if isinstance(network, Network)),
         {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding)},
+        tuple(list(controlnets.values())[index] for index in units),
     )

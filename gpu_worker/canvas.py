@@ -5,16 +5,19 @@ Pillow and NumPy only, so that it happens beside the GPU thread. Written from A1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
-from services.common.payloads import Img2Img, pictures
+from services.common.payloads import Generation, Img2Img, pictures
 from services.common.payloads.img2img import CROP_AND_RESIZE, FILL, JUST_RESIZE, LATENT_UPSCALE, RESIZE_AND_FILL
+
+if TYPE_CHECKING:
+    from gpu_worker.hints import Hint
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -29,14 +32,18 @@ _FLOWS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 class Canvas:
     """Pictures of shape (height, width, 3), one for all rows or one for each.
 
+    There are none in txt2img.
+
     `mask` is the part to paint anew at the job's size, (height, width) in 0..1; `overlays` are what stays of the
     originals, and `box` is the part of them that was painted; None: all of it.
     """
 
-    pictures: list[Pixels]
+    pictures: list[Pixels] = field(default_factory=list)
     mask: NDArray[np.float32] | None = None
     overlays: list[Image.Image] | None = None
     box: Box | None = None
+    # What each ControlNet unit looks at.
+    hints: list[Hint] = field(default_factory=list)
 
     @property
     def latent_mask(self) -> NDArray[np.float32]:
@@ -61,20 +68,27 @@ class Canvas:
             painted = whole
         return np.asarray(Image.alpha_composite(painted.convert("RGBA"), overlay).convert("RGB"))
 
+    def maps(self, request: Generation) -> list[Pixels]:
+        """What units looked at, of those whose payload asks to see it."""
+        shown = zip(self.hints, request.controlnet, strict=True)
+        return [hint.shown for hint, unit in shown if unit.save_detected_map]
 
-def prepared(request: Img2Img) -> Canvas:
-    """The canvas for a request.
+
+def prepared(request: Generation) -> Canvas:
+    """The canvas for a request, without hints.
 
     Raises:
         Damaged: a picture cannot be read.
     """
+    if not isinstance(request, Img2Img):
+        return Canvas()
     images = [_flat(pictures.decode(text, f"init_images[{i}]")) for i, text in enumerate(request.init_images)]
     size = request.width, request.height
     if request.mask is None:
         if request.resize_mode == LATENT_UPSCALE:
             return Canvas([np.asarray(_to_multiple(image)) for image in images])
         return Canvas([np.asarray(resized(image, request.resize_mode, *size)) for image in images])
-    mask = _mask(request, images[0].size)
+    mask = mask_of(request, images[0].size)
     box = _box(mask, request) if request.inpaint_full_res else None
     if box is None:
         mask = resized(mask, request.resize_mode, *size)
@@ -128,7 +142,7 @@ def _to_multiple(image: Image.Image) -> Image.Image:
     return image.crop((0, 0, width, height))
 
 
-def _mask(request: Img2Img, size: tuple[int, int]) -> Image.Image:
+def mask_of(request: Img2Img, size: tuple[int, int]) -> Image.Image:
     """The mask at the picture's size, with soft edges. A drawing on a transparent ground masks what is drawn."""
     assert request.mask is not None
     image = pictures.decode(request.mask, "mask")

@@ -15,12 +15,14 @@ import torch
 
 from gpu_worker import adapters, tasks, weights
 from gpu_worker.batch import Batch
+from gpu_worker.cache import CachedModel
 from gpu_worker.denoise import Evaluation, predict
 from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.preview import Previews
 from gpu_worker.resident import Resident
 from gpu_worker.run import Equipment, Produced, Run
+from services.common.payloads.models import CONTROLNET
 
 log = structlog.get_logger()
 
@@ -44,6 +46,8 @@ class Core:
         self._previews = Previews()
         # LoRAs and embeddings, for the models that they were loaded for.
         self._additions: Resident[adapters.Adapter] = Resident(_MAX_ADAPTERS, on_loaded)
+        # Each about half as large as a checkpoint.
+        self._controlnets: Resident[adapters.Adapter] = Resident(max_resident_models, on_loaded)
         self._last_tick: torch.cuda.Event | None = None
 
     @property
@@ -75,6 +79,7 @@ class Core:
         self._resident.close()
         self._previews.close()
         self._additions.close()
+        self._controlnets.close()
 
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
@@ -127,13 +132,17 @@ class Core:
             equipment.additions.clear()  # they are made for the first
         for file in equipment.additions:
             if file not in equipment.adapters:
-                found = self._additions.take(
-                    (file.key, *equipment.key),
+                found = self._home(file).take(
+                    adapters.key(file, equipment.key),
                     lambda: adapters.load(file, models, equipment.base.name),  # noqa: B023
                     may_exceed=True,
                 )
                 if found is not None:
                     equipment.adapters[file] = found
+
+    def _home(self, file: CachedModel) -> Resident[adapters.Adapter]:
+        """Where an addition is kept."""
+        return self._controlnets if file.type == CONTROLNET else self._additions
 
     def _tick(self) -> None:
         runs = self._batch.next()
@@ -222,7 +231,7 @@ class Core:
                 queue.remove(run)
         for equipment in run.equipment:
             for file in equipment.adapters:
-                self._additions.give_back((file.key, *equipment.key))
+                self._home(file).give_back(adapters.key(file, equipment.key))
             if equipment.models is not None:
                 self._resident.give_back(equipment.key)
             equipment.models, equipment.adapters = None, {}

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from gpu_worker.controlnet import Control, Residuals
 from gpu_worker.lora import Change, Network, applied
 from gpu_worker.samplers import Sampling
 
 T = TypeVar("T")
+Correction = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 Task = Generator["Evaluation | None", torch.Tensor | None, T]
 
 CHUNK_TOKENS = 77
@@ -75,6 +77,10 @@ class Step:
     guidance: Guidance
     # An inpainting UNet's other channels: the mask and the latents of what stays, (rows, 5, height/8, width/8).
     context: torch.Tensor | None = None
+    # ControlNets that have a say in it; sorted, so that those of two jobs meet.
+    controls: tuple[Control, ...] = ()
+    # What is changed of a prediction, given the scaled latents and the timestep.
+    corrections: tuple[Correction, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +105,7 @@ class Evaluation:
     @property
     def group(self) -> Hashable:
         """Equal for evaluations that can share a UNet call."""
-        return id(self.step.unet), *self.size
+        return id(self.step.unet), self.size, tuple(id(control.net) for control in self.step.controls)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -125,6 +131,8 @@ class _Part:
     timestep: float
     text: Conditioning
     networks: tuple[tuple[Network, float], ...]
+    controls: tuple[Control, ...]
+    is_negative: bool
 
 
 def denoise(
@@ -143,6 +151,8 @@ def denoise(
         x = sampling.scaled(latents, index)
         step = min(sampling.step_of(index), len(steps) - 1)
         prediction = yield Evaluation(x, timestep, steps[step])
+        for correct in steps[step].corrections:
+            prediction = correct(x, timestep, prediction)
         latents = sampling.step(prediction, index, latents)
         if keep is not None:
             latents = keep(latents, index + 1)
@@ -155,7 +165,14 @@ def predict(evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
     allow."""
     unet = evaluations[0].step.unet
     parts = [
-        _Part(wish.input, wish.timestep, text, wish.guidance.networks)
+        _Part(
+            wish.input,
+            wish.timestep,
+            text,
+            wish.guidance.networks,
+            wish.step.controls,
+            text is wish.guidance.negative,
+        )
         for wish in evaluations
         for text in wish.guidance.texts
     ]
@@ -188,19 +205,17 @@ def _call(unet: Any, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, .
     timestep = torch.tensor(timesteps, dtype=torch.float32).to(x.device, non_blocking=True)
     text = _rows(texts, counts)
     added = {name: _rows([_added(part, name) for part in parts], counts) for name in first.added or ()}
+    residuals = Residuals([(part.controls, part.is_negative) for part in parts], counts)
     outputs = []
     for start in range(0, len(x), max_rows):
         rows = slice(start, start + max_rows)
+        told = {
+            "encoder_hidden_states": text[rows],
+            "added_cond_kwargs": {name: tensor[rows] for name, tensor in added.items()},
+        }
+        controlled = residuals.of(rows, x[rows], timestep[rows], **told)
         with applied(unet, _changes(parts, counts, rows)):
-            outputs.append(
-                unet(
-                    x[rows],
-                    timestep[rows],
-                    encoder_hidden_states=text[rows],
-                    added_cond_kwargs={name: tensor[rows] for name, tensor in added.items()},
-                    return_dict=False,
-                )[0]
-            )
+            outputs.append(unet(x[rows], timestep[rows], return_dict=False, **told, **controlled)[0])
     return torch.split(torch.cat(outputs).float(), counts)
 
 

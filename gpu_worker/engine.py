@@ -97,7 +97,7 @@ class Engine:
             on_started=lambda: self._post(on_started),
             on_step=lambda num_done: self._post(on_step, num_done),
             on_end=lambda outcome: self._post(_settle, result, outcome),
-            canvas=canvas,
+            canvas=canvas or Canvas(),
             audience=audience,
             on_preview=lambda jpeg: self._post(audience.show, jpeg) if audience else None,
         )

@@ -7,7 +7,6 @@ decoder runs and nothing waits: what the thread does not manage to draw is not d
 from __future__ import annotations
 
 import io
-import math
 import queue
 import threading
 from collections.abc import Callable
@@ -17,8 +16,9 @@ import structlog
 import torch
 from PIL import Image
 
+from gpu_worker.clean import clean_latents
 from gpu_worker.denoise import Evaluation
-from gpu_worker.weights import Config, Models
+from gpu_worker.weights import Models
 
 log = structlog.get_logger()
 
@@ -79,19 +79,6 @@ class Previews:
             sketch.show(jpeg)
 
 
-def clean_latents(x: torch.Tensor, timestep: float, prediction: torch.Tensor, config: Config) -> torch.Tensor:
-    """What the UNet takes the clean latents to be, for its scaled input x (Ho et al. 2020, equation 15; Salimans & Ho
-    2022, appendix D, for v-prediction), in fp32."""
-    alpha = _alpha(round(timestep), config)
-    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
-    x, prediction = x.float(), prediction.float()
-    if config["prediction_type"] == "v_prediction":
-        clean = signal * x - noise * prediction
-    else:
-        clean = (x - noise * prediction) / signal
-    return clean
-
-
 def colours(latents: torch.Tensor, is_sdxl: bool) -> torch.Tensor:
     """Pixels of shape (height, width, 3), on the CPU, from latents of shape (1, 4, height, width)."""
     if max(latents.shape[2:]) > MAX_SIZE:
@@ -111,11 +98,3 @@ def _jpeg(sketch: _Sketch) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()
-
-
-def _alpha(timestep: int, config: Config) -> float:
-    """The share of signal in the variance at a timestep, of the schedule that these families were trained with."""
-    root = torch.linspace(
-        config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"], dtype=torch.float64
-    )
-    return float(torch.prod(1 - root[: timestep + 1] ** 2))

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
 from services.common.payloads import Edit, Generation, Img2Img, Txt2Img
-from services.common.payloads.models import BASE, EMBEDDING, LORA, VAE, find, stem
+from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, VAE, find, stem
 
 
 def named(files: list[CachedModel], kind: str) -> CachedModel | None:
@@ -26,7 +26,7 @@ def named(files: list[CachedModel], kind: str) -> CachedModel | None:
 def hashes(files: list[CachedModel]) -> dict[str, str]:
     """The SHA-256 of every model behind a picture, by the names that A1111 has for them. Further checkpoints have none
     there and are `model:<name>`."""
-    names = {BASE: "model:{}", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}"}
+    names = {BASE: "model:{}", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}", CONTROLNET: "controlnet:{}"}
     found = {names[file.type].format(stem(file.name)): file.sha256 for file in files}
     return {"model": found.pop(f"model:{stem(files[0].name)}")} | found
 
@@ -79,6 +79,7 @@ def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:
         **_img2img_fields(request),
         **_second_pass_fields(request),
         **_refiner_fields(request, files),
+        **_controlnet_fields(request, files),
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Hashes": json.dumps(hashes(files)),
         "Version": f"esd {VERSION}",
@@ -129,6 +130,27 @@ def _refiner_fields(request: Generation, files: list[CachedModel]) -> dict[str, 
         fields[label] = f"{stem(file.name)} [{file.sha256[:10]}]"
     if "Refiner" in fields:
         fields["Refiner switch at"] = request.refiner_switch_at
+    return fields
+
+
+def _controlnet_fields(request: Generation, files: list[CachedModel]) -> dict[str, Any]:
+    nets = [file for file in files if file.type == CONTROLNET]
+    fields = {}
+    for index, unit in enumerate(request.controlnet):
+        file = nets[find([(CONTROLNET, net.name) for net in nets], CONTROLNET, unit.model, "controlnet")]
+        said = {
+            "Module": unit.module,
+            "Model": f"{stem(file.name)} [{file.sha256[:8]}]",
+            "Weight": unit.weight,
+            "Resize Mode": unit.resize_mode,
+            "Processor Res": unit.processor_res,
+            "Threshold A": unit.threshold_a,
+            "Threshold B": unit.threshold_b,
+            "Guidance Start": unit.guidance_start,
+            "Guidance End": unit.guidance_end,
+            "Control Mode": unit.control_mode,
+        }
+        fields[f"ControlNet {index}"] = json.dumps(", ".join(f"{name}: {value}" for name, value in said.items()))
     return fields
 
 

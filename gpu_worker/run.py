@@ -64,7 +64,7 @@ class Run:
     on_started: Callable[[], None]
     on_step: Callable[[int], None]
     on_end: Callable[[Produced | BaseException], None]
-    canvas: Canvas | None = None
+    canvas: Canvas = field(default_factory=Canvas)
     audience: Audience | None = None
     on_preview: Callable[[bytes], None] = lambda _: None
     task: Task[list[NDArray[np.uint8]]] | None = None

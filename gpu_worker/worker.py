@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from PIL import Image
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker import canvas as canvases
-from gpu_worker import results, retouch
+from gpu_worker import hints, results, retouch
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.canvas import Canvas
 from gpu_worker.engine import Engine
@@ -24,7 +24,7 @@ from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
 from services.common import payloads
 from services.common.errors import InvalidArgument
-from services.common.payloads import Edit, Generation, Img2Img, Payload, pictures
+from services.common.payloads import Edit, Generation, Payload, pictures
 
 log = structlog.get_logger()
 
@@ -118,7 +118,7 @@ class Worker:
             files = await job.stage(self._fetch(job, request, held))
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
-            progress = _Progress(job, request.total_steps * request.num_images)
+            progress = _Progress(job, request.total_steps * request.num_painted)
             job.audience.show = lambda jpeg: self._show(job, jpeg)
             produced = await job.stage(
                 self._engine.run(job.id, request, files, progress.started, progress.step, canvas, job.audience)
@@ -136,7 +136,7 @@ class Worker:
         if job in self._tasks:  # else its last event was told while this was drawn
             job.emit(worker_pb2.JobEvent(preview=worker_pb2.JobPreview(jpeg=jpeg)))
 
-    async def _request(self, job: Job) -> tuple[Payload, Canvas | None]:
+    async def _request(self, job: Job) -> tuple[Payload, Canvas]:
         """What the job asks for, and what it paints on."""
         if not job.spec.payload_url:
             return await asyncio.to_thread(_checked, job, to_python(job.spec.payload))
@@ -153,17 +153,19 @@ class Worker:
         return [await held.enter_async_context(self._cache.hold(job.spec.models[index])) for index in used]
 
     async def _finish(
-        self, job: Job, request: Generation, canvas: Canvas | None, files: list[CachedModel], produced: Produced
+        self, job: Job, request: Generation, canvas: Canvas, files: list[CachedModel], produced: Produced
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
-        infotexts = [results.infotext(request, index, files) for index in range(request.num_images)]
+        infotexts = [results.infotext(request, index, files) for index in range(request.num_painted)]
         images = await asyncio.gather(
             *(
                 asyncio.to_thread(_encoded, canvas, pixels, index % request.batch_size, text)
                 for index, (pixels, text) in enumerate(zip(produced.images, infotexts, strict=True))
             )
         )
+        for pixels in canvas.maps(request):
+            images.append(await asyncio.to_thread(results.plain_png, Image.fromarray(pixels)))
         param = results.param_json(request, files, infotexts, job.spec.endpoint_name, job.id)
         timings = worker_pb2.Timings(
             load_seconds=produced.load_seconds,
@@ -233,14 +235,14 @@ def _failed(reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
     return worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=reason, cancelled=cancelled))
 
 
-def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas | None]:
+def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas]:
     try:
         fields = payloads.parse(payload) if isinstance(payload, bytes) else payload
         request = payloads.check(job.spec.task_type, fields, job.id)
-        return request, canvases.prepared(request) if isinstance(request, Img2Img) else None
+        return request, hints.prepared(request) if isinstance(request, Generation) else Canvas()
     except (InvalidArgument, pictures.Damaged) as error:
         raise JobError(str(error)) from None
 
 
-def _encoded(canvas: Canvas | None, pixels: NDArray[np.uint8], row: int, infotext: str) -> bytes:
-    return results.png(canvas.finished(pixels, row) if canvas else pixels, infotext)
+def _encoded(canvas: Canvas, pixels: NDArray[np.uint8], row: int, infotext: str) -> bytes:
+    return results.png(canvas.finished(pixels, row), infotext)

@@ -43,6 +43,8 @@ OWNERS = {
 }
 WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors", "payloads"}
 TORCH_OWNERS = {
+    "clean.py",
+    "controlnet.py",
     "core.py",
     "preview.py",
     "denoise.py",

@@ -13,13 +13,13 @@ from gpu_worker.denoise import Task
 from gpu_worker.job import JobError
 from gpu_worker.run import Equipment
 from gpu_worker.tasks import img2img, txt2img
-from gpu_worker.tasks.stages import Crew
+from gpu_worker.tasks.steering import Crew
 from services.common.payloads import Generation, Img2Img, Txt2Img
 from services.common.payloads.models import BASE, find
 
 
 def begin(
-    request: Generation, canvas: Canvas | None, equipment: Sequence[Equipment], on_step: Callable[[int], None]
+    request: Generation, canvas: Canvas, equipment: Sequence[Equipment], on_step: Callable[[int], None]
 ) -> Task[list[NDArray[np.uint8]]]:
     """The task of a request, which returns pixels of shape (height, width, 3) for each image.
 
@@ -28,12 +28,11 @@ def begin(
     """
     crew = _crew(request, equipment)
     if isinstance(request, Img2Img):
-        assert canvas is not None
         return (yield from img2img.generate(request, canvas, crew, on_step))
     assert isinstance(request, Txt2Img)
     second = request.second_pass
     second_crew = _crew(second, equipment) if second else None
-    return (yield from txt2img.generate(request, crew, second_crew, on_step))
+    return (yield from txt2img.generate(request, canvas, crew, second_crew, on_step))
 
 
 def _crew(request: Generation, equipment: Sequence[Equipment]) -> Crew:

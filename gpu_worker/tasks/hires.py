@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 
 from gpu_worker import noise, samplers
+from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import LATENT_SCALE, Evaluation, Step, denoise
 from gpu_worker.job import JobError
-from gpu_worker.tasks.stages import Crew, as_tensor, counted, latents_of, no_context, pixels_of, plan
+from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of
+from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.weights import Models
 from services.common.payloads import Txt2Img
 from services.common.payloads.txt2img import LATENT_UPSCALERS, SecondPass
@@ -32,7 +33,7 @@ class Second:
     decoder: Models
 
 
-def begin(request: Txt2Img, first_crew: Crew, crew: Crew) -> Second:
+def begin(request: Txt2Img, canvas: Canvas, first_crew: Crew, crew: Crew) -> Second:
     """The second pass of a request that has one.
 
     Raises:
@@ -45,7 +46,7 @@ def begin(request: Txt2Img, first_crew: Crew, crew: Crew) -> Second:
             f"hr_checkpoint_name {request.hr_checkpoint_name} has latents of another family than the first pass, so "
             f"hr_upscaler {request.hr_upscaler} cannot scale them; Lanczos scales pixels"
         )
-    return Second(request, second, crew, plan(crew, second, partial(no_context, second)), first_crew.last)
+    return Second(request, second, crew, steps_of(second, crew, canvas), first_crew.last)
 
 
 def denoised(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 from gpu_worker import noise, samplers
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Step, Task, denoise
-from gpu_worker.tasks.stages import Crew, as_tensor, counted, latents_of, no_context, pixels_of, plan
+from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of
+from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.weights import Models
 from services.common.payloads import Img2Img
 from services.common.payloads.img2img import LATENT_NOISE, LATENT_NOTHING
@@ -26,7 +26,7 @@ def generate(
     Raises:
         JobError: a prompt is too long, or the latents became NaN.
     """
-    steps = plan(crew, request, partial(context, request, canvas))
+    steps = steps_of(request, crew, canvas)
     yield None
     originals = encoded(request, canvas, crew.base.models)
     images = []
@@ -88,15 +88,3 @@ def _kept(
         return stays * (1 - mask) + latents * mask
 
     return keep
-
-
-def context(request: Img2Img, canvas: Canvas, models: Models) -> torch.Tensor | None:
-    """What an inpainting UNet is told: the mask, and the originals with grey where they are to be painted."""
-    if canvas.mask is None or not models.is_inpainting:
-        return no_context(request, models)
-    stays = 1 - torch.from_numpy(np.around(canvas.mask))
-    rows = [latents_of(models, as_tensor(picture) * stays) for picture in canvas.pictures]
-    latents = torch.cat(rows).expand(request.batch_size, -1, -1, -1)
-    mask = torch.from_numpy(canvas.latent_mask)
-    mask_rows = mask.to(models.device).expand(request.batch_size, 1, -1, -1)
-    return torch.cat([mask_rows, latents], 1)

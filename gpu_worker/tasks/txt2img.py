@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gpu_worker import noise, samplers
+from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Step, Task, denoise
 from gpu_worker.tasks import hires
-from gpu_worker.tasks.stages import Crew, counted, no_context, pixels_of, plan
+from gpu_worker.tasks.stages import counted, pixels_of
+from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.weights import Models
 from services.common.payloads import Txt2Img
 
 
 def generate(
-    request: Txt2Img, crew: Crew, second_crew: Crew | None, on_step: Callable[[int], None]
+    request: Txt2Img, canvas: Canvas, crew: Crew, second_crew: Crew | None, on_step: Callable[[int], None]
 ) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels of shape (height, width, 3) for each image. `on_step` hears how many of steps x images are done.
 
@@ -28,8 +29,8 @@ def generate(
     Raises:
         JobError: a prompt is too long, or the latents became NaN.
     """
-    steps = plan(crew, request, partial(no_context, request))
-    second = hires.begin(request, crew, second_crew) if second_crew else None
+    steps = steps_of(request, crew, canvas)
+    second = hires.begin(request, canvas, crew, second_crew) if second_crew else None
     last = second.crew.last if second else crew.last
     images = []
     for batch in range(request.n_iter):

@@ -1,17 +1,17 @@
 """Owns how a test advances tasks without an engine: alone, or in company that joins and leaves between ticks."""
 
 from collections.abc import Generator
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from gpu_worker import weights
+from gpu_worker import hints, weights
 from gpu_worker.adapters import Adapters, Equipped
+from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Step, predict
-from gpu_worker.tasks import stages, txt2img
-from gpu_worker.tasks.stages import Crew
-from services.common.payloads import Generation, Txt2Img, check
+from gpu_worker.tasks import img2img, steering, txt2img
+from gpu_worker.tasks.steering import Crew
+from services.common.payloads import Generation, Img2Img, Txt2Img, check
 
 NO_ADAPTERS = Adapters()
 R = TypeVar("R", bound=Generation)
@@ -53,6 +53,13 @@ def txt2img_of(**fields: Any) -> Txt2Img:
     return request
 
 
+def img2img_of(**fields: Any) -> Img2Img:
+    """The request of an img2img payload."""
+    request = check("img2img", fields, "job")
+    assert isinstance(request, Img2Img)
+    return request
+
+
 def changed(request: R, **changes: Any) -> R:
     """The request with other values, checked again."""
     return type(request).model_validate(request.model_dump() | changes)
@@ -63,17 +70,27 @@ def crew(models: weights.Models, adapters: Adapters = NO_ADAPTERS, refiner: weig
     return Crew(Equipped(models, adapters), Equipped(refiner) if refiner else None)
 
 
-def plan(request: Generation, models: weights.Models, adapters: Adapters = NO_ADAPTERS) -> list[Step]:
+def steps_of(request: Generation, models: weights.Models) -> list[Step]:
     """What each step of a request without a picture is made with."""
-    return stages.plan(crew(models, adapters), request, partial(stages.no_context, request))
+    return steering.steps_of(request, crew(models), Canvas())
 
 
 def latents(
     request: Txt2Img, models: weights.Models, adapters: Adapters = NO_ADAPTERS, refiner: weights.Models | None = None
 ) -> Generator[Any, Any, torch.Tensor]:
     """The task of a request's first batch up to its final latents."""
-    steps = stages.plan(crew(models, adapters, refiner), request, partial(stages.no_context, request))
+    steps = steering.steps_of(request, crew(models, adapters, refiner), hints.prepared(request))
     return (yield from txt2img.denoised(request, models, steps, 0, lambda _: None))
+
+
+def img2img_latents(
+    request: Img2Img, models: weights.Models, adapters: Adapters = NO_ADAPTERS
+) -> Generator[Any, Any, torch.Tensor]:
+    """The task of a request's first batch up to its final latents."""
+    canvas = hints.prepared(request)
+    originals = img2img.encoded(request, canvas, models)
+    steps = steering.steps_of(request, crew(models, adapters), canvas)
+    return (yield from img2img.denoised(request, canvas, models, originals, steps, 0, lambda _: None))
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

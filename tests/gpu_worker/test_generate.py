@@ -6,18 +6,22 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import cv2
 import grpc
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save
 
 from esd.worker.v1 import worker_pb2, worker_pb2_grpc
+from gpu_worker import tiny
 from gpu_worker.job import to_python
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
 from services.common.payloads import check
+from tests.gpu_worker import tiny_controlnet
 from tests.gpu_worker.conftest import ObjectStore
 from tests.pictures import encoded, mask, noise
 from tests.serving import Tokens
@@ -153,6 +157,30 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     add_model(spec, store, "Lora", "wrong.safetensors", wrong)
     reason = (await generate(spec))[-1].failed.reason
     assert reason.startswith("wrong.safetensors is a LoRA for another architecture than tiny.safetensors")
+
+
+async def test_what_a_controlnet_looked_at_is_a_picture_of_the_result(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    image = noise(seed=4)
+    unit = {"model": "canny", "module": "canny", "image": encoded(image), "processor_res": 64, "weight": 0.5}
+    spec = make_spec(alwayson_scripts={"controlnet": {"args": [unit]}})
+    state = tiny_controlnet.make(UNet2DConditionModel(**tiny.config()["unet"]), 0).state_dict()
+    sha256 = add_model(spec, store, "ControlNet", "canny.safetensors", state)
+    plain = make_spec()
+    done = [(await generate(each))[-1].done for each in (spec, plain)]
+    assert [image.name for image in done[0].images] == ["image_0.png", "image_1.png"]
+    controlled, seen = (Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_{i}.png"])) for i in (0, 1))
+    other = Image.open(io.BytesIO(store.objects[f"{plain.job_id}/image_0.png"]))
+    assert controlled.tobytes() != other.tobytes()
+    assert np.array_equal(np.asarray(seen)[..., 0], cv2.Canny(np.asarray(image), 100, 200))
+    text = f'ControlNet 0: "Module: canny, Model: canny [{sha256[:8]}], Weight: 0.5, '
+    assert text in controlled.text["parameters"]
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    info = json.loads(param["info"])
+    assert info["hashes"]["controlnet:canny"] == sha256
+    assert len(info["infotexts"]) == 1
+    assert param["parameters"]["controlnet"][0]["image"] is None
 
 
 async def test_a_second_pass_makes_a_larger_picture(generate: Any, store: ObjectStore, make_spec: Any) -> None:

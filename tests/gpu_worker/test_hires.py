@@ -10,10 +10,11 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from gpu_worker import weights
+from gpu_worker.canvas import Canvas
 from gpu_worker.tasks import hires, stages, txt2img
 from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, plan, txt2img_of
+from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, steps_of, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of
 
 REQUEST = txt2img_of(
@@ -47,7 +48,7 @@ def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: py
 def final_latents(request: Txt2Img, models: weights.Models) -> Any:
     """A task of both passes up to the final latents."""
     first = yield from latents(request, models)
-    second = hires.begin(request, crew(models), crew(models))
+    second = hires.begin(request, Canvas(), crew(models), crew(models))
     return (yield from hires.denoised(second, first, 0, lambda _: None))
 
 
@@ -113,7 +114,7 @@ def test_what_is_too_much_is_cut_evenly(models: weights.Models) -> None:
 def test_both_passes_count_as_steps_and_make_the_larger_picture(models: weights.Models) -> None:
     progress: list[int] = []
     request = changed(REQUEST, n_iter=2)
-    images = drive([(0, txt2img.generate(request, crew(models), crew(models), progress.append))])[0]
+    images = drive([(0, txt2img.generate(request, Canvas(), crew(models), crew(models), progress.append))])[0]
     assert progress == list(range(1, 11))
     assert [image.shape for image in images] == [(96, 96, 3)] * 2
 
@@ -123,7 +124,7 @@ def test_parts_of_a_changing_prompt_go_on_counting_in_the_second_pass(models: we
     request = changed(REQUEST, prompt="[a:b:1.5] [c:d:4] [e:f:0.5]")
     second = request.second_pass
     assert second is not None
-    found = [step.guidance for step in plan(second, models)]
+    found = [step.guidance for step in steps_of(second, models)]
     for step, text in enumerate(("a c f", "b d f")):
-        same = plan(txt2img_of(prompt=text, width=96, height=96), models)[0].guidance
+        same = steps_of(txt2img_of(prompt=text, width=96, height=96), models)[0].guidance
         assert torch.equal(found[step].positives[0][0].text, same.positives[0][0].text)

@@ -1,8 +1,6 @@
 """img2img and inpainting against diffusers' own pipelines, given the same latents and noise."""
 
 import json
-from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker import tiny, weights
 from gpu_worker.canvas import Canvas, prepared
-from gpu_worker.tasks import img2img, stages
-from services.common.payloads import Img2Img, check, samplers
+from gpu_worker.tasks import img2img
+from services.common.payloads import Img2Img, samplers
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, changed, crew, drive, plan
+from tests.gpu_worker.driving import assert_close, changed, crew, drive, img2img_latents, img2img_of, steps_of
 from tests.gpu_worker.reference import BETAS, pipeline_of, scheduler_of
 from tests.pictures import encoded, mask, noise
-
-
-def img2img_of(**fields: Any) -> Img2Img:
-    request = check("img2img", fields, "job")
-    assert isinstance(request, Img2Img)
-    return request
-
 
 REQUEST = img2img_of(
     prompt="a red circle",
@@ -69,14 +60,6 @@ def parts(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("config")
     parts: dict[str, Any] = pipeline_of(tiny_checkpoint, models.text_encoders[0].tokenizer, folder).components
     return parts
-
-
-def latents(request: Img2Img, models: weights.Models) -> Generator[Any, Any, torch.Tensor]:
-    """The task of a request's first batch up to its final latents."""
-    canvas = prepared(request)
-    originals = img2img.encoded(request, canvas, models)
-    steps = stages.plan(crew(models), request, partial(img2img.context, request, canvas))
-    return (yield from img2img.denoised(request, canvas, models, originals, steps, 0, lambda _: None))
 
 
 def original(vae: Any, image: Any = None, keep: Any = 1) -> torch.Tensor:
@@ -134,7 +117,7 @@ def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(
         )
         for index, name in enumerate(names)
     ]
-    tasks = [(2 * index % 5, latents(request, models)) for index, request in enumerate(requests)]
+    tasks = [(2 * index % 5, img2img_latents(request, models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, of_pipeline(StableDiffusionImg2ImgPipeline, parts, request))
 
@@ -148,7 +131,7 @@ def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(
         changed(MASKED, sampler_name=name, seed=index, steps=4 + index % 3, denoising_strength=(0.3, 0.6)[index % 2])
         for index, name in enumerate(names)
     ]
-    tasks = [(2 * index % 5, latents(request, models)) for index, request in enumerate(requests)]
+    tasks = [(2 * index % 5, img2img_latents(request, models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, of_inpainting(parts, request))
 
@@ -159,7 +142,7 @@ def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, timestep_spacing="leading")
     alphas = scheduler.alphas_cumprod
     times = [1 + 125 * step for step in range(8)][::-1][request.first_step :]
-    positive = plan(request, models)[0].guidance.positives[0][0]
+    positive = steps_of(request, models)[0].guidance.positives[0][0]
 
     def epsilon(x: torch.Tensor, time: int) -> torch.Tensor:
         return models.unet(x, time, positive.text, return_dict=False)[0]
@@ -181,7 +164,7 @@ def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights
                 3: lambda h: (23 * h[-1] - 16 * h[-2] + 5 * h[-3]) / 12,
             }.get(len(history), lambda h: (55 * h[-1] - 59 * h[-2] + 37 * h[-3] - 9 * h[-4]) / 24)(history)
             x = transferred(x, combined, time)
-    assert_close(drive([(0, latents(request, models))])[0], x)
+    assert_close(drive([(0, img2img_latents(request, models))])[0], x)
 
 
 @pytest.mark.parametrize(("strength", "num_steps"), [(0.0, 1), (0.5, 11), (0.75, 16), (1.0, 20), (0.049, 1)])
@@ -197,13 +180,13 @@ def test_an_inpainting_unet_reads_the_mask_and_what_stays(parts: dict[str, Any],
     known = original(parts["vae"], keep=stays)
     with_unet = parts | {"unet": inpainting.unet}
     requests = [changed(MASKED, seed=seed, sampler_name=name) for seed, name in enumerate(("Euler a", "DDIM"))]
-    tasks = [(index, latents(request, inpainting)) for index, request in enumerate(requests)]
+    tasks = [(index, img2img_latents(request, inpainting)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
         assert_close(found, of_inpainting(with_unet, request, masked_image_latents=known))
 
 
 def test_without_a_mask_an_inpainting_unet_paints_all_on_grey(inpainting: weights.Models) -> None:
-    task = latents(REQUEST, inpainting)
+    task = img2img_latents(REQUEST, inpainting)
     with torch.inference_mode():
         wish = next(task)
         assert wish.step.context is not None
@@ -249,7 +232,7 @@ def test_fills_differ_in_what_the_masked_part_begins_as(models: weights.Models) 
     for fill in range(4):
         request = changed(MASKED, inpainting_fill=fill, sampler_name="DDIM", denoising_strength=0.3)
         with torch.inference_mode():
-            starts[fill] = next(latents(request, models)).x
+            starts[fill] = next(img2img_latents(request, models)).x
     clean = original(models.vae)
     scheduler = scheduler_of("DDIM", 0)
     scheduler.set_timesteps(6)
@@ -285,8 +268,8 @@ def test_a_picture_of_another_size_is_scaled_as_latents_when_asked(models: weigh
 
 def test_the_noise_can_be_multiplied(models: weights.Models) -> None:
     with torch.inference_mode():
-        one = next(latents(REQUEST, models)).x
-        none = next(latents(changed(REQUEST, initial_noise_multiplier=0), models)).x
+        one = next(img2img_latents(REQUEST, models)).x
+        none = next(img2img_latents(changed(REQUEST, initial_noise_multiplier=0), models)).x
     assert not torch.allclose(one, none)
     scheduler = scheduler_of("Euler", 0)
     scheduler.set_timesteps(6)

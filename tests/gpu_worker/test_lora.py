@@ -14,7 +14,7 @@ from gpu_worker.adapters import Adapters
 from gpu_worker.job import JobError
 from services.common.payloads.prompts import Lora
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.driving import assert_close, drive, latents, plan, txt2img_of
+from tests.gpu_worker.driving import assert_close, drive, latents, steps_of, txt2img_of
 
 Weights = dict[str, torch.Tensor]
 REQUEST = {"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 3}
@@ -184,10 +184,10 @@ def test_what_does_not_fit_is_refused_by_name(
 
 def test_several_texts_and_changing_texts_have_the_guidance_of_their_step(models: weights.Models) -> None:
     request = txt2img_of(prompt="[a cat:a dog:0.5] AND [red|blue] :0.5", negative_prompt="[bad:1]", steps=4)
-    found = [step.guidance for step in plan(request, models)]
+    found = [step.guidance for step in steps_of(request, models)]
 
     def expected(text: str) -> torch.Tensor:
-        return plan(txt2img_of(prompt=text, cfg_scale=1), models)[0].guidance.positives[0][0].text
+        return steps_of(txt2img_of(prompt=text, cfg_scale=1), models)[0].guidance.positives[0][0].text
 
     for step, (texts, negative) in enumerate(
         [

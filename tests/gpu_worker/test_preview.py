@@ -12,8 +12,9 @@ from PIL import Image
 
 from esd.inference.v1 import inference_pb2
 from gpu_worker.audience import Audience
+from gpu_worker.clean import clean_latents, prediction_of
 from gpu_worker.core import Core
-from gpu_worker.preview import MAX_SIZE, clean_latents, colours
+from gpu_worker.preview import MAX_SIZE, colours
 from gpu_worker.run import Run
 from gpu_worker.stream import WorkStream
 from gpu_worker.worker import Worker
@@ -33,7 +34,9 @@ def test_a_perfect_prediction_shows_the_clean_latents(kind: str, timestep: float
     alpha = float(np.cumprod(1 - betas)[round(timestep)])
     x = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
     prediction = noise if kind == "epsilon" else alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
-    found = clean_latents(x, timestep, prediction, CONFIG | {"prediction_type": kind})
+    config = CONFIG | {"prediction_type": kind}
+    found = clean_latents(x, timestep, prediction, config)
+    assert torch.allclose(prediction_of(x, timestep, found, config), prediction, atol=1e-4)
     assert torch.allclose(found, clean.float(), atol=1e-4)
 
 

@@ -1,6 +1,5 @@
 """SDXL: a tiny checkpoint in Stability's layout against diffusers' own pipeline."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,18 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from gpu_worker import prompt, weights
-from gpu_worker.canvas import prepared
-from gpu_worker.tasks import img2img, stages, txt2img
-from services.common.payloads import Img2Img, check
-from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
+from gpu_worker.canvas import Canvas, prepared
+from gpu_worker.tasks import img2img, txt2img
+from tests.gpu_worker.driving import (
+    assert_close,
+    changed,
+    crew,
+    drive,
+    img2img_latents,
+    img2img_of,
+    latents,
+    txt2img_of,
+)
 from tests.gpu_worker.reference import pipeline_latents, scheduler_of
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make
 from tests.pictures import encoded, noise
@@ -48,7 +55,7 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pi
         generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
         output_type="np",
     ).images
-    pixels = np.stack(drive([(0, txt2img.generate(REQUEST, crew(models), None, lambda _: None))])[0])
+    pixels = np.stack(drive([(0, txt2img.generate(REQUEST, Canvas(), crew(models), None, lambda _: None))])[0])
     assert np.abs(pixels / 255 - expected).max() <= 0.5 / 255 + 1e-5
 
 
@@ -73,13 +80,9 @@ def test_a_job_in_company_has_the_latents_of_the_diffusers_pipeline(models: weig
 
 def test_img2img_has_the_latents_of_the_diffusers_pipeline(sdxl: TinySdxl, models: weights.Models) -> None:
     fields = {"prompt": "a red circle", "steps": 6, "width": 64, "height": 64, "seed": 3, "denoising_strength": 0.5}
-    request = check("img2img", fields | {"init_images": [encoded(noise())]}, "job")
-    assert isinstance(request, Img2Img)
+    request = img2img_of(**fields, init_images=[encoded(noise())])
     with torch.inference_mode():
-        canvas = prepared(request)
-        originals = img2img.encoded(request, canvas, models)
-        steps = stages.plan(crew(models), request, partial(img2img.context, request, canvas))
-    task = img2img.denoised(request, canvas, models, originals, steps, 0, lambda _: None)
+        originals = img2img.encoded(request, prepared(request), models)
     reference = StableDiffusionXLImg2ImgPipeline(**sdxl.components)
     reference.scheduler = scheduler_of("Euler", 0)
     reference.set_progress_bar_config(disable=True)
@@ -94,7 +97,7 @@ def test_img2img_has_the_latents_of_the_diffusers_pipeline(sdxl: TinySdxl, model
         generator=[torch.Generator().manual_seed(3)],
         output_type="latent",
     ).images
-    assert_close(drive([(0, task)])[0], expected)
+    assert_close(drive([(0, img2img_latents(request, models))])[0], expected)
 
 
 @pytest.mark.parametrize("text", ["", "a cat", "A photo, of: a cat; 8k B&W", "word, " * 37])

@@ -10,6 +10,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from gpu_worker import weights
+from gpu_worker.canvas import Canvas
 from gpu_worker.job import JobError
 from gpu_worker.tasks import txt2img
 from services.common.payloads import Generation, samplers
@@ -41,7 +42,7 @@ def pipeline(tiny_checkpoint: Path, models: weights.Models, tmp_path_factory: py
 def run(request: Generation, models: weights.Models) -> tuple[list[int], np.ndarray]:
     """Progress and pixels."""
     progress: list[int] = []
-    images = drive([(0, txt2img.generate(request, crew(models), None, progress.append))])[0]
+    images = drive([(0, txt2img.generate(request, Canvas(), crew(models), None, progress.append))])[0]
     return progress, np.stack(images)
 
 

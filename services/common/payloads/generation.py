@@ -12,7 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from services.common.payloads import prompts, samplers
 from services.common.payloads.base import Payload
-from services.common.payloads.scripts import check_scripts, refiner_of
+from services.common.payloads.controlnet import Unit
+from services.common.payloads.scripts import as_fields, check_scripts
 from services.common.payloads.showing import shown
 
 MAX_IMAGES = 64
@@ -20,6 +21,7 @@ MAX_SIDE = 4096
 _LARGEST_EXACT_INTEGER = 2**53 - 1  # payloads travel as JSON numbers
 # GPU-seconds of one step at 512x512. Only ratios between jobs matter to the queue, so any constant will do.
 _STEP_SECONDS = 0.05
+_CONTROLNET_PART = 0.4  # of a UNet: its way down and its middle
 _OFF = (False, 0, "", "None", "none")
 # What would change the picture and cannot be had, and what is possible instead.
 _REFUSED = {
@@ -49,6 +51,8 @@ class Generation(Payload):
     """One job's request. Sizes are in pixels; those of `seed_resize_from` are used where both are > 0."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(_WITHOUT_EFFECT)
+    # Whether the job paints on a picture.
+    has_picture: ClassVar[bool] = False
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -76,6 +80,7 @@ class Generation(Payload):
     refiner_checkpoint: str = ""
     refiner_switch_at: float = Field(0.8, ge=0, le=1)
     refiner_pass: Literal["first pass", "second pass", "both passes"] = REFINE_SECOND
+    controlnet: list[Unit] = Field(default=[])
     # The prompt's tags are taken out, and do nothing.
     disable_extra_networks: bool = False
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
@@ -92,7 +97,7 @@ class Generation(Payload):
         given.setdefault("ignored", ignored)
         name = given.get("sampler_name") or given.get("sampler_index") or "Euler"
         given["sampler_name"] = samplers.find(name, given.get("scheduler"))
-        given |= refiner_of(given.get("alwayson_scripts"))
+        given |= as_fields(given.get("alwayson_scripts"))
         if given.get("refiner_checkpoint") in _OFF:
             given.pop("refiner_checkpoint", None)
         settings = given.get("override_settings")
@@ -121,11 +126,14 @@ class Generation(Payload):
 
     @model_validator(mode="after")
     def _bounded(self) -> Generation:
-        if self.num_images > MAX_IMAGES:
+        if self.num_painted > MAX_IMAGES:
             raise ValueError(
-                f"batch_size {self.batch_size} times n_iter {self.n_iter} is {self.num_images} images; "
+                f"batch_size {self.batch_size} times n_iter {self.n_iter} is {self.num_painted} images; "
                 f"at most {MAX_IMAGES} are possible"
             )
+        for index, unit in enumerate(self.controlnet):
+            if unit.image is None and not self.has_picture:
+                raise ValueError(f"controlnet unit {index} is enabled, but has no image")
         return self
 
     @property
@@ -167,9 +175,14 @@ class Generation(Payload):
         return [("refiner_checkpoint", self.refiner)] if self.refiner else []
 
     @property
-    def num_images(self) -> int:
-        """How many pictures the job makes."""
+    def num_painted(self) -> int:
+        """How many pictures are painted."""
         return self.batch_size * self.n_iter
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures the job makes: those, and what ControlNet looked at."""
+        return self.num_painted + sum(unit.save_detected_map for unit in self.controlnet)
 
     @property
     def num_steps(self) -> int:
@@ -199,7 +212,8 @@ class Generation(Payload):
     @property
     def cost_seconds(self) -> float:
         """The job's estimated GPU time, up to a constant factor."""
-        return _STEP_SECONDS * self.num_steps * self.num_images * self.width * self.height / (512 * 512)
+        step_seconds = _STEP_SECONDS * (1 + _CONTROLNET_PART * len(self.controlnet))
+        return step_seconds * self.num_steps * self.num_painted * self.width * self.height / (512 * 512)
 
     @property
     def all_loras(self) -> tuple[prompts.Lora, ...]:
@@ -210,6 +224,11 @@ class Generation(Payload):
     def all_text(self) -> str:
         """The prompts of all passes."""
         return f"{self.prompt} {self.negative_prompt}"
+
+    def echo(self) -> dict[str, Any]:
+        """Without the pictures: they are large, and their owner has them."""
+        units = [unit.model_dump() | {"image": None, "mask": None} for unit in self.controlnet]
+        return super().echo() | {"controlnet": units}
 
     def seed_of(self, image: int) -> int:
         """The seed of an image: those of a variation share one, and differ in their subseeds."""

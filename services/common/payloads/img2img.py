@@ -19,6 +19,8 @@ class Img2Img(Generation):
 
     without_effect: ClassVar[frozenset[str]] = Generation.without_effect | {"image_cfg_scale"}
 
+    has_picture: ClassVar[bool] = True
+
     init_images: list[str] = Field(min_length=1, max_length=8)
     denoising_strength: float = Field(0.75, ge=0, le=1)
     resize_mode: int = Field(JUST_RESIZE, ge=0, le=3)
@@ -68,5 +70,5 @@ class Img2Img(Generation):
         return int(min(self.denoising_strength, _MAX_STRENGTH) * self.steps) + 1
 
     def echo(self) -> dict[str, Any]:
-        """Without the pictures: they are large, and their owner has them."""
+        """Without the pictures."""
         return super().echo() | {"init_images": None, "mask": None}

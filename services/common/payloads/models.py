@@ -9,14 +9,14 @@ from pathlib import PurePosixPath
 from services.common.errors import InvalidArgument
 from services.common.payloads.generation import Generation
 
-BASE, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
+BASE, VAE, LORA, EMBEDDING, CONTROLNET = "Stable-diffusion", "VAE", "Lora", "embeddings", "ControlNet"
 PSEUDO_VAES = ("Automatic", "None")
 _HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
 
 
 def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     """Positions in `models`, which are pairs of type and file name: the base model first, then other checkpoints,
-    the VAE if there is one, the LoRAs in the prompt's order, and the embeddings that a prompt mentions.
+    the VAE if there is one, the LoRAs in the prompt's order, ControlNets, and the embeddings that a prompt mentions.
 
     Raises:
         InvalidArgument: the request names a model that is not among them.
@@ -29,6 +29,8 @@ def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     found += [find(models, BASE, name, field) for field, name in request.other_checkpoints]
     found += _vae(request, models)
     found += [find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
+    for index, unit in enumerate(request.controlnet):
+        found.append(find(models, CONTROLNET, unit.model, f"controlnet unit {index}"))
     texts = request.all_text.lower()
     found += [index for index, (kind, name) in enumerate(models) if kind == EMBEDDING and stem(name).lower() in texts]
     return list(dict.fromkeys(found))
@@ -48,7 +50,8 @@ def _vae(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
 
 
 def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) -> int:
-    """The position of a model by its file's name or stem. `field` is what names it.
+    """The position of a model by its file's name or stem, of a ControlNet also by its beginning. `field` is what names
+    it.
 
     Raises:
         InvalidArgument: it is not among them.
@@ -57,6 +60,10 @@ def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) ->
     for wanted, known in ((name, lambda model: model), (stem(name), stem), (name, stem)):
         for index, model in same_kind.items():
             if known(model) == wanted:
+                return index
+    if kind == CONTROLNET:
+        for index, model in same_kind.items():
+            if model.startswith(stem(name)):
                 return index
     there = ", ".join(same_kind.values()) or "none"
     raise InvalidArgument(f"{field} names {name}, which is not among the job's models of type {kind}; there: {there}")

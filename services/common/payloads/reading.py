@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -89,8 +90,19 @@ def _sentence(problem: Any, task: type[Payload]) -> str:
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] in {"greater_than_equal", "less_than_equal"}:
-        rules = task.model_json_schema()["properties"][first]
+        rules = _rules(task, problem["loc"])
         return f"{name} {value} is out of range: {rules['minimum']} to {rules['maximum']} is possible"
     if problem["type"] == "multiple_of":
         return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
     return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _rules(task: type[Payload], path: Sequence[str | int]) -> dict[str, Any]:
+    """The JSON schema of a field, which may lie in an object of a list."""
+    whole = task.model_json_schema()
+    rules: dict[str, Any] = whole
+    for part in path:
+        rules = rules["items"] if isinstance(part, int) else rules["properties"][part]
+        if "$ref" in rules:
+            rules = whole["$defs"][rules["$ref"].rpartition("/")[2]]
+    return rules

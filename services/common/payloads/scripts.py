@@ -5,10 +5,11 @@ Those are refused by name when they are switched on. A script that is off, or th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from services.common.payloads.controlnet import units
 from services.common.payloads.showing import shown
 
 
@@ -53,34 +54,45 @@ def check_scripts(scripts: Any) -> list[str]:
         ValueError: one that cannot be had is switched on.
     """
     unknown = []
-    for name, script in (scripts if isinstance(scripts, dict) else {}).items():
-        arguments = script.get("args") if isinstance(script, dict) else None
-        arguments = arguments if isinstance(arguments, list) else []
+    for name, arguments in _arguments(scripts):
         known = name.strip().lower()
         refused = _REFUSED.get(known)
         if refused is not None and refused.is_on(arguments):
             raise ValueError(f"the script {shown(name)} cannot be run here: {refused.instead}")
-        if known == "controlnet":
-            _check_units(arguments)
-        elif refused is None and known not in {*_HARMLESS, "refiner"} and arguments:
+        if refused is None and known not in {*_HARMLESS, *_FIELDS} and arguments:
             unknown.append(f"script {name}")
     return unknown
 
 
-def refiner_of(scripts: Any) -> dict[str, Any]:
-    """What the script `refiner` says, as fields of the payload: [enabled, checkpoint, switch at]."""
+def as_fields(scripts: Any) -> dict[str, Any]:
+    """What scripts say that are part of the payload here.
+
+    Raises:
+        ValueError: one of them cannot be had as it is.
+    """
+    found: dict[str, Any] = {}
+    for name, arguments in _arguments(scripts):
+        read = _FIELDS.get(name.strip().lower())
+        if read is not None:
+            found |= read(arguments)
+    return found
+
+
+def _arguments(scripts: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Each script's name and arguments."""
     for name, script in (scripts if isinstance(scripts, dict) else {}).items():
-        if name.strip().lower() == "refiner" and isinstance(script, dict) and isinstance(script.get("args"), list):
-            arguments = script["args"]
-            if _first_is_true(arguments):
-                fields = ("refiner_checkpoint", "refiner_switch_at")
-                return dict(zip(fields, arguments[1:], strict=False))
-    return {}
+        arguments = script.get("args") if isinstance(script, dict) else None
+        yield name, arguments if isinstance(arguments, list) else []
 
 
-def _check_units(units: list[Any]) -> None:
-    """ControlNet units: one is on unless it says otherwise, and does nothing without a model."""
-    for index, unit in enumerate(units):
-        if not isinstance(unit, dict) or unit.get("enabled") is False or unit.get("model") in {None, "", "None"}:
-            continue
-        raise ValueError(f"controlnet unit {index} is enabled: ControlNet is not supported yet; disable the unit")
+def _refiner(arguments: list[Any]) -> dict[str, Any]:
+    """[enabled, checkpoint, switch at]."""
+    if not _first_is_true(arguments):
+        return {}
+    return dict(zip(("refiner_checkpoint", "refiner_switch_at"), arguments[1:], strict=False))
+
+
+_FIELDS: dict[str, Callable[[list[Any]], dict[str, Any]]] = {
+    "refiner": _refiner,
+    "controlnet": lambda arguments: {"controlnet": units(arguments)},
+}

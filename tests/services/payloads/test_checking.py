@@ -51,6 +51,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "refiner_checkpoint": "",
         "refiner_switch_at": 0.8,
         "refiner_pass": "second pass",
+        "controlnet": [],
         "vae_name": "",
         "disable_extra_networks": False,
         "ignored": ["unknown_field", "script mystery"],
@@ -185,7 +186,6 @@ def test_the_checked_form_is_its_own_checked_form() -> None:
         ({"Tiled Diffusion": {"args": [True]}}, 'the script "Tiled Diffusion" cannot be run here'),
         ({"ADetailer": {"args": [True, False, {"ad_model": "face_yolov8n.pt"}]}}, '"ADetailer" cannot be run here'),
         ({"AnimateDiff": {"args": [{"enabled": True}]}}, '"AnimateDiff" cannot be run here: pictures are possible'),
-        ({"controlnet": {"args": [{"model": "canny [abc]", "module": "canny"}]}}, "controlnet unit 0 is enabled"),
     ],
 )
 def test_a_script_that_cannot_be_had_is_refused_by_name_when_it_is_on(scripts: object, sentence: str) -> None:

@@ -1,0 +1,171 @@
+"""ControlNet units as the extension's API sends them: a model, what it looks at, and how much it may say when.
+
+What prepares the picture (`module`) must need no weights; those that do are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from services.common.payloads import pictures
+from services.common.payloads.showing import shown
+
+RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
+STRETCHED, CROPPED, FILLED = RESIZE_MODES
+CONTROL_MODES = ("Balanced", "My prompt is more important", "ControlNet is more important")
+BALANCED, PROMPT, CONTROL = CONTROL_MODES
+PASSES = ("Both", "Low res only", "High res only")
+BOTH, LOW_RES, HIGH_RES = PASSES
+INPAINT_ONLY = "inpaint_only"
+INPAINT = ("inpaint", INPAINT_ONLY)
+_MAX_UNITS = 10
+_NOTHING = (None, "", "None", "none")
+_IN_PARENTHESES = re.compile(r"\s*\(.*\)$")
+# Older spellings of the extension's API.
+_FIELDS = {"input_image": "image", "guidance": "guidance_end"}
+_VALUES = {
+    "Scale to Fit (Inner Fit)": STRETCHED,
+    "Inner Fit (Scale to Fit)": CROPPED,
+    "Outer Fit (Shrink to Fit)": FILLED,
+    "Envelope (Outer Fit)": FILLED,
+}
+_MODULES = {"inpaint_global_harmonious": "inpaint", "t2ia_color_grid": "color"}
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Default, least and largest value of each threshold that it has. Beyond its bounds the default counts, as in the
+    extension."""
+
+    thresholds: tuple[tuple[float, float, float], ...] = ()
+
+    def value(self, index: int, given: float | None) -> float:
+        """The threshold of that index; 0 where it has none."""
+        if index >= len(self.thresholds):
+            return 0.0
+        default, least, largest = self.thresholds[index]
+        return default if given is None or not least <= given <= largest else given
+
+
+PREPROCESSORS = {
+    "none": Preprocessor(),
+    "canny": Preprocessor(((100, 1, 255), (200, 1, 255))),
+    "invert": Preprocessor(),
+    "threshold": Preprocessor(((127, 0, 255),)),
+    "lineart_standard": Preprocessor(),
+    "scribble_xdog": Preprocessor(((32, 1, 64),)),
+    "blur_gaussian": Preprocessor(((9, 0.01, 64),)),
+    "tile_resample": Preprocessor(((1, 1, 8),)),
+    "tile_colorfix": Preprocessor(((8, 3, 32),)),
+    "shuffle": Preprocessor(),
+    "color": Preprocessor(),
+    "recolor_luminance": Preprocessor(((1, 0.1, 2),)),
+    "recolor_intensity": Preprocessor(((1, 0.1, 2),)),
+    "inpaint": Preprocessor(),
+    "inpaint_only": Preprocessor(),
+}
+
+
+class Unit(BaseModel):
+    """A unit that is on. Pictures are base64; where there is none, img2img's own is looked at."""
+
+    model: str
+    # What prepares the picture, and its thresholds.
+    module: str = "none"
+    threshold_a: float = 0
+    threshold_b: float = 0
+    # Pixels of the shorter side at which the module looks at the picture; 0: as many as the job has.
+    processor_res: int = Field(512, ge=0, le=2048)
+    image: str | None = None
+    mask: str | None = None
+    weight: float = Field(1.0, ge=0, le=2)
+    # The part of the steps in which it has a say.
+    guidance_start: float = Field(0.0, ge=0, le=1)
+    guidance_end: float = Field(1.0, ge=0, le=1)
+    resize_mode: str = CROPPED
+    control_mode: str = BALANCED
+    # In which of two passes.
+    hr_option: str = BOTH
+    # What it looks at is a picture of the result.
+    save_detected_map: bool = True
+
+    def acts_in(self, step: int, num_steps: int) -> bool:
+        """Whether it has a say in that step, counted from 0."""
+        return self.weight > 0 and self.guidance_start <= step / num_steps <= self.guidance_end
+
+
+def units(arguments: list[Any]) -> list[dict[str, Any]]:
+    """The fields of those units that are on: one is, unless it says otherwise, when it has a model.
+
+    Raises:
+        ValueError: a unit that is on cannot be had; the message names it by its place in the list.
+    """
+    found = []
+    for index, given in enumerate(arguments):
+        if isinstance(given, dict) and given.get("enabled") is not False:
+            unit = _unit(
+                f"controlnet unit {index}", {_FIELDS.get(name) or name: value for name, value in given.items()}
+            )
+            found += [unit] if unit else []
+    if len(found) > _MAX_UNITS:
+        raise ValueError(f"{len(found)} controlnet units are enabled; at most {_MAX_UNITS} are possible")
+    return found
+
+
+def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
+    fields = {field: value for field, value in given.items() if field in Unit.model_fields and value is not None}
+    module = _IN_PARENTHESES.sub("", str(fields.get("module", "none"))).strip().lower()
+    module = _MODULES.get(module, module)
+    model = str(fields.get("model", "None"))
+    if module.startswith(("reference", "revision", "ip-adapter")) or "ip-adapter" in model.lower():
+        raise ValueError(f"{name}: {shown(module)} is no ControlNet, and cannot be run here; disable the unit")
+    if model in _NOTHING:
+        return None
+    if module not in PREPROCESSORS:
+        possible = ", ".join(PREPROCESSORS)
+        raise ValueError(f"{name}: the module {shown(module)} needs weights that are not here; possible: {possible}")
+    for field, choices in (("resize_mode", RESIZE_MODES), ("control_mode", CONTROL_MODES), ("hr_option", PASSES)):
+        if field in fields:
+            fields[field] = _choice(f"{name}: {field}", fields[field], choices)
+    for index, field in enumerate(("threshold_a", "threshold_b")):
+        value = fields.get(field)
+        fields[field] = PREPROCESSORS[module].value(index, value if isinstance(value, int | float) else None)
+    if given.get("pixel_perfect") is True or fields.get("processor_res", 0) == -1:
+        fields["processor_res"] = 0 if given.get("pixel_perfect") is True else 512
+    return fields | {"module": module, "model": model} | _pictures(name, given)
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of the choices, by its words or its place."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
+        return choices[value]
+    known = {choice.lower(): choice for choice in choices}
+    found = known.get(str(_VALUES.get(value, value) if isinstance(value, str) else value).lower())
+    if found is None:
+        raise ValueError(f"{name} {shown(value)} is not known; possible: {', '.join(choices)}")
+    return found
+
+
+def _pictures(name: str, given: dict[str, Any]) -> dict[str, str | None]:
+    """The picture and the mask, which a client may send as one object.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    image: Any = given.get("image")
+    mask: Any = given.get("mask")
+    if isinstance(image, list | tuple):
+        image, mask = (*image, None, None)[:2]
+    if isinstance(image, dict):
+        image, mask = image.get("image"), image.get("mask", mask)
+    found = {"image": image or None, "mask": mask or None}
+    for field, text in found.items():
+        if text is not None:
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: {field} is no picture in base64")
+            pictures.check(text, f"{name}: {field}")
+    return found

@@ -18,6 +18,7 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 
 from gpu_worker.cache import CachedModel
 from gpu_worker.job import JobError
+from gpu_worker.tiling import circular
 from gpu_worker.weights import Models, Weights, read
 from services.common.payloads.controlnet import BALANCED, CONTROL
 from services.common.payloads.models import stem
@@ -117,7 +118,10 @@ class Residuals:
     """What ControlNets add to a UNet call. All its parts have the same nets, in the same order; a part has some rows,
     and is the negative one or not."""
 
-    def __init__(self, parts: Sequence[tuple[tuple[Control, ...], bool]], counts: Sequence[int]) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[tuple[Control, ...], bool]], counts: Sequence[int], tiling: bool = False
+    ) -> None:
+        self._tiling = tiling
         self._nets = [control.net for control in parts[0][0]] if parts else []
         self._hints, self._scales = [], []
         for index in range(len(self._nets)):
@@ -135,9 +139,10 @@ class Residuals:
         """Arguments of the UNet for these rows of the call, whose other arguments are given for the same rows."""
         total: list[torch.Tensor] = []
         for net, hints, shares in zip(self._nets, self._hints, self._scales, strict=True):
-            down, middle = net(
-                x[:, :_LATENT_CHANNELS], timestep, controlnet_cond=hints[rows], return_dict=False, **texts
-            )
+            with circular(net, self._tiling):
+                down, middle = net(
+                    x[:, :_LATENT_CHANNELS], timestep, controlnet_cond=hints[rows], return_dict=False, **texts
+                )
             weighed = list(_weighed([*down, middle], shares[rows]))
             total = [before + added for before, added in zip(total, weighed, strict=True)] if total else weighed
         if not total:

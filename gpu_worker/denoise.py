@@ -18,6 +18,7 @@ import torch
 from gpu_worker.controlnet import Control, Residuals
 from gpu_worker.lora import Change, Network, applied
 from gpu_worker.samplers import Sampling
+from gpu_worker.tiling import circular
 
 T = TypeVar("T")
 Correction = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
@@ -79,6 +80,7 @@ class Step:
     context: torch.Tensor | None = None
     # ControlNets that have a say in it; sorted, so that those of two jobs meet.
     controls: tuple[Control, ...] = ()
+    tiling: bool = False
     # What is changed of a prediction, given the scaled latents and the timestep.
     corrections: tuple[Correction, ...] = ()
 
@@ -105,7 +107,8 @@ class Evaluation:
     @property
     def group(self) -> Hashable:
         """Equal for evaluations that can share a UNet call."""
-        return id(self.step.unet), self.size, tuple(id(control.net) for control in self.step.controls)
+        nets = tuple(id(control.net) for control in self.step.controls)
+        return id(self.step.unet), self.size, self.step.tiling, nets
 
     @property
     def size(self) -> tuple[int, int]:
@@ -163,7 +166,7 @@ def denoise(
 def predict(evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
     """The guided predictions in fp32 of evaluations of one group, in as few UNet calls as prompt lengths and `max_rows`
     allow."""
-    unet = evaluations[0].step.unet
+    step = evaluations[0].step
     parts = [
         _Part(
             wish.input,
@@ -176,7 +179,7 @@ def predict(evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
         for wish in evaluations
         for text in wish.guidance.texts
     ]
-    outputs = (output for call in _calls(parts) for output in _call(unet, call, max_rows))
+    outputs = (output for call in _calls(parts) for output in _call(step, call, max_rows))
     return [wish.guidance.guided(list(islice(outputs, len(wish.guidance.texts)))) for wish in evaluations]
 
 
@@ -193,8 +196,9 @@ def _calls(parts: list[_Part]) -> list[list[_Part]]:
     return calls
 
 
-def _call(unet: Any, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, ...]:
-    """The UNet's output in fp32 for each part."""
+def _call(step: Step, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, ...]:
+    """The UNet's output in fp32 for each part; the UNet is that of the step, as of all others here."""
+    unet = step.unet
     first = parts[0].text
     counts = [len(part.x) for part in parts]
     # Attention over a context that is repeated k times is attention over the context: softmax does not change.
@@ -205,7 +209,7 @@ def _call(unet: Any, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, .
     timestep = torch.tensor(timesteps, dtype=torch.float32).to(x.device, non_blocking=True)
     text = _rows(texts, counts)
     added = {name: _rows([_added(part, name) for part in parts], counts) for name in first.added or ()}
-    residuals = Residuals([(part.controls, part.is_negative) for part in parts], counts)
+    residuals = Residuals([(part.controls, part.is_negative) for part in parts], counts, step.tiling)
     outputs = []
     for start in range(0, len(x), max_rows):
         rows = slice(start, start + max_rows)
@@ -214,7 +218,7 @@ def _call(unet: Any, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, .
             "added_cond_kwargs": {name: tensor[rows] for name, tensor in added.items()},
         }
         controlled = residuals.of(rows, x[rows], timestep[rows], **told)
-        with applied(unet, _changes(parts, counts, rows)):
+        with circular(unet, step.tiling), applied(unet, _changes(parts, counts, rows)):
             outputs.append(unet(x[rows], timestep[rows], return_dict=False, **told, **controlled)[0])
     return torch.split(torch.cat(outputs).float(), counts)
 

@@ -20,8 +20,9 @@ from gpu_worker.cache import CachedModel
 from gpu_worker.job import JobError
 from gpu_worker.weights import Models, Weights, read
 
-Delta = Callable[[torch.Tensor], torch.Tensor]
-# By the layer's name in the model, not the layer: a file in memory must not hold a checkpoint there.
+# Given the layer and its input. It does not keep the layer: a file in memory must not hold a checkpoint there.
+Delta = Callable[[Any, torch.Tensor], torch.Tensor]
+# By the layer's name in the model.
 Deltas = dict[str, Delta]
 # Rows of a call, and what a network adds to the layers for them, by which factor.
 Change = tuple[slice, float, Deltas]
@@ -83,9 +84,11 @@ def applied(model: Module, changes: Iterable[Change]) -> Iterator[None]:
             hook.remove()
 
 
-def _add(entries: list[tuple[slice, float, Delta]], _: Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _add(
+    entries: list[tuple[slice, float, Delta]], layer: Module, inputs: tuple[Any, ...], output: torch.Tensor
+) -> None:
     for rows, scale, delta in entries:
-        output[rows] += scale * delta(inputs[0][rows])
+        output[rows] += scale * delta(layer, inputs[0][rows])
 
 
 def _unet_layers(models: Models) -> Layers:
@@ -145,9 +148,9 @@ def _low_rank(parts: Weights, module: Any) -> Delta:
         raise ValueError
     if middle is None:
         first, last = _like(module, down), _pointwise(up)
-        return lambda x: scale * last(first(x))
+        return lambda layer, x: scale * last(layer, first(layer, x))
     before, between, after = _pointwise(down), _like(module, middle), _pointwise(up)
-    return lambda x: scale * after(between(before(x)))
+    return lambda layer, x: scale * after(layer, between(layer, before(layer, x)))
 
 
 def _full(parts: Weights) -> torch.Tensor:
@@ -182,14 +185,13 @@ def _with_dimensions(factor: torch.Tensor, num_dimensions: int) -> torch.Tensor:
 
 
 def _like(module: Any, weight: torch.Tensor) -> Delta:
-    """A layer as this one, with another weight and no bias."""
+    """A layer as this one, with another weight and no bias. Its padding may change from call to call."""
     if isinstance(module, Linear):
-        return lambda x: functional.linear(x, weight)
-    stride, padding, dilation = module.stride, module.padding, module.dilation
-    return lambda x: functional.conv2d(x, weight, None, stride, padding, dilation)
+        return lambda _, x: functional.linear(x, weight)
+    return lambda layer, x: layer._conv_forward(x, weight, None)
 
 
 def _pointwise(weight: torch.Tensor) -> Delta:
     if weight.ndim == 2:
-        return lambda x: functional.linear(x, weight)
-    return lambda x: functional.conv2d(x, weight)
+        return lambda _, x: functional.linear(x, weight)
+    return lambda _, x: functional.conv2d(x, weight)

@@ -66,6 +66,8 @@ class Models:
     scheduler_config: Config
     device: torch.device
     dtype: torch.dtype
+    # Whether the job at hand wants a picture that can be laid beside itself.
+    tiling: bool = False
 
     @property
     def is_sdxl(self) -> bool:

@@ -57,6 +57,7 @@ TORCH_OWNERS = {
     "prompt.py",
     "lora.py",
     "embeddings.py",
+    "tiling.py",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,4 +54,5 @@ def _crew(request: Generation, equipment: Sequence[Equipment]) -> Crew:
 
 def _equipped(request: Generation, equipment: Equipment) -> Equipped:
     assert equipment.models is not None
-    return Equipped(equipment.models, gathered(request, equipment.adapters))
+    models = replace(equipment.models, tiling=request.tiling)
+    return Equipped(models, gathered(request, equipment.adapters))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpu_worker.canvas import Canvas
 from gpu_worker.job import JobError
+from gpu_worker.tiling import circular
 from gpu_worker.weights import Models
 from services.common.payloads import Generation
 
@@ -19,7 +20,8 @@ NAN = "the model produced NaN (not a number) instead of a picture; its weights m
 def latents_of(models: Models, pictures: torch.Tensor) -> torch.Tensor:
     """The latents, fp32, of pictures of shape (n, 3, height, width) in -1..1: the middle of what the encoder finds
     likely, so that a picture repeats."""
-    found = models.vae.encode(pictures.to(models.device, models.vae.dtype)).latent_dist.mode()
+    with circular(models.vae, models.tiling):
+        found = models.vae.encode(pictures.to(models.device, models.vae.dtype)).latent_dist.mode()
     latents: torch.Tensor = found.float() * models.vae.config.scaling_factor
     return latents
 
@@ -33,7 +35,8 @@ def pixels_of(models: Models, latents: torch.Tensor) -> NDArray[np.uint8]:
     if not bool(torch.isfinite(latents).all()):
         raise JobError(NAN)
     latents = latents.to(models.vae.dtype) / models.vae.config.scaling_factor
-    decoded = models.vae.decode(latents, return_dict=False)[0].float()
+    with circular(models.vae, models.tiling):
+        decoded = models.vae.decode(latents, return_dict=False)[0].float()
     if not bool(torch.isfinite(decoded).all()):
         raise JobError(NAN)
     scaled = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -66,7 +66,7 @@ def _steps(request: Generation, equipped: Equipped, canvas: Canvas, numbers: ran
         found = [control for unit, control in controls if unit.acts_in(step, request.num_steps)]
         return tuple(sorted(found, key=lambda control: id(control.net)))
 
-    return [Step(models.unet, guidance(step), context, acting(step), corrections) for step in numbers]
+    return [Step(models.unet, guidance(step), context, acting(step), models.tiling, corrections) for step in numbers]
 
 
 def _guidance(request: Generation, equipped: Equipped) -> Callable[[int], Guidance]:

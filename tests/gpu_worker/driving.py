@@ -1,6 +1,7 @@
 """Owns how a test advances tasks without an engine: alone, or in company that joins and leaves between ticks."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -79,6 +80,7 @@ def latents(
     request: Txt2Img, models: weights.Models, adapters: Adapters = NO_ADAPTERS, refiner: weights.Models | None = None
 ) -> Generator[Any, Any, torch.Tensor]:
     """The task of a request's first batch up to its final latents."""
+    models = replace(models, tiling=request.tiling)
     steps = steering.steps_of(request, crew(models, adapters, refiner), hints.prepared(request))
     return (yield from txt2img.denoised(request, models, steps, 0, lambda _: None))
 

@@ -26,7 +26,6 @@ _OFF = (False, 0, "", "None", "none")
 # What would change the picture and cannot be had, and what is possible instead.
 _REFUSED = {
     "restore_faces": "face restoration needs weights that this service does not have; set it to false",
-    "tiling": "it is not supported yet; set it to false",
     "s_churn": "it is not supported yet; set it to 0",
     "firstpass_image": "it is deprecated in A1111 too; use img2img",
 }
@@ -42,6 +41,7 @@ _SETTINGS = {
     "hires_fix_refiner_pass": "refiner_pass",
     "sd_model_checkpoint": "model_name",
     "sd_vae": "vae_name",
+    "tiling": "tiling",
 }
 REFINE_FIRST: Final = "first pass"
 REFINE_SECOND: Final = "second pass"
@@ -69,6 +69,8 @@ class Generation(Payload):
     height: int = Field(512, ge=64, le=MAX_SIDE, multiple_of=8)
     batch_size: int = Field(1, ge=1, le=8)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
+    # The picture can be laid beside itself.
+    tiling: bool = False
     eta: float = Field(0.0, ge=0, le=1)
     # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
     clip_skip: int = Field(1, ge=1, le=12)

@@ -33,6 +33,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "height": 512,
         "batch_size": 1,
         "n_iter": 1,
+        "tiling": False,
         "eta": 0.0,
         "clip_skip": 1,
         "exclusive": False,

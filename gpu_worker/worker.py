@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from itertools import chain, repeat
 from typing import Any
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
@@ -19,7 +18,9 @@ from gpu_worker import hints, results, retouch
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.canvas import Canvas
 from gpu_worker.engine import Engine
+from gpu_worker.infotext import infotext
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
+from gpu_worker.provenance import Provenance
 from gpu_worker.run import Produced
 from gpu_worker.transfer import Transfer
 from services.common import payloads
@@ -157,16 +158,12 @@ class Worker:
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
-        infotexts = [results.infotext(request, index, files) for index in range(request.num_painted)]
-        images = await asyncio.gather(
-            *(
-                asyncio.to_thread(_encoded, canvas, pixels, index % request.batch_size, text)
-                for index, (pixels, text) in enumerate(zip(produced.images, infotexts, strict=True))
-            )
-        )
-        for pixels in canvas.maps(request):
-            images.append(await asyncio.to_thread(results.plain_png, Image.fromarray(pixels)))
-        param = results.param_json(request, files, infotexts, job.spec.endpoint_name, job.id)
+        provenance = Provenance(job.id, job.spec.task_type, request, files, self.device)
+        infotexts = [infotext(request, index, files) for index in range(request.num_painted)]
+        pictures = await asyncio.to_thread(_finished, canvas, request, produced)
+        images = await _encoded(pictures, provenance, infotexts)
+        info = results.info(request, files, infotexts)
+        param = results.param_json(provenance, job.spec.endpoint_name, info=info)
         timings = worker_pb2.Timings(
             load_seconds=produced.load_seconds,
             pipeline_seconds=produced.pipeline_seconds,
@@ -183,8 +180,10 @@ class Worker:
         except pictures.Damaged as error:
             raise JobError(str(error)) from None
         made = time.monotonic()
-        images = [await asyncio.to_thread(results.plain_png, image) for image in retouched]
-        param = results.edit_json(request, retouch.html_info(request), job.spec.endpoint_name, job.id)
+        provenance = Provenance(job.id, job.spec.task_type, request, [], self.device)
+        images = await _encoded(retouched, provenance)
+        html_info = retouch.html_info(request)
+        param = results.param_json(provenance, job.spec.endpoint_name, info={}, html_info=html_info)
         timings = worker_pb2.Timings(
             fetch_seconds=fetch_seconds, pipeline_seconds=made - began, encode_seconds=time.monotonic() - made
         )
@@ -244,5 +243,18 @@ def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas
         raise JobError(str(error)) from None
 
 
-def _encoded(canvas: Canvas, pixels: NDArray[np.uint8], row: int, infotext: str) -> bytes:
-    return results.png(canvas.finished(pixels, row), infotext)
+def _finished(canvas: Canvas, request: Generation, produced: Produced) -> list[Image.Image]:
+    """The pictures of a job: what was painted, and what ControlNet looked at."""
+    painted = [canvas.finished(pixels, index % request.batch_size) for index, pixels in enumerate(produced.images)]
+    return [Image.fromarray(pixels) for pixels in (*painted, *canvas.maps(request))]
+
+
+async def _encoded(images: list[Image.Image], provenance: Provenance, infotexts: Sequence[str] = ()) -> list[bytes]:
+    """Each picture as a PNG file; the first ones have these texts."""
+    texts = chain(infotexts, repeat(""))
+    return await asyncio.gather(
+        *(
+            asyncio.to_thread(results.png, image, provenance.of(index), text)
+            for index, (image, text) in enumerate(zip(images, texts, strict=False))
+        )
+    )

@@ -1,4 +1,4 @@
-"""Owns the command `esd`: up, status, demo; keys and audit are files of their own."""
+"""Owns the command `esd`: up, status, demo; keys, audit and verify are files of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.local import audit, keys
+from deploy.local import audit, keys, verify
 from deploy.local.home import SERVICES
 from deploy.local.terminal import HomeOption, fail, folder
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="A self-hosted Stable Diffusion service on one machine.", no_args_is_help=True)
 app.add_typer(keys.app, name="keys")
 app.add_typer(audit.app, name="audit")
+app.command()(verify.verify)
 
 ListenOption = Annotated[
     str, typer.Option(envvar="ESD_LISTEN", help="The gateway's host:port; port 0 takes a free one.")

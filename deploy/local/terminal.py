@@ -34,37 +34,40 @@ def folder(home: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Gateway:
-    """A gateway and a key to ask it with."""
+    """A gateway and a key to ask it with, for its owner or for another user."""
 
     url: str
     key_file: Path
     verify: bool = True
+    username: str | None = None
 
     @classmethod
-    def find(cls, home: Path | None, url: str | None, key_file: Path | None) -> Gateway:
+    def find(cls, home: Path | None, url: str | None, key_file: Path | None, username: str | None = None) -> Gateway:
         """The one that is named, else that of the stack that runs on the home."""
         from deploy.local.stack import read_state  # noqa: PLC0415 - `esd --help` stays quick
 
         if url is not None:
             if key_file is None:
                 fail("--url needs --key-file: a file with an API key of that gateway")
-            return cls(url.rstrip("/"), key_file)
+            return cls(url.rstrip("/"), key_file, username=username)
         state = read_state(folder(home))
         if state is None:
             fail(
                 f"no stack runs in {folder(home)}: start one with `esd up`, or name a gateway with --url and --key-file"
             )
         # The certificate is not looked at: the question goes to this machine.
-        return cls(state.probe_url, key_file or Path(state.api_key_file), verify=False)
+        return cls(state.probe_url, key_file or Path(state.api_key_file), verify=False, username=username)
 
     def call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         """The data of the answer; what is refused ends the command with the service's own sentence."""
         import httpx  # noqa: PLC0415
 
         try:
-            key = self.key_file.read_text().strip()
+            headers = {"x-api-key": self.key_file.read_text().strip()}
+            if self.username is not None:
+                headers["username"] = self.username
             with httpx.Client(verify=self.verify, timeout=_SECONDS) as client:
-                answer = client.request(method, self.url + path, json=body or None, headers={"x-api-key": key})
+                answer = client.request(method, self.url + path, json=body or None, headers=headers)
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--key-file {self.key_file}: {getattr(error, 'strerror', None) or 'this is no text'}")
         except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -79,3 +82,13 @@ class Gateway:
             fail(f"{envelope.get('message', 'refused')} ({answer.status_code})")
         data: dict[str, Any] = envelope.get("data") or {}
         return data
+
+    def download(self, url: str) -> bytes:
+        """What lies behind a presigned URL."""
+        import httpx  # noqa: PLC0415
+
+        try:
+            answer = httpx.get(url, verify=self.verify, timeout=_SECONDS).raise_for_status()
+        except httpx.HTTPError as error:
+            fail(f"the result cannot be had: {error}")
+        return answer.content

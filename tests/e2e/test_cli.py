@@ -1,4 +1,4 @@
-"""`esd keys` and `esd audit verify` on the running stack, as its owner types them."""
+"""`esd keys`, `esd audit verify` and `esd verify` on the running stack, as its owner types them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from deploy.local.home import Home
 from deploy.local.stack import Stack, read_state
-from tests.e2e.conftest import Api, new_user
+from tests.e2e.conftest import PICTURE, Api, Studio, finished, new_user
+from tests.pictures import encoded, noise
 from tests.processes import ROOT
 
 Esd = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,3 +129,67 @@ def test_the_audit_of_the_stack_is_whole_and_an_altered_row_is_named(esd: Esd, s
 
     refused = esd("audit", "verify", "--service", "gateway")
     assert refused.stderr == "--service gateway: there is no such audit (possible: identity, models, endpoints)\n"
+
+
+def made(studio: Studio, folder: Path, task: str = "txt2img", **payload: Any) -> Path:
+    """The first picture of a job, as a file."""
+    models = {"Stable-diffusion": [studio.model]}
+    body = {"task_type": task, "inference_type": "Async", "models": models, "payload_string": json.dumps(payload)}
+    started = studio.api.ok("POST", "/inferences", body, 202)
+    job = finished(studio.api, started["inference"]["inference_id"])
+    assert job["status"] == "succeed", job
+    path = folder / f"{job['InferenceJobId']}.png"
+    path.write_bytes(studio.api.get(job["img_presigned_urls"][0]))
+    return path
+
+
+def test_a_picture_is_made_again_from_what_it_says_of_its_making(esd: Esd, studio: Studio, tmp_path: Path) -> None:
+    picture = made(studio, tmp_path, **PICTURE, exclusive=True)
+    again = esd("verify", picture, "--user", "painter")
+    assert (again.returncode, again.stdout) == (0, f"{picture.name}: bit-equal\n"), again.stderr
+    assert "makes image 0 of job" in again.stderr
+
+    image = Image.open(picture)
+    chunk = PngInfo()
+    chunk.add_text("esd", image.text["esd"])
+    image.putpixel((3, 3), (0, 255, 0))
+    image.save(tmp_path / "altered.png", pnginfo=chunk)
+    altered = esd("verify", tmp_path / "altered.png", "--user", "painter", "--endpoint", studio.endpoint)
+    assert altered.returncode == 1
+    assert "it must be bit-equal on the same device and versions, but 1 pixels (0.02%) differ" in altered.stderr
+
+    making = json.loads(image.text["esd"])
+    making["engine"]["torch"] = "1.0"
+    making["models"][0]["sha256"] = "0" * 64
+    chunk = PngInfo()
+    chunk.add_text("esd", json.dumps(making))
+    image.save(tmp_path / "old.png", pnginfo=chunk)
+    old = esd("verify", tmp_path / "old.png", "--user", "painter")
+    assert old.returncode == 0, old.stderr
+    assert f"model {studio.model} (Stable-diffusion) was another file: SHA-256 0000000000000000 then, " in old.stdout
+    assert "torch was another: 1.0 then, " in old.stdout
+    assert "the same within the tolerance of 30 dB: 1 pixels (0.02%) differ, by at most " in old.stdout
+
+    image.save(tmp_path / "bare.png")
+    bare = esd("verify", tmp_path / "bare.png")
+    assert (bare.returncode, bare.stdout) == (1, "")
+    assert bare.stderr.endswith("it does not say how it was made: the PNG chunk `esd` is missing\n")
+
+
+def test_a_picture_from_a_picture_is_made_again_with_its_payload(esd: Esd, studio: Studio, tmp_path: Path) -> None:
+    payload = PICTURE | {"init_images": [encoded(noise())], "denoising_strength": 0.5, "seed": 11}
+    picture = made(studio, tmp_path, "img2img", **payload)
+    without = esd("verify", picture, "--user", "painter")
+    assert without.returncode == 1
+    assert (
+        "began with pictures of its own, which are not in this one: name its payload with --payload" in without.stderr
+    )
+    path = tmp_path / "payload.json"
+    path.write_text(json.dumps(payload))
+    again = esd("verify", picture, "--payload", path, "--user", "painter")
+    assert again.returncode == 0, again.stderr
+    path.write_text(json.dumps(payload | {"seed": 12, "steps": 7}))
+    other = esd("verify", picture, "--payload", path, "--user", "painter")
+    assert other.returncode == 1
+    assert "is not that of job" in other.stderr
+    assert "seed, steps differ" in other.stderr

@@ -77,6 +77,15 @@ async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
     info = json.loads(param["info"])
     assert info["infotexts"][1] == image.text["parameters"]
     assert info["all_seeds"] == [7, 8]
+    making = json.loads(image.text["esd"])
+    assert (making["job"], making["image"], making["task_type"]) == (spec.job_id, 1, "txt2img")
+    assert making["models"] == [
+        {"type": "Stable-diffusion", "name": "tiny.safetensors", "sha256": spec.models[0].sha256}
+    ]
+    assert making["request"] == param["parameters"]
+    assert making["engine"] == info["engine"]
+    assert info["engine"].keys() == {"esd", "torch", "diffusers", "device"}
+    assert info["hashes"] == {"model": spec.models[0].sha256}
     for part in ("fetch", "load", "pipeline", "encode", "upload"):
         assert getattr(done.timings, f"{part}_seconds") > 0
 
@@ -214,7 +223,8 @@ async def test_pictures_are_enlarged_and_cut_out_without_a_model(
         found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
         assert (found.size, found.mode) == (size, mode)
         param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
-        assert param.keys() == {"parameters", "html_info", "endpoint_name", "inference_id"}
+        assert param.keys() == {"parameters", "html_info", "info", "endpoint_name", "inference_id"}
+        assert json.loads(found.text["esd"])["engine"] == json.loads(param["info"])["engine"]
         assert ("GrabCut" in param["html_info"]) == (task_type == "rembg")
         assert image not in json.dumps(param)
 

@@ -1,0 +1,43 @@
+"""What each picture says of its making: what was asked for, with which files, on which engine. For `esd verify`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from gpu_worker import VERSION
+from gpu_worker.cache import CachedModel
+from services.common.payloads import Payload
+
+CHUNK = "esd"  # of a PNG
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The making of a job's pictures. `device` is the engine's, such as `cpu` or `cuda: NVIDIA H100`."""
+
+    job_id: str
+    task_type: str
+    request: Payload
+    files: list[CachedModel]
+    device: str
+
+    @property
+    def engine(self) -> dict[str, str]:
+        """What may change a picture's last bits beside its request and models."""
+        versions = {name: version(name) for name in ("torch", "diffusers")}
+        return {"esd": VERSION, **versions, "device": self.device}
+
+    def of(self, image: int) -> str:
+        """The JSON text in the chunk `esd` of a picture of that number. The client's own pictures are left out."""
+        content: dict[str, Any] = {
+            "job": self.job_id,
+            "image": image,
+            "task_type": self.task_type,
+            "request": self.request.echo(),
+            "models": [{"type": file.type, "name": file.name, "sha256": file.sha256} for file in self.files],
+            "engine": self.engine,
+        }
+        return json.dumps(content)

@@ -44,6 +44,7 @@ _BIG_G_OF_REFINER = "conditioner.embedders.0.model."
 # diffusers' converters from the original layout; they carry no types.
 _convert: Any = single_file_utils
 _PICKLE_STARTS = (b"PK", b"\x80")
+_LENGTH_BYTES = 8
 _NUM_CONTEXT_SD2 = 1024
 _NUM_CHANNELS_INPAINTING = 9
 
@@ -138,8 +139,9 @@ def read(path: Path, name: str) -> tuple[Weights, dict[str, str]]:
         JobError: the file is damaged or truncated.
     """
     with path.open("rb") as file:
-        start = file.read(2)
-    if start in _PICKLE_STARTS or start[:1] in _PICKLE_STARTS:
+        start = file.read(_LENGTH_BYTES + 1)
+    # A safetensors file begins with the length of its JSON, whose bytes may be any, such as those of a pickle.
+    if start[_LENGTH_BYTES:] != b"{" and start.startswith(_PICKLE_STARTS):
         return pickles.read(path, name), {}
     try:
         with safe_open(path, framework="pt") as tensors:

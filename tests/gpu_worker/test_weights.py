@@ -76,6 +76,16 @@ def test_a_ckpt_gives_the_same_models_as_the_safetensors(state: dict[str, torch.
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
+def test_a_safetensors_file_may_begin_as_a_pickle_or_an_archive_does(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    starts = set()
+    for length in range(0, 256, 8):
+        save_file({"x": torch.ones(2)}, path, metadata={"padding": "-" * length})
+        starts.add(path.read_bytes()[:1])
+        assert torch.equal(weights.read(path, path.name)[0]["x"], torch.ones(2))
+    assert b"\x80" in starts
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_code_in_a_pickle_is_never_executed(state: dict[str, torch.Tensor], tmp_path: Path, is_zip: bool) -> None:
     executed = tmp_path / "executed"

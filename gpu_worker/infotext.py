@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
 from services.common.payloads import Generation, Img2Img, Txt2Img
 from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, VAE, find, stem
+from services.common.payloads.plots import NOTHING, Plot
 
 
 def named(files: list[CachedModel], kind: str) -> CachedModel | None:
@@ -25,8 +27,19 @@ def hashes(files: list[CachedModel]) -> dict[str, str]:
     return {"model": found.pop(f"model:{stem(base.name)}")} | found if base else found
 
 
-def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:
-    """The text that A1111 writes into image `index` of the job, and reads back from a dropped picture."""
+@dataclass(frozen=True)
+class Made:
+    """The making of a picture: image `index` of a request, with these files; of a grid, that of its first picture."""
+
+    request: Generation
+    index: int
+    files: list[CachedModel]
+    plot: Plot | None = None
+
+
+def infotext(made: Made) -> str:
+    """The text in a picture; in a grid, with what the plot is of."""
+    request, index, files = made.request, made.index, made.files
     base, vae = named(files, BASE), named(files, VAE)
     assert base is not None
     resized_from = f"{request.seed_resize_from_w}x{request.seed_resize_from_h}"
@@ -47,6 +60,7 @@ def infotext(request: Generation, index: int, files: list[CachedModel]) -> str:
         **_second_pass_fields(request),
         **_refiner_fields(request, files),
         **_controlnet_fields(request, files),
+        **_plot_fields(made.plot),
         "Tiling": True if request.tiling else None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Hashes": json.dumps(hashes(files)),
@@ -119,4 +133,15 @@ def _controlnet_fields(request: Generation, files: list[CachedModel]) -> dict[st
             "Control Mode": unit.control_mode,
         }
         fields[f"ControlNet {index}"] = json.dumps(", ".join(f"{name}: {value}" for name, value in said.items()))
+    return fields
+
+
+def _plot_fields(plot: Plot | None) -> dict[str, Any]:
+    if plot is None:
+        return {}
+    fields: dict[str, Any] = {"Script": "X/Y/Z plot"}
+    for letter, axis in (("X", plot.x), ("Y", plot.y), ("Z", plot.z)):
+        if axis.name != NOTHING:
+            values = ", ".join(str(value) for value in axis.values)
+            fields |= {f"{letter} Type": axis.name, f"{letter} Values": json.dumps(values)}
     return fields

@@ -11,8 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
-from gpu_worker.cache import CachedModel
-from gpu_worker.infotext import hashes, named
+from gpu_worker.infotext import Made, hashes, named
 from gpu_worker.provenance import CHUNK, Provenance
 from services.common.payloads import Generation, Img2Img, Txt2Img
 from services.common.payloads.models import BASE, VAE, stem
@@ -46,22 +45,20 @@ def param_json(provenance: Provenance, endpoint_name: str, **told: Any) -> bytes
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def info(request: Generation, files: list[CachedModel], infotexts: list[str]) -> dict[str, Any]:
+def info(request: Generation, makings: list[Made], infotexts: list[str]) -> dict[str, Any]:
     """A1111's `info` of a job, with the names of what was ignored."""
+    files = makings[0].files
     base, vae = named(files, BASE), named(files, VAE)
     assert base is not None
-    num_images = len(infotexts)
-    seeds = [request.seed_of(index) for index in range(num_images)]
-    subseeds = [request.subseed_of(index) for index in range(num_images)]
     return {
         "prompt": request.prompt,
-        "all_prompts": [request.prompt] * num_images,
+        "all_prompts": [made.request.prompt for made in makings],
         "negative_prompt": request.negative_prompt,
-        "all_negative_prompts": [request.negative_prompt] * num_images,
+        "all_negative_prompts": [made.request.negative_prompt for made in makings],
         "seed": request.seed,
-        "all_seeds": seeds,
+        "all_seeds": [made.request.seed_of(made.index) for made in makings],
         "subseed": request.subseed,
-        "all_subseeds": subseeds,
+        "all_subseeds": [made.request.subseed_of(made.index) for made in makings],
         "subseed_strength": request.subseed_strength,
         "width": request.width,
         "height": request.height,
@@ -81,7 +78,7 @@ def info(request: Generation, files: list[CachedModel], infotexts: list[str]) ->
         if isinstance(request, Img2Img) or (isinstance(request, Txt2Img) and request.enable_hr)
         else None,
         "extra_generation_params": {},
-        "index_of_first_image": 0,
+        "index_of_first_image": request.plot.num_grids if request.plot else 0,
         "infotexts": infotexts,
         "styles": [],
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),

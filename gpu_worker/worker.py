@@ -14,7 +14,7 @@ import structlog
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker import hints, results, retouch
+from gpu_worker import hints, painting, results, retouch
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.canvas import Canvas
 from gpu_worker.engine import Engine
@@ -30,7 +30,6 @@ from services.common.payloads import Edit, Generation, Payload, pictures
 log = structlog.get_logger()
 
 _MAX_UPLOADING = 4  # for each job that the engine may have
-_PROGRESS_INTERVAL_SECONDS = 0.2
 
 
 class Worker:
@@ -119,15 +118,12 @@ class Worker:
             files = await job.stage(self._fetch(job, request, held))
             fetch_seconds = time.monotonic() - began
             await asyncio.shield(self._engine.ready)
-            progress = _Progress(job, request.total_steps * request.num_painted)
             job.audience.show = lambda jpeg: self._show(job, jpeg)
-            produced = await job.stage(
-                self._engine.run(job.id, request, files, progress.started, progress.step, canvas, job.audience)
-            )
+            made = await job.stage(painting.produced(self._engine, job, request, files, canvas))
         self._num_uploading += 1
         self.on_change()
         try:
-            done = await job.stage(self._finish(job, request, canvas, files, produced))
+            done = await job.stage(self._finish(job, request, canvas, files, made))
         finally:
             self._num_uploading -= 1
         done.timings.fetch_seconds = fetch_seconds
@@ -154,19 +150,19 @@ class Worker:
         return [await held.enter_async_context(self._cache.hold(job.spec.models[index])) for index in used]
 
     async def _finish(
-        self, job: Job, request: Generation, canvas: Canvas, files: list[CachedModel], produced: Produced
+        self, job: Job, request: Generation, canvas: Canvas, files: list[CachedModel], made: list[Produced]
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
         provenance = Provenance(job.id, job.spec.task_type, request, files, self.device)
-        infotexts = [infotext(request, index, files) for index in range(request.num_painted)]
-        pictures = await asyncio.to_thread(_finished, canvas, request, produced)
+        pictures, makings = await asyncio.to_thread(painting.pictures, request, files, canvas, made)
+        infotexts = [infotext(making) for making in makings]
         images = await _encoded(pictures, provenance, infotexts)
-        info = results.info(request, files, infotexts)
+        info = results.info(request, makings, infotexts)
         param = results.param_json(provenance, job.spec.endpoint_name, info=info)
         timings = worker_pb2.Timings(
-            load_seconds=produced.load_seconds,
-            pipeline_seconds=produced.pipeline_seconds,
+            load_seconds=max(run.load_seconds for run in made),
+            pipeline_seconds=sum(run.pipeline_seconds for run in made),
             encode_seconds=time.monotonic() - began,
         )
         return await self._uploaded(job, images, param, timings)
@@ -206,25 +202,6 @@ class Worker:
         return worker_pb2.ResultObject(name=upload.name, size_bytes=len(content), sha256=sha256)
 
 
-class _Progress:
-    """Tells a job's progress, not more often than anybody can see: the first step, the last, and some between."""
-
-    def __init__(self, job: Job, num_steps: int) -> None:
-        self._job = job
-        self._num_steps = num_steps
-        self._told_at = 0.0
-
-    def started(self) -> None:
-        self._job.emit(worker_pb2.JobEvent(started=worker_pb2.JobStarted()))
-
-    def step(self, step: int) -> None:
-        now = time.monotonic()
-        if now - self._told_at >= _PROGRESS_INTERVAL_SECONDS or step == self._num_steps:
-            self._told_at = now
-            progress = worker_pb2.JobProgress(step=step, num_steps=self._num_steps)
-            self._job.emit(worker_pb2.JobEvent(progress=progress))
-
-
 def is_last(event: worker_pb2.JobEvent) -> bool:
     """Whether a job's life ends with the event."""
     return event.WhichOneof("event") in ("done", "failed")
@@ -241,12 +218,6 @@ def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas
         return request, hints.prepared(request) if isinstance(request, Generation) else Canvas()
     except (InvalidArgument, pictures.Damaged) as error:
         raise JobError(str(error)) from None
-
-
-def _finished(canvas: Canvas, request: Generation, produced: Produced) -> list[Image.Image]:
-    """The pictures of a job: what was painted, and what ControlNet looked at."""
-    painted = [canvas.finished(pixels, index % request.batch_size) for index, pixels in enumerate(produced.images)]
-    return [Image.fromarray(pixels) for pixels in (*painted, *canvas.maps(request))]
 
 
 async def _encoded(images: list[Image.Image], provenance: Provenance, infotexts: Sequence[str] = ()) -> list[bytes]:

@@ -142,7 +142,8 @@ def test_a_real_time_start_answers_the_finished_job_and_the_same_picture(admin: 
     (checkpoint_id,) = [used["id"] for used in answer.data["params"]["used_models"]["Stable-diffusion"]]
     check_finished(studio.api, answer.data, "Real-time", checkpoint_id)
     assert answer.data["params"]["sagemaker_inference_endpoint_name"] == name == "esd-real-time-quick"
-    pictures = [studio.api.get(job["img_presigned_urls"][0]) for job in (async_job, answer.data)]
+    files = [studio.api.get(job["img_presigned_urls"][0]) for job in (async_job, answer.data)]
+    pictures = [Image.open(io.BytesIO(file)).tobytes() for file in files]
     assert pictures[0] == pictures[1], "the same seed gives the same picture on every worker"
     deleted = admin.call("DELETE", "/endpoints", {"endpoint_name_list": [name]})
     assert (deleted.status, deleted.body) == (200, {})

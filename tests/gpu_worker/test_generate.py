@@ -93,11 +93,11 @@ async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
 async def test_the_same_job_gives_the_same_picture_and_fetches_its_model_once(
     generate: Any, store: ObjectStore, make_spec: Any
 ) -> None:
-    specs = [make_spec(), make_spec()]
-    for spec in specs:
+    spec, files = make_spec(), []
+    for _ in range(2):
         await generate(spec)
-    one, two = (store.objects[f"{spec.job_id}/image_0.png"] for spec in specs)
-    assert one == two
+        files.append(store.objects.pop(f"{spec.job_id}/image_0.png"))
+    assert files[0] == files[1]
     assert store.requests.count(("GET", "tiny.safetensors")) == 1
 
 
@@ -190,6 +190,33 @@ async def test_what_a_controlnet_looked_at_is_a_picture_of_the_result(
     assert info["hashes"]["controlnet:canny"] == sha256
     assert len(info["infotexts"]) == 1
     assert param["parameters"]["controlnet"][0]["image"] is None
+
+
+async def test_a_plot_is_a_grid_of_its_pictures_and_those_if_asked_for(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    plain = make_spec(steps=3, seed=8)
+    axes = [4, "2,3", [], 1, "7,8", [], 0, "", []]
+    spec = make_spec(num_uploads=5, script_name="x/y/z plot", script_args=[*axes, True, True, False, False])
+    events = [(await generate(each)) for each in (plain, spec)][1]
+    assert [event.WhichOneof("event") for event in events].count("started") == 1
+    assert events[-2].progress == worker_pb2.JobProgress(step=10, num_steps=10)
+    assert len(events[-1].done.images) == 5
+    images = [Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_{i}.png"])) for i in range(5)]
+    assert images[0].width > 128
+    assert {image.size for image in images[1:]} == {(64, 64)}
+    alone = Image.open(io.BytesIO(store.objects[f"{plain.job_id}/image_0.png"]))
+    assert np.abs(np.asarray(alone).astype(int) - np.asarray(images[4])).max() <= 1
+    text = 'Script: X/Y/Z plot, X Type: Steps, X Values: "2, 3", Y Type: Seed, Y Values: "7, 8", '
+    assert text in images[0].text["parameters"]
+    assert text not in images[1].text["parameters"]
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    info = json.loads(param["info"])
+    assert info["all_seeds"] == [7, 7, 7, 8, 8]
+    assert info["index_of_first_image"] == 1
+    assert [image.text["parameters"] for image in images] == info["infotexts"]
+    broken = make_spec(num_uploads=5, script_name="x/y/z plot", script_args=[*axes[:3], 11, "gone", [], 0, "", []])
+    assert "names gone, which is not among the job's models" in (await generate(broken))[-1].failed.reason
 
 
 async def test_a_second_pass_makes_a_larger_picture(generate: Any, store: ObjectStore, make_spec: Any) -> None:

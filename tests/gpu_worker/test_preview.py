@@ -36,7 +36,7 @@ def test_a_perfect_prediction_shows_the_clean_latents(kind: str, timestep: float
     prediction = noise if kind == "epsilon" else alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
     config = CONFIG | {"prediction_type": kind}
     found = clean_latents(x, timestep, prediction, config)
-    assert torch.allclose(prediction_of(x, timestep, found, config), prediction, atol=1e-4)
+    assert torch.allclose(prediction_of(x, timestep, found, config), prediction.float(), atol=1e-4)
     assert torch.allclose(found, clean.float(), atol=1e-4)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from services.common.payloads import prompts, samplers
+from services.common.payloads import plots, prompts, samplers
 from services.common.payloads.base import Payload
 from services.common.payloads.controlnet import Unit
 from services.common.payloads.scripts import as_fields, check_scripts
@@ -18,6 +18,7 @@ from services.common.payloads.showing import shown
 
 MAX_IMAGES = 64
 MAX_SIDE = 4096
+_MAX_PLOT_PIXELS = 2**26
 _LARGEST_EXACT_INTEGER = 2**53 - 1  # payloads travel as JSON numbers
 # GPU-seconds of one step at 512x512. Only ratios between jobs matter to the queue, so any constant will do.
 _STEP_SECONDS = 0.05
@@ -34,7 +35,7 @@ _WITHOUT_EFFECT = {
     "alwayson_scripts", "comments", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
     "override_settings_restore_afterwards", "s_noise", "s_tmax", "s_tmin", "sampler_index",
-    "save_images", "scheduler", "send_images",
+    "save_images", "scheduler", "script_args", "script_name", "send_images",
 }  # fmt: skip
 _SETTINGS = {
     "CLIP_stop_at_last_layers": "clip_skip",
@@ -83,6 +84,8 @@ class Generation(Payload):
     refiner_switch_at: float = Field(0.8, ge=0, le=1)
     refiner_pass: Literal["first pass", "second pass", "both passes"] = REFINE_SECOND
     controlnet: list[Unit] = Field(default=[])
+    # The request as many, whose pictures are a grid.
+    plot: plots.Plot | None = None
     # The prompt's tags are taken out, and do nothing.
     disable_extra_networks: bool = False
     # Not A1111's: the job shares no step with others, and its picture repeats bit for bit.
@@ -96,6 +99,11 @@ class Generation(Payload):
             if given.get(name) not in (None, *_OFF):
                 raise ValueError(f"{name} {shown(given[name])}: {instead}")
         ignored = _unused(given, cls) + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
+        script = str(given.get("script_name") or "None")
+        if script.lower() == plots.SCRIPT:
+            given["plot"] = plots.plot_of(given.get("script_args"), given, cls.has_picture)
+        elif script not in _OFF:
+            ignored.append(f"script {script}")
         given.setdefault("ignored", ignored)
         name = given.get("sampler_name") or given.get("sampler_index") or "Euler"
         given["sampler_name"] = samplers.find(name, given.get("scheduler"))
@@ -128,15 +136,43 @@ class Generation(Payload):
 
     @model_validator(mode="after")
     def _bounded(self) -> Generation:
-        if self.num_painted > MAX_IMAGES:
+        if self.batch_size * self.n_iter > MAX_IMAGES:
             raise ValueError(
-                f"batch_size {self.batch_size} times n_iter {self.n_iter} is {self.num_painted} images; "
+                f"batch_size {self.batch_size} times n_iter {self.n_iter} is {self.batch_size * self.n_iter} images; "
                 f"at most {MAX_IMAGES} are possible"
             )
+        if self.plot is not None:
+            self._check_plot(self.plot)
         for index, unit in enumerate(self.controlnet):
             if unit.image is None and not self.has_picture:
                 raise ValueError(f"controlnet unit {index} is enabled, but has no image")
         return self
+
+    def _check_plot(self, plot: plots.Plot) -> None:
+        num_pixels = plot.num_cells * self.final_size[0] * self.final_size[1]
+        if plot.num_cells > MAX_IMAGES or plot.num_images > MAX_IMAGES:
+            raise ValueError(
+                f"{plots.SCRIPT}: {plot.num_cells} pictures and their grids; at most {MAX_IMAGES} are possible"
+            )
+        if num_pixels > _MAX_PLOT_PIXELS:
+            raise ValueError(
+                f"{plots.SCRIPT}: the grid has {num_pixels} pixels; at most {_MAX_PLOT_PIXELS} are possible"
+            )
+
+    def cells(self) -> list[Generation]:
+        """The requests that the plot is made of, x by x, then y by y, then z by z; without a plot this one.
+
+        Raises:
+            ValidationError: one of them cannot be run.
+        """
+        if self.plot is None:
+            return [self]
+        return [type(self).model_validate(fields) for _, fields in self.plot.cells(self.model_dump())]
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the pictures."""
+        return self.width, self.height
 
     @property
     def is_guided(self) -> bool:
@@ -179,12 +215,13 @@ class Generation(Payload):
     @property
     def num_painted(self) -> int:
         """How many pictures are painted."""
-        return self.batch_size * self.n_iter
+        return self.plot.num_cells if self.plot else self.batch_size * self.n_iter
 
     @property
     def num_images(self) -> int:
-        """How many pictures the job makes: those, and what ControlNet looked at."""
-        return self.num_painted + sum(unit.save_detected_map for unit in self.controlnet)
+        """How many pictures the job makes: those, or the grids of a plot, and what ControlNet looked at."""
+        painted = self.plot.num_images if self.plot else self.num_painted
+        return painted + sum(unit.save_detected_map for unit in self.controlnet)
 
     @property
     def num_steps(self) -> int:

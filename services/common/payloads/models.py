@@ -21,6 +21,8 @@ def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     Raises:
         InvalidArgument: the request names a model that is not among them.
     """
+    if request.plot is not None:
+        return list(dict.fromkeys(index for cell in request.cells() for index in used(cell, models)))
     bases = [index for index, (kind, _) in enumerate(models) if kind == BASE]
     if not bases:
         raise InvalidArgument(f"models names no checkpoint of type {BASE}")

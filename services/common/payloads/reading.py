@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from services.common.errors import InvalidArgument
+from services.common.payloads import plots
 from services.common.payloads.base import Payload
 from services.common.payloads.extras import RemoveBackground, UpscaleMany, UpscaleOne
 from services.common.payloads.generation import Generation
@@ -55,15 +56,25 @@ def check(task_type: str, fields: dict[str, Any], job_id: str) -> Payload:
     task = TASKS.get(task_type)
     if task is None:
         raise InvalidArgument(f"task type {task_type} is not known; possible: {', '.join(TASKS)}")
-    try:
-        request = task.model_validate(fields)
-    except ValidationError as error:
-        raise InvalidArgument("; ".join(_sentence(problem, task) for problem in error.errors())) from None
+    request = _validated(task, fields)
     if not isinstance(request, Generation):
         return request
     texts = {"seed": job_id, "subseed": f"{job_id} subseed"}
     seeds = {name: seed_of(text) for name, text in texts.items() if getattr(request, name) == -1}
-    return request.model_copy(update=seeds)
+    request = request.model_copy(update=seeds)
+    for name, cell in request.plot.cells(request.model_dump()) if request.plot else ():
+        try:
+            _validated(task, cell)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{plots.SCRIPT}, {name}: {error}") from None
+    return request
+
+
+def _validated(task: type[Payload], fields: dict[str, Any]) -> Payload:
+    try:
+        return task.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidArgument("; ".join(_sentence(problem, task) for problem in error.errors())) from None
 
 
 def seed_of(job_id: str) -> int:

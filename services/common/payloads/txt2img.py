@@ -119,6 +119,11 @@ class Txt2Img(Generation):
         return _whole(self.hr_resize_x or full[0], self.hr_resize_y or full[1])
 
     @property
+    def final_size(self) -> tuple[int, int]:
+        """That of the last pass."""
+        return self.hr_size if self.enable_hr else super().final_size
+
+    @property
     def second_pass(self) -> SecondPass | None:
         """The second pass as a request of its own."""
         if not self.enable_hr:

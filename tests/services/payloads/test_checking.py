@@ -53,6 +53,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "refiner_switch_at": 0.8,
         "refiner_pass": "second pass",
         "controlnet": [],
+        "plot": None,
         "vae_name": "",
         "disable_extra_networks": False,
         "ignored": ["unknown_field", "script mystery"],
@@ -224,7 +225,7 @@ def test_what_is_ignored_is_named() -> None:
     )
     assert fields["ignored"] == [
         "styles",
-        "script_name",
         "override_settings.samples_format",
         "script dynamic prompts",
+        "script sd upscale",
     ]

@@ -1,0 +1,98 @@
+"""A generation in the engine and its pictures: one run, or a few at once where an x/y/z plot asks for many."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from PIL import Image
+
+from esd.worker.v1 import worker_pb2
+from gpu_worker import grid
+from gpu_worker.cache import CachedModel
+from gpu_worker.canvas import Canvas
+from gpu_worker.engine import Engine
+from gpu_worker.infotext import Made
+from gpu_worker.job import Job
+from gpu_worker.run import Produced
+from services.common.payloads import Generation, used
+
+_MAX_RUNS = 4  # of a plot in the engine at once, so that others come in between
+_PROGRESS_INTERVAL_SECONDS = 0.2
+
+
+async def produced(
+    engine: Engine, job: Job, request: Generation, files: Sequence[CachedModel], canvas: Canvas
+) -> list[Produced]:
+    """What the engine makes of a request, of each cell of a plot.
+
+    Raises:
+        JobError: one of them cannot be run; the others are given up.
+    """
+    cells = request.cells()
+    progress = _Progress(job, sum(cell.total_steps * cell.num_painted for cell in cells))
+    room = asyncio.Semaphore(_MAX_RUNS)
+
+    async def run(index: int, cell: Generation) -> Produced:
+        async with room:
+            step = partial(progress.step, index)
+            own = _own(cell, files)
+            return await engine.run(job.id, cell, own, progress.started, step, canvas, job.audience)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            runs = [group.create_task(run(index, cell)) for index, cell in enumerate(cells)]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [run.result() for run in runs]
+
+
+def pictures(
+    request: Generation, files: Sequence[CachedModel], canvas: Canvas, made: Sequence[Produced]
+) -> tuple[list[Image.Image], list[Made]]:
+    """The pictures of the result: what was painted, or the grids of a plot, and behind those what ControlNet looked at;
+    and the making of each that was painted."""
+    painted, makings = [], []
+    for cell, run in zip(request.cells(), made, strict=True):
+        own = _own(cell, files)
+        for index, pixels in enumerate(run.images):
+            painted.append(Image.fromarray(canvas.finished(pixels, index % cell.batch_size)))
+            makings.append(Made(cell, index, own))
+    if request.plot is not None:
+        painted = grid.drawn(request.plot, painted)
+        grids = [replace(makings[0], plot=request.plot)] * request.plot.num_grids
+        makings = (grids + makings)[: len(painted)]
+    return [*painted, *(Image.fromarray(pixels) for pixels in canvas.maps(request))], makings
+
+
+def _own(cell: Generation, files: Sequence[CachedModel]) -> list[CachedModel]:
+    """Of the files of a job, those that one of its runs uses."""
+    return [files[position] for position in used(cell, [(file.type, file.name) for file in files])]
+
+
+class _Progress:
+    """Tells a job's progress, not more often than anybody can see: the first step, the last, and some between."""
+
+    def __init__(self, job: Job, num_steps: int) -> None:
+        self._job = job
+        self._num_steps = num_steps
+        self._told_at = 0.0
+        self._is_started = False
+        self._done: dict[int, int] = {}
+
+    def started(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._job.emit(worker_pb2.JobEvent(started=worker_pb2.JobStarted()))
+
+    def step(self, run: int, num_done: int) -> None:
+        self._done[run] = num_done
+        step = sum(self._done.values())
+        now = time.monotonic()
+        if now - self._told_at >= _PROGRESS_INTERVAL_SECONDS or step == self._num_steps:
+            self._told_at = now
+            progress = worker_pb2.JobProgress(step=step, num_steps=self._num_steps)
+            self._job.emit(worker_pb2.JobEvent(progress=progress))

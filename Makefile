@@ -18,6 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt protos/generate.py $(shell fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# Bytecode is made of what gets imported, when it is: all of it would take a third of the installation.
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@# Alone, without the torchvision that it declares: gpu_worker/upscaling.py says why.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps spandrel
 	@touch $@
 
 check: install  ## Lint, types, proto rules

@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 _TAR_MAGIC = b"ustar"
 _TAR_MAGIC_AT = 257  # POSIX 1003.1, the header's `magic`
-_MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 _ABANDONED_SECONDS = 3600.0
 _INSTALLING = "installing"
 

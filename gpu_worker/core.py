@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from gpu_worker import adapters, tasks, weights
+from gpu_worker import adapters, tasks, upscaling, weights
 from gpu_worker.batch import Batch
 from gpu_worker.cache import CachedModel
 from gpu_worker.denoise import Evaluation, predict
@@ -22,7 +22,7 @@ from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.preview import Previews
 from gpu_worker.resident import Resident
 from gpu_worker.run import Equipment, Produced, Run
-from services.common.payloads.models import CONTROLNET
+from services.common.payloads.models import CONTROLNET, UPSCALER
 
 log = structlog.get_logger()
 
@@ -46,6 +46,7 @@ class Core:
         self._previews = Previews()
         # LoRAs and embeddings, for the models that they were loaded for.
         self._additions: Resident[adapters.Adapter] = Resident(_MAX_ADAPTERS, on_loaded)
+        self._upscalers: Resident[upscaling.Upscaler] = Resident(max_resident_models, on_loaded)
         # Each about half as large as a checkpoint.
         self._controlnets: Resident[adapters.Adapter] = Resident(max_resident_models, on_loaded)
         self._last_tick: torch.cuda.Event | None = None
@@ -80,6 +81,7 @@ class Core:
         self._previews.close()
         self._additions.close()
         self._controlnets.close()
+        self._upscalers.close()
 
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
@@ -99,18 +101,19 @@ class Core:
             try:
                 for equipment in run.equipment:
                     self._take(equipment, run)
+                self._take_upscalers(run)
             except Exception as error:
                 self._fail(run, error)
                 continue
-            if run.models is None and run.equipment[0].key not in self._resident:
+            if run.equipment and run.models is None and run.equipment[0].key not in self._resident:
                 return  # it waits for a place, which nobody behind it may take
             if not run.is_started:
                 run.is_started = True
                 run.on_started()
                 run.lap()
-            if all(equipment.is_here for equipment in run.equipment):
+            if run.is_here:
                 run.load_seconds = run.lap()
-                run.task = tasks.begin(run.request, run.canvas, run.equipment, run.on_step)
+                run.task = tasks.begin(run)
                 self._waiting.remove(run)
                 self._stages.append(run)
 
@@ -139,6 +142,18 @@ class Core:
                 )
                 if found is not None:
                     equipment.adapters[file] = found
+
+    def _take_upscalers(self, run: Run) -> None:
+        """Takes the upscalers that are in memory and begins to load the others."""
+        for file in run.files:
+            if file.type == UPSCALER and file not in run.upscalers:
+                found = self._upscalers.take(
+                    (file.key,),
+                    lambda: upscaling.load(file, self._device),  # noqa: B023
+                    may_exceed=True,
+                )
+                if found is not None:
+                    run.upscalers[file] = found
 
     def _home(self, file: CachedModel) -> Resident[adapters.Adapter]:
         """Where an addition is kept."""
@@ -213,7 +228,7 @@ class Core:
                 self._stages.append(run)
             else:
                 pixels = run.wish.num_rows * run.wish.row_pixels
-                self._batch.place(run, run.wish.group, pixels, run.request.exclusive)
+                self._batch.place(run, run.wish.group, pixels, run.is_exclusive)
 
     def _fail(self, run: Run, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -235,5 +250,8 @@ class Core:
             if equipment.models is not None:
                 self._resident.give_back(equipment.key)
             equipment.models, equipment.adapters = None, {}
+        for file in run.upscalers:
+            self._upscalers.give_back((file.key,))
+        run.upscalers = {}
         run.task = run.wish = None  # with them go the latents
         run.on_end(outcome)

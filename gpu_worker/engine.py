@@ -18,7 +18,7 @@ from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
 from gpu_worker.run import Produced, Run
-from services.common.payloads import Generation
+from services.common.payloads import Payload
 
 if TYPE_CHECKING:
     from gpu_worker.core import Core
@@ -74,7 +74,7 @@ class Engine:
     async def run(
         self,
         job_id: str,
-        request: Generation,
+        request: Payload,
         files: list[CachedModel],
         on_started: Callable[[], None],
         on_step: Callable[[int], None],

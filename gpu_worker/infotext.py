@@ -9,7 +9,7 @@ from typing import Any
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
 from services.common.payloads import Generation, Img2Img, Txt2Img
-from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, VAE, find, stem
+from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, REMBG, UPSCALER, VAE, find, stem
 from services.common.payloads.plots import NOTHING, Plot
 
 
@@ -22,6 +22,7 @@ def hashes(files: list[CachedModel]) -> dict[str, str]:
     """The SHA-256 of every model behind a picture, by the names that A1111 has for them. Further checkpoints have none
     there and are `model:<name>`."""
     names = {BASE: "model:{}", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}", CONTROLNET: "controlnet:{}"}
+    names |= {UPSCALER: "upscaler:{}", REMBG: "rembg:{}"}
     found = {names[file.type].format(stem(file.name)): file.sha256 for file in files}
     base = named(files, BASE)
     return {"model": found.pop(f"model:{stem(base.name)}")} | found if base else found

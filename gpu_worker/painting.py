@@ -1,4 +1,4 @@
-"""A generation in the engine and its pictures: one run, or a few at once where an x/y/z plot asks for many."""
+"""A request in the engine and its pictures: one run, or a few at once where an x/y/z plot asks for many."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
@@ -18,7 +19,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.infotext import Made
 from gpu_worker.job import Job
 from gpu_worker.run import Produced
-from services.common.payloads import Generation, used
+from services.common.payloads import Edit, Generation, used
 
 _MAX_RUNS = 4  # of a plot in the engine at once, so that others come in between
 _PROGRESS_INTERVAL_SECONDS = 0.2
@@ -48,6 +49,24 @@ async def produced(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [run.result() for run in runs]
+
+
+async def enlarged(
+    engine: Engine, job: Job, request: Edit, files: Sequence[CachedModel], images: Sequence[Image.Image]
+) -> list[Image.Image]:
+    """What the request's upscalers that are models make of its pictures; nothing where there are none.
+
+    Raises:
+        JobError: a model cannot be used.
+    """
+    progress = _Progress(job, len(request.upscalers) * len(images))
+    if not request.upscalers:
+        progress.started()
+        return []
+    await asyncio.shield(engine.ready)
+    canvas = Canvas([np.asarray(image.convert("RGB")) for image in images])
+    run = await engine.run(job.id, request, list(files), progress.started, partial(progress.step, 0), canvas)
+    return [Image.fromarray(pixels) for pixels in run.images]
 
 
 def pictures(

@@ -33,6 +33,10 @@ _REAL: dict[tuple[str, str], Any] = {
 }
 
 
+# Where files keep their weights: checkpoints, embeddings, and the family of ESRGAN.
+_INNER = ("state_dict", "string_to_param", "params_ema", "params-ema", "params")
+
+
 class _Inert:
     """Accepts whatever a pickle does with an object, and does nothing."""
 
@@ -90,7 +94,7 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_SAFE_PICKLE)
     except Exception as error:  # a broken pickle raises anything
         raise JobError(f"{name} is damaged or truncated: it cannot be read as a checkpoint") from error
-    for inner in ("state_dict", "string_to_param"):  # the latter of an embedding
+    for inner in _INNER:
         if isinstance(content, dict) and isinstance(content.get(inner), dict):
             content = content[inner]
     weights = content if isinstance(content, dict) else {}

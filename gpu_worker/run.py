@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
-from services.common.payloads import Generation
-from services.common.payloads.models import BASE, VAE
+from services.common.payloads import Generation, Payload
+from services.common.payloads.models import BASE, UPSCALER, VAE
 
 if TYPE_CHECKING:
     from gpu_worker.adapters import Adapter
     from gpu_worker.denoise import Evaluation, Task
+    from gpu_worker.upscaling import Upscaler
     from gpu_worker.weights import Models
 
 
@@ -59,7 +60,7 @@ class Run:
     thread that draws calls `on_preview`, with a JPEG."""
 
     job_id: str
-    request: Generation
+    request: Payload
     files: list[CachedModel]
     on_started: Callable[[], None]
     on_step: Callable[[int], None]
@@ -73,17 +74,29 @@ class Run:
     load_seconds: float = 0.0
     # One for each checkpoint; the job begins with the first.
     equipment: list[Equipment] = field(init=False)
+    upscalers: dict[CachedModel, Upscaler] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         vae = next((file for file in self.files if file.type == VAE), None)
-        additions = [file for file in self.files if file.type not in {BASE, VAE}]
+        additions = [file for file in self.files if file.type not in {BASE, VAE, UPSCALER}]
         self.equipment = [Equipment(file, vae, list(additions)) for file in self.files if file.type == BASE]
 
     @property
     def models(self) -> Models | None:
         """Those that the job begins with, when they are here."""
-        return self.equipment[0].models
+        return self.equipment[0].models if self.equipment else None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all that it needs is in memory."""
+        has_upscalers = all(file in self.upscalers for file in self.files if file.type == UPSCALER)
+        return has_upscalers and all(equipment.is_here for equipment in self.equipment)
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether it shares no tick with others."""
+        return isinstance(self.request, Generation) and self.request.exclusive
 
     def lap(self) -> float:
         """Seconds since the last lap."""

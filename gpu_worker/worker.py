@@ -110,13 +110,14 @@ class Worker:
             request, canvas = await job.stage(self._request(job))
             if len(job.spec.image_uploads) < request.num_images:
                 raise JobError(f"the job makes {request.num_images} images, but has a place for only some of them")
-            if isinstance(request, Edit):
-                return await job.stage(self._retouch(job, request, time.monotonic() - began))
-            assert isinstance(request, Generation)
-            self._typical_pixels = request.num_pixels
-            self.on_change()
+            if isinstance(request, Generation):
+                self._typical_pixels = request.num_pixels
+                self.on_change()
             files = await job.stage(self._fetch(job, request, held))
             fetch_seconds = time.monotonic() - began
+            if isinstance(request, Edit):
+                return await job.stage(self._retouch(job, request, files, fetch_seconds))
+            assert isinstance(request, Generation)
             await asyncio.shield(self._engine.ready)
             job.audience.show = lambda jpeg: self._show(job, jpeg)
             made = await job.stage(painting.produced(self._engine, job, request, files, canvas))
@@ -140,7 +141,7 @@ class Worker:
         content = await self._transfer.read(job.spec.payload_url, "the payload", job.spec.payload_sha256)
         return await asyncio.to_thread(_checked, job, content)
 
-    async def _fetch(self, job: Job, request: Generation, held: AsyncExitStack) -> list[CachedModel]:
+    async def _fetch(self, job: Job, request: Payload, held: AsyncExitStack) -> list[CachedModel]:
         """The files of the models that the request uses, in the cache for as long as `held` is open."""
         models = [(model.type, model.name) for model in job.spec.models]
         try:
@@ -167,23 +168,26 @@ class Worker:
         )
         return await self._uploaded(job, images, param, timings)
 
-    async def _retouch(self, job: Job, request: Edit, fetch_seconds: float) -> worker_pb2.JobDone:
-        """Changes pictures without the engine, and uploads them."""
-        job.emit(worker_pb2.JobEvent(started=worker_pb2.JobStarted()))
+    async def _retouch(
+        self, job: Job, request: Edit, files: list[CachedModel], fetch_seconds: float
+    ) -> worker_pb2.JobDone:
+        """Changes pictures without a checkpoint, and uploads them."""
         began = time.monotonic()
         try:
-            retouched = await asyncio.to_thread(retouch.retouched, request)
+            images = await asyncio.to_thread(retouch.decoded, request)
         except pictures.Damaged as error:
             raise JobError(str(error)) from None
+        enlarged = await painting.enlarged(self._engine, job, request, files, images)
+        retouched = await asyncio.to_thread(retouch.retouched, request, images, files, enlarged)
         made = time.monotonic()
-        provenance = Provenance(job.id, job.spec.task_type, request, [], self.device)
-        images = await _encoded(retouched, provenance)
-        html_info = retouch.html_info(request)
+        provenance = Provenance(job.id, job.spec.task_type, request, files, self.device)
+        encoded = await _encoded(retouched, provenance)
+        html_info = retouch.html_info(request, files)
         param = results.param_json(provenance, job.spec.endpoint_name, info={}, html_info=html_info)
         timings = worker_pb2.Timings(
             fetch_seconds=fetch_seconds, pipeline_seconds=made - began, encode_seconds=time.monotonic() - made
         )
-        return await self._uploaded(job, images, param, timings)
+        return await self._uploaded(job, encoded, param, timings)
 
     async def _uploaded(
         self, job: Job, images: list[bytes], param: bytes, timings: worker_pb2.Timings

@@ -58,6 +58,7 @@ TORCH_OWNERS = {
     "lora.py",
     "embeddings.py",
     "tiling.py",
+    "upscaling.py",
 }
 
 

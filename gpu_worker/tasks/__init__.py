@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.adapters import Equipped, gathered
-from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Task
 from gpu_worker.job import JobError
-from gpu_worker.run import Equipment
-from gpu_worker.tasks import img2img, txt2img
+from gpu_worker.run import Equipment, Run
+from gpu_worker.tasks import enlarge, img2img, txt2img
 from gpu_worker.tasks.steering import Crew
 from services.common.payloads import Generation, Img2Img, Txt2Img
-from services.common.payloads.models import BASE, find
+from services.common.payloads.extras import Upscale
+from services.common.payloads.models import BASE, UPSCALER, find
 
 
-def begin(
-    request: Generation, canvas: Canvas, equipment: Sequence[Equipment], on_step: Callable[[int], None]
-) -> Task[list[NDArray[np.uint8]]]:
-    """The task of a request, which returns pixels of shape (height, width, 3) for each image.
+def begin(run: Run) -> Task[list[NDArray[np.uint8]]]:
+    """The task of a run whose models are here, which returns pixels of shape (height, width, 3) for each image.
 
     Raises:
         JobError: a refiner has latents of another family than the checkpoint before it.
     """
-    crew = _crew(request, equipment)
+    request, canvas = run.request, run.canvas
+    found = list(run.upscalers.values())
+    files = [(UPSCALER, file.name) for file in run.upscalers]
+    upscalers = {field: found[find(files, UPSCALER, name, field)] for field, name in request.upscalers}
+    if isinstance(request, Upscale):
+        return (yield from enlarge.generate(request, canvas, upscalers, run.on_step))
+    assert isinstance(request, Generation)
+    crew = _crew(request, run.equipment)
     if isinstance(request, Img2Img):
-        return (yield from img2img.generate(request, canvas, crew, on_step))
+        return (yield from img2img.generate(request, canvas, crew, run.on_step))
     assert isinstance(request, Txt2Img)
     second = request.second_pass
-    second_crew = _crew(second, equipment) if second else None
-    return (yield from txt2img.generate(request, canvas, crew, second_crew, on_step))
+    second_crew = _crew(second, run.equipment) if second else None
+    upscaler = upscalers.get("hr_upscaler")
+    return (yield from txt2img.generate(request, canvas, crew, second_crew, run.on_step, upscaler))
 
 
 def _crew(request: Generation, equipment: Sequence[Equipment]) -> Crew:

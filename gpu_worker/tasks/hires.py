@@ -15,9 +15,12 @@ from gpu_worker.denoise import LATENT_SCALE, Evaluation, Step, denoise
 from gpu_worker.job import JobError
 from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of
 from gpu_worker.tasks.steering import Crew, steps_of
+from gpu_worker.upscaling import Upscaler
+from gpu_worker.upscaling import upscaled as enlarged
 from gpu_worker.weights import Models
 from services.common.payloads import Txt2Img
-from services.common.payloads.txt2img import LATENT_UPSCALERS, SecondPass
+from services.common.payloads.txt2img import SecondPass
+from services.common.payloads.upscalers import LATENT_UPSCALERS
 
 _RESAMPLING = {"Nearest": Image.Resampling.NEAREST}
 
@@ -31,9 +34,10 @@ class Second:
     crew: Crew
     steps: list[Step]
     decoder: Models
+    upscaler: Upscaler | None = None
 
 
-def begin(request: Txt2Img, canvas: Canvas, first_crew: Crew, crew: Crew) -> Second:
+def begin(request: Txt2Img, canvas: Canvas, first_crew: Crew, crew: Crew, upscaler: Upscaler | None = None) -> Second:
     """The second pass of a request that has one.
 
     Raises:
@@ -46,7 +50,7 @@ def begin(request: Txt2Img, canvas: Canvas, first_crew: Crew, crew: Crew) -> Sec
             f"hr_checkpoint_name {request.hr_checkpoint_name} has latents of another family than the first pass, so "
             f"hr_upscaler {request.hr_upscaler} cannot scale them; Lanczos scales pixels"
         )
-    return Second(request, second, crew, steps_of(second, crew, canvas), first_crew.last)
+    return Second(request, second, crew, steps_of(second, crew, canvas), first_crew.last, upscaler)
 
 
 def denoised(
@@ -54,7 +58,7 @@ def denoised(
 ) -> Generator[Evaluation | None, torch.Tensor, torch.Tensor]:
     """The final latents of a batch at the second pass's size, from those of the first."""
     models, first, request = second.crew.base.models, second.first, second.request
-    scaled = yield from upscaled(first, latents, second.decoder, models)
+    scaled = yield from upscaled(first, latents, second.decoder, models, second.upscaler)
     images = range(batch * first.batch_size, (batch + 1) * first.batch_size)
     generators = noise.generators([first.seed_of(image) for image in images])
     drawn = noise.first(request, images, generators)
@@ -67,7 +71,7 @@ def denoised(
 
 
 def upscaled(
-    request: Txt2Img, latents: torch.Tensor, decoder: Models, encoder: Models
+    request: Txt2Img, latents: torch.Tensor, decoder: Models, encoder: Models, upscaler: Upscaler | None = None
 ) -> Generator[None, torch.Tensor, torch.Tensor]:
     """Latents of the second pass's size, on the CPU, without noise. Lets others go first between its stages.
 
@@ -84,7 +88,11 @@ def upscaled(
         resampling = _RESAMPLING.get(request.hr_upscaler, Image.Resampling.LANCZOS)
         rows = []
         for row in torch.split(latents, 1):
-            larger = Image.fromarray(pixels_of(decoder, row)).resize((width, height), resampling)
+            picture = Image.fromarray(pixels_of(decoder, row))
+            if upscaler is not None:
+                larger = yield from enlarged(upscaler, picture, (width, height))
+            else:
+                larger = picture.resize((width, height), resampling)
             rows.append(latents_of(encoder, as_tensor(np.asarray(larger))).cpu())
             yield None
         scaled = torch.cat(rows)

@@ -14,14 +14,21 @@ from gpu_worker.denoise import Evaluation, Step, Task, denoise
 from gpu_worker.tasks import hires
 from gpu_worker.tasks.stages import counted, pixels_of
 from gpu_worker.tasks.steering import Crew, steps_of
+from gpu_worker.upscaling import Upscaler
 from gpu_worker.weights import Models
 from services.common.payloads import Txt2Img
 
 
 def generate(
-    request: Txt2Img, canvas: Canvas, crew: Crew, second_crew: Crew | None, on_step: Callable[[int], None]
+    request: Txt2Img,
+    canvas: Canvas,
+    crew: Crew,
+    second_crew: Crew | None,
+    on_step: Callable[[int], None],
+    upscaler: Upscaler | None = None,
 ) -> Task[list[NDArray[np.uint8]]]:
     """Returns pixels of shape (height, width, 3) for each image. `on_step` hears how many of steps x images are done.
+    `upscaler` makes the first pass's picture larger, where that shall be a model.
 
     Each image has noise of its own seed. Batches of a job follow each other, each with its second pass, and each
     picture is decoded by itself: the decoder needs far more memory than a step.
@@ -30,7 +37,7 @@ def generate(
         JobError: a prompt is too long, or the latents became NaN.
     """
     steps = steps_of(request, crew, canvas)
-    second = hires.begin(request, canvas, crew, second_crew) if second_crew else None
+    second = hires.begin(request, canvas, crew, second_crew, upscaler) if second_crew else None
     last = second.crew.last if second else crew.last
     images = []
     for batch in range(request.n_iter):

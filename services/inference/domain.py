@@ -150,7 +150,7 @@ class Inference:
 
     async def _new_job(self, draft: Draft, user: User) -> Job:
         endpoint = await self._choices.choose_endpoint(draft, user)
-        models = await self._choices.find_models(draft.models, user) if draft.task_type in SIMPLE_TASKS else []
+        models = await self._choices.find_models(draft.models_of_task, user)
         return Job(
             id=uuid4(),
             owner=user.name,

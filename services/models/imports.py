@@ -32,7 +32,7 @@ from services.models.store import ACTIVE, INITIAL, Checkpoint, CheckpointFile, M
 
 log = structlog.get_logger()
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".yaml")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx", ".yaml")
 _MIB = 1024 * 1024
 _MIN_PART_BYTES = 5 * _MIB  # of S3
 _MAX_PARTS = 9_000  # S3 takes 10,000

@@ -72,3 +72,29 @@ def test_another_checkpoint_refines_the_picture(studio: Studio, tmp_path: Path) 
     )
     assert plain.tobytes() != refined.tobytes()
     assert "Refiner: fine [" in refined.text["parameters"]
+
+
+def test_uploaded_tools_make_pictures_larger_and_cut_them_out(studio: Studio, tmp_path: Path) -> None:
+    from tests.gpu_worker import tiny_esrgan, tiny_onnx
+
+    tiny_esrgan.write(tmp_path / "4x-tiny.pth")
+    (tmp_path / "bright.onnx").write_bytes(tiny_onnx.brightness())
+    assert upload(studio.api, tmp_path / "4x-tiny.pth", checkpoint_type="ESRGAN").status == 200
+    assert upload(studio.api, tmp_path / "bright.onnx", checkpoint_type="rembg").status == 200
+    image = encoded(noise(48, 32))
+    # Models of other types are ignored for these tasks, as by the original.
+    models = {"ESRGAN": ["4x-tiny.pth"], "Stable-diffusion": ["not there"]}
+    larger = {"image": image, "upscaler_1": "4x-tiny", "upscaling_resize": 4}
+    job = run(studio, models, "extra-single-image", **larger)
+    assert "used_models" not in job["params"]
+    assert pictures(studio, job)[0].size == (192, 128)
+    models = {"rembg": ["bright.onnx"]}
+    (cut,) = pictures(studio, run(studio, models, "rembg", input_image=image, model="bright"))
+    assert (cut.size, cut.mode) == ((48, 32), "RGBA")
+    body = {"task_type": "extra-single-image", "inference_type": "Async", "models": {}}
+    refused = studio.api.call("POST", "/inferences", body | {"payload_string": json.dumps(larger)})
+    assert refused.status == 400
+    assert refused.message == (
+        "upscaler_1 names 4x-tiny, which is not among the job's models of type ESRGAN; there: none; "
+        "built in: None, Lanczos, Nearest"
+    )

@@ -15,7 +15,8 @@ from gpu_worker.tasks.steering import Crew
 from services.common.payloads import Generation, Img2Img, Txt2Img, check
 
 NO_ADAPTERS = Adapters()
-R = TypeVar("R", bound=Generation)
+R = TypeVar("R")
+G = TypeVar("G", bound=Generation)
 
 
 def drive(tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows: int = 64) -> list[Any]:
@@ -47,6 +48,16 @@ def drive(tasks: list[tuple[int, Generator[Any, Any, Any]]], max_rows: int = 64)
     return [results[index] for index in range(len(tasks))]
 
 
+def finished(task: Generator[None, Any, R]) -> R:
+    """What a task without wishes returns."""
+    try:
+        while True:
+            next(task)
+    except StopIteration as end:
+        found: R = end.value
+        return found
+
+
 def txt2img_of(**fields: Any) -> Txt2Img:
     """The request of a txt2img payload."""
     request = check("txt2img", fields, "job")
@@ -61,7 +72,7 @@ def img2img_of(**fields: Any) -> Img2Img:
     return request
 
 
-def changed(request: R, **changes: Any) -> R:
+def changed(request: G, **changes: Any) -> G:
     """The request with other values, checked again."""
     return type(request).model_validate(request.model_dump() | changes)
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,7 +22,7 @@ from gpu_worker.job import to_python
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
 from services.common.payloads import check
-from tests.gpu_worker import tiny_controlnet
+from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_onnx
 from tests.gpu_worker.conftest import ObjectStore
 from tests.pictures import encoded, mask, noise
 from tests.serving import Tokens
@@ -133,7 +134,11 @@ async def test_a_job_that_cannot_be_done_fails_with_one_sentence(
 
 def add_model(spec: worker_pb2.JobSpec, store: ObjectStore, kind: str, name: str, state: dict[str, Any]) -> str:
     """Gives the job another model file; answers its SHA-256."""
-    content = save(state)
+    return add_file(spec, store, kind, name, save(state))
+
+
+def add_file(spec: worker_pb2.JobSpec, store: ObjectStore, kind: str, name: str, content: bytes) -> str:
+    """Gives the job another file; answers its SHA-256."""
     sha256 = hashlib.sha256(content).hexdigest()
     url = store.put(name, content)
     spec.models.add(type=kind, name=name, url=url, size_bytes=len(content), cache_key=sha256, sha256=sha256)
@@ -254,6 +259,46 @@ async def test_pictures_are_enlarged_and_cut_out_without_a_model(
         assert json.loads(found.text["esd"])["engine"] == json.loads(param["info"])["engine"]
         assert ("GrabCut" in param["html_info"]) == (task_type == "rembg")
         assert image not in json.dumps(param)
+
+
+async def test_uploaded_upscalers_make_pictures_larger_in_extras_and_in_the_second_pass(
+    generate: Any, store: ObjectStore, make_spec: Any, tmp_path: Path
+) -> None:
+    tiny_esrgan.write(tmp_path / "x.pth")
+    content = (tmp_path / "x.pth").read_bytes()
+    image = noise(48, 32)
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    payload = {"image": encoded(image), "upscaler_1": "4x-tiny", "upscaler_2": "Lanczos", "upscaling_resize": 2}
+    spec = make_spec("extra-single-image", num_uploads=1, **payload, extras_upscaler_2_visibility=0.5)
+    del spec.models[:]
+    second = make_spec(enable_hr=True, hr_scale=2, denoising_strength=0.5, hr_upscaler="4x-tiny")
+    sha256s = [add_file(each, store, "ESRGAN", "4x-tiny.pth", content) for each in (spec, second)]
+    events = await generate(spec)
+    assert [event.WhichOneof("event") for event in events] == ["started", "progress", "done"]
+    found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
+    assert (found.size, found.mode) == ((96, 64), "RGBA")
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert json.loads(param["info"])["hashes"] == {"upscaler:4x-tiny": sha256s[0]}
+    assert (await generate(second))[-1].HasField("done")
+    larger = Image.open(io.BytesIO(store.objects[f"{second.job_id}/image_0.png"]))
+    assert larger.size == (128, 128)
+    assert "Hires upscaler: 4x-tiny" in larger.text["parameters"]
+    assert sha256s[1] in larger.text["parameters"]
+
+
+async def test_an_uploaded_model_removes_the_background(generate: Any, store: ObjectStore, make_spec: Any) -> None:
+    image = Image.new("RGB", (64, 48))
+    image.paste((255, 255, 255), (16, 12, 48, 36))
+    spec = make_spec("rembg", num_uploads=1, input_image=encoded(image), model="bright", return_mask=True)
+    del spec.models[:]
+    sha256 = add_file(spec, store, "rembg", "bright.onnx", tiny_onnx.brightness())
+    assert (await generate(spec))[-1].HasField("done")
+    found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
+    assert found.getpixel((32, 24)) == 255
+    assert found.getpixel((2, 2)) == 0
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert param["html_info"] == "<p>The background was removed by bright.onnx.</p>"
+    assert json.loads(param["info"])["hashes"] == {"rembg:bright": sha256}
 
 
 async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: ObjectStore, make_spec: Any) -> None:

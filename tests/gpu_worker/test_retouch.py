@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from gpu_worker.retouch import retouched
+from gpu_worker.retouch import decoded, retouched
 from services.common.payloads import Edit, check
 from tests.pictures import encoded, noise
 
@@ -16,7 +16,7 @@ LANCZOS, NEAREST = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
 def edited(task_type: str, **fields: Any) -> Image.Image:
     request = check(task_type, fields, "job")
     assert isinstance(request, Edit)
-    (image,) = retouched(request)
+    (image,) = retouched(request, decoded(request), [])
     return image
 
 

@@ -70,7 +70,7 @@ def _list(entry: Any, high: int, required: bool) -> tuple[tuple[str, Any, bool],
     )
 
 
-CHECKPOINT_TYPES = ("Stable-diffusion", "embeddings", "Lora", "hypernetworks", "ControlNet", "VAE")
+CHECKPOINT_TYPES = ("Stable-diffusion", "embeddings", "Lora", "hypernetworks", "ControlNet", "VAE", "ESRGAN", "rembg")
 _TYPE = Text(longest=None, good=CHECKPOINT_TYPES, bad=("stable-diffusion", "Checkpoint", " VAE", "Stable-diffusion "))
 _FILES = Cases(
     (

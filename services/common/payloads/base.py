@@ -21,6 +21,11 @@ class Payload(BaseModel):
         raise NotImplementedError
 
     @property
+    def upscalers(self) -> list[tuple[str, str]]:
+        """The names of the upscalers that are models, each behind its field."""
+        return []
+
+    @property
     def cost_seconds(self) -> float:
         """The job's estimated time, up to a constant factor that is the same for all payloads."""
         raise NotImplementedError

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from services.common.payloads import pictures
 from services.common.payloads.base import Payload
 from services.common.payloads.generation import MAX_IMAGES, MAX_SIDE
 from services.common.payloads.showing import shown
+from services.common.payloads.upscalers import PIXEL_UPSCALERS
 
-UPSCALERS = ("None", "Lanczos", "Nearest")
 BY_FACTOR, TO_SIZE = range(2)
 _SECONDS_PER_PICTURE = 1.0
+_MODEL_FACTOR = 4
 _FACES = ("gfpgan_visibility", "codeformer_visibility")
 
 
@@ -33,8 +34,8 @@ class Edit(Payload):
 
     @property
     def cost_seconds(self) -> float:
-        """Little."""
-        return _SECONDS_PER_PICTURE * self.num_images
+        """Little, unless a model is at work."""
+        return _SECONDS_PER_PICTURE * self.num_images * (1 + _MODEL_FACTOR * len(self.upscalers))
 
 
 class Upscale(Edit):
@@ -60,14 +61,6 @@ class Upscale(Edit):
                 )
         return given
 
-    @field_validator("upscaler_1", "upscaler_2")
-    @classmethod
-    def _known(cls, name: str, info: Any) -> str:
-        if name not in UPSCALERS:
-            possible = ", ".join(UPSCALERS)
-            raise ValueError(f"{info.field_name} {shown(name)} needs weights that are not here; possible: {possible}")
-        return name
-
     @model_validator(mode="after")
     def _bounded(self) -> Upscale:
         for name, text in self.pictures:
@@ -77,6 +70,14 @@ class Upscale(Edit):
                     f"{name} would have {width}x{height} pixels; at most {pictures.MAX_PIXELS} pixels are possible"
                 )
         return self
+
+    @property
+    def upscalers(self) -> list[tuple[str, str]]:
+        """Of those that are used."""
+        named = [("upscaler_1", self.upscaler_1)]
+        if self.upscaler_1 != "None" and self.extras_upscaler_2_visibility:
+            named.append(("upscaler_2", self.upscaler_2))
+        return [(field, name) for field, name in named if name not in PIXEL_UPSCALERS]
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
         """The size that a picture is scaled to: whole multiples of 8, and at least what was asked for."""
@@ -124,7 +125,7 @@ class UpscaleMany(Upscale):
 
 
 class RemoveBackground(Edit):
-    """A rembg payload. `model` is what the client would like; there is none here, and GrabCut takes its place."""
+    """A rembg payload. `model` is one of the job's models of type rembg; without one, GrabCut takes its place."""
 
     input_image: str
     model: str = ""

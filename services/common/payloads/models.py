@@ -7,20 +7,41 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from services.common.errors import InvalidArgument
+from services.common.payloads.base import Payload
+from services.common.payloads.extras import RemoveBackground
 from services.common.payloads.generation import Generation
+from services.common.payloads.upscalers import PIXEL_UPSCALERS
 
 BASE, VAE, LORA, EMBEDDING, CONTROLNET = "Stable-diffusion", "VAE", "Lora", "embeddings", "ControlNet"
+# Not the original's: types of models that change pictures without a checkpoint, named as A1111's folders for them.
+UPSCALER, REMBG = "ESRGAN", "rembg"
 PSEUDO_VAES = ("Automatic", "None")
+# A1111's names of upscalers that it fetches by itself, and the stems of their files.
+_ALIASES = {
+    "R-ESRGAN 4x+": "RealESRGAN_x4plus",
+    "R-ESRGAN 4x+ Anime6B": "RealESRGAN_x4plus_anime_6B",
+    "R-ESRGAN 2x+": "RealESRGAN_x2plus",
+}
 _HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
 
 
-def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
+def used(request: Payload, models: Sequence[tuple[str, str]]) -> list[int]:
     """Positions in `models`, which are pairs of type and file name: the base model first, then other checkpoints,
-    the VAE if there is one, the LoRAs in the prompt's order, ControlNets, and the embeddings that a prompt mentions.
+    the VAE if there is one, the LoRAs in the prompt's order, ControlNets, the embeddings that a prompt mentions, and
+    what upscales or cuts out.
 
     Raises:
         InvalidArgument: the request names a model that is not among them.
     """
+    found = _used(request, models) if isinstance(request, Generation) else []
+    found += [find(models, UPSCALER, name, field) for field, name in request.upscalers]
+    if isinstance(request, RemoveBackground):
+        there = [index for index, (kind, _) in enumerate(models) if kind == REMBG][:1]
+        found += [find(models, REMBG, request.model, "model")] if there and request.model else there
+    return list(dict.fromkeys(found))
+
+
+def _used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     if request.plot is not None:
         return list(dict.fromkeys(index for cell in request.cells() for index in used(cell, models)))
     bases = [index for index, (kind, _) in enumerate(models) if kind == BASE]
@@ -35,7 +56,7 @@ def used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
         found.append(find(models, CONTROLNET, unit.model, f"controlnet unit {index}"))
     texts = request.all_text.lower()
     found += [index for index, (kind, name) in enumerate(models) if kind == EMBEDDING and stem(name).lower() in texts]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def stem(name: str) -> str:
@@ -58,6 +79,7 @@ def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) ->
     Raises:
         InvalidArgument: it is not among them.
     """
+    name = _ALIASES.get(name, name)
     same_kind = {index: model for index, (own_kind, model) in enumerate(models) if own_kind == kind}
     for wanted, known in ((name, lambda model: model), (stem(name), stem), (name, stem)):
         for index, model in same_kind.items():
@@ -68,4 +90,6 @@ def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) ->
             if model.startswith(stem(name)):
                 return index
     there = ", ".join(same_kind.values()) or "none"
+    if kind == UPSCALER:
+        there += f"; built in: {', '.join(PIXEL_UPSCALERS)}"
     raise InvalidArgument(f"{field} names {name}, which is not among the job's models of type {kind}; there: {there}")

@@ -8,18 +8,8 @@ from pydantic import Field, model_validator
 
 from services.common.payloads import prompts, samplers
 from services.common.payloads.generation import MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation
-from services.common.payloads.showing import shown
+from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
-# Of latents, as modes of interpolation and whether they are smoothed; and of pixels.
-LATENT_UPSCALERS = {
-    "Latent": ("bilinear", False),
-    "Latent (antialiased)": ("bilinear", True),
-    "Latent (bicubic)": ("bicubic", False),
-    "Latent (bicubic antialiased)": ("bicubic", True),
-    "Latent (nearest)": ("nearest", False),
-    "Latent (nearest-exact)": ("nearest-exact", False),
-}
-PIXEL_UPSCALERS = ("None", "Lanczos", "Nearest")
 _MAX_STRENGTH = 0.999
 _MAX_SCHEDULE = 1000  # steps that a noise schedule can have
 _SAME = (None, "", "Use same checkpoint", "Use same sampler", "Use same scheduler", "None")
@@ -74,9 +64,6 @@ class Txt2Img(Generation):
         if given.get("hr_checkpoint_name") in _SAME:
             given.pop("hr_checkpoint_name", None)
         upscaler = given.get("hr_upscaler") or "Latent"
-        if upscaler not in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS):
-            possible = ", ".join((*LATENT_UPSCALERS, *PIXEL_UPSCALERS))
-            raise ValueError(f"hr_upscaler {shown(upscaler)} cannot be had here; possible: {possible}")
         name, scheduler = given.get("hr_sampler_name"), given.get("hr_scheduler")
         if name not in _SAME:
             found = samplers.find(name, None if scheduler in _SAME else scheduler, "hr_sampler_name")
@@ -117,6 +104,13 @@ class Txt2Img(Generation):
         """Width and height of the second pass: the middle of the scaled picture."""
         full = self.hr_full_size
         return _whole(self.hr_resize_x or full[0], self.hr_resize_y or full[1])
+
+    @property
+    def upscalers(self) -> list[tuple[str, str]]:
+        """The upscaler of the second pass, where it is a model."""
+        if not self.enable_hr or self.hr_upscaler in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS):
+            return []
+        return [("hr_upscaler", self.hr_upscaler)]
 
     @property
     def final_size(self) -> tuple[int, int]:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.payloads.models import REMBG, UPSCALER
 from services.inference.peers import Endpoint, Model, Peers
 from services.inference.rows import ASYNC, REAL_TIME
 
 SIMPLE_TASKS = ["txt2img", "img2img"]
 EXTRA_TASKS = ["extra-single-image", "extra-batch-images", "rembg"]
+# Types of models that an extra task may have; others are ignored there, as by the original.
+_EXTRA_TYPES = {UPSCALER, REMBG}
 # The order in which a worker loads (contract 10.2); JSON objects arrive in none.
-_MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE"]
+_MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE", UPSCALER, REMBG]
 # The original refuses jobs that name an endpoint while it grows or shrinks; here that is every day's business.
 _USABLE = {"InService", "Updating"}
 _PSEUDO_VAES = ("Automatic", "None")
@@ -47,6 +50,13 @@ class Draft:
     body_sha256: str = ""
     webhook: str = ""
     webhook_secret: str = ""
+
+    @property
+    def models_of_task(self) -> dict[str, Any]:
+        """The models that count for the task."""
+        if self.task_type in SIMPLE_TASKS:
+            return self.models
+        return {kind: names for kind, names in self.models.items() if kind in _EXTRA_TYPES}
 
 
 class Choices:

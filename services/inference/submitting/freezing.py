@@ -60,8 +60,8 @@ class Freezer:
         """
         fetched = now()
         checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
-        if isinstance(checked.request, payloads.Generation):  # refuses models that the job does not have
-            payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])
+        # Refuses models that the job does not have.
+        payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])
         in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
         if not in_row:
             await self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded)

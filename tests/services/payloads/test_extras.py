@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import InvalidArgument
-from services.common.payloads import check
+from services.common.payloads import check, used
 from services.common.payloads.extras import UpscaleMany, UpscaleOne
 from tests.pictures import encoded, noise
 
@@ -44,11 +44,6 @@ def test_what_the_original_client_sends_is_understood() -> None:
 @pytest.mark.parametrize(
     ("task_type", "fields", "sentence"),
     [
-        (
-            "extra-single-image",
-            {"upscaler_1": "R-ESRGAN 4x+"},
-            'upscaler_1 "R-ESRGAN 4x+" needs weights that are not here',
-        ),
         ("extra-single-image", {"gfpgan_visibility": 0.5}, "gfpgan_visibility 0.5: faces are not restored here"),
         ("extra-single-image", {"codeformer_visibility": 1}, "codeformer_visibility 1: faces are not restored here"),
         ("extra-single-image", {"upscaling_resize": 100}, "upscaling_resize 100 is out of range: 1 to 8 is possible"),
@@ -74,4 +69,53 @@ def test_what_cannot_be_had_is_refused_by_name(task_type: str, fields: dict[str,
     good = {"extra-single-image": {"image": IMAGE}, "extra-batch-images": {}, "rembg": {"input_image": IMAGE}}
     with pytest.raises(InvalidArgument) as refused:
         check(task_type, good[task_type] | fields, "job")
+    assert sentence in str(refused.value)
+
+
+MODELS = [
+    ("rembg", "u2net.onnx"),
+    ("ESRGAN", "RealESRGAN_x4plus.pth"),
+    ("ESRGAN", "4x-sharp.safetensors"),
+    ("rembg", "isnet.onnx"),
+]
+
+
+def used_by(task: str, **fields: Any) -> list[int]:
+    return used(check(task, fields, "job"), MODELS)
+
+
+def test_the_models_of_an_edit_are_the_jobs() -> None:
+    single = {"image": IMAGE, "upscaler_2": "4x-sharp", "extras_upscaler_2_visibility": 0.5}
+    assert used_by("extra-single-image", **single, upscaler_1="R-ESRGAN 4x+") == [1, 2]
+    assert used_by("extra-single-image", **single, upscaler_1="Lanczos") == [2]
+    assert used_by("extra-single-image", **single | {"upscaler_2": "gone"}, upscaler_1="None") == []
+    assert used_by("extra-single-image", image=IMAGE, upscaler_1="4x-sharp", upscaler_2="gone") == [2]
+    assert used_by("rembg", input_image=IMAGE, model="isnet") == [3]
+    assert used_by("rembg", input_image=IMAGE) == [0]
+    assert used(check("rembg", {"input_image": IMAGE, "model": "u2net"}, "job"), MODELS[1:3]) == []
+    costs = [check("extra-single-image", single | {"upscaler_1": name}, "job").cost_seconds for name in ("None", "4x")]
+    assert costs == [1.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "sentence"),
+    [
+        (
+            "extra-single-image",
+            {"image": IMAGE, "upscaler_1": "SwinIR 4x"},
+            "upscaler_1 names SwinIR 4x, which is not among the job's models of type ESRGAN; there: "
+            "RealESRGAN_x4plus.pth, 4x-sharp.safetensors; built in: None, Lanczos, Nearest",
+        ),
+        (
+            "rembg",
+            {"input_image": IMAGE, "model": "silueta"},
+            "model names silueta, which is not among the job's models of",
+        ),
+    ],
+)
+def test_a_model_that_the_job_does_not_have_is_refused_by_name(
+    task: str, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        used_by(task, **fields)
     assert sentence in str(refused.value)

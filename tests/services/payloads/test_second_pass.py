@@ -69,10 +69,6 @@ def test_it_has_names_of_its_own_or_those_of_the_first() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (
-            {"hr_upscaler": "R-ESRGAN 4x+"},
-            'hr_upscaler "R-ESRGAN 4x+" cannot be had here; possible: Latent, Latent (anti',
-        ),
         ({"hr_sampler_name": "Magic"}, 'hr_sampler_name "Magic" is not known; possible: Euler, '),
         ({"hr_scale": 9}, "hr_scale 9 is out of range: 1.0 to 8.0 is possible"),
         ({"width": 1024, "hr_scale": 5}, "the second pass has 5120x2560 pixels; each way at most 4096 are possible"),
@@ -86,3 +82,15 @@ def test_what_cannot_be_made_is_refused(fields: dict[str, Any], sentence: str) -
     with pytest.raises(InvalidArgument) as refused:
         txt2img(**fields)
     assert sentence.replace("1.0 to 8.0", "1 to 8") in str(refused.value).replace("1.0 to 8.0", "1 to 8")
+
+
+def test_an_upscaler_that_is_not_built_in_is_a_model_of_the_job() -> None:
+    models = [("Stable-diffusion", "x"), ("ESRGAN", "4x-UltraSharp.pth")]
+    assert used(txt2img(hr_upscaler="4x-UltraSharp"), models) == [0, 1]
+    assert used(txt2img(hr_upscaler="Lanczos"), models) == [0]
+    assert used(txt2img(hr_upscaler="4x-UltraSharp", enable_hr=False), models) == [0]
+    with pytest.raises(InvalidArgument) as refused:
+        used(txt2img(hr_upscaler="R-ESRGAN 4x+"), models)
+    assert "hr_upscaler names RealESRGAN_x4plus, which is not among the job's models of type ESRGAN" in str(
+        refused.value
+    )

@@ -47,7 +47,7 @@ subprocess.Popen([sys.executable, "-c", code], start_new_session=True).wait()
 """
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
     end = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < end, "did not happen"
@@ -114,7 +114,7 @@ def test_a_signal_stops_everything(launcher: Launcher, signum: signal.Signals) -
     descendants = launcher.descendants()
     assert len(descendants) >= 3  # store, service, worker
     launcher.process.send_signal(signum)
-    assert launcher.process.wait(timeout=30) == 0
+    assert launcher.process.wait(timeout=120) == 0
     assert alive(descendants) == []
 
 
@@ -133,5 +133,5 @@ def test_a_worker_outlives_the_service_that_started_it(launcher: Launcher) -> No
     wait_for(lambda: launcher.running("service") not in {None, pid})
     assert alive([worker]) == [worker]
     launcher.process.terminate()
-    assert launcher.process.wait(timeout=30) == 0
+    assert launcher.process.wait(timeout=120) == 0
     assert alive([worker]) == []

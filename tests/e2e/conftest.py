@@ -90,7 +90,7 @@ class Api:
         self._http.close()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Asks again until the answer is true, as a REST client has to; fails after so many seconds."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):

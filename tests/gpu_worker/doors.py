@@ -13,6 +13,7 @@ from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 
 SECRET = "the secret"
+PATIENCE_SECONDS = 120.0  # a worker imports torch first, which a busy machine takes its time for
 
 
 class Identity(identity_pb2_grpc.IdentityServiceServicer):
@@ -38,7 +39,7 @@ class Connection:
 
     async def read(self) -> Any:
         """The worker's next message, or EOF."""
-        message = await asyncio.wait_for(self.context.read(), 30)
+        message = await asyncio.wait_for(self.context.read(), PATIENCE_SECONDS)
         if message is grpc.aio.EOF:
             self.ended = True
             self.over.set()
@@ -93,7 +94,7 @@ class Queue(inference_pb2_grpc.QueueServiceServicer):
 
     async def connection(self) -> Connection:
         """The next stream that a worker opens."""
-        return await asyncio.wait_for(self._connections.get(), 30)
+        return await asyncio.wait_for(self._connections.get(), PATIENCE_SECONDS)
 
     async def Work(self, request_iterator: Any, context: Any) -> None:
         connection = Connection(context)

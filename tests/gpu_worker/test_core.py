@@ -56,7 +56,7 @@ class Driven:
         """One round of the thread."""
         self.core.work()
         if self.core.is_idle and self.core._waiting:  # for a load
-            self.loaded.acquire(timeout=30)
+            self.loaded.acquire(timeout=120)
             self.core.work()
         for entry in self.core._resident._entries.values():
             if entry.models.done() and entry.models.exception() is None:

@@ -27,7 +27,7 @@ class Loads:
     def take_in_the_end(self, name: str) -> str | None:
         found = self.take(name)
         if found is None and (name,) in self.resident:
-            self.loaded.acquire(timeout=30)
+            self.loaded.acquire(timeout=120)
             found = self.take(name)
         return found
 
@@ -35,7 +35,7 @@ class Loads:
 def test_models_are_loaded_once_and_stay() -> None:
     loads = Loads(2)
     assert loads.take("a") is None
-    assert loads.loaded.acquire(timeout=30)
+    assert loads.loaded.acquire(timeout=120)
     assert loads.take("a") == loads.take("a") == "models of a"
     assert loads.names == ["a"]
     assert loads.resident.keys == ("a",)

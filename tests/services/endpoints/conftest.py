@@ -303,7 +303,7 @@ def is_alive(pid: int) -> bool:
     return bool(start_time_of(pid))
 
 
-async def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+async def until(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Waits until the condition, a function or coroutine function, answers something true, and answers that."""
     async with asyncio.timeout(seconds):
         while True:

@@ -55,7 +55,7 @@ def _key(environment: dict[str, str], new: str | None = None) -> str:
 
 async def _healthy(port: int) -> grpc.aio.Channel:
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-    await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+    await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=120)
     return channel
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_setting_stops_the_process_by_name(
 ) -> None:
     break_(environment)
     root = Path(__file__).parents[3]
-    ended = subprocess.run(COMMAND, env=environment, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(COMMAND, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode != 0
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr

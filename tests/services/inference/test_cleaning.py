@@ -26,7 +26,7 @@ async def test_jobs_are_removed_with_their_objects_when_their_retention_is_over(
     database = Database(database_url)
     cleaner = Cleaner(LeftoverStore(database), JobStore(database), service.blobs, 0.05, retention_days=7)
     running = asyncio.create_task(cleaner.run())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await service.blobs.find(f"out/{old_id}/"):  # noqa: ASYNC110 - nothing tells of what is done to objects
             await asyncio.sleep(0.05)
     running.cancel()

@@ -442,7 +442,7 @@ async def test_what_is_uploaded_after_a_job_was_deleted_is_removed_too(service: 
     assert await service.blobs.find(f"out/{receipt.id}/")
     async with await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as time_machine:
         await time_machine.execute("UPDATE leftover SET due_time = due_time - interval '61 seconds'")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         for prefix in (f"out/{receipt.id}/", f"txt2img/infer_v2/{receipt.id}/"):
             while await service.blobs.find(prefix):  # noqa: ASYNC110 - nothing tells of what is done to objects
                 await asyncio.sleep(0.05)

@@ -104,7 +104,7 @@ async def test_done_under_a_lost_lease_counts_for_nothing_and_leaves_nothing(ser
 
 async def until(service: Service, prefix: str, *, gone: bool) -> None:
     """Waits for what is done to objects in the background, of which nothing tells."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while bool(await service.blobs.find(prefix)) == gone:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -293,7 +293,7 @@ async def pools(service: Service) -> AsyncIterator[Any]:
     call = service.queue.WatchPools(pb.WatchPoolsRequest(), metadata=service.tokens.service("endpoints"))
 
     async def until(workers: list[str], num_queued: int, num_running: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 response = await call.read()
                 found = {
@@ -373,7 +373,7 @@ async def test_a_refusal_by_another_service_does_not_end_the_sweep(service: Serv
     service.world.refusal = grpc.StatusCode.RESOURCE_EXHAUSTED
     before = service.world.num_searches
     await service.start(receipt.id)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while service.world.num_searches == before:  # noqa: ASYNC110 - the sweep asks when it likes
             await asyncio.sleep(0.05)
     service.world.refusal = None

@@ -137,7 +137,7 @@ async def _ended(models: Running, status: str) -> dict[str, Any]:
 
 async def _no_objects(models: Running, item: dict[str, Any]) -> None:
     prefix = f"{item['type']}/checkpoint/custom/{item['id']}/"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while await models.blobs.find(prefix):  # noqa: ASYNC110 - the store tells nobody
             await asyncio.sleep(0.02)
 
@@ -231,7 +231,7 @@ async def test_an_import_whose_name_is_found_too_late_is_told_so(models: Running
     source.put("/x", safetensors())
     source.heads["/x"] = "Content-Disposition: attachment; filename=taken.safetensors\r\n"
     await _import(models, source.url("/x"))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not (failed := [item for item in await _items(models) if item["status"] == "Disabled"]):  # noqa: ASYNC110
             await asyncio.sleep(0.03)
     assert "taken.safetensors already exists" in failed[0]["params"]["error"]
@@ -325,7 +325,7 @@ async def test_each_url_is_a_checkpoint_of_its_own(models: Running, source: Sour
     urls = [source.put(f"/{name}.safetensors", safetensors()) for name in "abc"]
     await _import(models, *urls)
     assert len(await _items(models)) == 3
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while {item["status"] for item in await _items(models)} != {"Active"}:  # noqa: ASYNC110
             await asyncio.sleep(0.03)
 

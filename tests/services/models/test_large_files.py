@@ -16,7 +16,7 @@ SMALL = safetensors(64)
 
 async def until(what: Callable[[], Awaitable[Any]]) -> Any:
     """Asks as a client does, until the answer is something."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not (answer := await what()):  # noqa: ASYNC110 - a REST client has nothing else
             await asyncio.sleep(0.02)
     return answer

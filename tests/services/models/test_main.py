@@ -48,7 +48,7 @@ def environment(tmp_path: Path, database_url: str, s3: S3Access, tokens: Tokens)
 
 async def _wait_until_serving(channel: grpc.aio.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
-    answer = await health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+    answer = await health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=120)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -82,7 +82,7 @@ async def test_an_import_goes_on_after_the_process_has_ended(
                 stub = models_pb2_grpc.ModelsServiceStub(channel)
                 request = pb.CreateCheckpointRequest(checkpoint_type="Lora", urls=[url], params={"message": "m"})
                 await stub.CreateCheckpoint(request, metadata=ann)
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(120):
                     while str(10 * MIB) not in str(await show(stub)):  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
             getattr(process, end)()

@@ -26,7 +26,7 @@ async def _rename(models: Running, checkpoint_id: str, name: str, by: Metadata |
 async def _keys(models: Running, checkpoint_id: str, *expected: str) -> list[str]:
     """The names of the objects, once they are those expected."""
     prefix = f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             found = [blob.key.removeprefix(prefix) for blob in await models.blobs.find(prefix)]
             if found == sorted(expected):
@@ -124,7 +124,7 @@ async def test_renaming_there_and_back_ends_where_it_began(models: Running, serv
     await _keys(models, checkpoint_id, "a.safetensors", "b.safetensors")
     for name in ("a", "b", "c", "a"):
         assert (await _rename(models, checkpoint_id, name))[0] == 202
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not (found := await _resolved(models, "a.safetensors")).key.endswith("/a.safetensors"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     await _let_the_old_ones_go(service)

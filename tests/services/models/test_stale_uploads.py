@@ -38,13 +38,13 @@ async def test_an_upload_that_is_not_finished_in_time_is_ended(
     await _make_older(database, active, UPLOAD_MAX_HOURS + 1)
     await _make_older(database, stale.checkpoint.id, UPLOAD_MAX_HOURS + 1)
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (item := await models.show(stale.checkpoint.id))["status"] == "Initial":  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert item["status"] == "Disabled"
     assert item["params"]["error"] == f"the upload was not finished within {UPLOAD_MAX_HOURS} h"
     upload: Any = stale.checkpoint.params["multipart_upload"]["a.safetensors"]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while await _is_open(models, upload):  # noqa: ASYNC110 - the store tells nobody
             await asyncio.sleep(0.02)
     assert (await models.show(fresh.checkpoint.id))["status"] == "Initial"

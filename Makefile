@@ -54,6 +54,7 @@ bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench.throughput
 	$(BIN)/python -m tests.bench.table_size
 	$(BIN)/python -m tests.bench.checkpoints
+	$(BIN)/python -m tests.bench.revocation
 
 chaos: install  ## Kill everything at random while users submit jobs, and prove that none is lost or doubled
 	$(BIN)/python -m tests.chaos $(ARGS)

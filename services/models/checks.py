@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from services.models.store import CheckpointFile
 
 MAX_PARAMS_BYTES = 64 * 1024
 MAX_NAME_BYTES = 255  # of a file on the worker's disk
-_NOT_IN_PATHS = re.compile(r"[\x00-\x1f\\]")
+_UNSEEN = {"Cc", "Cf"}  # controls and formats: a terminal obeys some, others turn a name's reading around
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def file_name(filename: str) -> str:
     name = filename.strip()
     if name in {"", ".", ".."}:
         raise InvalidArgument(f'filename "{filename}" cannot be the name of a file')
+    _check_seen("filename", name)
     if len(name.encode()) > MAX_NAME_BYTES:
         raise InvalidArgument(
             f'filename "{name}" is too long: {len(name.encode())} bytes, {MAX_NAME_BYTES} are allowed'
@@ -50,8 +51,9 @@ def folder(prefix: str) -> str:
     if not path:
         return ""
     parts = path.split("/")
-    if any(part.strip() in {"", ".", ".."} for part in parts) or _NOT_IN_PATHS.search(path):
+    if any(part.strip() in {"", ".", ".."} for part in parts) or "\\" in path:
         raise InvalidArgument(f'prefix "{prefix}" cannot be the name of a folder')
+    _check_seen("prefix", path)
     if len(path.encode()) > MAX_NAME_BYTES:
         raise InvalidArgument(f'prefix "{path}" is too long: {len(path.encode())} bytes, {MAX_NAME_BYTES} are allowed')
     return path
@@ -85,6 +87,11 @@ def complete_parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int,
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
         raise InvalidArgument(f"{file.name}: {_numbers(twice)} is given more than once")
     return sorted((tag.part_number, tag.etag) for tag in tags)
+
+
+def _check_seen(field: str, name: str) -> None:
+    if any(unicodedata.category(character) in _UNSEEN for character in name):
+        raise InvalidArgument(f"{field} {name!a} cannot be a name: it has characters that nobody sees")
 
 
 def _numbers(numbers: list[int]) -> str:

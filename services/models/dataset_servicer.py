@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from google.protobuf.struct_pb2 import Struct
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.errors import InvalidArgument
@@ -31,7 +30,7 @@ class DatasetRpcs:
             viewer(), request.dataset_status, parse_limit(request.limit), request.exclusive_start_key
         )
         return pb.ListDatasetsResponse(
-            datasets=[self._list_item(row) for row in rows], last_evaluated_key=json_value(key)
+            datasets=[struct(self._shown(row)) for row in rows], last_evaluated_key=json_value(key)
         )
 
     async def CreateDataset(self, request: pb.CreateDatasetRequest, context: Context) -> pb.CreateDatasetResponse:
@@ -45,18 +44,8 @@ class DatasetRpcs:
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
         row, items = await self._datasets.get_dataset(viewer(), request.dataset_name)
-        return pb.GetDatasetResponse(
-            data=pb.Dataset(
-                dataset_name=row.name,
-                display_name=row.name,
-                prefix=row.prefix,
-                s3=self._datasets.s3_location(row),
-                status=row.status,
-                timestamp=_timestamp(row),
-                description=_description(row),
-                data=[_item(item, url) for item, url in items],
-            )
-        )
+        own = {"dataset_name": row.name, "prefix": row.prefix, "data": [_item(item, url) for item, url in items]}
+        return pb.GetDatasetResponse(data=struct(self._shown(row) | own))
 
     async def UpdateDataset(self, request: pb.UpdateDatasetRequest, context: Context) -> pb.UpdateDatasetResponse:
         await self._datasets.update_status(viewer(), request.dataset_name, request.body.status)
@@ -66,17 +55,20 @@ class DatasetRpcs:
         await self._datasets.delete_datasets(viewer(), list(request.dataset_name_list))
         return pb.DeleteDatasetsResponse()
 
-    def _list_item(self, row: Dataset) -> pb.DatasetListItem:
-        return pb.DatasetListItem(
-            dataset_name=row.name,
-            s3=self._datasets.s3_location(row),
-            status=row.status,
-            timestamp=_timestamp(row),
-            description=_description(row),
-        )
+    def _shown(self, row: Dataset) -> dict[str, Any]:
+        """What lists show of a dataset. Its params are merged in, where they have no name of our own."""
+        description = row.params.get("description")
+        own = {
+            "datasetName": row.name,
+            "s3": self._datasets.s3_location(row),
+            "status": row.status,
+            "timestamp": _timestamp(row),
+            "description": description if isinstance(description, str) else "",
+        }
+        return numbers_as_text(row.params) | own
 
 
-def _item(item: DatasetItem, preview_url: str) -> Struct:
+def _item(item: DatasetItem, preview_url: str) -> dict[str, Any]:
     own = {
         "key": f"{_timestamp(item)}_{item.name}",
         "name": item.name,
@@ -84,13 +76,8 @@ def _item(item: DatasetItem, preview_url: str) -> Struct:
         "preview_url": preview_url,
         "dataStatus": item.status,
     }
-    return struct(numbers_as_text(item.params) | own)
+    return numbers_as_text(item.params) | own
 
 
 def _timestamp(row: Dataset | DatasetItem) -> str:
     return f"{row.created_at.timestamp():.6f}"
-
-
-def _description(row: Dataset) -> str:
-    description = row.params.get("description", "")
-    return description if isinstance(description, str) else ""

@@ -15,10 +15,14 @@ def viewer() -> Viewer:
     return Viewer(caller.name, caller.roles, caller.may(EVERYTHING) or caller.is_anonymous_webui)
 
 
-def numbers_as_text(value: Any) -> Any:
+def numbers_as_text(params: dict[str, Any]) -> dict[str, Any]:
     """Numbers read back from storage are text in lists (contract 1.7)."""
+    return {name: _as_text(value) for name, value in params.items()}
+
+
+def _as_text(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: numbers_as_text(entry) for key, entry in value.items()}
+        return numbers_as_text(value)
     if isinstance(value, list):
-        return [numbers_as_text(entry) for entry in value]
+        return [_as_text(entry) for entry in value]
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

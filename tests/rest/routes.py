@@ -11,7 +11,7 @@ from tests.rest.tables import Cases, Flag, Fresh, Kind, Number, Object, Text, Te
 NOBODY = "5b47fc8f-c1b0-47ad-9d85-ad0f08526e28"  # an id of the right form
 NAME = 255  # characters of a user's or role's name
 DATASET_NAME_BAD = ("9a", "-a", "a b", "a.b", "a/b", "ü", "a\n")
-FILENAME_BAD = ("a/b.pt", "../a.pt", ".", "..", " ", "a\\b.pt", "a\nb.pt", "ü" * 128)
+FILENAME_BAD = ("a/b.pt", "../a.pt", ".", "..", " ", "a\\b.pt", "a\nb.pt", "ü" * 128, "a\u202etp.pt", "\x9b2J.pt")
 URL_BAD = (
     "x", "ftp://example.com/a.pt", "file:///a.pt", "http://", "http://u:p@example.com/a.pt", "http://a:99999/a.pt",
     "http://a\\@b/a.pt", "http://example.com/" + "a" * 5000 + ".pt", "javascript:alert(1)",
@@ -245,7 +245,7 @@ ROUTES = [
                 required=False,
                 may_be_empty=True,
                 good=("10_cat", "/a/b/"),
-                bad=("..", "a/../b", "a//b", "a\\b", "a\nb"),
+                bad=("..", "a/../b", "a//b", "a\\b", "a\nb", "a\u202eb"),
             ),
             "creator": _IGNORED_TEXT,
         },

@@ -44,12 +44,12 @@ async def _upload(created: pb.CreateDatasetResponse, files: Iterable[tuple[str, 
 async def _list(models: Running, by: Metadata, **query: str) -> tuple[list[str], str | None]:
     answer = await models.stub.ListDatasets(pb.ListDatasetsRequest(**query), metadata=by)
     key = answer.last_evaluated_key
-    return [item.dataset_name for item in answer.datasets], key.string_value if key.HasField("string_value") else None
+    return [item["datasetName"] for item in answer.datasets], key.string_value if key.HasField("string_value") else None
 
 
 async def _get(models: Running, name: str, by: Metadata) -> dict[str, Any]:
     answer = await models.stub.GetDataset(pb.GetDatasetRequest(dataset_name=name), metadata=by)
-    return MessageToDict(answer, always_print_fields_with_no_presence=True)["data"]
+    return MessageToDict(answer)["data"]
 
 
 async def _update(models: Running, name: str, status: str, by: Metadata) -> pb.UpdateDatasetResponse:
@@ -90,8 +90,20 @@ async def test_a_description_is_always_there(models: Running) -> None:
     await _create(models, "odd", models.ann, params={"description": 3})
     for name in ("bare", "odd"):
         assert (await _get(models, name, models.ann))["description"] == ""
+    answer = await models.stub.ListDatasets(pb.ListDatasetsRequest(), metadata=models.ann)
+    assert {item["description"] for item in answer.datasets} == {""}
     shown = await _get(models, "bare", models.ann)
     assert (shown["prefix"], shown["s3"]) == ("", f"s3://{models.blobs.bucket}/dataset/bare")
+
+
+async def test_params_are_shown_among_the_fields_and_hide_none_of_them(models: Running) -> None:
+    params = {"description": "d", "note": {"n": 1, "deep": [2.5, None, True]}, "status": "mine", "data": 5}
+    await _create(models, "more", models.ann, params=params)
+    (listed,) = (await models.stub.ListDatasets(pb.ListDatasetsRequest(), metadata=models.ann)).datasets
+    for shown in (MessageToDict(listed), await _get(models, "more", models.ann)):
+        assert shown["note"] == {"n": "1", "deep": ["2.5", None, True]}
+        assert (shown["status"], shown["description"]) == ("Initialed", "d")
+    assert [item["name"] for item in (await _get(models, "more", models.ann))["data"]] == ["shown 1.png"]
 
 
 async def test_five_hundred_files_are_taken_and_one_more_is_not(models: Running) -> None:

@@ -360,6 +360,7 @@ async def test_deleting_during_an_import_leaves_nothing(models: Running, source:
         ({}, ["https://x/a%00.pt"], None),
         ({}, [f"https://x/{'a' * 300}.pt"], None),
         ({}, ["https://x/.pt"], None),
+        ({"content-disposition": "attachment; filename*=UTF-8''a%E2%80%AEtp.pt"}, ["https://x/b.pt"], "b.pt"),
         ({}, ["https://x/"], None),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 import zlib
 from pathlib import PurePosixPath
@@ -16,6 +17,10 @@ MAX_PICKLE_BYTES = 8 * 1024 * 1024  # those of checkpoints have some hundred kil
 _MAX_OPCODES = 2_000_000
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, the stream format before 1.6
 _TORCH_STREAM_PICKLES = 5  # magic, protocol, system, the object, storage keys
+# The records at the end of a zip, APPNOTE 4.3.14 to 4.3.16.
+_END = struct.Struct("<4s4H2LH")
+_END_64_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
 
 # Globals that pickles of weights need, checkpoints of Lightning included; none of them runs code of the file's choice.
 _ALLOWED = {
@@ -48,9 +53,11 @@ def scan_archive(file: IO[bytes]) -> list[str]:
     """Scans all pickles of a torch archive and answers the strings in them, among which are the names of tensors."""
     strings: list[str] = []
     try:
+        _check_directory(file)
         with zipfile.ZipFile(file) as archive:
-            pickles = [member for member in archive.infolist() if member.filename.endswith(".pkl")]
-            if not any(PurePosixPath(member.filename).name == "data.pkl" for member in pickles):
+            # torch finds its members whatever the case of their names.
+            pickles = [member for member in archive.infolist() if member.filename.lower().endswith(".pkl")]
+            if not any(PurePosixPath(member.filename).name.lower() == "data.pkl" for member in pickles):
                 raise Refused("is a zip archive without data.pkl, so no torch file")
             if sum(member.file_size for member in pickles) > MAX_PICKLE_BYTES:
                 raise Refused(f"has pickles of more than {MAX_PICKLE_BYTES} bytes")
@@ -59,9 +66,35 @@ def scan_archive(file: IO[bytes]) -> list[str]:
                     raise Refused(f"has {member.filename} encrypted or in a compression that torch cannot read")
                 with archive.open(member) as content:  # a bounded read: deflate may hold more than it declares
                     strings += _scan(io.BytesIO(content.read(member.file_size)))[0]
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
         raise Refused(f"is truncated or no sound zip archive: {error}") from None
     return strings
+
+
+def _check_directory(file: IO[bytes]) -> None:
+    """Checks that the directory lies where the end of the zip says, and right before it.
+
+    Some readers go to the place that is said, others count back: ours must not scan another directory than torch reads.
+
+    Raises:
+        Refused.
+    """
+    end = file.seek(-_END.size, io.SEEK_END)
+    signature, *_, length, start, num_comment = _END.unpack(file.read(_END.size))
+    if signature != b"PK\5\6" or num_comment:
+        raise Refused("is truncated or no sound zip archive: it does not end with its directory")
+    locator_at = end - _END_64_LOCATOR.size
+    if locator_at >= _END_64.size:
+        file.seek(locator_at)
+        signature, _, said, _ = _END_64_LOCATOR.unpack(file.read(_END_64_LOCATOR.size))
+        if signature == b"PK\6\7":
+            end = locator_at - _END_64.size
+            file.seek(end)
+            signature, *_, length, start = _END_64.unpack(file.read(_END_64.size))
+            if signature != b"PK\6\6" or said != end:
+                raise Refused("is truncated or no sound zip archive: it has no end where it should be")
+    if start + length != end:
+        raise Refused("is truncated or no sound zip archive: its directory lies elsewhere than it says")
 
 
 def scan_stream(file: IO[bytes]) -> list[str]:

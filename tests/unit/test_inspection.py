@@ -2,6 +2,7 @@
 
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,29 @@ def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: 
 def test_hidden_names_of_code_are_refused(pickled: bytes) -> None:
     with pytest.raises(Refused, match="pickle"):
         look("a.ckpt", torch_zip(pickled))
+
+
+def test_a_pickle_is_looked_at_whatever_the_case_of_its_name() -> None:
+    # torch finds archive/DATA.PKL where it looks for archive/data.pkl.
+    assert look("a.ckpt", torch_zip(weights(), "archive/DATA.PKL")).format == "torch"
+    with pytest.raises(Refused, match="has code in its pickle"):
+        look("a.ckpt", torch_zip(malicious("true"), "archive/DATA.PKL"))
+
+
+@pytest.mark.parametrize("is_large", [False, True], ids=["zip", "zip64"])
+def test_an_archive_of_two_directories_is_refused(is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zipfile counts back from the end to the one before it; other readers go where the end says."""
+    if is_large:
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 0)  # so that zipfile writes the end of a large archive
+    good, bad = torch_zip(weights()), torch_zip(malicious("true"))
+    assert (b"PK\6\6" in good) is is_large
+    assert look("a.ckpt", good).format == "torch"
+    with pytest.raises(
+        Refused, match="it has no end where it should be" if is_large else "its directory lies elsewhere"
+    ):
+        look("a.ckpt", bad + good)
+    with pytest.raises(Refused, match="does not end with its directory"):
+        look("a.ckpt", good + bad[:-1])
 
 
 @pytest.mark.parametrize(

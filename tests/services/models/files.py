@@ -34,11 +34,11 @@ def tar(name: str, content: bytes, form: int = tarfile.USTAR_FORMAT) -> bytes:
     return buffer.getvalue()
 
 
-def torch_zip(pickled: bytes) -> bytes:
+def torch_zip(pickled: bytes, name: str = "archive/data.pkl") -> bytes:
     """A torch archive around a pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr(name, pickled)
         archive.writestr("archive/version", "3\n")
     return buffer.getvalue()
 

@@ -35,7 +35,7 @@ class Background:
         reason = f"the upload was not finished within {self._upload_max_hours:g} h"
         while found := await self._store.find_stale_uploads(before):
             for checkpoint in found:
-                await self._models.refuse(checkpoint, reason, only_initial=True)
+                await self._models.refuse(checkpoint, reason, only_unfinished=True)
 
     async def look(self, checkpoint_id: str, file_name: str, status: str, is_last: bool) -> None:
         """Looks at a file that was too large to be looked at while its client waited, then sets the status."""

@@ -296,14 +296,14 @@ class Models:
 
         return await asyncio.to_thread(inspect, file.name, size, fetch)
 
-    async def refuse(self, checkpoint: Checkpoint, reason: str, only_initial: bool = False) -> None:
+    async def refuse(self, checkpoint: Checkpoint, reason: str, only_unfinished: bool = False) -> None:
         """Ends a checkpoint with a file that must not be loaded.
 
         It becomes `Disabled` with the reason in `params.error`, all its objects go, and its names are free again: what
         people want next is to upload the mended file under the same name. The row stays, so that they can read why.
         """
         log.warning("checkpoint refused", checkpoint=str(checkpoint.id), reason=reason)
-        if await self._store.save_refusal(checkpoint.id, reason, only_initial):
+        if await self._store.save_refusal(checkpoint.id, reason, only_unfinished):
             await self._delete_objects(checkpoint)
 
     async def _delete_objects(self, checkpoint: Checkpoint) -> None:

@@ -97,6 +97,11 @@ class Checkpoint(SQLModel, table=True):
         """The names of the files, in the order of the request."""
         return [file.name for file in self.files]
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it waits for files."""
+        return self.status == INITIAL and not all(file.complete for file in self.files)
+
     def facts(self) -> dict[str, Any]:
         """What the audit may know. Params are left out: clients put there what they like."""
         files = {
@@ -315,18 +320,21 @@ class ModelStore:
     async def find_stale_uploads(self, before: datetime) -> list[Checkpoint]:
         """Uploads that were opened before then and are not finished."""
         opened = col(Checkpoint.status) == INITIAL, col(Checkpoint.error).is_(None), col(Checkpoint.source).is_(None)
-        wanted = sa.select(Checkpoint).where(*opened, col(Checkpoint.created_at) < before)
+        # A client may set a finished one back to Initial: that is no upload.
+        of_it = col(CheckpointFile.checkpoint_id) == col(Checkpoint.id)
+        has_open_file = sa.exists().where(of_it, ~col(CheckpointFile.complete))
+        wanted = sa.select(Checkpoint).where(*opened, has_open_file, col(Checkpoint.created_at) < before)
         async with self._database.transaction() as session:
             return list((await session.execute(wanted.limit(_MAX_STALE))).scalars())
 
-    async def save_refusal(self, checkpoint_id: UUID, error: str, only_initial: bool = False) -> bool:
+    async def save_refusal(self, checkpoint_id: UUID, error: str, only_unfinished: bool = False) -> bool:
         """Disables a checkpoint that is refused, and frees its names.
 
-        False, and nothing done, for one that is gone, or with `only_initial` is not `Initial` any more.
+        False, and nothing done, for one that is gone, or with `only_unfinished` has been finished meanwhile.
         """
         async with self._database.transaction() as session:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
-            if checkpoint is None or (only_initial and checkpoint.status != INITIAL):
+            if checkpoint is None or (only_unfinished and not checkpoint.is_unfinished):
                 return False
             before = checkpoint.facts()
             checkpoint.status, checkpoint.error = DISABLED, error

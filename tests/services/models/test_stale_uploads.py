@@ -34,8 +34,11 @@ async def test_an_upload_that_is_not_finished_in_time_is_ended(
     await models.put(stale, "a.safetensors", *[bytes(5 * 1024 * 1024)] * 2)
     fresh = await models.create(("b.safetensors", 1))
     active = await models.upload("c.safetensors", safetensors())
+    set_back = await models.upload("d.safetensors", safetensors())
+    await models.update(set_back, {"d.safetensors": []}, status="Initial")
     await _make_older(database, fresh.checkpoint.id, UPLOAD_MAX_HOURS - 1)
     await _make_older(database, active, UPLOAD_MAX_HOURS + 1)
+    await _make_older(database, set_back, UPLOAD_MAX_HOURS + 1)
     await _make_older(database, stale.checkpoint.id, UPLOAD_MAX_HOURS + 1)
 
     async with asyncio.timeout(120):
@@ -49,4 +52,7 @@ async def test_an_upload_that_is_not_finished_in_time_is_ended(
             await asyncio.sleep(0.02)
     assert (await models.show(fresh.checkpoint.id))["status"] == "Initial"
     assert (await models.show(active))["status"] == "Active"
+    assert (await models.show(set_back))["status"] == "Initial", "its files are all there"
+    await models.update(set_back, {"d.safetensors": []})
+    assert (await models.show(set_back))["status"] == "Active"
     await models.create(("a.safetensors", 1))  # the name is free

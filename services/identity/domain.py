@@ -71,7 +71,10 @@ class Identity:
         self._changed = changed
 
     async def bootstrap(self, first_key: str) -> None:
-        """Makes the default roles, the first user and its key where they are missing; what is there stays as it is."""
+        """Makes the default roles where they are missing, and the first user with a key that was never there before.
+
+        What is there stays as it is.
+        """
         roles = [Role(role_name=name, creator=INSTALLER, permissions=ALL_PERMISSIONS) for name in DEFAULT_ROLES]
         user = User(username=FIRST_USER, roles=[ADMINISTRATORS], creator=INSTALLER)
         key = ApiKey(key_hash=sha256(first_key), owner=FIRST_USER, impersonate=True, prefix=shown_prefix(first_key))

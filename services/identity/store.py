@@ -37,7 +37,8 @@ _KEY_USE = sa.text(
     """
     SELECT k.id, CAST(extract(epoch FROM k.expires_at - now()) AS float), k.owner, k.impersonate, u.roles,
            ARRAY(SELECT DISTINCT p FROM roles r, unnest(r.permissions) p WHERE r.role_name = ANY (u.roles) ORDER BY p)
-    FROM api_keys k LEFT JOIN users u ON u.username = coalesce(CAST(:username AS text), k.owner)
+    FROM api_keys k JOIN users o ON o.username = k.owner
+         LEFT JOIN users u ON u.username = coalesce(CAST(:username AS text), k.owner)
     WHERE (k.key_hash = :key_hash OR k.id = CAST(:key_id AS uuid))
       AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
     """
@@ -60,18 +61,19 @@ class IdentityStore:
         self._audit = audit
 
     async def bootstrap(self, roles: list[Role], user: User, key: ApiKey) -> None:
-        """Adds what is missing of these; replicas may do so at the same time. A key that was revoked stays so."""
-        rows: list[tuple[str, str, Role | User | ApiKey]] = [
-            *(("role.create", role.role_name, role) for role in roles),
-            ("user.create", user.username, user),
-            ("key.create", str(key.id), key),
-        ]
+        """Adds what is missing of these; replicas may do so at the same time.
+
+        A key that was revoked stays so. The user comes with a key that was never there before: one who was deleted
+        does not come back at the next start.
+        """
         async with self._database.transaction() as session:
-            made = []
-            for action, target, row in rows:
-                add = insert(type(row)).values(row.model_dump()).on_conflict_do_nothing()
-                if (await session.execute(add.returning(sa.literal(1)))).one_or_none():
-                    made.append((action, target, row))
+            made: list[tuple[str, str, Role | User | ApiKey]] = [
+                ("role.create", role.role_name, role) for role in roles if await _is_added(session, role)
+            ]
+            if await _is_added(session, key):
+                if await _is_added(session, user):
+                    made.append(("user.create", user.username, user))
+                made.append(("key.create", str(key.id), key))
             await notify(session, CHANGED, "")
             for action, target, row in made:
                 await self._audit.record(session, action, target, after=row.facts())
@@ -158,23 +160,22 @@ class IdentityStore:
             await self._audit.record(session, action, user.username, facts, user.facts() | {"password": HIDDEN})
 
     async def remove_users(self, usernames: list[str]) -> None:
-        """Removes users and, by the foreign key, their API keys; unknown names are skipped.
+        """Removes users and revokes their API keys; unknown names are skipped.
 
         Raises:
             LastAdministrator.
         """
-        owned = select(ApiKey.owner, ApiKey.id).where(
-            col(ApiKey.owner).in_(usernames), col(ApiKey.revoked_at).is_(None)
-        )
+        owned = col(ApiKey.owner).in_(usernames), col(ApiKey.revoked_at).is_(None)
+        revoke = sa.update(ApiKey).where(*owned).values(revoked_at=sa.func.now()).returning(ApiKey.owner, ApiKey.id)
         async with self._guarding_administrators() as session:
             # Their rows first: from then on nobody adds a key of theirs.
             found = select(User).where(col(User.username).in_(usernames)).order_by(User.username).with_for_update()
             facts = {user.username: user.facts() for user in (await session.execute(found)).scalars()}
-            keys = (await session.execute(owned.order_by(col(ApiKey.id)))).all()
+            keys = (await session.execute(revoke)).all()
             await session.execute(sa.delete(User).where(col(User.username).in_(usernames)))
             await notify(session, CHANGED, "")
             for username, before in facts.items():
-                lost = {"keys": [str(key_id) for owner, key_id in keys if owner == username] or None}
+                lost = {"keys": sorted(str(key_id) for owner, key_id in keys if owner == username) or None}
                 await self._audit.record(session, "user.delete", username, before=before | lost)
 
     async def add_key(self, key: ApiKey) -> bool:
@@ -258,3 +259,9 @@ class IdentityStore:
             yield session
             if had_one and not (await session.execute(_HAS_ADMINISTRATOR)).scalar_one():
                 raise LastAdministrator
+
+
+async def _is_added(session: AsyncSession, row: Role | User | ApiKey) -> bool:
+    """Adds a row unless there is one with its key; says whether there was none."""
+    add = insert(type(row)).values(row.model_dump()).on_conflict_do_nothing()
+    return (await session.execute(add.returning(sa.literal(1)))).one_or_none() is not None

@@ -87,11 +87,35 @@ async def test_removed_roles_leave_the_others_of_a_user_in_order(store: Identity
     assert (await store.find_users("ann"))[0].roles == ["d", "c"]
 
 
-async def test_keys_go_with_their_owner_and_none_is_made_for_nobody(store: IdentityStore, database: Database) -> None:
+async def test_keys_end_with_their_owner_and_none_is_made_for_nobody(store: IdentityStore) -> None:
     await store.bootstrap([ADMINS], FIRST, first_key("hash"))
     await store.remove_users(["first"])
-    assert await _count(database, "api_keys") == 0
+    assert await store.find_keys() == []
+    assert await store.find_key_use("hash", None) is None
     assert not await store.add_key(ApiKey(key_hash="x", owner="first"))
+    await store.save_user(FIRST.model_copy())
+    assert await store.find_key_use("hash", None) is None, "nor does it come back with another user of the name"
+
+
+async def test_a_first_user_who_was_deleted_comes_back_with_a_new_key_only(store: IdentityStore) -> None:
+    await store.bootstrap([ADMINS], FIRST, first_key("old"))
+    await store.save_user(User(username="ann", roles=["admins"], creator="first"))
+    await store.remove_users(["first"])
+    await store.bootstrap([ADMINS], FIRST, first_key("old"))
+    assert await store.find_users("first") == []
+    assert await store.find_key_use("old", "ann") is None
+    await store.bootstrap([ADMINS], FIRST, first_key("new"))
+    assert await use(store, "new", None) == ("first", True, ["admins"], ["a:all", "b:all"])
+    assert await store.find_key_use("old", None) is None
+
+
+async def test_a_key_of_nobody_opens_nothing(store: IdentityStore, database: Database) -> None:
+    await store.bootstrap([ADMINS], FIRST, first_key("hash"))
+    await store.save_user(User(username="ann", roles=["admins"], creator="first"))
+    async with database.transaction() as session:
+        await session.execute(sa.text("DELETE FROM users WHERE username = 'first'"))
+    assert await store.find_key_use("hash", None) is None
+    assert await store.find_key_use("hash", "ann") is None
 
 
 async def test_a_secret_is_replaced_not_added(store: IdentityStore, database: Database) -> None:

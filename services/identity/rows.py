@@ -51,8 +51,8 @@ class User(SQLModel, table=True):
 class ApiKey(SQLModel, table=True):
     """A key of a user; with `impersonate` it may act for any other.
 
-    `prefix` is what may be shown of it. A revoked one stays as a row, also when its owner is deleted: the first key must
-    not come back at a restart.
+    `prefix` is what may be shown of it. A revoked one stays as a row, also when its owner is deleted: the first key
+    must not come back at a restart.
     """
 
     __tablename__ = "api_keys"

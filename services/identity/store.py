@@ -166,7 +166,12 @@ class IdentityStore:
             LastAdministrator.
         """
         owned = col(ApiKey.owner).in_(usernames), col(ApiKey.revoked_at).is_(None)
-        revoke = sa.update(ApiKey).where(*owned).values(revoked_at=sa.func.now()).returning(ApiKey.owner, ApiKey.id)
+        revoke = (
+            sa.update(ApiKey)
+            .where(*owned)
+            .values(revoked_at=sa.func.now())
+            .returning(col(ApiKey.owner), col(ApiKey.id))
+        )
         async with self._guarding_administrators() as session:
             # Their rows first: from then on nobody adds a key of theirs.
             found = select(User).where(col(User.username).in_(usernames)).order_by(User.username).with_for_update()

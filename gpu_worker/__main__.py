@@ -1,6 +1,8 @@
 """Composition root of the GPU worker: settings, engine, the two doors, and an orderly end.
 
-Exit codes: 0 after a drain, 2 for a wrong setting or an unusable device, 3 when the worker's secret is not known.
+`python -m gpu_worker` works for an endpoint's queue; `python -m gpu_worker train config.toml` trains by hand.
+
+Exit codes of a worker: 0 after a drain, 2 for a wrong setting or an unusable device, 3 when its secret is not known.
 """
 
 from __future__ import annotations
@@ -148,9 +150,13 @@ def _gateway(url: str) -> tuple[str, grpc.ChannelCredentials | None]:
 
 
 def main() -> None:
-    """Runs the worker."""
+    """Runs the worker, or a training."""
     die_with_launcher()
     os.environ.update(OFFLINE)
+    if sys.argv[1:2] == ["train"]:
+        from gpu_worker.trainer import command  # noqa: PLC0415 - the worker does without it
+
+        sys.exit(command.main(sys.argv[2:]))
     settings = load(WorkerSettings)
     logs.configure("worker", settings)
     sys.exit(asyncio.run(work(settings)))

@@ -105,12 +105,30 @@ def encode(
         places = [(i, 1 + start, found) for i, chunk in enumerate(chunks) for start, found in chunk.vectors.items()]
         changes = [(slice(None), use.text_scale, network.texts[index]) for network, use in adapters.networks]
         with applied(encoder.model, changes), injected(encoder.model, places):
-            output = encoder.model(tokens, output_hidden_states=models.is_sdxl or clip_skip > 1)
-        layers = _sdxl_layer(output) if models.is_sdxl else _layer(encoder, output, clip_skip)
+            layers, pooled = read_chunks(models, encoder, tokens, clip_skip)
         weighed = [_weighed(layer, chunk.weights) for layer, chunk in zip(layers, chunks, strict=True)]
         hidden.append(torch.cat(weighed)[None])
-        pooled = output[0][:1] if models.is_sdxl else None  # of the second encoder, and of the first chunk
-    return torch.cat(hidden, dim=-1), pooled
+    return torch.cat(hidden, dim=-1), None if pooled is None else pooled[:1]  # of the second encoder and first chunk
+
+
+def plain_chunks(text: str, tokenizer: Any) -> list[list[int]]:
+    """The tokens of a text without syntax, in chunks of 77 as encode() forms them.
+
+    Raises:
+        JobError: the text is too long.
+    """
+    return [_marked(chunk.tokens, tokenizer) for chunk in _chunks([Piece(text)], tokenizer, {})]
+
+
+def read_chunks(
+    models: Models, encoder: TextEncoder, tokens: torch.Tensor, clip_skip: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What an encoder makes of tokens of shape (chunks, 77): (chunks, 77, width), and of SDXL's second one what each
+    chunk is as a whole, (chunks, n)."""
+    output = encoder.model(tokens, output_hidden_states=models.is_sdxl or clip_skip > 1)
+    if models.is_sdxl:
+        return _sdxl_layer(output), output[0] if output[0].ndim == 2 else None
+    return _layer(encoder, output, clip_skip), None
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:

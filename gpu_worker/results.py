@@ -17,12 +17,13 @@ from services.common.payloads import Generation, Img2Img, Txt2Img
 from services.common.payloads.models import BASE, VAE, stem
 
 
-def png(image: Image.Image, making: str, infotext: str = "") -> bytes:
-    """Encodes a picture with what is told of its making, and A1111's text where there is one."""
+def png(image: Image.Image, making: str = "", infotext: str = "") -> bytes:
+    """Encodes a picture with what is told of its making, and A1111's text, where there are any."""
     text = PngInfo()
     if infotext:
         text.add_text("parameters", infotext)
-    text.add_text(CHUNK, making)
+    if making:
+        text.add_text(CHUNK, making)
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=text, compress_level=4)
     return file.getvalue()

@@ -107,8 +107,9 @@ def use_device(wanted: str, num_threads: int) -> tuple[str, str]:
     return "cuda", f"cuda: {torch.cuda.get_device_name()}"
 
 
-def load(base: CachedModel, vae: CachedModel | None, device: str) -> Models:
-    """Loads a checkpoint, with the VAE of another file when one is given: fp16 on CUDA, fp32 on the CPU.
+def load(base: CachedModel, vae: CachedModel | None, device: str, dtype: torch.dtype | None = None) -> Models:
+    """Loads a checkpoint, with the VAE of another file when one is given; by default fp16 on CUDA, fp32 on the
+    CPU.
 
     Raises:
         JobError: a file is damaged, or not of an architecture that this worker runs; the message names the file.
@@ -117,7 +118,8 @@ def load(base: CachedModel, vae: CachedModel | None, device: str) -> Models:
     weights, metadata = read(base.path, base.name)
     weights = _normalised(weights)
     config = _config(weights, metadata, base.name)
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    if dtype is None:
+        dtype = torch.float16 if device == "cuda" else torch.float32
     fill = _Filler(base.name, dtype, device)
     unet = fill(lambda: UNet2DConditionModel(**config["unet"]), "UNet", _unet_weights(weights, config["unet"]))
     models = Models(

@@ -41,7 +41,15 @@ def decode(text: str, name: str) -> Image.Image:
     Raises:
         Damaged: there is none, it is too large, or it is damaged.
     """
-    image = _opened(text, name)
+    return loaded(_opened(text, name), name)
+
+
+def loaded(image: Image.Image, name: str) -> Image.Image:
+    """An opened picture with its pixels, turned as its camera says.
+
+    Raises:
+        Damaged: it is damaged.
+    """
     kind = image.format
     try:
         image.load()
@@ -50,16 +58,12 @@ def decode(text: str, name: str) -> Image.Image:
         raise Damaged(f"{name} is damaged or truncated: it cannot be read as {kind}") from None
 
 
-def _opened(text: str, name: str) -> Image.Image:
-    """The picture as its header describes it, not decoded yet."""
-    if text.startswith(("http://", "https://")):
-        raise Damaged(f"{name} is a URL; the picture itself is needed, in base64")
-    head, comma, tail = text.partition(",")
-    encoded = tail if comma and head.startswith("data:") else text
-    try:
-        content = base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise Damaged(f"{name} is not base64") from None
+def opened(content: bytes, name: str) -> Image.Image:
+    """The picture in a file's content as its header describes it, not decoded yet.
+
+    Raises:
+        Damaged: it is none, or has too many pixels.
+    """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except _DAMAGED:
@@ -68,3 +72,15 @@ def _opened(text: str, name: str) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise Damaged(f"{name} has {width}x{height} pixels; at most {MAX_PIXELS} pixels are possible")
     return image
+
+
+def _opened(text: str, name: str) -> Image.Image:
+    if text.startswith(("http://", "https://")):
+        raise Damaged(f"{name} is a URL; the picture itself is needed, in base64")
+    head, comma, tail = text.partition(",")
+    encoded = tail if comma and head.startswith("data:") else text
+    try:
+        content = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise Damaged(f"{name} is not base64") from None
+    return opened(content, name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,7 +15,7 @@ from services.common.payloads.base import Payload
 from services.common.payloads.extras import RemoveBackground, UpscaleMany, UpscaleOne
 from services.common.payloads.generation import Generation
 from services.common.payloads.img2img import Img2Img
-from services.common.payloads.showing import shown
+from services.common.payloads.showing import sentence
 from services.common.payloads.txt2img import Txt2Img
 
 TASKS: dict[str, type[Payload]] = {
@@ -74,7 +73,7 @@ def _validated(task: type[Payload], fields: dict[str, Any]) -> Payload:
     try:
         return task.model_validate(fields)
     except ValidationError as error:
-        raise InvalidArgument("; ".join(_sentence(problem, task) for problem in error.errors())) from None
+        raise InvalidArgument("; ".join(sentence(problem, task) for problem in error.errors())) from None
 
 
 def seed_of(job_id: str) -> int:
@@ -90,30 +89,3 @@ def _constant(name: str) -> float:
 
 def _float(digits: str) -> float:
     return max(-sys.float_info.max, min(sys.float_info.max, float(digits)))
-
-
-def _sentence(problem: Any, task: type[Payload]) -> str:
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    first, *inner = problem["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
-    name, value = f"{first}{path}", shown(problem["input"])
-    if problem["type"] == "missing":
-        return f"{name} is missing"
-    if problem["type"] in {"greater_than_equal", "less_than_equal"}:
-        rules = _rules(task, problem["loc"])
-        return f"{name} {value} is out of range: {rules['minimum']} to {rules['maximum']} is possible"
-    if problem["type"] == "multiple_of":
-        return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
-    return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-
-
-def _rules(task: type[Payload], path: Sequence[str | int]) -> dict[str, Any]:
-    """The JSON schema of a field, which may lie in an object of a list."""
-    whole = task.model_json_schema()
-    rules: dict[str, Any] = whole
-    for part in path:
-        rules = rules["items"] if isinstance(part, int) else rules["properties"][part]
-        if "$ref" in rules:
-            rules = whole["$defs"][rules["$ref"].rpartition("/")[2]]
-    return rules

@@ -1,9 +1,12 @@
-"""How a value of a payload looks in a sentence about it."""
+"""How a value of a payload looks in a sentence about it, and the sentence on what pydantic found wrong with it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 _MAX_LETTERS = 80
 
@@ -12,3 +15,32 @@ def shown(value: Any) -> str:
     """As JSON, cut where it would fill the sentence."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 3]}..."
+
+
+def sentence(problem: Any, model: type[BaseModel]) -> str:
+    """What is wrong with a field, of which value, and what is possible; `problem` is one of a ValidationError."""
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    first, *inner = problem["loc"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
+    name, value = f"{first}{path}", shown(problem["input"])
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    if problem["type"] in {"greater_than_equal", "less_than_equal"} and (possible := _range(model, problem["loc"])):
+        return f"{name} {value} is out of range: {possible} is possible"
+    if problem["type"] == "multiple_of":
+        return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
+    return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _range(model: type[BaseModel], path: Sequence[str | int]) -> str:
+    """The bounds of a field that has both; it may lie in an object of a list."""
+    whole = model.model_json_schema()
+    rules: dict[str, Any] = whole
+    for part in path:
+        rules = rules["items"] if isinstance(part, int) else rules["properties"][part]
+        if "anyOf" in rules:  # a field that may also be null
+            rules = rules["anyOf"][0]
+        if "$ref" in rules:
+            rules = whole["$defs"][rules["$ref"].rpartition("/")[2]]
+    return f"{rules['minimum']} to {rules['maximum']}" if {"minimum", "maximum"} <= rules.keys() else ""

@@ -1,0 +1,134 @@
+"""`python -m gpu_worker train config.toml`: a training by hand, without any service, with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gpu_worker import weights
+from gpu_worker.cache import CachedModel
+from gpu_worker.job import JobError
+from gpu_worker.trainer import dataset, listening, steps
+from gpu_worker.trainer.loop import STATE, Loop, Stopped
+from services.common.errors import InvalidArgument
+from services.common.payloads.training import Training, check_training, parse_toml
+
+EXIT_FAILED, EXIT_STOPPED = 1, 130
+_CHUNK_BYTES = 1 << 20
+
+
+class Bar:
+    """Shows a training in the terminal. Ctrl-C ends it after the step under way."""
+
+    def __init__(self, console: Console, bar: Progress) -> None:
+        self._console = console
+        self._bar = bar
+        self._task = bar.add_task("reading pictures", total=None, loss="")
+        self.wants_stop = False
+
+    def log(self, line: str) -> None:
+        """See Listener."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def encoded(self, number: int, num_pictures: int) -> None:
+        """See Listener."""
+        self._bar.update(self._task, description="encoding", completed=number, total=num_pictures)
+
+    def begun(self, plan: listening.Plan) -> None:
+        """See Listener."""
+        self.log(f"{plan.num_pictures} pictures, {plan.num_epochs} epochs, {plan.num_steps} steps")
+        self._bar.update(self._task, description="training", completed=plan.first_step, total=plan.num_steps)
+
+    def stepped(self, progress: listening.Progress) -> None:
+        """See Listener."""
+        loss = f"epoch {progress.epoch}  loss {progress.average_loss:.4f}"
+        self._bar.update(self._task, completed=progress.step, loss=loss)
+
+    def saved(self, path: Path, epoch: int, step: int, *, is_last: bool) -> None:
+        """See Listener."""
+        self.log(f"saved {path}, epoch {epoch}, step {step}")
+
+    def removed(self, path: Path) -> None:
+        """See Listener."""
+        self.log(f"removed {path}")
+
+    def drawn(self, path: Path, epoch: int, prompt: str) -> None:
+        """See Listener."""
+        self.log(f"preview {path}")
+
+    def kept(self, path: Path, epoch: int) -> None:
+        """See Listener."""
+
+
+def main(arguments: list[str]) -> int:
+    """Trains as the file says, and answers the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m gpu_worker train", description=__doc__)
+    parser.add_argument("config", type=Path, help="a TOML file with kohya's keys")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), console=console) as bar:
+        shown = Bar(console, bar)
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(shown, "wants_stop", True))
+        try:
+            _train(options.config, options.device, options.resume, shown)
+        except Stopped:
+            shown.log("stopped; what was saved stays")
+            return EXIT_STOPPED
+        except (JobError, InvalidArgument, RuntimeError) as error:
+            shown.log(f"error: {error}")
+            return EXIT_FAILED
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return 0
+
+
+def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
+    config = _read(path)
+    for note in config.notes:
+        shown.log(f"note: {note}")
+    for name in config.unknown:
+        shown.log(f"warning: the key {name} is not known here and does nothing")
+    pictures = dataset.read(config, shown.log)
+    device, description = weights.use_device(wanted_device, 0)
+    base, vae = _file(config.pretrained_model_name_or_path, "pretrained_model_name_or_path"), None
+    if config.vae:
+        vae = _file(config.vae, "vae")
+    shown.log(f"loading {base.path.name} for {description}")
+    models = weights.load(base, vae, device, steps.precision(config, device))
+    if config.no_half_vae:
+        models.vae.float()
+    state = Path(config.output_dir) / STATE
+    if resume and not state.is_file():
+        raise JobError(f"there is nothing to go on from: {state} is not there")
+    Loop(config, models, base, pictures, Path(config.output_dir), shown).run(state if resume else None)
+
+
+def _read(path: Path) -> Training:
+    try:
+        fields = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} cannot be read: {error}") from None
+    prompts = fields.get("sample_prompts")
+    if isinstance(prompts, str) and len(prompts) < 4096 and Path(prompts).is_file():
+        fields["sample_prompts"] = Path(prompts).read_text(encoding="utf-8")
+    return check_training(fields)
+
+
+def _file(path: str, key: str) -> CachedModel:
+    """A model by its path, with its SHA-256."""
+    found = Path(path)
+    if not found.is_file():
+        raise JobError(f"{key} {path!r} is no file")
+    digest = hashlib.sha256()
+    with found.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return CachedModel(str(found), key, found.name, found, digest.hexdigest())

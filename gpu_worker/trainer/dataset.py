@@ -1,0 +1,175 @@
+"""A folder of pictures as kohya lays it out: `<repeats>_<concept>/` with pictures and a caption file beside each.
+
+A picture without a caption file has its folder's concept as caption. What cannot be used is left out and named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from gpu_worker.job import JobError
+from gpu_worker.trainer.buckets import Buckets, Size
+from services.common.payloads import pictures
+from services.common.payloads.training import Training
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_FOLDER = re.compile(r"(\d{1,6})_(.+)")
+_MAX_CAPTION = 3000  # characters; of 225 tokens no caption needs more
+_MAX_BYTES = 2**28  # of a picture's file
+_MAX_ENLARGEMENT = 4.0  # a picture that would have to grow more than this shows nothing but its pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the dataset. `size` is its own (width, height), `bucket` the one that it is trained at."""
+
+    path: Path
+    caption: str
+    size: Size
+    bucket: Size
+    repeats: int
+    is_regularisation: bool
+
+    @property
+    def scaled(self) -> Size:
+        """The size to which it is scaled so that it just covers its bucket."""
+        factor = max(self.bucket[0] / self.size[0], self.bucket[1] / self.size[1])
+        width, height = (max(side, round(own * factor)) for own, side in zip(self.size, self.bucket, strict=True))
+        return width, height
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Left and top of the part of the scaled picture that is trained: its middle."""
+        return (self.scaled[0] - self.bucket[0]) // 2, (self.scaled[1] - self.bucket[1]) // 2
+
+    def read(self) -> Image.Image:
+        """The picture as it is trained, RGB."""
+        image = pictures.loaded(_opened(self.path, self.path.name), self.path.name).convert("RGB")
+        if image.size != self.scaled:
+            image = image.resize(self.scaled, Image.Resampling.LANCZOS)
+        left, top = self.crop
+        return image.crop((left, top, left + self.bucket[0], top + self.bucket[1]))
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A folder `<repeats>_<concept>`."""
+
+    path: Path
+    repeats: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The pictures of a training, those of each concept in order, and what was left out."""
+
+    pictures: tuple[Picture, ...]
+    rejected: tuple[str, ...] = ()
+
+    @property
+    def epoch(self) -> list[Picture]:
+        """The pictures of one epoch: each as often as its folder says, and regularisation pictures in turn until there
+        are as many of them as of the others."""
+        own = [picture for picture in self.pictures if not picture.is_regularisation for _ in range(picture.repeats)]
+        others = [picture for picture in self.pictures if picture.is_regularisation for _ in range(picture.repeats)]
+        return own + [others[index % len(others)] for index in range(len(own) if others else 0)]
+
+    def counts(self, *, regularisation: bool) -> dict[str, tuple[int, int]]:
+        """From each folder to its repeats and number of pictures."""
+        folders = [item.path.parent.name for item in self.pictures if item.is_regularisation == regularisation]
+        repeats = {item.path.parent.name: item.repeats for item in self.pictures}
+        return {name: (repeats[name], count) for name, count in Counter(folders).items()}
+
+
+def read(config: Training, log: Callable[[str], None]) -> Dataset:
+    """The dataset of a configuration. Files that cannot be used are told to `log` and left out.
+
+    Raises:
+        JobError: no picture is left; the message says what was looked for and found.
+    """
+    buckets = Buckets.of(config)
+    found: list[Picture] = []
+    rejected: list[str] = []
+    for folder, is_regularisation in ((config.train_data_dir, False), (config.reg_data_dir, True)):
+        if not folder and is_regularisation:
+            continue
+        for concept in _concepts(Path(folder), log):
+            for path in _files(concept.path):
+                try:
+                    found.append(_picture(path, concept, config, buckets, is_regularisation))
+                except pictures.Damaged as error:
+                    rejected.append(str(error))
+                    log(f"left out: {error}")
+    if not any(not picture.is_regularisation for picture in found):
+        raise JobError(_nothing(Path(config.train_data_dir), rejected))
+    return Dataset(tuple(found), tuple(rejected))
+
+
+def _concepts(folder: Path, log: Callable[[str], None]) -> Iterator[Concept]:
+    if not folder.is_dir():
+        raise JobError(f"the dataset's folder {folder.name or folder} is not there")
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            continue
+        if match := _FOLDER.fullmatch(path.name):
+            yield Concept(path, int(match[1]), match[2])
+        else:
+            log(f"left out: the folder {path.name} is not named <repeats>_<concept>")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+
+
+def _picture(path: Path, concept: Concept, config: Training, buckets: Buckets, is_regularisation: bool) -> Picture:
+    """Checks a picture by reading it whole.
+
+    Raises:
+        Damaged: it cannot be used.
+    """
+    name = f"{concept.path.name}/{path.name}"
+    size = pictures.loaded(_opened(path, name), name).size
+    bucket = buckets.shape_of(size)
+    enlargement = max(bucket[0] / size[0], bucket[1] / size[1])
+    if enlargement > _MAX_ENLARGEMENT:
+        raise pictures.Damaged(
+            f"{name} is too small: {size[0]}x{size[1]} pixels would be enlarged {enlargement:.1f} times to "
+            f"{bucket[0]}x{bucket[1]}; at most {_MAX_ENLARGEMENT:.0f} times is possible"
+        )
+    caption = _caption(path, config.caption_extension)
+    return Picture(path, concept.name if caption is None else caption, size, bucket, concept.repeats, is_regularisation)
+
+
+def _opened(path: Path, name: str) -> Image.Image:
+    if path.stat().st_size > _MAX_BYTES:
+        raise pictures.Damaged(f"{name} has more than {_MAX_BYTES} bytes")
+    return pictures.opened(path.read_bytes(), name)
+
+
+def _caption(path: Path, extension: str) -> str | None:
+    """The first line of the caption file, of either usual ending."""
+    for ending in dict.fromkeys((extension, ".caption", ".txt")):
+        file = path.with_suffix(ending)
+        if file.is_file():
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                return lines.readline(_MAX_CAPTION).strip()
+    return None
+
+
+def _nothing(folder: Path, rejected: list[str]) -> str:
+    if rejected:
+        more = f" and {len(rejected) - 3} more" if len(rejected) > 3 else ""
+        return f"no picture of the dataset can be used: {'; '.join(rejected[:3])}{more}"
+    listed = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
+    shown = ", ".join(listed[:5]) + ("…" if len(listed) > 5 else "")
+    return (
+        "the dataset has no picture in a folder <repeats>_<concept>, such as 10_technic/1.png; it has "
+        f"{shown or 'no files'}"
+    )

@@ -1,0 +1,58 @@
+"""The state of a training between two epochs, as a file. Randomness is not in it: each epoch has a seed of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_worker.job import JobError
+
+# What may differ between the process that wrote a state and the one that goes on from it.
+_ANY = {"output_dir", "logging_dir", "train_data_dir", "reg_data_dir", "pretrained_model_name_or_path", "vae", "notes"}
+
+
+@dataclass(frozen=True)
+class State:
+    """After `epoch` epochs and `step` steps."""
+
+    epoch: int
+    step: int
+    network: dict[str, torch.Tensor]
+    steps: dict[str, Any]
+
+
+def write(path: Path, state: State, config: dict[str, Any]) -> None:
+    """Writes the file whole or not at all; it belongs to this configuration."""
+    partial = path.with_name(f".{path.name}.partial")
+    network = {name: tensor.cpu() for name, tensor in state.network.items()}
+    content = {"epoch": state.epoch, "step": state.step, "network": network, "steps": state.steps}
+    torch.save(content | {"config": _fingerprint(config)}, partial)
+    os.replace(partial, path)
+
+
+def read(path: Path, config: dict[str, Any]) -> State:
+    """The state in a file.
+
+    Raises:
+        JobError: it cannot be read, or belongs to another configuration.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = State(content["epoch"], content["step"], content["network"], content["steps"])
+        found = content["config"]
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise JobError(f"the state {path.name} is damaged: it cannot be read") from error
+    if found != _fingerprint(config):
+        raise JobError(f"the state {path.name} belongs to a training with another configuration")
+    return state
+
+
+def _fingerprint(config: dict[str, Any]) -> str:
+    facts = sorted((name, repr(value)) for name, value in config.items() if name not in _ANY)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -1,0 +1,339 @@
+"""A training's keys, as kohya's sd-scripts names them, as one typed object that checks itself (contract 12.2).
+
+What is not given has kohya's own default. Sections of a TOML file only group keys: they are flattened, later ones win.
+Each key is honoured, or mapped to what comes closest (`notes` says how), or refused by name; what nobody here knows is
+listed in `unknown`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from services.common.errors import InvalidArgument
+from services.common.payloads import samplers
+from services.common.payloads.showing import sentence, shown
+
+LORA_MODULE, LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
+OPTIMIZERS = ("AdamW", "AdamW8bit", "Lion", "Prodigy")
+SCHEDULERS = (
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "piecewise_constant", "polynomial",
+)  # fmt: skip
+ALGORITHMS = ("lora", "locon", "loha", "lokr")
+# LyCORIS' presets of layers.
+PRESETS = (
+    "full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only", "unet-convblock-only",
+)  # fmt: skip
+# kohya's names of samplers, with A1111's.
+_SAMPLERS = {
+    "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
+    "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2S a",
+}  # fmt: skip
+_NETWORK_ARGS = {"conv_dim", "conv_alpha", "algo", "preset", "factor", "dropout", "rank_dropout", "module_dropout"}
+_NETWORK_ARGS |= {"decompose_both", "full_matrix", "use_tucker"}
+_MAX_PIXELS = 2048 * 2048
+_ALIASES = {
+    "caption_extention": "caption_extension",  # kohya spelled it so once
+    "lr_restart_cycles": "lr_scheduler_num_cycles",
+}
+# What would change the result and cannot be had, when it is on, and what is possible instead.
+_REFUSED = {
+    "v2": "Stable Diffusion 2 is not known here; possible base models: Stable Diffusion 1.5, SDXL",
+    "color_aug": "colours are not augmented; set it to false",
+    "random_crop": "pictures are cropped at their centre; set it to false",
+    "face_crop_aug_range": "faces are not looked for; leave it out",
+    "in_json": "datasets are folders of pictures with captions; leave it out",
+    "dataset_config": "datasets are folders of pictures with captions; leave it out",
+    "network_weights": "a training begins with a fresh network; leave it out",
+    "weighted_captions": "captions are plain text; set it to false",
+    "zero_terminal_snr": "the noise schedule is the base model's own; set it to false",
+    "multires_noise_iterations": "it is not supported; leave it out",
+    "adaptive_noise_scale": "it is not supported; leave it out",
+    "ip_noise_gamma": "it is not supported; leave it out",
+    "scale_weight_norms": "it is not supported; leave it out",
+    "deepspeed": "a training runs on one device; set it to false",
+}
+# What only says how kohya's own process does its work.
+_WITHOUT_EFFECT = {
+    "cache_latents_to_disk", "console_log_level", "full_bf16", "full_fp16", "huggingface_repo_id", "log_with",
+    "max_data_loader_n_workers", "metadata_author", "metadata_description", "metadata_license", "metadata_tags",
+    "metadata_title", "no_metadata", "persistent_data_loader_workers", "vae_batch_size",
+}  # fmt: skip
+_NOTES = {
+    "xformers": "xformers: attention is computed by torch's scaled_dot_product_attention, which needs no xformers",
+    "mem_eff_attn": "mem_eff_attn: attention is computed by torch's scaled_dot_product_attention",
+    "lowram": "lowram: the model is read straight to the device, so there is nothing to save",
+    "save_state": "save_state: what a training needs to go on is kept after every epoch, whatever this says",
+    "network_dropout": "network_dropout: it is applied to the input of a layer, not between its two factors",
+}
+
+
+class Training(BaseModel):
+    """One training. Times are in epochs and steps, sizes in pixels; a step is one change of the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    # Keys that nobody here knows.
+    unknown: list[str] = []
+    # Sentences on keys that are mapped to something else.
+    notes: list[str] = []
+
+    # --- files and folders; a training of the service has its own ---
+    pretrained_model_name_or_path: str = ""
+    vae: str = ""
+    train_data_dir: str = ""
+    reg_data_dir: str = ""
+    output_dir: str = "output"
+    output_name: str = Field("last", min_length=1, max_length=100)
+    logging_dir: str = ""
+    log_prefix: str = ""
+
+    # --- the pictures and their captions ---
+    resolution: tuple[int, int] = (512, 512)  # width, height
+    enable_bucket: bool = False
+    min_bucket_reso: int = Field(256, ge=8, le=4096)
+    max_bucket_reso: int = Field(1024, ge=8, le=4096)
+    bucket_reso_steps: int = Field(64, ge=8, le=1024, multiple_of=8)
+    bucket_no_upscale: bool = False
+    flip_aug: bool = False
+    cache_latents: bool = False
+    no_half_vae: bool = False
+    prior_loss_weight: float = Field(1.0, ge=0, le=100)
+    caption_extension: str = ".caption"
+    caption_separator: str = Field(",", min_length=1, max_length=10)
+    shuffle_caption: bool = False
+    keep_tokens: int = Field(0, ge=0, le=1000)
+    caption_dropout_rate: float = Field(0.0, ge=0, le=1)
+    caption_dropout_every_n_epochs: int = Field(0, ge=0, le=1_000_000)
+    caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
+    # Tokens of a caption that are read, in chunks of 75.
+    max_token_length: Literal[75, 150, 225] = 75
+    clip_skip: int = Field(1, ge=1, le=12)
+
+    # --- the network ---
+    network_module: Literal["networks.lora", "lycoris.kohya"] = "networks.lora"
+    network_dim: int = Field(4, ge=1, le=1024)
+    network_alpha: float = Field(1.0, ge=0, le=4096)  # 0: as network_dim
+    network_dropout: float = Field(0.0, ge=0, lt=1)
+    network_args: dict[str, str] = {}
+    network_train_unet_only: bool = False
+    network_train_text_encoder_only: bool = False
+
+    # --- optimizing ---
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    train_batch_size: int = Field(1, ge=1, le=256)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=10_000)
+    gradient_checkpointing: bool = False
+    max_grad_norm: float = Field(1.0, ge=0, le=1e6)  # 0: any
+    max_train_epochs: int | None = Field(None, ge=1, le=1_000_000)
+    max_train_steps: int = Field(1600, ge=1, le=100_000_000)  # where no epochs are given
+    optimizer_type: str = "AdamW"
+    optimizer_args: dict[str, str] = {}
+    learning_rate: float = Field(2e-6, ge=0, le=100)
+    unet_lr: float | None = Field(None, ge=0, le=100)
+    text_encoder_lr: float | None = Field(None, ge=0, le=100)
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: float = Field(0, ge=0, le=100_000_000)  # below 1: a part of all steps
+    lr_scheduler_num_cycles: int = Field(1, ge=1, le=10_000)
+    lr_scheduler_power: float = Field(1.0, ge=0, le=100)
+    lr_scheduler_args: dict[str, str] = {}
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+    # --- the loss ---
+    v_parameterization: bool = False
+    noise_offset: float = Field(0.0, ge=0, le=10)
+    min_snr_gamma: float | None = Field(None, gt=0, le=1000)
+    min_timestep: int = Field(0, ge=0, le=999)
+    max_timestep: int = Field(1000, ge=1, le=1000)
+
+    # --- what is written ---
+    save_every_n_epochs: int | None = Field(None, ge=1)
+    save_n_epoch_ratio: int | None = Field(None, ge=0)
+    save_last_n_epochs: int | None = Field(None, ge=1)
+    save_precision: Literal["float", "fp16", "bf16"] = "float"
+    save_model_as: str = "safetensors"
+    training_comment: str = Field("", max_length=10_000)
+    sample_every_n_epochs: int | None = Field(None, ge=0)
+    sample_prompts: list[str] = []
+    sample_sampler: str = "DDIM"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name, instead in _REFUSED.items():
+            if given.get(name) not in (None, False, 0, "", []):
+                raise ValueError(f"{name} {shown(given[name])}: {instead}")
+        for name, known in _ALIASES.items():
+            if name in given:
+                given.setdefault(known, given.pop(name))
+        unknown = [
+            name for name in given if name not in cls.model_fields and name not in _REFUSED.keys() | _NOTES.keys()
+        ]
+        given.setdefault("unknown", sorted(name for name in unknown if name not in _WITHOUT_EFFECT))
+        given.setdefault("notes", [note for name, note in _NOTES.items() if given.get(name)])
+        if given.get("save_precision") == "fp32":
+            given["save_precision"] = "float"
+        return given
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _two_sides(cls, value: Any) -> Any:
+        sides = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            numbers = [int(side) for side in sides]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) == 1:
+            numbers *= 2
+        if len(numbers) != 2 or min(numbers) < 64 or numbers[0] * numbers[1] > _MAX_PIXELS:
+            raise ValueError(
+                f'resolution {shown(value)} is none; possible: one side, or "width,height", each at least 64 and '
+                f"together at most {_MAX_PIXELS} pixels"
+            )
+        return tuple(numbers)
+
+    @field_validator("network_args", "optimizer_args", "lr_scheduler_args", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any, info: Any) -> Any:
+        """kohya's list of `name=value`."""
+        if isinstance(value, dict):
+            return {name: str(inner) for name, inner in value.items()}
+        listed = value.split() if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(pair, str) and "=" in pair for pair in listed):
+            raise ValueError(f'{info.field_name} {shown(value)} is not a list of "name=value"')
+        return {name.strip(): inner.strip() for name, _, inner in (pair.partition("=") for pair in listed)}
+
+    @field_validator("sample_prompts", mode="before")
+    @classmethod
+    def _lines(cls, value: Any) -> Any:
+        listed = value.splitlines() if isinstance(value, str) else value
+        return [line.strip() for line in listed if line.strip() and not line.strip().startswith("#")]
+
+    @field_validator("output_name")
+    @classmethod
+    def _file_name(cls, name: str) -> str:
+        if name.startswith(".") or any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in name):
+            raise ValueError(f"output_name {shown(name)} cannot be the name of a file")
+        return name
+
+    @field_validator("sample_sampler")
+    @classmethod
+    def _sampler(cls, name: str) -> str:
+        return samplers.find(_SAMPLERS.get(name.lower().removeprefix("k_"), name), None, "sample_sampler")
+
+    @field_validator("optimizer_type", "lr_scheduler", "save_model_as")
+    @classmethod
+    def _possible(cls, name: str, info: Any) -> str:
+        possible = {
+            "optimizer_type": OPTIMIZERS,
+            "lr_scheduler": SCHEDULERS,
+            "save_model_as": ("safetensors",),
+        }[info.field_name]
+        found = next((known for known in possible if known.lower() == name.lower()), None)
+        if found is None:
+            raise ValueError(f"{info.field_name} {shown(name)} is not possible; possible: {', '.join(possible)}")
+        return found
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            raise ValueError(
+                "network_train_unet_only and network_train_text_encoder_only are both true: nothing would be trained"
+            )
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}")
+        if self.min_bucket_reso > self.max_bucket_reso:
+            raise ValueError(
+                f"min_bucket_reso {self.min_bucket_reso} is larger than max_bucket_reso {self.max_bucket_reso}"
+            )
+        if (
+            self.optimizer_type == "Prodigy"
+            and self.trains_unet
+            and self.trains_text
+            and len({self.unet_rate, self.text_rate} - {0.0}) > 1
+        ):
+            raise ValueError(
+                f"optimizer_type Prodigy finds the learning rate itself: unet_lr {self.unet_rate} and text_encoder_lr "
+                f"{self.text_rate} must be the same, or one of them 0; 1.0 is usual"
+            )
+        self._check_network()
+        return self
+
+    def _check_network(self) -> None:
+        if unknown := sorted(self.network_args.keys() - _NETWORK_ARGS):
+            possible = ", ".join(sorted(_NETWORK_ARGS))
+            raise ValueError(f"network_args {', '.join(unknown)} is not possible; possible: {possible}")
+        for name in ("conv_dim", "conv_alpha", "factor", "rank_dropout", "module_dropout", "dropout"):
+            try:
+                float(self.network_args.get(name, "1"))
+            except ValueError:
+                raise ValueError(f"network_args {name}={self.network_args[name]} is no number") from None
+        if self.network_module == LORA_MODULE and self.network_args.keys() - {"conv_dim", "conv_alpha"}:
+            raise ValueError(
+                "network_args of networks.lora are conv_dim and conv_alpha; others need network_module lycoris.kohya"
+            )
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"network_args algo={self.algorithm} is not possible; possible: {', '.join(ALGORITHMS)}")
+
+        if (preset := self.network_args.get("preset", "full")) not in PRESETS:
+            raise ValueError(f"network_args preset={preset} is not possible; possible: {', '.join(PRESETS)}")
+
+    @property
+    def algorithm(self) -> str:
+        """The kind of network."""
+        return self.network_args.get("algo", "lora").lower()
+
+    @property
+    def unet_rate(self) -> float:
+        """The learning rate of the UNet's part of the network."""
+        return self.learning_rate if self.unet_lr is None else self.unet_lr
+
+    @property
+    def text_rate(self) -> float:
+        """The learning rate of the text encoders' part."""
+        return self.learning_rate if self.text_encoder_lr is None else self.text_encoder_lr
+
+    @property
+    def trains_unet(self) -> bool:
+        """Whether the network has a part for the UNet."""
+        return not self.network_train_text_encoder_only
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the network has a part for the text encoders."""
+        return not self.network_train_unet_only
+
+
+def flattened(sections: dict[str, Any]) -> dict[str, Any]:
+    """The keys of all sections in one; later ones win, as in kohya."""
+    flat: dict[str, Any] = {}
+    for name, value in sections.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def check_training(fields: dict[str, Any]) -> Training:
+    """The training of flat keys.
+
+    Raises:
+        InvalidArgument: the message names each wrong key with its value and what is possible.
+    """
+    try:
+        return Training.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidArgument("; ".join(sentence(problem, Training) for problem in error.errors())) from None
+
+
+def parse_toml(content: str) -> dict[str, Any]:
+    """The flat keys of a TOML file.
+
+    Raises:
+        InvalidArgument: it is no TOML; the message says where.
+    """
+    try:
+        return flattened(tomllib.loads(content))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgument(f"the configuration is not valid TOML: {error}") from None

@@ -1,0 +1,251 @@
+"""Speed and memory of training on a GPU, beside a plain diffusers and peft loop in the same run.
+
+    python -m tests.bench.training_gpu --out DIR [--seconds-budget N] [--tiny]
+
+Nothing comes from the network: models have the full size of Stable Diffusion 1.5 and SDXL and random weights. Each part
+has a limit on its time and is guarded by itself; DIR/training.json is written after each figure. It needs the worker's
+own packages (torch, diffusers, transformers, accelerate, peft, safetensors, numpy, scipy, torchsde, pillow, pydantic,
+structlog). `--tiny` is for a trial on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.bench.training_loops import Step, batch_of, models_of, ours, plain
+
+_NUM_RUNS = 5
+_WARM_STEPS = 3
+
+
+class Report:
+    """The figures, in a file after each of them."""
+
+    def __init__(self, out: Path, seconds_budget: float) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._path = out / "training.json"
+        self._ends_at = time.monotonic() + seconds_budget
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the budget."""
+        return self._ends_at - time.monotonic()
+
+    def attempt(self, what: str, needs_seconds: float, measure: Callable[[], dict[str, Any]]) -> None:
+        """Adds the figures of a part. One that fails, or has no time, costs its own figures only."""
+        began = time.monotonic()
+        if self.seconds_left < needs_seconds:
+            found: dict[str, Any] = {"skipped": f"{self.seconds_left:.0f} s were left"}
+        else:
+            try:
+                found = measure()
+            except Exception as error:
+                traceback.print_exc()
+                found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        free()
+        row = {"what": what, "seconds": round(time.monotonic() - began, 1), **found}
+        self._rows.append(row)
+        print(json.dumps(row), flush=True)
+        self._path.write_text(json.dumps({"machine": machine(), "rows": self._rows}, indent=1))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    import diffusers
+    import peft
+    import transformers
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "peft": peft}
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        **{key: str(module.__version__) for key, module in modules.items()},
+    }
+
+
+def free() -> None:
+    """Gives the device's memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def wait() -> None:
+    """For the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rate(step: Step, num_steps: int) -> float:
+    """Steps per second."""
+    wait()
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    wait()
+    return num_steps / (time.perf_counter() - began)
+
+
+def compare(
+    family: str, side: int, batch_size: int, dtype: torch.dtype, num_steps: int, device: str, **keys: Any
+) -> dict[str, Any]:
+    """Both loops with models of their own, in turn."""
+    steps: dict[str, Step] = {}
+    peaks: dict[str, int] = {}
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    for name, make in (("plain", plain), ("ours", ours)):
+        free()
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        models = models_of(family, device, dtype)
+        steps[name] = make(models, batch_of(models, side, batch_size), **keys)
+        for _ in range(_WARM_STEPS):
+            steps[name]()
+        wait()
+        peaks[name] = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
+    for _ in range(_NUM_RUNS):
+        for name, step in steps.items():
+            rates[name].append(rate(step, num_steps))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "steps_per_second": {name: round(value, 3) for name, value in medians.items()},
+        "images_per_second": round(medians["ours"] * batch_size, 2),
+        "ratio": round(medians["ours"] / medians["plain"], 3),
+        "all": {name: [round(value, 3) for value in found] for name, found in rates.items()},
+        "peak_bytes": peaks,
+        "memory_ratio": round(peaks["ours"] / peaks["plain"], 3) if peaks["plain"] else None,
+    }
+
+
+def alone(
+    family: str, side: int, batch_size: int, dtype: torch.dtype, num_steps: int, device: str, **keys: Any
+) -> dict[str, Any]:
+    """The trainer's loop alone, with other keys."""
+    models = models_of(family, device, dtype)
+    step = ours(models, batch_of(models, side, batch_size), **keys)
+    for _ in range(_WARM_STEPS):
+        step()
+    found = [rate(step, num_steps) for _ in range(3)]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return {"steps_per_second": round(statistics.median(found), 3), "peak_bytes": peak}
+
+
+def learns(family: str, side: int, dtype: torch.dtype, device: str, **keys: Any) -> dict[str, Any]:
+    """Whether a batch that is seen again and again is learned: the mean loss of the first and of the last 20 steps."""
+    models = models_of(family, device, dtype)
+    step = ours(models, batch_of(models, side, 2), unet_lr=1e-3, text_encoder_lr=1e-4, min_timestep=300, **keys)
+    losses = [step() for _ in range(100)][1:]
+    first, last = statistics.mean(losses[:20]), statistics.mean(losses[-20:])
+    return {"first": round(first, 4), "last": round(last, 4), "falls": last < first}
+
+
+def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
+    """A whole training of a tiny checkpoint on the device: pictures, latents, steps, previews, files, and going on
+    after an epoch."""
+    from PIL import Image
+
+    from gpu_worker import tiny, weights
+    from gpu_worker.trainer import dataset
+    from gpu_worker.trainer.loop import STATE, Loop, Stopped
+    from gpu_worker.trainer.steps import precision
+    from services.common.payloads.training import check_training
+    from tests.gpu_worker.conftest import as_cached
+    from tests.gpu_worker.trainer.conftest import SMALL, Notes
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny.write(folder / "tiny.safetensors", 1)
+        (folder / "data" / "2_zog").mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (96 if index % 2 else 64, 64), (200, 60 * index, 40)).save(
+                folder / "data" / "2_zog" / f"{index}.png"
+            )
+        config = check_training(
+            SMALL
+            | {
+                "train_data_dir": str(folder / "data"), "mixed_precision": mixed_precision, "max_train_epochs": 3,
+                "enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 32, "train_batch_size": 2,
+                "flip_aug": True, "save_every_n_epochs": 1, "sample_every_n_epochs": 1, "save_precision": "fp16",
+                "sample_prompts": ["a zog --s 4"], "noise_offset": 0.05, "min_snr_gamma": 5,
+            }
+            | keys
+        )  # fmt: skip
+        base = as_cached(folder / "tiny.safetensors")
+
+        def loop(notes: Notes) -> Loop:
+            models = weights.load(base, None, device, precision(config, device))
+            return Loop(config, models, base, dataset.read(config, notes.log), folder / "out", notes)
+
+        first = Notes(stop_after=7)
+        with contextlib.suppress(Stopped):
+            loop(first).run()
+        second = Notes()
+        loop(second).run(folder / "out" / STATE)
+        return {
+            "steps": [len(first.losses), len(second.losses)],
+            "resumed_at": second.plans[0].first_step,
+            "files": first.files + second.files,
+            "previews": len(first.drawings) + len(second.drawings),
+            "finite": all(torch.isfinite(torch.tensor(first.losses + second.losses)).tolist()),
+            "lines": [line for line in second.lines if "preview" in line],
+        }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds-budget", type=float, default=120)
+    parser.add_argument("--tiny", action="store_true", help="tiny models, on the CPU where there is no GPU")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = torch.float16 if device == "cuda" else torch.float32
+    report = Report(options.out, options.seconds_budget)
+    small, large = ("tiny", "tiny") if options.tiny else ("sd15", "sdxl")
+    sides = (64, 64) if options.tiny else (512, 1024)
+    num_steps = (3, 3) if options.tiny else (8, 6)
+
+    def sd15(**keys: Any) -> dict[str, Any]:
+        return compare(small, sides[0], 4, half, num_steps[0], device, **keys)
+
+    def sdxl(**keys: Any) -> dict[str, Any]:
+        return compare(large, sides[1], 1, half, num_steps[1], device, **keys)
+
+    report.attempt("a whole tiny training, fp16", 15, lambda: whole(device, "fp16"))
+    report.attempt("SD1.5 512x512 batch 4, fp16", 25, sd15)
+    report.attempt("SDXL 1024x1024 batch 1, fp16", 35, sdxl)
+    bf16 = torch.bfloat16 if device == "cuda" else torch.float32
+    report.attempt(
+        "SDXL 1024x1024 batch 1, bf16, checkpointing",
+        20,
+        lambda: alone(large, sides[1], 1, bf16, num_steps[1], device, gradient_checkpointing=True),
+    )
+    report.attempt(
+        "SD1.5 512x512 batch 4, fp16, AdamW8bit",
+        15,
+        lambda: alone(small, sides[0], 4, half, num_steps[0], device, optimizer_type="AdamW8bit"),
+    )
+    report.attempt("SD1.5 256x256 learns, fp16", 15, lambda: learns(small, min(sides[0], 256), half, device))
+    loha = {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"], "network_dim": 4}
+    report.attempt("a whole tiny training, bf16, LoHa", 10, lambda: whole(device, "bf16", **loha))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`python -m gpu_worker train config.toml`, as a user calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from gpu_worker.trainer import command
+from gpu_worker.trainer.loop import STATE
+from tests.gpu_worker.trainer.conftest import SMALL, Trainings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def config(trainings: Trainings) -> dict[str, object]:
+    """The keys of a training that works."""
+    return SMALL | {
+        "pretrained_model_name_or_path": str(trainings.checkpoint),
+        "train_data_dir": str(trainings.pictures),
+        "output_dir": str(trainings.folder / "out"),
+        "sample_every_n_epochs": 1,
+    }
+
+
+def write(folder: Path, config: dict[str, object]) -> Path:
+    path = folder / "config.toml"
+    path.write_text(tomli_w.dumps({"training": config}))
+    return path
+
+
+def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says where it must not train."""
+    assert command.main([str(path)]) == command.EXIT_FAILED
+    return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+
+
+def test_a_training_by_hand_needs_no_service_and_shows_how_far_it_is(
+    config: dict[str, object], trainings: Trainings
+) -> None:
+    (trainings.folder / "prompts.txt").write_text("# a comment\na zog --s 2\n")
+    keys = config | {"sample_prompts": str(trainings.folder / "prompts.txt"), "xformers": True, "mystery": 1}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-m", "gpu_worker", "train", write(trainings.folder, keys)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: xformers: attention is computed by torch" in done.stderr
+    assert "warning: the key mystery is not known here and does nothing" in done.stderr
+    assert "4 pictures, 1 epochs, 4 steps" in done.stderr
+    assert "training" in done.stderr
+    assert "4/4" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (trainings.folder / "out" / "last.safetensors").is_file()
+    assert len(list((trainings.folder / "out" / "sample").glob("last_e000001_00_*_1.png"))) == 1
+
+
+def test_what_is_wrong_is_one_sentence(
+    config: dict[str, object], trainings: Trainings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trainings.folder
+    (folder / "empty").mkdir()
+    (folder / "broken.safetensors").write_bytes(b"nonsense")
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"network_dim": 0}, "error: network_dim 0 is out of range"),
+        (
+            {"train_data_dir": str(folder / "empty"), "pretrained_model_name_or_path": "/no"},
+            "error: the dataset has no",
+        ),
+        ({"pretrained_model_name_or_path": "/no"}, "error: pretrained_model_name_or_path '/no' is no file"),
+        ({"pretrained_model_name_or_path": str(folder / "broken.safetensors")}, "error: broken.safetensors is damaged"),
+    ]
+    for keys, sentence in wrong:
+        assert refusal(write(folder, config | keys), capsys).startswith(sentence)
+    assert refusal(folder / "none.toml", capsys).startswith(f"error: {folder / 'none.toml'} cannot be read")
+    (folder / "bad.toml").write_text("seed = nonsense")
+    assert refusal(folder / "bad.toml", capsys).startswith("error: the configuration is not valid TOML")
+
+
+def test_there_must_be_something_to_go_on_from(
+    config: dict[str, object], trainings: Trainings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(write(trainings.folder, config)), "--resume"]) == command.EXIT_FAILED
+    assert f"{STATE} is not there" in capsys.readouterr().err

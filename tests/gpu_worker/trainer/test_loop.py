@@ -1,0 +1,227 @@
+"""Whole trainings of the tiny checkpoint: repeatable, resumable, stoppable, and what they leave behind."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
+
+from gpu_worker.job import JobError
+from gpu_worker.trainer.dataset import Picture
+from gpu_worker.trainer.loop import STATE, Stopped, _sizes
+from tests.gpu_worker import tiny_sdxl
+from tests.gpu_worker.trainer.conftest import Notes, Trainings, draw
+
+# Everything that is left to chance, at once.
+CHANCES: dict[str, Any] = {
+    "train_batch_size": 2, "shuffle_caption": True, "keep_tokens": 1, "flip_aug": True, "caption_dropout_rate": 0.2,
+    "network_dropout": 0.1, "noise_offset": 0.05, "max_train_epochs": 3, "lr_scheduler": "cosine",
+    "caption_tag_dropout_rate": 0.2,
+}  # fmt: skip
+
+
+class Killed(Exception):
+    """The process went away."""
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """From each tag of the event files to its values by step (TensorFlow's record format)."""
+    found: dict[str, dict[int, float]] = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        for record in records(path.read_bytes()):
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    while content:
+        length = struct.unpack("<Q", content[:8])[0]
+        yield content[12 : 12 + length]
+        content = content[12 + length + 4 :]
+
+
+def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings, tmp_path: Path) -> None:
+    notes = trainings.run(
+        output_name="zog",
+        max_train_epochs=2,
+        save_every_n_epochs=1,
+        save_precision="fp16",
+        logging_dir=str(tmp_path / "logs"),
+        log_prefix="zog-",
+        sample_every_n_epochs=1,
+        sample_prompts="a zog --n green --w 64 --h 64 --d 7 --l 3 --s 2",
+    )
+    out = tmp_path / "out"
+    assert notes.files == ["zog-000001.safetensors", "zog.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["sample", "zog-000001.safetensors", "zog.safetensors"]
+    assert {tensor.dtype for tensor in load_file(out / "zog.safetensors").values()} == {torch.float16}
+    assert [path.name[:15] + path.name[-6:] for path in notes.drawings] == [
+        "zog_e000001_00__7.png",
+        "zog_e000002_00__7.png",
+    ]
+    with Image.open(notes.drawings[0]) as image:
+        assert image.size == (64, 64)
+        assert image.info["parameters"].startswith(
+            "a zog\nNegative prompt: green\nSteps: 2, Sampler: DDIM, CFG scale: 3"
+        )
+    found = curves(tmp_path / "logs")
+    assert [path.name[:4] for path in (tmp_path / "logs").iterdir()] == ["zog-"]
+    assert list(found["loss/current"].values()) == pytest.approx(notes.losses)
+    assert found["lr/unet"][8] == pytest.approx(1e-3)
+    assert found.keys() == {"loss/current", "loss/average", "lr/unet", "lr/textencoder"}
+    [plan] = notes.plans
+    assert (plan.num_pictures, plan.num_epochs, plan.num_steps, plan.first_step) == (4, 2, 8, 0)
+    assert [(step.step, step.epoch) for step in notes.steps] == [(n, 1 + (n > 4)) for n in range(1, 9)]
+    assert notes.steps[-1].seconds_left == 0
+
+
+def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
+    trainings.run(output_name="zog", network_args=["conv_dim=2"], training_comment="a comment", min_snr_gamma=5)
+    with safe_open(tmp_path / "out" / "zog.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    expected = {
+        "ss_output_name": "zog", "ss_num_train_images": "4", "ss_num_reg_images": "0", "ss_num_epochs": "1",
+        "ss_epoch": "1", "ss_steps": "4", "ss_max_train_steps": "4", "ss_num_batches_per_epoch": "4",
+        "ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "2.0",
+        "ss_network_args": '{"conv_dim": "2"}', "ss_unet_lr": "0.001", "ss_text_encoder_lr": "0.001",
+        "ss_optimizer": "AdamW", "ss_lr_scheduler": "constant", "ss_base_model_version": "sd_v1", "ss_clip_skip": "1",
+        "ss_min_snr_gamma": "5.0", "ss_resolution": "(64, 64)", "ss_seed": "5", "ss_training_comment": "a comment",
+        "ss_sd_model_name": trainings.checkpoint.name, "ss_network_dropout": "None",
+        "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.title": "zog",
+        "modelspec.prediction_type": "epsilon",
+    }  # fmt: skip
+    assert {name: metadata[name] for name in expected} == expected
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"1_zog": {"n_repeats": 1, "img_count": 4}}
+    assert json.loads(metadata["ss_tag_frequency"])["1_zog"]["green"] == 4
+    assert json.loads(metadata["ss_bucket_info"])["buckets"] == {"0": {"resolution": [64, 64], "count": 4}}
+    assert len(metadata["sshs_model_hash"]) == 64
+    assert len(metadata["sshs_legacy_hash"]) == 8
+    assert len(metadata["ss_new_sd_model_hash"]) == 64
+
+
+def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_stopped(
+    trainings: Trainings, tmp_path: Path
+) -> None:
+    whole = trainings.run(out="whole", **CHANCES)
+
+    def kill(path: Path, epoch: int) -> None:
+        if epoch == 2:
+            raise Killed
+
+    before = Notes(on_kept=kill)
+    with pytest.raises(Killed):
+        trainings.run(before, out="halves", **CHANCES)
+    after = trainings.run(out="halves", resumed=tmp_path / "halves" / STATE, **CHANCES)
+    assert before.losses + after.losses == whole.losses
+    assert after.plans[0].first_step == len(before.losses)
+    assert_same(tmp_path / "whole" / "last.safetensors", tmp_path / "halves" / "last.safetensors")
+    assert not (tmp_path / "halves" / STATE).exists()
+
+
+def test_a_state_of_another_configuration_or_a_damaged_one_is_refused(trainings: Trainings, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        trainings.run(Notes(stop_after=5), max_train_epochs=3)
+    state = tmp_path / "out" / STATE
+    with pytest.raises(JobError, match="belongs to a training with another configuration"):
+        trainings.run(resumed=state, max_train_epochs=3, network_alpha=1)
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(JobError, match="is damaged"):
+        trainings.run(resumed=state, max_train_epochs=3)
+
+
+def test_a_stop_ends_within_one_step_and_keeps_what_was_saved(trainings: Trainings, tmp_path: Path) -> None:
+    notes = Notes(stop_after=6)
+    with pytest.raises(Stopped):
+        trainings.run(notes, max_train_epochs=5, save_every_n_epochs=1)
+    assert len(notes.steps) == 6
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["last-000001.safetensors"]
+
+
+def test_only_the_last_files_are_kept_where_that_is_asked_for(trainings: Trainings, tmp_path: Path) -> None:
+    notes = trainings.run(max_train_epochs=5, save_every_n_epochs=1, save_last_n_epochs=2, max_train_steps=1)
+    assert notes.gone == ["last-000001.safetensors", "last-000002.safetensors"]
+    left = ["last-000003.safetensors", "last-000004.safetensors", "last.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
+
+
+def test_steps_may_be_asked_for_instead_of_epochs(trainings: Trainings) -> None:
+    notes = trainings.run(max_train_epochs=None, max_train_steps=6, save_n_epoch_ratio=2)
+    assert (notes.plans[0].num_epochs, notes.plans[0].num_steps, len(notes.steps)) == (2, 6, 6)
+    assert notes.files == ["last-000001.safetensors", "last.safetensors"]
+
+
+def test_a_loss_that_is_no_number_ends_the_training(trainings: Trainings) -> None:
+    loop = trainings.loop(Notes())
+    loop._models.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(JobError, match="the loss is not a number any more, at step 1"):
+        loop.run()
+
+
+def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainings: Trainings) -> None:
+    long = "a, " * 5000
+    notes = trainings.run(sample_every_n_epochs=1, sample_prompts=[f"{long} --s 1"])
+    assert any("no preview of " in line and "chunks" in line for line in notes.lines)
+    assert notes.files == ["last.safetensors"]
+
+
+@pytest.mark.parametrize("prompt", ["a cat --z 1", "a cat --w 13"])
+def test_an_impossible_preview_is_refused_before_the_first_step(trainings: Trainings, prompt: str) -> None:
+    with pytest.raises(JobError, match=r"sample_prompts 'a cat --[zw] 1"):
+        trainings.loop(Notes(), sample_every_n_epochs=1, sample_prompts=[prompt])
+
+
+def test_sdxl_is_trained_in_buckets_beside_regularisation_pictures(trainings: Trainings, tmp_path: Path) -> None:
+    trainings.checkpoint = tmp_path / "tiny-xl.safetensors"
+    tiny_sdxl.make(trainings.checkpoint)
+    trainings.pictures = tmp_path / "own"
+    draw(trainings.pictures / "2_zog" / "wide.png", (128, 64))
+    draw(trainings.pictures / "1_zog" / "square.png", (64, 64))
+    draw(tmp_path / "others" / "1_thing" / "a.png")
+    notes = trainings.run(
+        reg_data_dir=str(tmp_path / "others"),
+        prior_loss_weight=0.5,
+        enable_bucket=True,
+        min_bucket_reso=32,
+        bucket_reso_steps=32,
+        train_batch_size=2,
+        flip_aug=True,
+        cache_latents=False,
+    )
+    assert len(notes.steps) == 3  # the wide one twice; the square one, and three others beside
+    with safe_open(tmp_path / "out" / "last.safetensors", framework="pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["ss_num_reg_images"] == "1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha" in names
+    assert "lora_unet_middle_block_1_proj_in.lora_down.weight" in names
+
+
+def test_a_checkpoint_of_another_use_is_no_base_model(trainings: Trainings, tmp_path: Path) -> None:
+    trainings.checkpoint = tiny_sdxl.make(tmp_path / "refiner.safetensors", is_refiner=True).path
+    with pytest.raises(JobError, match=r"refiner\.safetensors is an SDXL refiner, which cannot be trained on"):
+        trainings.loop(Notes())
+
+
+def test_sdxl_is_told_sizes_and_crops_of_what_it_sees() -> None:
+    picture = Picture(Path("a.png"), "", (1000, 500), (640, 384), 1, is_regularisation=False)
+    assert picture.scaled == (768, 384)
+    assert _sizes(picture, flip=False) == [500, 1000, 0, 64, 384, 640]
+    uneven = Picture(Path("a.png"), "", (1001, 500), (640, 384), 1, is_regularisation=False)
+    left = _sizes(uneven, flip=False)[3]
+    assert left + 640 + _sizes(uneven, flip=True)[3] == uneven.scaled[0]

@@ -1,0 +1,128 @@
+"""Files of trained networks: what the models compute with the network in them is what others compute with its file."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from gpu_worker import lora, weights
+from gpu_worker.trainer import networks
+from gpu_worker.weights import Models
+from services.common.payloads.training import Training, check_training
+from tests.gpu_worker import tiny_sdxl
+from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.driving import assert_close
+from tests.gpu_worker.reference import pipeline_of
+
+LOCON: dict[str, Any] = {"network_dim": 4, "network_alpha": 2, "network_args": ["conv_dim=3", "conv_alpha=2"]}
+LYCORIS = {"network_module": "lycoris.kohya", "network_dim": 4, "network_alpha": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"network_dim": 4, "network_alpha": 2},
+    "locon": LOCON,
+    "loha": LYCORIS | {"network_args": ["algo=loha"]},
+    "loha of three factors": LYCORIS | {"network_args": ["algo=loha", "use_tucker=True"]},
+    "lokr": LYCORIS | {"network_args": ["algo=lokr", "factor=4"]},
+    "lokr of few factors": LYCORIS | {"network_dim": 1, "network_args": ["algo=lokr", "decompose_both=True"]},
+}
+
+
+def load(path: Path) -> Models:
+    return weights.load(as_cached(path), None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Models]:
+    """The models of both families, for tests to copy."""
+    sdxl = tiny_sdxl.make(tmp_path_factory.mktemp("sdxl") / "tiny-xl.safetensors")
+    return {"sd15": load(tiny_checkpoint), "sdxl": sdxl.models}
+
+
+def shaken(models: Models, config: Training, path: Path) -> networks.Network:
+    """A network in the models whose weights are random, not 0, and its file."""
+    network = networks.create(models, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (*network.unet, *network.texts):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    save_file({name: tensor.clone() for name, tensor in network.tensors().items()}, path)
+    return network
+
+
+def outputs(models: Models, changes: lora.Network | None = None) -> list[torch.Tensor]:
+    """What each text encoder and the UNet make of fixed inputs, with a file's network added by the engine."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    with torch.no_grad():
+        for index, encoder in enumerate(models.text_encoders):
+            rows = [(slice(None), 1.0, changes.texts[index])] if changes else []
+            with lora.applied(encoder.model, rows):
+                found.append(encoder.model(torch.arange(77)[None], output_hidden_states=True).hidden_states[-2])
+        config = models.unet.config
+        added = {"text_embeds": torch.randn(1, 48, generator=generator), "time_ids": torch.full((1, 6), 64.0)}
+        with lora.applied(models.unet, [(slice(None), 1.0, changes.unet)] if changes else []):
+            found.append(
+                models.unet(
+                    torch.randn(1, 4, 8, 8, generator=generator),
+                    torch.tensor([500]),
+                    torch.randn(1, 77, config.cross_attention_dim, generator=generator),
+                    added_cond_kwargs=added if models.is_sdxl else None,
+                ).sample
+            )
+    return found
+
+
+@pytest.mark.parametrize(("family", "kind"), [*(("sd15", kind) for kind in KINDS), ("sdxl", "locon"), ("sdxl", "loha")])
+def test_the_engine_computes_with_the_file_what_the_trainer_computes_with_the_network(
+    family: str, kind: str, plain: dict[str, Models], tmp_path: Path
+) -> None:
+    base = plain[family]
+    models, file = copy.deepcopy(base), tmp_path / "made.safetensors"
+    shaken(models, check_training(KINDS[kind]), file)
+    loaded = lora.load(as_cached(file, "Lora"), base, "tiny")
+    before = outputs(base)
+    for ours, theirs, without in zip(outputs(models), outputs(base, loaded), before, strict=True):
+        assert_close(ours, theirs)
+        assert (ours - without).abs().max() > 1e-3
+
+
+def test_diffusers_loads_the_file_with_equal_results(
+    plain: dict[str, Models], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    models, file = copy.deepcopy(plain["sd15"]), tmp_path / "made.safetensors"
+    shaken(models, check_training(LOCON), file)
+    pipeline: StableDiffusionPipeline = pipeline_of(tiny_checkpoint, models.text_encoders[0].tokenizer, tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    theirs = outputs(
+        Models(
+            unet=pipeline.unet,
+            vae=None,
+            text_encoders=(weights.TextEncoder(None, pipeline.text_encoder),),
+            scheduler_config={},
+            device=models.device,
+            dtype=models.dtype,
+        )
+    )
+    for ours, other in zip(outputs(models), theirs, strict=True):
+        assert_close(ours, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_network_adds_nothing(kind: str, plain: dict[str, Models]) -> None:
+    models = copy.deepcopy(plain["sd15"])
+    networks.create(models, check_training(KINDS[kind]))
+    for with_network, without in zip(outputs(models), outputs(plain["sd15"]), strict=True):
+        assert_close(with_network, without)
+
+
+@pytest.mark.parametrize("kind", ["locon", "loha", "lokr"])
+def test_a_network_takes_back_what_it_gave(kind: str, plain: dict[str, Models], tmp_path: Path) -> None:
+    config = check_training(KINDS[kind])
+    first, second = copy.deepcopy(plain["sd15"]), copy.deepcopy(plain["sd15"])
+    shaken(first, config, tmp_path / "made.safetensors")
+    networks.create(second, config).load(load_file(tmp_path / "made.safetensors"))
+    for ours, other in zip(outputs(first), outputs(second), strict=True):
+        assert torch.equal(ours, other)

@@ -1,0 +1,159 @@
+"""A training's keys: kohya's defaults and spellings, what is mapped, refused and unknown."""
+
+from typing import Any
+
+import pytest
+
+from services.common.errors import InvalidArgument
+from services.common.payloads.training import check_training, parse_toml
+
+# Contract 12.2, the template of both models.
+TEMPLATE = """
+[training]
+v2=false
+v_parameterization=false
+train_data_dir="./train/input"
+reg_data_dir=""
+prior_loss_weight=1
+cache_latents=true
+shuffle_caption=true
+enable_bucket=true
+network_dim=32
+network_alpha=16
+network_train_unet_only=false
+network_train_text_encoder_only=false
+network_module="networks.lora"
+network_args=[]
+unet_lr=1e-4
+text_encoder_lr=1e-5
+optimizer_type="AdamW8bit"
+lr_scheduler="cosine_with_restarts"
+lr_warmup_steps=0
+lr_restart_cycles=1
+resolution="512,512"
+train_batch_size=1
+max_train_epochs=10
+noise_offset=0.0
+keep_tokens=0
+xformers=true
+lowram=false
+clip_skip=2
+mixed_precision="fp16"
+save_precision="fp16"
+output_name="output_name"
+save_every_n_epochs=1
+save_n_epoch_ratio=0
+save_last_n_epochs=499
+save_state=false
+save_model_as="safetensors"
+output_dir="output"
+logging_dir="./logs"
+log_prefix="output_name"
+min_bucket_reso=256
+max_bucket_reso=1024
+caption_extension=".txt"
+max_token_length=225
+seed=1337
+no_half_vae=true
+pretrained_model_name_or_path="./sd-models/v1-5-pruned-emaonly.safetensors"
+"""
+
+
+def reason(**fields: Any) -> str:
+    with pytest.raises(InvalidArgument) as caught:
+        check_training(fields)
+    return str(caught.value)
+
+
+def test_every_key_of_the_template_is_known_and_xformers_is_mapped_with_a_note() -> None:
+    config = check_training(parse_toml(TEMPLATE))
+    assert config.unknown == []
+    assert [note.split(":")[0] for note in config.notes] == ["xformers"]
+    assert (config.network_dim, config.network_alpha, config.max_token_length) == (32, 16.0, 225)
+    assert config.lr_scheduler_num_cycles == 1
+    assert config.resolution == (512, 512)
+
+
+def test_what_is_not_given_has_kohyas_default() -> None:
+    config = check_training({})
+    assert (config.network_dim, config.network_alpha, config.learning_rate) == (4, 1.0, 2e-6)
+    assert (config.lr_scheduler, config.optimizer_type, config.max_train_steps) == ("constant", "AdamW", 1600)
+    assert (config.max_token_length, config.caption_extension) == (75, ".caption")
+
+
+def test_sections_only_group_keys_and_later_ones_win() -> None:
+    fields = parse_toml('[training]\noutput_name="a"\nseed=1\n[saving_arguments]\noutput_name="b"\n')
+    assert fields == {"output_name": "b", "seed": 1}
+
+
+def test_no_toml_is_refused_with_the_place() -> None:
+    with pytest.raises(InvalidArgument, match=r"not valid TOML: .*line 2"):
+        parse_toml("[training]\nseed = nonsense")
+
+
+@pytest.mark.parametrize("resolution", ["640,384", [640, 384], "640, 384"])
+def test_a_resolution_is_two_sides(resolution: Any) -> None:
+    assert check_training({"resolution": resolution}).resolution == (640, 384)
+
+
+@pytest.mark.parametrize("resolution", ["512", 512, [512]])
+def test_one_side_makes_a_square(resolution: Any) -> None:
+    assert check_training({"resolution": resolution}).resolution == (512, 512)
+
+
+def test_numbers_may_be_text_as_clients_send_them() -> None:
+    config = check_training({"max_train_epochs": "100", "unet_lr": "1e-4", "network_args": ["conv_dim=4"]})
+    assert (config.max_train_epochs, config.unet_rate) == (100, 1e-4)
+    assert config.network_args == {"conv_dim": "4"}
+
+
+def test_unknown_keys_are_listed_and_keys_of_kohyas_process_are_not() -> None:
+    config = check_training({"max_data_loader_n_workers": 8, "dream_machine": 1, "color_aug": False})
+    assert config.unknown == ["dream_machine"]
+
+
+def test_a_checked_configuration_gives_itself_again() -> None:
+    config = check_training({"xformers": True, "mystery": 1, "network_args": ["conv_dim=4"], "resolution": "64,64"})
+    assert check_training(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"v2": True},
+            "v2 true: Stable Diffusion 2 is not known here; possible base models: Stable Diffusion 1.5, SDXL",
+        ),
+        ({"color_aug": True}, "color_aug true: colours are not augmented; set it to false"),
+        ({"network_dim": 0}, "network_dim 0 is out of range: 1 to 1024 is possible"),
+        ({"network_dim": "many"}, 'network_dim "many": input should be a valid integer'),
+        ({"max_train_epochs": 0}, "max_train_epochs 0 is out of range: 1 to 1000000 is possible"),
+        ({"resolution": "0,512"}, 'resolution "0,512" is none; possible: one side, or "width,height"'),
+        ({"optimizer_type": "SGD"}, 'optimizer_type "SGD" is not possible; possible: AdamW, AdamW8bit, Lion, Prodigy'),
+        ({"lr_scheduler": "adafactor"}, 'lr_scheduler "adafactor" is not possible; possible: constant'),
+        ({"network_args": ["conv_dim"]}, 'network_args ["conv_dim"] is not a list of "name=value"'),
+        ({"network_args": ["conv_dim=x"]}, "network_args conv_dim=x is no number"),
+        ({"network_args": ["block_dims=1,2"]}, "network_args block_dims is not possible; possible: algo"),
+        ({"network_args": ["algo=loha"]}, "others need network_module lycoris.kohya"),
+        (
+            {"network_module": "lycoris.kohya", "network_args": ["algo=boft"]},
+            "network_args algo=boft is not possible; possible: lora, locon, loha, lokr",
+        ),
+        ({"network_module": "networks.oft"}, "network_module \"networks.oft\": input should be 'networks.lora' or"),
+        ({"save_model_as": "ckpt"}, 'save_model_as "ckpt" is not possible; possible: safetensors'),
+        ({"output_name": "../x"}, 'output_name "../x" cannot be the name of a file'),
+        ({"output_name": ""}, 'output_name "": string should have at least 1 character'),
+        ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "nothing would be trained"),
+        ({"min_timestep": 500, "max_timestep": 500}, "min_timestep 500 is not below max_timestep 500"),
+        ({"min_bucket_reso": 512, "max_bucket_reso": 256}, "min_bucket_reso 512 is larger than max_bucket_reso 256"),
+        (
+            {"optimizer_type": "prodigy", "unet_lr": 1, "text_encoder_lr": 0.5},
+            "optimizer_type Prodigy finds the learning rate itself: unet_lr 1.0 and text_encoder_lr 0.5",
+        ),
+        ({"max_token_length": 100}, "max_token_length 100: input should be 75, 150 or 225"),
+        ({"sample_sampler": "magic"}, 'sample_sampler "magic" is not known; possible: Euler'),
+        ({"seed": float("nan")}, "seed NaN: input should be a finite number"),
+    ],
+)
+def test_what_cannot_be_had_is_named(fields: dict[str, Any], sentence: str) -> None:
+    assert sentence in reason(**fields)

@@ -22,7 +22,6 @@ FORBIDDEN = {
     "imports.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "import_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "pool_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
-    "leftover_store.py": ("grpc", "esd.", "boto3", "botocore", "torch"),
     "task_servicer.py": ("sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "tasks.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
     "task_control.py": ("grpc", "esd.", "sqlmodel", "sqlalchemy", "boto3", "botocore", "torch", "psycopg"),
@@ -34,7 +33,7 @@ FORBIDDEN = {
 OWNERS = {
     "boto3": {"blobs.py"},
     "botocore": {"blobs.py"},
-    "sqlalchemy": {"audit.py", "database.py", "env.py"},
+    "sqlalchemy": {"audit.py", "database.py", "env.py", "leftovers.py"},
     "psycopg": {"database.py"},
     "protovalidate": {"validation.py"},
     "jwt": {"auth.py"},

@@ -11,12 +11,15 @@ from pydantic import Field
 from esd.inference.v1 import inference_pb2_grpc
 from services.common import logs
 from services.common.auth import Verifier
+from services.common.background import Background
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
+from services.common.leftovers import LeftoverStore
 from services.common.outbound import Outbound
 from services.common.server import Server
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.common.signals import Signals
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
@@ -25,14 +28,12 @@ from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.servicer import QueueServicer
 from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
-from services.inference.signals import CHANNELS, Signals
+from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
 from services.inference.submitting.priorities import DEFAULT_RANGES, Priorities
 from services.inference.submitting.quotas import Quotas
-from services.inference.upkeep.background import Background
 from services.inference.upkeep.cleaning import Cleaner
 from services.inference.upkeep.deadlines import Deadlines
-from services.inference.upkeep.leftover_store import LeftoverStore
 from services.inference.upkeep.outputs import Outputs
 from services.inference.views import Views
 from services.inference.watching.board import Board

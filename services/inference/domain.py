@@ -18,10 +18,11 @@ from services.common.errors import (
     ResourceExhausted,
 )
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.signals import Signals, wait
 from services.common.times import read_time
 from services.inference.peers import Peers
 from services.inference.rows import REAL_TIME, STATUSES, Job, Submission, now
-from services.inference.signals import JOB_ENDED, Signals, wait
+from services.inference.signals import JOB_ENDED
 from services.inference.store import JobFilter, JobStore
 from services.inference.submitting.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
 from services.inference.submitting.freezing import Freezer

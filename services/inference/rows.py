@@ -19,7 +19,6 @@ from services.inference.states import State, allows
 
 STATUSES = ("created", "inprogress", "succeed", "failed")
 MAX_LOST = 3
-WRITABLE_SECONDS = 24 * 3600  # so long the URLs live by which workers write; clients' end sooner
 REAL_TIME = "Real-time"
 ASYNC = "Async"
 PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"  # of webhooks
@@ -265,14 +264,6 @@ class RetiredEndpoint(SQLModel, table=True):
 
     endpoint_id: UUID = Field(primary_key=True)
     reason: str
-
-
-class Leftover(SQLModel, table=True):
-    """Objects that nobody may see any more. They are removed at `due_time`, and for good at `final_time`."""
-
-    prefix: str = Field(primary_key=True)
-    due_time: datetime = Field(sa_type=_TIME)
-    final_time: datetime = Field(sa_type=_TIME)
 
 
 class Webhook(SQLModel, table=True):

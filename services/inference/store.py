@@ -16,13 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.common.leftovers import leave_behind
 from services.inference.queue.claim import NOT_UNDER_WAY, UNDER_WAY
 from services.inference.queue.enqueue import enqueue, locked
 from services.inference.rows import Job, Submission, Usage
 from services.inference.signals import JOB_ENDED, LEASES_LOST
 from services.inference.submitting.quotas import NO_QUOTAS, Quotas, admit, note_usage
 from services.inference.submitting.submissions import LIFETIME, find_submission, remember
-from services.inference.upkeep.leftover_store import leave_behind
 
 _SECOND_TIME_SECONDS = 60.0  # whoever deletes a job removes its objects too, unless it dies in between
 

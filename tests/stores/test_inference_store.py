@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, ResourceExhausted
+from services.common.leftovers import LeftoverStore
 from services.inference.queue.claim import CLAIM, MAX_PASSED_OVER, WARM_WINDOW
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.store import LeaseStore
@@ -18,7 +19,6 @@ from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Submission,
 from services.inference.store import JobFilter, JobStore
 from services.inference.submitting.quotas import Quotas
 from services.inference.submitting.submissions import SubmittedBefore
-from services.inference.upkeep.leftover_store import LeftoverStore
 
 FROZEN: dict[str, Any] = {
     "payload": {"steps": 1},

@@ -9,16 +9,16 @@ from uuid import UUID, uuid4
 
 import structlog
 
+from services.common.background import Background
 from services.common.blobs import Blobs
 from services.common.errors import InvalidArgument, Unavailable
+from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
+from services.common.signals import Signals
 from services.inference.peers import Model
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import Results, find_problem
 from services.inference.queue.store import LeaseStore
-from services.inference.rows import WRITABLE_SECONDS, Job, Worker, now
-from services.inference.signals import Signals
-from services.inference.upkeep.background import Background
-from services.inference.upkeep.leftover_store import LeftoverStore
+from services.inference.rows import Job, Worker, now
 from services.inference.upkeep.outputs import Outputs
 
 log = structlog.get_logger()

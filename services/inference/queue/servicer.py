@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
 
@@ -15,11 +15,12 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
+from services.common.signals import Signals, first, wait
 from services.inference.queue.domain import Assignment, Queue, WorkerStream, parse_lease
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
-from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, Signals, wait
+from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
 from services.inference.watching.board import Board
 from services.inference.watching.relay import Relay
 
@@ -74,8 +75,8 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
                 if state != told or loop.time() >= tell_by:
                     yield state
                     told, tell_by = state, loop.time() + _POOLS_AT_LEAST_SECONDS
-                await _first(self._stopping.wait(), asyncio.sleep(_POOLS_AT_MOST_SECONDS))
-                await _first(self._stopping.wait(), wait(changed, tell_by - loop.time()))
+                await first(self._stopping.wait(), asyncio.sleep(_POOLS_AT_MOST_SECONDS))
+                await first(self._stopping.wait(), wait(changed, tell_by - loop.time()))
         raise Unavailable(_RECONNECT)
 
     async def RetireEndpoint(
@@ -140,7 +141,7 @@ class _WorkSession:
             self._signals.subscribed((LEASES_LOST, stream.worker_id)) as lost,
         ):
             reader = self._read(stream, requests, wake)
-            await _first(
+            await first(
                 reader,
                 self._assign(stream, wake),
                 self._renew(stream),
@@ -232,19 +233,6 @@ class _WorkSession:
 
     def _send(self, **message: Any) -> None:
         self.outbox.put_nowait(pb.WorkResponse(**message))
-
-
-async def _first(*works: Coroutine[Any, Any, Any]) -> None:
-    """Runs all until one ends, then ends the others; raises what it raised."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
 
 
 def _endpoint_of_token() -> UUID:

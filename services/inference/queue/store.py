@@ -15,12 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.common.leftovers import leave_behind
 from services.inference.queue.claim import CLAIM, QUEUED, UNDER_WAY, of_stream
 from services.inference.queue.enqueue import locked
 from services.inference.rows import Job, Worker
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
 from services.inference.submitting.quotas import note_usage
-from services.inference.upkeep.leftover_store import leave_behind
 
 _ANY_QUEUED = select(col(Job.id)).where(col(Job.endpoint_id) == bindparam("endpoint"), QUEUED).limit(1)
 

@@ -8,15 +8,13 @@ import structlog
 
 from services.common.blobs import Blobs
 from services.common.errors import Unavailable
+from services.common.leftovers import LeftoverStore, Sweeper
 from services.inference.store import JobStore
-from services.inference.upkeep.leftover_store import LeftoverStore
 
 log = structlog.get_logger()
 
-_AT_ONCE = 100
 
-
-class Cleaner:
+class Cleaner(Sweeper):
     """Empties the prefixes that the stores have left behind; `retention_days` 0 keeps jobs for ever.
 
     Two replicas may do so at once.
@@ -25,10 +23,9 @@ class Cleaner:
     def __init__(
         self, store: LeftoverStore, jobs: JobStore, blobs: Blobs, sweep_seconds: float, retention_days: float = 0.0
     ) -> None:
-        self._store = store
+        super().__init__(store, blobs)
         self._jobs = jobs
         self._retention_days = retention_days
-        self._blobs = blobs
         self._sweep_seconds = sweep_seconds
 
     async def run(self) -> None:
@@ -42,27 +39,3 @@ class Cleaner:
             except Unavailable as error:
                 log.warning("the cleaner waits", reason=str(error))
             await asyncio.sleep(self._sweep_seconds)  # due by the clock, so nothing tells
-
-    async def sweep(self) -> None:
-        """Removes everything that is due.
-
-        Raises:
-            Unavailable: the store or the database does not answer; the rest stays due.
-        """
-        while found := await self._store.due(_AT_ONCE):
-            for leftover in found:
-                await self._blobs.delete_prefix(leftover.prefix)
-                await self._store.swept(leftover.prefix, leftover.due_time)
-
-    async def discard(self, prefixes: list[str]) -> None:
-        """Notes prefixes of a job that there is not, and removes what is below them."""
-        await self._store.add(prefixes)
-        await self.remove(prefixes)
-
-    async def remove(self, prefixes: list[str]) -> None:
-        """Removes what is below prefixes that are noted already; what cannot be removed now is at their next turn."""
-        try:
-            for prefix in prefixes:
-                await self._blobs.delete_prefix(prefix)
-        except Unavailable as error:
-            log.warning("objects wait to be removed", prefixes=prefixes, reason=str(error))

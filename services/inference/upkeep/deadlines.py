@@ -5,7 +5,8 @@ from __future__ import annotations
 import structlog
 
 from services.common.errors import Unavailable
-from services.inference.signals import DEADLINE_SET, Signals, wait
+from services.common.signals import Signals, wait
+from services.inference.signals import DEADLINE_SET
 from services.inference.store import JobStore
 
 log = structlog.get_logger()

@@ -17,7 +17,8 @@ from uuid import UUID, uuid4
 import structlog
 
 from services.common.errors import Unavailable
-from services.inference.signals import JOB_ENDED, JOBS_MOVED, JOBS_QUEUED, JOBS_WATCHED, Signals, wait
+from services.common.signals import Signals, wait
+from services.inference.signals import JOB_ENDED, JOBS_MOVED, JOBS_QUEUED, JOBS_WATCHED
 from services.inference.watching.store import BoardStore, Progress, Standing
 
 log = structlog.get_logger()

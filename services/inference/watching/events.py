@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from services.common.errors import NotFound
+from services.common.signals import heard
 from services.inference.domain import Inference
 from services.inference.rows import Job
-from services.inference.signals import heard
 from services.inference.submitting.choices import User
 from services.inference.views import Views
 from services.inference.watching.board import Board, Display

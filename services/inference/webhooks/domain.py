@@ -21,9 +21,10 @@ import structlog
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_url
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.signals import Signals, wait
 from services.common.times import time_text
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook, now
-from services.inference.signals import WEBHOOKS_DUE, Signals, wait
+from services.inference.signals import WEBHOOKS_DUE
 from services.inference.submitting.choices import User
 from services.inference.webhooks.store import WebhookStore
 

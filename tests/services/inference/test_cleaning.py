@@ -5,9 +5,9 @@ import pytest
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.database import Database
+from services.common.leftovers import LeftoverStore
 from services.inference.store import JobStore
 from services.inference.upkeep.cleaning import Cleaner
-from services.inference.upkeep.leftover_store import LeftoverStore
 from tests.services.inference.conftest import Service
 
 pytestmark = pytest.mark.timeout(60)

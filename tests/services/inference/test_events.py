@@ -13,9 +13,10 @@ from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.database import Database
+from services.common.signals import Signals
 from services.inference.domain import Inference
 from services.inference.servicer import InferenceServicer
-from services.inference.signals import CHANNELS, Signals
+from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
 from services.inference.submitting.choices import User
 from services.inference.submitting.priorities import Priorities

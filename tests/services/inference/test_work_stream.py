@@ -12,15 +12,15 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
+from services.common.background import Background
 from services.common.database import Database
+from services.common.leftovers import LeftoverStore
 from services.inference.queue.domain import Limits, Queue, WorkerStream
 from services.inference.queue.pool_store import PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
 from services.inference.queue.store import LeaseStore
 from services.inference.store import JobStore
-from services.inference.upkeep.background import Background
-from services.inference.upkeep.leftover_store import LeftoverStore
 from services.inference.upkeep.outputs import Outputs
 from tests.services.inference.conftest import PNG, SHA256, Service, ended_with
 

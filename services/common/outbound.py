@@ -21,8 +21,11 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
+import structlog
 
 from services.common.errors import InvalidArgument, Unavailable
+
+log = structlog.get_logger()
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -226,8 +229,12 @@ class _Guard(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Connects to a host that may be reached."""
         addresses = [ipaddress.ip_address(text) for text in await self._resolve(host, port)]
-        for address in addresses:
-            check_address(address, self._allowed)
+        try:
+            for address in addresses:
+                check_address(address, self._allowed)
+        except UrlRefused as refusal:  # nobody is to learn here which address a name has inside
+            log.warning("a URL is refused", host=host, reason=str(refusal))
+            raise UrlRefused(f"{host} is not a public address") from None
         for address in dict.fromkeys(addresses):
             try:
                 return await self._backend.connect_tcp(str(address), port, timeout, local_address, socket_options)

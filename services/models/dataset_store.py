@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: SQLModel reads the columns' types at run time.
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -12,7 +12,8 @@ from sqlmodel import Field, SQLModel, col
 
 from services.common.audit import Audit
 from services.common.database import Database
-from services.common.errors import NotFound, PermissionDenied
+from services.common.errors import FailedPrecondition, NotFound, PermissionDenied
+from services.common.times import time_text
 from services.models.store import Viewer
 
 INITIALED = "Initialed"
@@ -30,6 +31,16 @@ class DatasetHidden(PermissionDenied):
 
     def __init__(self) -> None:
         super().__init__("no permission to view dataset")
+
+
+class DatasetNameKept(FailedPrecondition):
+    """Somebody else had a dataset of the name until lately."""
+
+    def __init__(self, name: str, until: datetime) -> None:
+        super().__init__(
+            f"dataset {name} was deleted, but URLs that upload into it are valid until {time_text(until)} UTC; "
+            "until then choose another name"
+        )
 
 
 class Dataset(SQLModel, table=True):
@@ -64,6 +75,16 @@ class DatasetItem(SQLModel, table=True):
     params: dict[str, Any] = Field(sa_type=JSONB)
 
 
+class KeptName(SQLModel, table=True):
+    """The name of a deleted dataset, which is its owners' as long as they may have URLs that write into its folder."""
+
+    __tablename__ = "kept_dataset_names"
+
+    name: str = Field(primary_key=True)
+    owners: list[str] = Field(sa_type=ARRAY(sa.Text))
+    until: datetime = Field(sa_type=sa.DateTime(timezone=True))
+
+
 class Place(NamedTuple):
     """Where a dataset stands in the list."""
 
@@ -82,7 +103,7 @@ class DatasetStore:
         """Adds a dataset, or replaces what is known of it and adds its files.
 
         Raises:
-            DatasetHidden: there is one of the name that the viewer may not see.
+            DatasetHidden: there is one of the name that the viewer may not see. DatasetNameKept: there was one lately.
         """
         values = dataset.model_dump()
         statement = insert(Dataset).values(values)
@@ -95,6 +116,9 @@ class DatasetStore:
         async with self._database.transaction() as session:
             before = await session.get(Dataset, dataset.name, with_for_update=True)
             facts = before.facts() if before else None
+            kept = None if before else await session.get(KeptName, dataset.name)
+            if kept and kept.until > datetime.now(UTC) and not viewer.sees(kept.owners):
+                raise DatasetNameKept(kept.name, kept.until)
             saved = await session.execute(save.returning(col(Dataset.name)))
             if saved.scalar_one_or_none() is None:
                 raise DatasetHidden
@@ -152,11 +176,16 @@ class DatasetStore:
             await session.execute(items.values(status=status))
             await self._audit.record(session, "dataset.update", name, before, dataset.facts())
 
-    async def remove_datasets(self, names: Sequence[str]) -> None:
-        """Forgets the datasets and their files."""
+    async def remove_datasets(self, names: Sequence[str], keep: timedelta) -> None:
+        """Forgets the datasets and their files, but keeps their names for their owners for a while."""
         remove = sa.delete(Dataset).where(col(Dataset.name).in_(names)).returning(Dataset)
+        now = datetime.now(UTC)
         async with self._database.transaction() as session:
-            for dataset in (await session.execute(remove)).scalars().all():
+            removed = (await session.execute(remove)).scalars().all()
+            await session.execute(sa.delete(KeptName).where(col(KeptName.until) < now))
+            for dataset in removed:
+                await session.merge(KeptName(name=dataset.name, owners=dataset.owners, until=now + keep))
+            for dataset in removed:
                 await self._audit.record(session, "dataset.delete", dataset.name, before=dataset.facts())
 
 

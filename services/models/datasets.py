@@ -12,7 +12,7 @@ import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from services.common.blobs import DAY, Blobs
@@ -64,7 +64,7 @@ class Datasets:
 
         Raises:
             InvalidArgument: a name that cannot be a file's or folder's, one given twice, or params that are too large.
-            DatasetHidden: somebody else has a dataset of this name.
+            DatasetHidden: somebody else has a dataset of this name. DatasetNameKept: had one lately.
         """
         check_params(params)
         now = datetime.now(UTC)
@@ -120,7 +120,7 @@ class Datasets:
             _check_owner(viewer, dataset)
         await asyncio.gather(*(self._blobs.delete_prefix(_folder(dataset.name)) for dataset in found))
         # Rows go last: what is cut short here can be asked for again.
-        await self._store.remove_datasets([dataset.name for dataset in found])
+        await self._store.remove_datasets([dataset.name for dataset in found], timedelta(seconds=UPLOAD_URL_SECONDS))
 
 
 def make_key(place: Place) -> str:

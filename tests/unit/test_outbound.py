@@ -162,14 +162,15 @@ async def test_a_name_is_looked_up_once_and_all_its_addresses_must_be_public() -
         client = Outbound(LOCAL, changing)
         assert await _read(client, f"http://changing.example:{port}/") == b"ok"
         assert calls == ["changing.example"]
-        with pytest.raises(UrlRefused, match=r"10\.0\.0\.1"):
+        with pytest.raises(UrlRefused, match=r"changing\.example is not a public address"):
             await _read(client, f"http://changing.example:{port}/")
 
     async def mixed(host: str, port: int) -> list[str]:
         return ["8.8.8.8", "192.168.0.1"]
 
-    with pytest.raises(UrlRefused, match=r"192\.168\.0\.1"):
+    with pytest.raises(UrlRefused) as refusal:
         await _read(Outbound(resolve=mixed), "http://mixed.example/")
+    assert str(refusal.value) == "mixed.example is not a public address", "and not which address it has inside"
 
 
 async def test_redirects_are_followed_and_each_hop_is_checked() -> None:

@@ -206,5 +206,5 @@ async def models(service: tuple[Running, Database]) -> Running:
     """The service without any checkpoints."""
     running, database = service
     async with database.transaction() as session:
-        await session.execute(sa.text("TRUNCATE checkpoints, datasets CASCADE"))
+        await session.execute(sa.text("TRUNCATE checkpoints, datasets, kept_dataset_names CASCADE"))
     return running

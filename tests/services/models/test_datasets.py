@@ -10,12 +10,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from google.protobuf.json_format import MessageToDict, ParseDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
+from services.common.database import Database
 from services.common.errors import InvalidArgument
 from services.models.dataset_store import Place
 from services.models.datasets import make_key, parse_key
@@ -225,6 +227,29 @@ async def test_deleting_takes_rows_and_objects_and_nothing_of_others(models: Run
     for names in ([], ["1"], ["x" * 21], [f"d{n}" for n in range(11)]):
         async with refused("INVALID_ARGUMENT"):
             await _delete(models, names, models.ann)
+
+
+async def test_the_name_of_a_deleted_dataset_is_its_owners_while_their_urls_can_write_there(
+    service: tuple[Running, Database], models: Running
+) -> None:
+    _, database = service
+    bob = models.tokens.user("bob", ["train:all"], ["guest"])
+    left_over = await _create(models, "d", models.ann)
+    await _delete(models, ["d"], models.ann)
+    async with refused("FAILED_PRECONDITION", "dataset d was deleted", "choose another name"):
+        await _create(models, "d", bob)
+    assert await _list(models, models.admin) == ([], None)
+    await _create(models, "d", models.ann)
+    await _upload(left_over, FILES[:1])
+    await _delete(models, ["d"], models.ann)
+    async with database.transaction() as session:
+        await session.execute(sa.text("UPDATE kept_dataset_names SET until = now()"))
+    await _create(models, "d", bob)
+    await _create(models, "e", bob)
+    await _delete(models, ["e"], bob)
+    async with database.transaction() as session:
+        kept = (await session.execute(sa.text("SELECT name, owners FROM kept_dataset_names"))).all()
+    assert kept == [("e", ["guest"])], "names that are free again are forgotten"
 
 
 async def test_the_webui_client_deletes_without_naming_anybody(models: Running) -> None:

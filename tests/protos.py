@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 
 from esd.endpoints.v1 import endpoints_pb2
 from esd.identity.v1 import ext_authz_pb2, identity_pb2
-from esd.inference.v1 import inference_pb2
+from esd.inference.v1 import externalscaler_pb2, inference_pb2
 from esd.models.v1 import models_pb2
 from esd.options.v1 import options_pb2
 from esd.training.v1 import training_pb2
@@ -26,6 +26,7 @@ MODULES = (
     identity_pb2,
     models_pb2,
     endpoints_pb2,
+    externalscaler_pb2,
     inference_pb2,
     training_pb2,
     worker_pb2,

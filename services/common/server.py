@@ -10,6 +10,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 from uuid import uuid4
@@ -91,10 +92,19 @@ class Server:
     """A gRPC server on `host:port`. Add servicers with their generated `add_…_to_server(servicer, server.grpc)`.
 
     `review` says which tokens still hold; streams whose token does not are ended. Without it a stream ends with its
-    token.
+    token. With `credentials` it speaks TLS. `setting` is where the address comes from.
     """
 
-    def __init__(self, listen: str, verifier: Verifier, review: Review | None = None) -> None:
+    def __init__(
+        self,
+        listen: str,
+        verifier: Verifier,
+        review: Review | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        setting: str = "ESD_LISTEN",
+    ) -> None:
+        self._credentials = credentials
+        self._setting = setting
         self._streams = OpenStreams(review or _until_they_end(verifier))
         self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier, self._streams)], options=_OPTIONS)
         self._listen = listen
@@ -114,9 +124,12 @@ class Server:
             SystemExit: the address cannot be bound.
         """
         try:
-            port = self.grpc.add_insecure_port(self._listen)
+            if self._credentials is None:
+                port = self.grpc.add_insecure_port(self._listen)
+            else:
+                port = self.grpc.add_secure_port(self._listen, self._credentials)
         except RuntimeError:
-            raise SystemExit(f"ESD_LISTEN={self._listen} cannot be bound: is the port in use?") from None
+            raise SystemExit(f"{self._setting}={self._listen} cannot be bound: is the port in use?") from None
         await self.grpc.start()
         self._reviewing = asyncio.create_task(self._streams.run())
         self._reviewing.add_done_callback(lambda _: self._stopping.set())  # never serve without it
@@ -356,6 +369,19 @@ def _until_they_end(verifier: Verifier) -> Review:
         return [verifier.holds(token) for token in tokens]
 
     return review
+
+
+def mutual_tls(folder: Path) -> grpc.ServerCredentials:
+    """Credentials that let in only who has a certificate of the folder's CA: `tls.crt`, `tls.key` and `ca.crt`.
+
+    Raises:
+        SystemExit: a file cannot be read.
+    """
+    try:
+        certificate, key, authority = ((folder / name).read_bytes() for name in ("tls.crt", "tls.key", "ca.crt"))
+    except OSError as error:
+        raise SystemExit(f"the certificate file {error.filename} cannot be read: {error.strerror}") from None
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
 
 
 async def serve(listen: str, verifier: Verifier, add_servicers: Callable[[grpc.aio.Server], None]) -> None:

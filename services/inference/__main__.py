@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from esd.inference.v1 import inference_pb2_grpc
+from esd.inference.v1 import externalscaler_pb2_grpc, inference_pb2_grpc
 from services.common import logs
 from services.common.auth import Verifier
 from services.common.background import Background
@@ -17,7 +20,7 @@ from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
 from services.common.outbound import Outbound
-from services.common.server import Server
+from services.common.server import Server, mutual_tls
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
 from services.common.signals import Signals
 from services.inference.domain import Inference
@@ -25,6 +28,7 @@ from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
 from services.inference.queue.pool_store import PoolStore
 from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.scaler import ScalerServicer
 from services.inference.queue.servicer import QueueServicer
 from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
@@ -58,9 +62,35 @@ class InferenceSettings(ServiceSettings):
     priority_ranges: dict[str, tuple[PriorityBound, PriorityBound]] = Field(
         DEFAULT_RANGES, description="lowest and highest priority by role, `*` for every role, as JSON"
     )
+    keda_listen: str = Field("", description="where KEDA asks for the backlog of pools; empty: nowhere")
+    keda_certificates: Path | None = Field(
+        None, description="folder with tls.crt, tls.key and ca.crt for that; only who has the CA's certificate may ask"
+    )
     webhook_allowed_networks: list[IPv4Network | IPv6Network] = Field(
         default_factory=list, description="networks besides the public ones where webhooks may be, as JSON"
     )
+
+
+@asynccontextmanager
+async def keda_door(settings: InferenceSettings, verifier: Verifier, servicer: ScalerServicer) -> AsyncIterator[None]:
+    """Serves KEDA during the block, if the settings say so.
+
+    Raises:
+        SystemExit: there are no certificates, or the address cannot be bound.
+    """
+    if not settings.keda_listen:
+        yield
+        return
+    if settings.keda_certificates is None:
+        raise SystemExit("setting ESD_KEDA_CERTIFICATES: Field required when ESD_KEDA_LISTEN is set")
+    credentials = mutual_tls(settings.keda_certificates)
+    server = Server(settings.keda_listen, verifier, credentials=credentials, setting="ESD_KEDA_LISTEN")
+    externalscaler_pb2_grpc.add_ExternalScalerServicer_to_server(servicer, server.grpc)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace_seconds=1)
 
 
 async def main() -> None:
@@ -109,7 +139,8 @@ async def main() -> None:
     # A chore that dies takes the service with it, which its supervisor starts again.
     for chore in chores:
         chore.add_done_callback(lambda _: server.stopping.set())
-    await server.run()
+    async with keda_door(settings, verifier, ScalerServicer(pools, signals, server.stopping)):
+        await server.run()
     for chore in chores:
         chore.cancel()
     ended = await asyncio.gather(*chores, return_exceptions=True)

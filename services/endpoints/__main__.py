@@ -53,6 +53,8 @@ class EndpointsSettings(AuditedSettings):
     gpu_priority: Literal["pools", "tasks"] = "pools"
     # How many tasks run at a time on a machine without a GPU.
     max_cpu_tasks: int = Field(1, ge=0)
+    # Who scales pools that follow their load: the control loop, or KEDA in the cluster, asking the inference service.
+    autoscaler: Literal["own", "keda"] = "own"
     # How pools follow their load (scaling.ScalingPolicy).
     scale_target_async: float = Field(3.0, gt=0)
     scale_target_real_time: float = Field(5.0, gt=0)
@@ -100,9 +102,14 @@ async def running_cluster(
         from services.endpoints.cluster import kubernetes, kubernetes_api  # noqa: PLC0415 - of the extra `kubernetes`
 
         own = load(kubernetes_api.KubernetesSettings)
-        async with kubernetes.running(own, settings.drain_seconds, settings.gpu_priority, on_change) as cluster:
+        has_keda = settings.autoscaler == "keda"
+        async with kubernetes.running(
+            own, settings.drain_seconds, settings.gpu_priority, has_keda, on_change
+        ) as cluster:
             yield cluster
         return
+    if settings.autoscaler == "keda":
+        raise SystemExit("setting ESD_AUTOSCALER: keda scales what runs with ESD_CLUSTER=kubernetes only")
     local = LocalCluster(store, tasks, settings.local(), on_change)
     try:
         yield local
@@ -127,7 +134,8 @@ async def main(settings: EndpointsSettings) -> None:
     rpc.add_TaskServiceServicer_to_server(TaskServicer(Tasks(tasks)), server.grpc)
     async with running_cluster(settings, store, tasks, wake.set) as cluster, asyncio.TaskGroup() as group:
         task_control = TaskControl(tasks, identity, cluster, wake)
-        control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, settings.scaling())
+        scaling, by_cluster = settings.scaling(), settings.autoscaler == "keda"
+        control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, scaling, by_cluster)
         loop = group.create_task(control.run())
         auditing = group.create_task(audit.log_heads(database))
         await server.run()

@@ -15,9 +15,9 @@ import structlog
 
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
-from services.endpoints.cluster import Cluster, Pool, PoolState
+from services.endpoints.cluster import Cluster, Following, Pool, PoolState
 from services.endpoints.peers import Holder, Identity, Load, Queue
-from services.endpoints.scaling import ScalingPolicy, decide, needed_workers, seconds_until_due
+from services.endpoints.scaling import Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
 from services.endpoints.store import (
     CHANGED,
     CREATING,
@@ -52,6 +52,7 @@ class ControlLoop:
         tasks: TaskControl,
         wake: asyncio.Event,
         policy: ScalingPolicy,
+        scaled_by_cluster: bool = False,
     ) -> None:
         self._store = store
         self._database = database
@@ -61,6 +62,7 @@ class ControlLoop:
         self._tasks = tasks
         self._wake = wake
         self._policy = policy
+        self._scaled_by_cluster = scaled_by_cluster
         self._loads: dict[str, Load] | None = None  # None until the queue has told
 
     async def run(self) -> None:
@@ -136,14 +138,17 @@ class ControlLoop:
 
     async def _reconcile(self, endpoint: Endpoint) -> None:
         load = (self._loads or {}).get(endpoint.id, Load())
-        if self._loads is not None:
+        following = self._following(endpoint)
+        if self._loads is not None and following is None:
             await self._rescale(endpoint, load)
         num_workers = 0 if endpoint.status in _WITHOUT_WORKERS else endpoint.num_workers
-        if num_workers and not await self._cluster.has_secret(endpoint.id):
+        if (num_workers or following) and not await self._cluster.has_secret(endpoint.id):
             secret = await self._identity.create_secret(Holder.WORKER, endpoint.id)
             await self._cluster.save_secret(endpoint.id, secret)
-        pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type)
+        pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type, following)
         state = await self._cluster.apply(pool, num_workers, load.worker_ids)
+        if following and state.num_wanted is not None:
+            await self._take_scale(endpoint, Scale(state.num_wanted), "the cluster decided so")
         if endpoint.status == DELETING:
             if state.num_running == 0:
                 await self._clean_up(endpoint, load)
@@ -157,16 +162,29 @@ class ControlLoop:
         elif self._loads is not None:
             await self._observe(endpoint, load, state)
 
+    def _following(self, endpoint: Endpoint) -> Following | None:
+        """How an endpoint follows its load where that is the cluster's affair."""
+        if not self._scaled_by_cluster or not _follows(endpoint):
+            return None
+        policy = self._policy
+        target = policy.target_real_time if endpoint.type == REAL_TIME else policy.target_async
+        times = policy.job_seconds, policy.out_seconds, policy.in_seconds
+        return Following(endpoint.num_min, endpoint.num_max, target, *times)
+
     async def _rescale(self, endpoint: Endpoint, load: Load) -> None:
-        """Decides how many workers an endpoint that follows its load should have; a new one gets its first before."""
-        if not endpoint.autoscaling or endpoint.status not in (IN_SERVICE, UPDATING):
+        """Decides how many workers an endpoint that follows its load should have."""
+        if not _follows(endpoint):
             return
         num_needed = needed_workers(load.backlog, endpoint.type == REAL_TIME, self._policy)
         bounds = endpoint.num_min, endpoint.num_max
         scale = decide(endpoint.scale, num_needed, *bounds, datetime.now(UTC), self._policy)
+        await self._take_scale(endpoint, scale, _why(load, num_needed, bounds))
+
+    async def _take_scale(self, endpoint: Endpoint, scale: Scale, reason: str) -> None:
+        """Remembers what was decided, if it is new."""
         if scale == endpoint.scale:
             return
-        if not await self._store.set_scale(endpoint, scale, _why(load, num_needed, bounds)):
+        if not await self._store.set_scale(endpoint, scale, reason):
             self._wake.set()  # somebody changed it meanwhile: look again
             return
         if scale.num_workers != endpoint.num_workers:
@@ -202,6 +220,11 @@ class ControlLoop:
         await self._cluster.forget(endpoint.id)
         await self._store.remove_endpoint(endpoint.id)
         log.info("an endpoint is gone", endpoint=endpoint.name)
+
+
+def _follows(endpoint: Endpoint) -> bool:
+    """Whether its number of workers follows its load; a new one gets its first before."""
+    return endpoint.autoscaling and endpoint.status in (IN_SERVICE, UPDATING)
 
 
 def _why(load: Load, num_needed: int, bounds: tuple[int, int]) -> str:

@@ -10,12 +10,25 @@ from services.endpoints.task_store import State, Task
 
 
 @dataclass(frozen=True)
+class Following:
+    """How a pool follows its load where the cluster sees to that (KEDA): bounds, jobs for each worker, and times."""
+
+    num_min: int
+    num_max: int
+    target: float
+    job_seconds: float
+    out_seconds: float
+    in_seconds: float
+
+
+@dataclass(frozen=True)
 class Pool:
-    """What a cluster needs to know of an endpoint."""
+    """What a cluster needs to know of an endpoint. Where it is `following`, its number of workers is left alone."""
 
     endpoint_id: str
     endpoint_name: str
     instance_type: str
+    following: Following | None = None
 
 
 @dataclass(frozen=True)
@@ -23,11 +36,12 @@ class PoolState:
     """What runs of a pool.
 
     `num_running` counts workers that exist, ready or not. `failure` says why the pool's workers do not start, when
-    trying again is pointless.
+    trying again is pointless. `num_wanted` is what the cluster has decided where the pool is following its load.
     """
 
     num_running: int
     failure: str | None = None
+    num_wanted: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import structlog
 from kubernetes_asyncio import watch
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from services.endpoints.cluster import Pool, PoolState, TaskState, manifests
+from services.endpoints.cluster import Following, Pool, PoolState, TaskState, manifests
 from services.endpoints.cluster.kubernetes_api import (
     APPLY,
     INVALID,
@@ -39,17 +39,20 @@ log = structlog.get_logger()
 MAX_FAILURES = 3
 _WATCH_SECONDS = 300  # then it begins anew: a watch whose connection died silently is noticed
 _RETRY_SECONDS = 1.0
+_KEDA = manifests.KEDA_GROUP, manifests.KEDA_VERSION
 
 
 class KubernetesCluster:
     """Runs workers as pods and tasks as Jobs. `on_change` is called when one of them changes, while `run` runs."""
 
-    def __init__(self, api: KubernetesApi, on_change: Callable[[], None]) -> None:
+    def __init__(self, api: KubernetesApi, has_keda: bool, on_change: Callable[[], None]) -> None:
         self._api = api
         self._tasks = KubernetesTasks(api)
+        self._has_keda = has_keda
         self._on_change = on_change
         self._has_budgets: bool | None = None  # None until discovery has told
         self._budgeted: set[str] = set()  # endpoints whose budget this process has applied
+        self._handed_over: dict[str, bool] = {}  # whether KEDA scales an endpoint, as far as this process knows
         self._restarts: dict[str, dict[str, int]] = {}  # by endpoint and pod: the count when it was last seen at work
 
     async def run(self) -> None:
@@ -89,9 +92,10 @@ class KubernetesCluster:
     async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
         """Makes the Deployment as it should be, scales it, and counts its pods."""
         with told_as_unavailable():
-            if num_workers:
+            num_wanted = None
+            if num_workers or pool.following:
                 try:
-                    await self._apply_deployment(pool, num_workers)
+                    num_wanted = await self._apply_deployment(pool, num_workers)
                 except ApiException as error:
                     if error.status not in INVALID:
                         raise
@@ -99,12 +103,13 @@ class KubernetesCluster:
                 except UnknownProfileError as error:
                     return PoolState(0, str(error))
             else:
+                await self._let_go(pool.endpoint_id)
                 with unless_missing():
                     await self._scale(pool.endpoint_id, 0)
             pods = await self._api.pods_of(pool.endpoint_id)
         num_running = sum(pod.status.phase not in {"Succeeded", "Failed"} for pod in pods)
         failure = self._failure(pool.endpoint_id, pods, live)
-        return PoolState(num_running, failure if num_workers else None)
+        return PoolState(num_running, failure if num_workers else None, num_wanted)
 
     async def apply_task(self, task: Task, should_run: bool) -> TaskState:
         """Makes the Job as it should be, and reads what became of it."""
@@ -114,11 +119,13 @@ class KubernetesCluster:
         """Removes the owner's objects."""
         name, namespace = name_of(owner_id), self._api.namespace
         with told_as_unavailable():
+            await self._let_go(owner_id)
             for delete in await self._deletions():
                 with unless_missing():
                     await delete(name, namespace, propagation_policy="Background", _request_timeout=TIMEOUT_SECONDS)
         self._restarts.pop(owner_id, None)
         self._budgeted.discard(owner_id)
+        self._handed_over.pop(owner_id, None)
 
     async def remove_orphans(self, owner_ids: Collection[str]) -> None:
         """Removes what was made for owners that are none of these, whose rows are lost."""
@@ -136,17 +143,44 @@ class KubernetesCluster:
             log.warning("what belongs to no endpoint or task that is known is removed", owner_id=owner_id)
             await self.forget(owner_id)
 
-    async def _apply_deployment(self, pool: Pool, num_workers: int) -> None:
-        """A new Deployment begins with one pod, which is never too many here."""
+    async def _apply_deployment(self, pool: Pool, num_workers: int) -> int | None:
+        """Answers what the cluster has decided, where it decides. A new Deployment begins with one pod, which is never
+        too many here."""
         manifest = manifests.deployment(pool, self._api.profile(pool.instance_type), self._api.program())
         name, namespace = name_of(pool.endpoint_id), self._api.namespace
         made = await self._api.apps.patch_namespaced_deployment(name, namespace, manifest, **APPLY)
-        if made.spec.replicas != num_workers:
-            await self._scale(pool.endpoint_id, num_workers)
+        if pool.following:
+            await self._hand_over(pool, pool.following)
+        else:
+            await self._let_go(pool.endpoint_id)
+            if made.spec.replicas != num_workers:
+                await self._scale(pool.endpoint_id, num_workers)
         if pool.endpoint_id not in self._budgeted and await self._knows_budgets():
             budget = manifests.disruption_budget(pool.endpoint_id)
             await self._api.policy.patch_namespaced_pod_disruption_budget(name, namespace, budget, **APPLY)
             self._budgeted.add(pool.endpoint_id)
+        return made.spec.replicas if pool.following else None
+
+    async def _hand_over(self, pool: Pool, following: Following) -> None:
+        """Lets KEDA scale the pool."""
+        manifest = manifests.scaled_object(pool, following, self._api.keda_scaler_address)
+        await self._api.custom.patch_namespaced_custom_object(
+            *_KEDA, self._api.namespace, manifests.SCALED_OBJECTS, name_of(pool.endpoint_id), manifest, **APPLY
+        )
+        self._handed_over[pool.endpoint_id] = True
+
+    async def _let_go(self, owner_id: str) -> None:
+        """Lets KEDA scale the pool no longer, if it did; after a start of this service that is not known."""
+        if self._has_keda and self._handed_over.get(owner_id, True):
+            with unless_missing():
+                await self._api.custom.delete_namespaced_custom_object(
+                    *_KEDA,
+                    self._api.namespace,
+                    manifests.SCALED_OBJECTS,
+                    name_of(owner_id),
+                    _request_timeout=TIMEOUT_SECONDS,
+                )
+            self._handed_over[owner_id] = False
 
     async def _scale(self, endpoint_id: str, num_workers: int) -> None:
         await self._api.apps.patch_namespaced_deployment_scale(
@@ -202,6 +236,7 @@ async def running(
     settings: KubernetesSettings,
     drain_seconds: float,
     gpu_priority: Literal["pools", "tasks"],
+    has_keda: bool,
     on_change: Callable[[], None],
 ) -> AsyncIterator[KubernetesCluster]:
     """A cluster whose workers and tasks are watched while the block runs.
@@ -210,7 +245,7 @@ async def running(
         SystemExit: there is no cluster to speak to.
     """
     async with await connect(settings) as api, asyncio.TaskGroup() as group:
-        cluster = KubernetesCluster(KubernetesApi(api, settings, drain_seconds, gpu_priority), on_change)
+        cluster = KubernetesCluster(KubernetesApi(api, settings, drain_seconds, gpu_priority), has_keda, on_change)
         watching = group.create_task(cluster.run())
         try:
             yield cluster

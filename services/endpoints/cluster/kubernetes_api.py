@@ -38,7 +38,8 @@ class KubernetesSettings(BaseSettings):
     """How workers and tasks run on a cluster, from ESD_KUBERNETES_….
 
     `server_url` is the gateway as pods see it; without `kubeconfig` the pod's own service account is used. `profiles`
-    (JSON) are added to those of AWS's names. `cache_gib` is what a worker keeps of models on its node's disk.
+    (JSON) are added to those of AWS's names. `cache_gib` is what a worker keeps of models on its node's disk;
+    `keda_scaler_address` is where KEDA finds the inference service's door for it.
     """
 
     model_config = SettingsConfigDict(env_prefix="ESD_KUBERNETES_", extra="ignore", frozen=True)
@@ -49,6 +50,7 @@ class KubernetesSettings(BaseSettings):
     command: list[str] = Field(default=["python", "-m", "gpu_worker"], min_length=1)
     profiles: dict[str, Profile] = Field(default_factory=dict)
     cache_gib: int = Field(100, ge=1)
+    keda_scaler_address: str = "inference.esd:9001"
     kubeconfig: Path | None = None
 
 
@@ -72,7 +74,9 @@ class KubernetesApi:
         self.batch: Any = client.BatchV1Api(api)
         self.policy: Any = client.PolicyV1Api(api)
         self.groups: Any = client.ApisApi(api)
+        self.custom: Any = client.CustomObjectsApi(api)
         self.namespace = settings.namespace
+        self.keda_scaler_address = settings.keda_scaler_address
         self._settings = settings
         self._drain_seconds = drain_seconds
         self._priorities = _PRIORITIES[gpu_priority]

@@ -25,7 +25,7 @@ from services.endpoints.cluster.pods import name_of
 from services.endpoints.cluster.tail import last_words_in
 from services.endpoints.task_store import State, Task
 
-_ENDED = {"Succeeded", "Failed"}
+_ENDED = {"Succeeded", "Failed"}  # phases
 
 
 class KubernetesTasks:
@@ -83,24 +83,22 @@ class KubernetesTasks:
 
 
 def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
+    """What became of the task. Its pods know first; the Job remembers those that are gone."""
+    # The times are whole seconds; of two in one, the one that changed last.
+    pods.sort(key=lambda pod: (pod.metadata.creation_timestamp, int(pod.metadata.resource_version)))
+    phases = [pod.status.phase for pod in pods]
     conditions = {found.type for found in job.status.conditions or () if found.status == "True"}
-    num_failed = job.status.failed or 0
-    pods.sort(key=lambda pod: pod.metadata.creation_timestamp)
-    if "Complete" in conditions:
+    num_failed = max(job.status.failed or 0, phases.count("Failed"))
+    if "Succeeded" in phases or "Complete" in conditions:
         return TaskState(State.SUCCEEDED, max(num_failed + 1, task.num_attempts))
-    if "Failed" in conditions:
+    if num_failed >= task.max_attempts or "Failed" in conditions:
         return TaskState(State.FAILED, max(num_failed, task.num_attempts), _last_failure(pods))
-    if any(pod.status.phase == "Running" for pod in pods):
+    if "Running" in phases:
         return TaskState(State.RUNNING, max(num_failed + 1, task.num_attempts))
-    if task.state == State.RUNNING and not num_failed:
-        return TaskState(State.RUNNING, task.num_attempts)  # it has ended, and the Job's status will say so
-    waiting = [pod for pod in pods if pod.status.phase == "Pending"]
-    if waiting:
-        return TaskState(State.WAITING, task.num_attempts, _obstacle(waiting[-1]) or task.reason)
-    failure = (
-        f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}" if num_failed else task.reason
-    )
-    return TaskState(State.WAITING, max(num_failed, task.num_attempts), failure)
+    reason = _obstacle(pods[-1]) if phases[-1:] == ["Pending"] else ""
+    if not reason and num_failed:
+        reason = f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}"
+    return TaskState(State.WAITING, max(num_failed, task.num_attempts), reason or task.reason)
 
 
 def _obstacle(pod: Any) -> str:

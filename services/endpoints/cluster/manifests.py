@@ -1,13 +1,18 @@
-"""Owns how pools and tasks look as Kubernetes objects: a Deployment and its PodDisruptionBudget, a Job."""
+"""Owns how pools and tasks look as Kubernetes objects: a Deployment, its budget and ScaledObject, a Job."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from services.endpoints.cluster import Pool
+from services.endpoints.cluster import Following, Pool
 from services.endpoints.cluster.pods import OWNER, Program, labels_of, name_of, pod_template
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.task_store import Task
+
+KEDA_GROUP, KEDA_VERSION, SCALED_OBJECTS = "keda.sh", "v1alpha1", "scaledobjects"
+_KEDA_AUTHENTICATION = "esd-keda"  # deploy/kubernetes/components/keda
+_LONGEST_WINDOW_SECONDS = 3600  # autoscaling/v2
 
 
 def deployment(pool: Pool, profile: Profile, program: Program) -> dict[str, Any]:
@@ -37,6 +42,38 @@ def disruption_budget(endpoint_id: str) -> dict[str, Any]:
         "kind": "PodDisruptionBudget",
         "metadata": {"name": name_of(endpoint_id), "labels": labels_of(endpoint_id)},
         "spec": {"maxUnavailable": 1, "selector": {"matchLabels": {OWNER: endpoint_id}}},
+    }
+
+
+def scaled_object(pool: Pool, following: Following, scaler_address: str) -> dict[str, Any]:
+    """What KEDA needs to scale the pool's Deployment as the own loop would (services/endpoints/scaling.py)."""
+    at_once = [{"type": "Pods", "value": following.num_max, "periodSeconds": 15}]
+
+    def after(seconds: float) -> dict[str, Any]:
+        return {"stabilizationWindowSeconds": min(math.ceil(seconds), _LONGEST_WINDOW_SECONDS), "policies": at_once}
+
+    metadata = {
+        "scalerAddress": scaler_address,
+        "endpointId": pool.endpoint_id,
+        "target": f"{following.target:g}",
+        "jobSeconds": f"{following.job_seconds:g}",
+    }
+    behavior = {"scaleUp": after(following.out_seconds), "scaleDown": after(following.in_seconds)}
+    trigger = {"type": "external-push", "metadata": metadata, "authenticationRef": {"name": _KEDA_AUTHENTICATION}}
+    return {
+        "apiVersion": f"{KEDA_GROUP}/{KEDA_VERSION}",
+        "kind": "ScaledObject",
+        "metadata": {"name": name_of(pool.endpoint_id), "labels": labels_of(pool.endpoint_id)},
+        "spec": {
+            "scaleTargetRef": {"name": name_of(pool.endpoint_id)},
+            "minReplicaCount": following.num_min,
+            "maxReplicaCount": following.num_max,
+            "pollingInterval": 5,
+            "cooldownPeriod": math.ceil(following.in_seconds),
+            "initialCooldownPeriod": math.ceil(following.in_seconds),
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior}},
+            "triggers": [trigger],
+        },
     }
 
 

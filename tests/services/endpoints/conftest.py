@@ -338,6 +338,7 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
             command: list[str] = STANDIN_WORKER,
             on_change: Callable[[], None] = lambda: None,
             gpu_priority: Literal["pools", "tasks"] = "pools",
+            has_keda: bool = False,
         ) -> Cluster:
             settings = KubernetesSettings(
                 image="worker:1",
@@ -350,6 +351,6 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
                 cache_gib=1,
                 kubeconfig=nodes.kubeconfig(token),
             )
-            return await stack.enter_async_context(kubernetes.running(settings, 5, gpu_priority, on_change))
+            return await stack.enter_async_context(kubernetes.running(settings, 5, gpu_priority, has_keda, on_change))
 
         yield make

@@ -34,14 +34,14 @@ fix: install  ## Format and mend what can be mended
 
 test: install  ## All tests, with the real parts on free ports
 	@# One thread each: threads of torch spin while they wait for a core that another test has.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s" --numprocesses 2
 
 test-slow: install  ## The tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2
 
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built in .cache (minutes; as root, Debian)
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \
-	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s
+	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s tests/services/endpoints tests/e2e/test_kubernetes.py
 
 up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up

@@ -33,6 +33,16 @@ class Certificates:
     server: Pair
     client: Pair
 
+    @property
+    def server_files(self) -> dict[str, bytes]:
+        """What the server's Secret has, by the names of Kubernetes."""
+        return _files(self.server, self.authority)
+
+    @property
+    def client_files(self) -> dict[str, bytes]:
+        """What the client's Secret has."""
+        return _files(self.client, self.authority)
+
 
 def make_certificates(server_names: list[str]) -> Certificates:
     """New ones, for a server of these names."""
@@ -59,6 +69,10 @@ def make_certificates(server_names: list[str]) -> Certificates:
         issue("inference", ExtendedKeyUsageOID.SERVER_AUTH, server_names),
         issue("keda", ExtendedKeyUsageOID.CLIENT_AUTH, ["keda"]),
     )
+
+
+def _files(pair: Pair, authority: bytes) -> dict[str, bytes]:
+    return {"tls.crt": pair.certificate, "tls.key": pair.key, "ca.crt": authority}
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:

@@ -15,15 +15,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deploy.kubernetes.certificates import make_certificates
 from deploy.local.home import AUDITED, S3_ACCESS_KEY, SERVICES, Home
 from deploy.local.postgres import ADMIN
 
-NAMESPACE = "esd"
+NAMESPACE, WORKERS = "esd", "esd-workers"
 DATABASE_URL = "postgresql+psycopg://{service}:{password}@postgres:5432/{service}"
 
 
 def make_secrets(home: Home, database_url: str, s3_access_key: str, s3_secret_key: str) -> dict[str, dict[str, bytes]]:
-    """The files of each process, by its name; `s3` and `postgres` are the parts'.
+    """The files of each process, by its name; `s3` and `postgres` are the parts', `keda` KEDA's.
 
     `database_url` is a template with {service} and {password}.
     """
@@ -46,7 +47,19 @@ def make_secrets(home: Home, database_url: str, s3_access_key: str, s3_secret_ke
     }
     processes["s3"] = {"esd_s3_access_key": s3_access_key.encode(), "s3-secret-key": s3_secret_key.encode()}
     processes["postgres"] = {name: home.database_password(name).encode() for name in (ADMIN, *SERVICES)}
-    return processes
+    return processes | _keda(home)
+
+
+def _keda(home: Home) -> dict[str, dict[str, bytes]]:
+    """What the inference service and KEDA know each other by (components/keda)."""
+
+    def make() -> str:
+        made = make_certificates([f"inference.{NAMESPACE}", f"inference.{NAMESPACE}.svc", "inference"])
+        files = {"scaler": made.server_files, "keda": made.client_files}
+        return json.dumps({name: {file: pem.decode() for file, pem in of.items()} for name, of in files.items()})
+
+    kept: dict[str, dict[str, str]] = json.loads(home.kept("keda-certificates.json", make).read_text())
+    return {name: {file: pem.encode() for file, pem in of.items()} for name, of in kept.items()}
 
 
 def manifest(name: str, files: dict[str, bytes], namespace: str) -> dict[str, Any]:
@@ -100,7 +113,7 @@ def main() -> None:
     if given.folder:
         write(given.folder, secrets)
         return
-    items = [manifest(name, files, given.namespace) for name, files in secrets.items()]
+    items = [manifest(name, files, WORKERS if name == "keda" else given.namespace) for name, files in secrets.items()]
     print(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}, indent=1))
 
 

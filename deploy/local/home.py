@@ -53,19 +53,19 @@ class Home:
         self.swift = self._private_folder("swift")
         self.postgres = self.path / "postgres"
 
-        self.api_key_file = self._secret("api-key", new_api_key)
-        self.password_key_file = self._secret("password-key", lambda: Fernet.generate_key().decode())
-        self.s3_secret_key_file = self._secret("s3-secret-key", _random)
-        self.signing_key_file = self._secret("signing-key.pem", _new_signing_key)
-        self.verifying_key_file = self._secret(
+        self.api_key_file = self.kept("api-key", new_api_key)
+        self.password_key_file = self.kept("password-key", lambda: Fernet.generate_key().decode())
+        self.s3_secret_key_file = self.kept("s3-secret-key", _random)
+        self.signing_key_file = self.kept("signing-key.pem", _new_signing_key)
+        self.verifying_key_file = self.kept(
             "verifying-key.pem", lambda: _public_half(self.signing_key_file.read_bytes())
         )
         hashes = {name: hashlib.sha256(self.secret(name).encode()).hexdigest() for name in (*SERVICES, "gateway")}
-        self.secret_hashes_file = self._secret("secret-hashes.json", lambda: json.dumps(hashes, indent=2))
+        self.secret_hashes_file = self.kept("secret-hashes.json", lambda: json.dumps(hashes, indent=2))
 
     def secret_file(self, name: str) -> Path:
         """Returns the file with the secret of a service or of the gateway."""
-        return self._secret(f"{name}.secret", _random)
+        return self.kept(f"{name}.secret", _random)
 
     def secret(self, name: str) -> str:
         """Returns the secret of a service or of the gateway."""
@@ -73,11 +73,11 @@ class Home:
 
     def database_password(self, role: str) -> str:
         """Returns the password of a PostgreSQL role."""
-        return self._secret(f"postgres-{role}.password", _random).read_text()
+        return self.kept(f"postgres-{role}.password", _random).read_text()
 
     def audit_key_file(self, service: str) -> Path:
         """Returns the file with the key of a service's audit."""
-        return self._secret(f"{service}.audit-key", _random)
+        return self.kept(f"{service}.audit-key", _random)
 
     @property
     def api_key(self) -> str:
@@ -94,7 +94,8 @@ class Home:
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
-    def _secret(self, name: str, make: Callable[[], str]) -> Path:
+    def kept(self, name: str, make: Callable[[], str]) -> Path:
+        """The file of a secret, made if it is not there."""
         file = self.secrets / name
         if not file.exists():
             # Written aside and renamed: a start that is cut off leaves no half secret.

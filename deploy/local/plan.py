@@ -152,7 +152,8 @@ def _service(replica: str, name: str, home: Home, postgres: Postgres, common: di
             "ESD_PASSWORD_KEY_FILE": str(home.password_key_file),
         }
     if name == "endpoints":
-        environment |= {"ESD_CLUSTER": "local", "ESD_WORKER_DIR": str(home.worker)}
+        # With ESD_CLUSTER=kubernetes, workers run on a cluster that reaches ESD_PUBLIC_URL; the rest stays here.
+        environment |= {"ESD_CLUSTER": os.environ.get("ESD_CLUSTER", "local"), "ESD_WORKER_DIR": str(home.worker)}
     return Program(replica, bound([sys.executable, "-m", f"services.{name}"]), environment, port, stage=2)
 
 

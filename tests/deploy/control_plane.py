@@ -31,19 +31,32 @@ from tests.processes import ROOT, running
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS", "")
 _KUBERNETES = ROOT / "deploy" / "kubernetes"
 _ADMIN = secrets.token_hex(16)
+NODE_GRACE_SECONDS = 8  # of silence, after which a node is taken for dead
 # What the tests need of the controllers, and few threads for it.
 _CONTROLLERS = (
     "deployment,replicaset,job,disruption,garbagecollector,namespace,nodelifecycle,serviceaccount,serviceaccount-token"
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class ControlPlane:
-    """A running control plane; `api` are the command and environment of its API server."""
+    """A running control plane. `server` is its API server, which may be taken away for a while."""
 
     folder: Path
     url: str
     has_budgets: bool
+    server: running | None = None
+
+    @asynccontextmanager
+    async def without_api(self) -> AsyncIterator[None]:
+        """The API server is gone during the block, and answers again behind it."""
+        assert self.server is not None
+        await asyncio.to_thread(self.server.__exit__)
+        try:
+            yield
+        finally:
+            self.server.__enter__()
+            await _until_it_answers(self)
 
     def kubeconfig(self, token: str = _ADMIN) -> Path:
         """A kubeconfig for who has the token."""
@@ -113,6 +126,8 @@ async def control_plane(folder: Path) -> AsyncIterator[ControlPlane]:
             "--leader-elect=false",
             "--secure-port=0",
             f"--controllers={_CONTROLLERS}",
+            f"--node-monitor-grace-period={NODE_GRACE_SECONDS}s",
+            "--node-monitor-period=1s",
             *clear,
         ],
         ["kube-scheduler", f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--secure-port=0", *clear],
@@ -121,8 +136,10 @@ async def control_plane(folder: Path) -> AsyncIterator[ControlPlane]:
         for name, *arguments in commands:
             log = stack.enter_context((folder / f"{name}.log").open("wb"))
             command = ["sh", "-c", 'exec "$@" 2>&1', "sh", _program(name), *arguments]
-            stack.enter_context(running(command, {"PATH": os.environ["PATH"], "HOME": str(folder)}, log))
+            process = running(command, {"PATH": os.environ["PATH"], "HOME": str(folder)}, log)
+            stack.enter_context(process)
             if name == "kube-apiserver":
+                plane.server = process
                 await _until_it_answers(plane)  # the controllers would wait for 10 seconds only
         yield plane
 

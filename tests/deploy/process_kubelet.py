@@ -11,15 +11,18 @@ import base64
 import os
 import signal
 import tempfile
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from kubernetes_asyncio import client, watch
 from kubernetes_asyncio.client.exceptions import ApiException
 
 _BACKOFF_SECONDS = 0.2
+_BEAT_SECONDS = 2.0
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -41,16 +44,21 @@ class ProcessKubelet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in (*self._tasks, *self._pods.values()):
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
+        await self.die()
         with suppress(ApiException):
             await self._core.delete_node(self._name)
 
+    async def die(self) -> None:
+        """Power is gone: the processes too, and nobody is told."""
+        for task in (*self._tasks, *self._pods.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
+
     async def _beats(self) -> None:
         while True:
-            await asyncio.sleep(5)
-            await self._beat()
+            await asyncio.sleep(_BEAT_SECONDS)
+            with suppress(ApiException, aiohttp.ClientError):  # the next one may get through
+                await self._beat()
 
     async def _beat(self) -> None:
         room = {"cpu": "64", "memory": "256Gi", "pods": "50", "nvidia.com/gpu": str(self._gpus)}
@@ -59,7 +67,13 @@ class ProcessKubelet:
         await self._core.patch_node_status(self._name, {"status": status})
 
     async def _watch(self) -> None:
-        """Runs pods that are new here, and stops those that are to go."""
+        """Runs pods that are new here, and stops those that are to go; again after the API server was away."""
+        while True:
+            with suppress(ApiException, aiohttp.ClientError, TimeoutError):
+                await self._watch_once()
+            await asyncio.sleep(_BACKOFF_SECONDS)
+
+    async def _watch_once(self) -> None:
         async with watch.Watch() as events:
             mine = f"spec.nodeName={self._name}"
             async for event in events.stream(self._core.list_pod_for_all_namespaces, field_selector=mine):
@@ -105,10 +119,10 @@ class ProcessKubelet:
         await self._remove(pod)
 
     async def _remove(self, pod: Any) -> None:
+        name, namespace = pod.metadata.name, pod.metadata.namespace
         with suppress(ApiException):
-            await self._core.delete_namespaced_pod(
-                pod.metadata.name, pod.metadata.namespace, body={"gracePeriodSeconds": 0}
-            )
+            now = {"gracePeriodSeconds": 0}
+            await _until_heard(lambda: self._core.delete_namespaced_pod(name, namespace, body=now))
 
     async def _environment(self, pod: Any, folder: Path) -> dict[str, str]:
         """The container's environment with its mounts as folders of this machine."""
@@ -151,8 +165,20 @@ class ProcessKubelet:
             {"type": kind, "status": str(ready), "lastTransitionTime": _now()} for kind in ("Ready", "ContainersReady")
         ]
         status = {"phase": phase, "startTime": _now(), "conditions": conditions, "containerStatuses": [container]}
+        name, namespace = pod.metadata.name, pod.metadata.namespace
         with suppress(ApiException):  # it is gone already
-            await self._core.patch_namespaced_pod_status(pod.metadata.name, pod.metadata.namespace, {"status": status})
+            await _until_heard(lambda: self._core.patch_namespaced_pod_status(name, namespace, {"status": status}))
+
+
+async def _until_heard(call: Callable[[], Awaitable[Any]]) -> None:
+    """Makes the call again while nobody answers."""
+    while True:
+        try:
+            await call()
+        except (aiohttp.ClientError, TimeoutError):
+            await asyncio.sleep(_BACKOFF_SECONDS)
+        else:
+            return
 
 
 def _now() -> str:

@@ -202,14 +202,14 @@ def create_job(api: Api, model: str, kind: str = "Async", payload: Any = PICTURE
     return job_id
 
 
-def finished(api: Api, job_id: str) -> Any:
+def finished(api: Api, job_id: str, seconds: float = 90) -> Any:
     """Waits for the end of a job and answers it."""
 
     def ended() -> Any:
         job = api.ok("GET", f"/inferences/{job_id}")
         return job if job["status"] in {"succeed", "failed"} else None
 
-    return wait_for(ended)
+    return wait_for(ended, seconds)
 
 
 @dataclass(frozen=True)

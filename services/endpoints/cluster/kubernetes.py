@@ -25,6 +25,7 @@ from services.endpoints.cluster.kubernetes_api import (
     KubernetesSettings,
     UnknownProfileError,
     connect,
+    exists,
     sentence,
     told_as_unavailable,
     unless_missing,
@@ -107,7 +108,7 @@ class KubernetesCluster:
                 with unless_missing():
                     await self._scale(pool.endpoint_id, 0)
             pods = await self._api.pods_of(pool.endpoint_id)
-        num_running = sum(pod.status.phase not in {"Succeeded", "Failed"} for pod in pods)
+        num_running = sum(exists(pod) for pod in pods)
         failure = self._failure(pool.endpoint_id, pods, live)
         return PoolState(num_running, failure if num_workers else None, num_wanted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ APPLY: dict[str, Any] = {
 }
 INVALID = {400, 422}
 _NOT_FOUND, _CONFLICT = 404, 409
+_LATE = timedelta(seconds=10)  # that a kubelet may be with the end of a pod
 # By who goes first: the priority classes of pools and of tasks (deploy/kubernetes/workers/priorities.yaml).
 _PRIORITIES = {
     "pools": ("esd-before-others", "esd-after-others"),
@@ -38,7 +40,8 @@ class KubernetesSettings(BaseSettings):
     """How workers and tasks run on a cluster, from ESD_KUBERNETES_….
 
     `server_url` is the gateway as pods see it; without `kubeconfig` the pod's own service account is used. `profiles`
-    (JSON) are added to those of AWS's names. `cache_gib` is what a worker keeps of models on its node's disk;
+    (JSON) are added to those of AWS's names. `cache_gib` is what a worker keeps of models on its node's disk.
+    A pod whose node does not answer is replaced after `lost_node_seconds` (Kubernetes' own default is 300).
     `keda_scaler_address` is where KEDA finds the inference service's door for it.
     """
 
@@ -50,6 +53,7 @@ class KubernetesSettings(BaseSettings):
     command: list[str] = Field(default=["python", "-m", "gpu_worker"], min_length=1)
     profiles: dict[str, Profile] = Field(default_factory=dict)
     cache_gib: int = Field(100, ge=1)
+    lost_node_seconds: int = Field(30, ge=0)
     keda_scaler_address: str = "inference.esd:9001"
     kubeconfig: Path | None = None
 
@@ -102,6 +106,7 @@ class KubernetesApi:
             server_url=own.server_url,
             cache_gib=own.cache_gib,
             drain_seconds=self._drain_seconds,
+            lost_node_seconds=own.lost_node_seconds,
             priority_class=self._priorities[task_kind is not None],
         )
 
@@ -111,6 +116,17 @@ class KubernetesApi:
             self.namespace, label_selector=f"{OWNER}={owner_id}", _request_timeout=TIMEOUT_SECONDS
         )
         return list(listed.items)
+
+
+def is_lost(pod: Any) -> bool:
+    """Whether the pod should be gone by now, and is not, because its node has been lost."""
+    gone_by = pod.metadata.deletion_timestamp
+    return gone_by is not None and datetime.now(UTC) > gone_by + _LATE
+
+
+def exists(pod: Any) -> bool:
+    """Whether the pod may still do something."""
+    return pod.status.phase not in {"Succeeded", "Failed"} and not is_lost(pod)
 
 
 async def connect(settings: KubernetesSettings) -> client.ApiClient:

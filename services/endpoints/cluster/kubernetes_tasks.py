@@ -16,6 +16,8 @@ from services.endpoints.cluster.kubernetes_api import (
     TIMEOUT_SECONDS,
     KubernetesApi,
     UnknownProfileError,
+    exists,
+    is_lost,
     sentence,
     told_as_unavailable,
     unless_missing,
@@ -24,8 +26,6 @@ from services.endpoints.cluster.kubernetes_api import (
 from services.endpoints.cluster.pods import name_of
 from services.endpoints.cluster.tail import last_words_in
 from services.endpoints.task_store import State, Task
-
-_ENDED = {"Succeeded", "Failed"}  # phases
 
 
 class KubernetesTasks:
@@ -42,7 +42,7 @@ class KubernetesTasks:
                 if job is not None:
                     await self.delete(task.id)
                 pods = await self._api.pods_of(task.id)
-                is_running = any(pod.status.phase not in _ENDED for pod in pods)
+                is_running = any(exists(pod) for pod in pods)
                 return TaskState(State.RUNNING if is_running else State.WAITING, task.num_attempts, task.reason)
             if job is None:
                 return await self._create(task)
@@ -84,6 +84,7 @@ class KubernetesTasks:
 
 def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     """What became of the task. Its pods know first; the Job remembers those that are gone."""
+    pods = [pod for pod in pods if not is_lost(pod)]
     # The times are whole seconds; of two in one, the one that changed last.
     pods.sort(key=lambda pod: (pod.metadata.creation_timestamp, int(pod.metadata.resource_version)))
     phases = [pod.status.phase for pod in pods]

@@ -30,6 +30,7 @@ class Program:
     server_url: str
     cache_gib: int
     drain_seconds: float
+    lost_node_seconds: int
     priority_class: str
 
 
@@ -62,7 +63,7 @@ def pod_template(
     return {
         "metadata": {"labels": labels_of(owner_id)},
         "spec": {
-            **_place(profile),
+            **_place(profile, program.lost_node_seconds),
             **spec,
             "priorityClassName": program.priority_class,
             "automountServiceAccountToken": False,
@@ -88,11 +89,16 @@ def pod_template(
     }
 
 
-def _place(profile: Profile) -> dict[str, Any]:
-    """On which nodes."""
-    place: dict[str, Any] = {"nodeSelector": profile.node_selector} if profile.node_selector else {}
-    if profile.gpus and profile.tolerations:
-        place["tolerations"] = profile.tolerations
+def _place(profile: Profile, lost_node_seconds: int) -> dict[str, Any]:
+    """On which nodes, and for how long on one that is lost: its jobs have gone to others long before."""
+    lost = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+    tolerated = [
+        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": lost_node_seconds}
+        for key in lost
+    ]
+    place: dict[str, Any] = {"tolerations": [*(profile.tolerations if profile.gpus else []), *tolerated]}
+    if profile.node_selector:
+        place["nodeSelector"] = profile.node_selector
     if profile.runtime_class:
         place["runtimeClassName"] = profile.runtime_class
     return place

@@ -339,6 +339,7 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
             on_change: Callable[[], None] = lambda: None,
             gpu_priority: Literal["pools", "tasks"] = "pools",
             has_keda: bool = False,
+            **how: Any,
         ) -> Cluster:
             settings = KubernetesSettings(
                 image="worker:1",
@@ -350,6 +351,7 @@ async def make_kubernetes(nodes: ControlPlane, peers: Peers) -> AsyncIterator[Ca
                 },
                 cache_gib=1,
                 kubeconfig=nodes.kubeconfig(token),
+                **how,
             )
             return await stack.enter_async_context(kubernetes.running(settings, 5, gpu_priority, has_keda, on_change))
 

@@ -50,7 +50,7 @@ async def pool(store: EndpointStore) -> Pool:
     return Pool(row.id, row.name, row.instance_type)
 
 
-@pytest.fixture(params=["make_local", "make_kubernetes"])
+@pytest.fixture(params=["make_local", pytest.param("make_kubernetes", marks=pytest.mark.k8s)])
 def make_cluster(request: pytest.FixtureRequest) -> MakeCluster:
     """Makes a cluster whose workers run this command; a second one is another control loop's view of the same."""
     make: MakeCluster = request.getfixturevalue(request.param)

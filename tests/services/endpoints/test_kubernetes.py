@@ -31,6 +31,8 @@ from tests.deploy.process_kubelet import ProcessKubelet
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, until
 
 REAL_WORKER = [sys.executable, "-m", "gpu_worker"]
+pytestmark = pytest.mark.k8s
+
 NAMESPACE = "esd-workers"
 
 RunOnKubernetes = Callable[..., Awaitable[Cluster]]

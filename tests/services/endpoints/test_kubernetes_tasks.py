@@ -21,6 +21,8 @@ from services.endpoints.task_store import State, Task, TaskStore
 from tests.services.endpoints.conftest import Peers, until
 from tests.services.endpoints.foreman import Foreman, worker_or_task
 
+pytestmark = pytest.mark.k8s
+
 NAMESPACE = "esd-workers"
 NUM_GPUS = 4  # of all nodes
 

@@ -19,7 +19,7 @@ from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 from services.endpoints.task_store import Task
 from tests.processes import ROOT
 
-PROGRAM = Program("esd-gpu-worker:0.1.0", ["python"], "https://gateway", 100, 60, "esd-before-others")
+PROGRAM = Program("esd-gpu-worker:0.1.0", ["python"], "https://gateway", 100, 60, 30, "esd-before-others")
 POOL = Pool("11111111-2222-3333-4444-555555555555", "a name", "ml.g5.12xlarge")
 TASK = Task(
     id="66666666-7777-8888-9999-000000000000",
@@ -85,7 +85,8 @@ def test_a_worker_gets_one_gpu_and_its_share_of_a_node_of_aws() -> None:
 def test_a_worker_without_a_gpu_asks_for_none() -> None:
     found = deployment(Profile(gpus=0))
     assert "nvidia.com/gpu" not in container_of(found)["resources"]["limits"]
-    assert "tolerations" not in found["spec"]["template"]["spec"]
+    tolerated = [toleration["key"] for toleration in found["spec"]["template"]["spec"]["tolerations"]]
+    assert tolerated == ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"]
     assert {"name": "ESD_DEVICE", "value": "cpu"} in container_of(found)["env"]
 
 

@@ -1,7 +1,9 @@
 """Owns workers that are pods: a Deployment per endpoint, kept by server-side apply and scaled by its subresource.
 
-Whoever runs this may do what deploy/kubernetes/workers/role.yaml lists, in one namespace. Nothing of it is remembered
-here that the cluster does not tell again, but for how often a worker had been restarted when it was last seen at work.
+Whoever runs this may do what deploy/kubernetes/workers/role.yaml lists, in one namespace. What runs is read from
+mirrors (mirror.py), and what is as it was left needs no request; once in a while all is applied again. Nothing is
+remembered here that the cluster does not tell again, but for how often a worker had been restarted when it was last
+seen at work.
 """
 
 from __future__ import annotations
@@ -9,11 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import aiohttp
 import structlog
-from kubernetes_asyncio import watch
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from services.endpoints.cluster import Following, Pool, PoolState, TaskState, manifests
@@ -31,6 +32,7 @@ from services.endpoints.cluster.kubernetes_api import (
     unless_missing,
 )
 from services.endpoints.cluster.kubernetes_tasks import KubernetesTasks
+from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import MANAGED, MANAGER, OWNER, name_of, secret_object
 from services.endpoints.cluster.tail import last_words_in
 from services.endpoints.task_store import Task
@@ -38,49 +40,51 @@ from services.endpoints.task_store import Task
 log = structlog.get_logger()
 
 MAX_FAILURES = 3
-_WATCH_SECONDS = 300  # then it begins anew: a watch whose connection died silently is noticed
-_RETRY_SECONDS = 1.0
+_SETTLED_SECONDS = 600.0  # until what nobody was seen to change is looked after again
 _KEDA = manifests.KEDA_GROUP, manifests.KEDA_VERSION
 
 
+@dataclass(frozen=True)
+class _Settled:
+    """A pool whose Deployment was made for it, and was then of this generation."""
+
+    pool: Pool
+    generation: int
+    until: float  # the loop's time
+
+
 class KubernetesCluster:
-    """Runs workers as pods and tasks as Jobs. `on_change` is called when one of them changes, while `run` runs."""
+    """Runs workers as pods and tasks as Jobs, while `run` runs. `on_change` is called when one of them changes."""
 
     def __init__(self, api: KubernetesApi, has_keda: bool, on_change: Callable[[], None]) -> None:
         self._api = api
-        self._tasks = KubernetesTasks(api)
+        self._deployments = Mirror("deployments", api.apps.list_namespaced_deployment, api.namespace, on_change)
+        self._pods = Mirror("pods", api.core.list_namespaced_pod, api.namespace, on_change)
+        self._jobs = Mirror("jobs", api.batch.list_namespaced_job, api.namespace, on_change)
+        self._tasks = KubernetesTasks(api, self._jobs, self._pods)
         self._has_keda = has_keda
-        self._on_change = on_change
+        self._settled: dict[str, _Settled] = {}
+        self._has_secret_until: dict[str, float] = {}  # the loop's time
         self._has_budgets: bool | None = None  # None until discovery has told
-        self._budgeted: set[str] = set()  # endpoints whose budget this process has applied
         self._handed_over: dict[str, bool] = {}  # whether KEDA scales an endpoint, as far as this process knows
         self._restarts: dict[str, dict[str, int]] = {}  # by endpoint and pod: the count when it was last seen at work
 
     async def run(self) -> None:
-        """Watches workers and tasks until cancelled."""
+        """Follows what happens in the cluster until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._watch(self._api.core.list_namespaced_pod))
-            group.create_task(self._watch(self._api.batch.list_namespaced_job))
-
-    async def _watch(self, list_: Callable[..., Any]) -> None:
-        while True:
-            try:
-                async with watch.Watch() as events:
-                    stream = events.stream(
-                        list_, self._api.namespace, label_selector=MANAGED, timeout_seconds=_WATCH_SECONDS
-                    )
-                    async for _ in stream:
-                        self._on_change()
-            except (ApiException, aiohttp.ClientError, TimeoutError, OSError) as error:
-                log.warning("the workers are not watched", error=sentence(error))
-            await asyncio.sleep(_RETRY_SECONDS)  # nothing tells when an API server that is down comes back
+            for mirror in (self._deployments, self._pods, self._jobs):
+                group.create_task(mirror.run())
 
     async def has_secret(self, owner_id: str) -> bool:
         """Whether the Secret is there."""
+        now = asyncio.get_running_loop().time()
+        if now < self._has_secret_until.get(owner_id, 0):
+            return True
         with told_as_unavailable(), unless_missing():
             await self._api.core.read_namespaced_secret(
                 name_of(owner_id), self._api.namespace, _request_timeout=TIMEOUT_SECONDS
             )
+            self._has_secret_until[owner_id] = now + _SETTLED_SECONDS
             return True
         return False
 
@@ -93,10 +97,9 @@ class KubernetesCluster:
     async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
         """Makes the Deployment as it should be, scales it, and counts its pods."""
         with told_as_unavailable():
-            num_wanted = None
             if num_workers or pool.following:
                 try:
-                    num_wanted = await self._apply_deployment(pool, num_workers)
+                    deployment = await self._keep(pool, num_workers)
                 except ApiException as error:
                     if error.status not in INVALID:
                         raise
@@ -104,13 +107,11 @@ class KubernetesCluster:
                 except UnknownProfileError as error:
                     return PoolState(0, str(error))
             else:
-                await self._let_go(pool.endpoint_id)
-                with unless_missing():
-                    await self._scale(pool.endpoint_id, 0)
-            pods = await self._api.pods_of(pool.endpoint_id)
+                deployment = await self._empty(pool.endpoint_id)
+            pods = await self._pods.of(pool.endpoint_id)
         num_running = sum(exists(pod) for pod in pods)
-        failure = self._failure(pool.endpoint_id, pods, live)
-        return PoolState(num_running, failure if num_workers else None, num_wanted)
+        failure = self._failure(pool.endpoint_id, pods, live) if num_workers else None
+        return PoolState(num_running, failure, deployment.spec.replicas if pool.following else None)
 
     async def apply_task(self, task: Task, should_run: bool) -> TaskState:
         """Makes the Job as it should be, and reads what became of it."""
@@ -124,9 +125,8 @@ class KubernetesCluster:
             for delete in await self._deletions():
                 with unless_missing():
                     await delete(name, namespace, propagation_policy="Background", _request_timeout=TIMEOUT_SECONDS)
-        self._restarts.pop(owner_id, None)
-        self._budgeted.discard(owner_id)
-        self._handed_over.pop(owner_id, None)
+        for known in (self._restarts, self._settled, self._has_secret_until, self._handed_over):
+            known.pop(owner_id, None)
 
     async def remove_orphans(self, owner_ids: Collection[str]) -> None:
         """Removes what was made for owners that are none of these, whose rows are lost."""
@@ -144,9 +144,36 @@ class KubernetesCluster:
             log.warning("what belongs to no endpoint or task that is known is removed", owner_id=owner_id)
             await self.forget(owner_id)
 
-    async def _apply_deployment(self, pool: Pool, num_workers: int) -> int | None:
-        """Answers what the cluster has decided, where it decides. A new Deployment begins with one pod, which is never
-        too many here."""
+    async def _keep(self, pool: Pool, num_workers: int) -> Any:
+        """The pool's Deployment, made as it should be and scaled. A new one has one pod, never too many here."""
+        found = await self._deployments.of(pool.endpoint_id)
+        deployment = found[0] if found and self._is_settled(pool, found[0]) else await self._apply_deployment(pool)
+        if not pool.following and deployment.spec.replicas != num_workers:
+            await self._scale(deployment, num_workers)
+        return deployment
+
+    async def _empty(self, endpoint_id: str) -> Any | None:
+        """The Deployment of a pool that is to have no worker, if there is one."""
+        await self._let_go(endpoint_id)
+        found = await self._deployments.of(endpoint_id)
+        if not found:
+            return None
+        if found[0].spec.replicas:
+            with unless_missing():
+                await self._scale(found[0], 0)
+        return found[0]
+
+    def _is_settled(self, pool: Pool, deployment: Any) -> bool:
+        """Whether the Deployment is as it was left for this very pool, not long ago."""
+        settled = self._settled.get(pool.endpoint_id)
+        return (
+            settled is not None
+            and (settled.pool, settled.generation) == (pool, deployment.metadata.generation)
+            and asyncio.get_running_loop().time() < settled.until
+        )
+
+    async def _apply_deployment(self, pool: Pool) -> Any:
+        """Applies everything that a pool has but for its number of workers; answers the Deployment."""
         manifest = manifests.deployment(pool, self._api.profile(pool.instance_type), self._api.program())
         name, namespace = name_of(pool.endpoint_id), self._api.namespace
         made = await self._api.apps.patch_namespaced_deployment(name, namespace, manifest, **APPLY)
@@ -154,13 +181,13 @@ class KubernetesCluster:
             await self._hand_over(pool, pool.following)
         else:
             await self._let_go(pool.endpoint_id)
-            if made.spec.replicas != num_workers:
-                await self._scale(pool.endpoint_id, num_workers)
-        if pool.endpoint_id not in self._budgeted and await self._knows_budgets():
+        if await self._knows_budgets():
             budget = manifests.disruption_budget(pool.endpoint_id)
             await self._api.policy.patch_namespaced_pod_disruption_budget(name, namespace, budget, **APPLY)
-            self._budgeted.add(pool.endpoint_id)
-        return made.spec.replicas if pool.following else None
+        until = asyncio.get_running_loop().time() + _SETTLED_SECONDS
+        self._settled[pool.endpoint_id] = _Settled(pool, made.metadata.generation, until)
+        self._deployments.put(made)
+        return made
 
     async def _hand_over(self, pool: Pool, following: Following) -> None:
         """Lets KEDA scale the pool."""
@@ -183,15 +210,16 @@ class KubernetesCluster:
                 )
             self._handed_over[owner_id] = False
 
-    async def _scale(self, endpoint_id: str, num_workers: int) -> None:
+    async def _scale(self, deployment: Any, num_workers: int) -> None:
         await self._api.apps.patch_namespaced_deployment_scale(
-            name_of(endpoint_id),
+            deployment.metadata.name,
             self._api.namespace,
             {"spec": {"replicas": num_workers}},
             field_manager=f"{MANAGER}-scale",
             _content_type="application/merge-patch+json",
             _request_timeout=TIMEOUT_SECONDS,
         )
+        deployment.spec.replicas = num_workers  # in the mirror, which will be told the same
 
     async def _knows_budgets(self) -> bool:
         """Whether the cluster has policy/v1 (Kubernetes 1.21 and newer)."""

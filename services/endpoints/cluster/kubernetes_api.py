@@ -16,7 +16,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.common.errors import Unavailable
-from services.endpoints.cluster.pods import MANAGER, OWNER, Program
+from services.endpoints.cluster.pods import MANAGER, Program
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 
 TIMEOUT_SECONDS = 20.0
@@ -109,13 +109,6 @@ class KubernetesApi:
             lost_node_seconds=own.lost_node_seconds,
             priority_class=self._priorities[task_kind is not None],
         )
-
-    async def pods_of(self, owner_id: str) -> list[Any]:
-        """The owner's pods."""
-        listed = await self.core.list_namespaced_pod(
-            self.namespace, label_selector=f"{OWNER}={owner_id}", _request_timeout=TIMEOUT_SECONDS
-        )
-        return list(listed.items)
 
 
 def is_lost(pod: Any) -> bool:

@@ -23,6 +23,7 @@ from services.endpoints.cluster.kubernetes_api import (
     unless_missing,
     unless_there,
 )
+from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import name_of
 from services.endpoints.cluster.tail import last_words_in
 from services.endpoints.task_store import State, Task
@@ -31,25 +32,23 @@ from services.endpoints.task_store import State, Task
 class KubernetesTasks:
     """Runs tasks as Jobs."""
 
-    def __init__(self, api: KubernetesApi) -> None:
+    def __init__(self, api: KubernetesApi, jobs: Mirror, pods: Mirror) -> None:
         self._api = api
+        self._jobs = jobs
+        self._pods = pods
 
     async def apply(self, task: Task, should_run: bool) -> TaskState:
         """Makes the Job or deletes it, and reads from it and its pods what became of the task."""
         with told_as_unavailable():
-            job = await self._find(task.id)
+            jobs, pods = await self._jobs.of(task.id), await self._pods.of(task.id)
             if not should_run:
-                if job is not None:
-                    await self.delete(task.id)
-                pods = await self._api.pods_of(task.id)
+                if jobs:
+                    await self._delete(task.id)
                 is_running = any(exists(pod) for pod in pods)
                 return TaskState(State.RUNNING if is_running else State.WAITING, task.num_attempts, task.reason)
-            if job is None:
-                return await self._create(task)
-            return _state(task, job, await self._api.pods_of(task.id))
+            return _state(task, jobs[0], pods) if jobs else await self._create(task)
 
-    async def delete(self, task_id: str) -> None:
-        """Deletes the Job, if it is there, and its pods."""
+    async def _delete(self, task_id: str) -> None:
         with unless_missing():
             await self._api.batch.delete_namespaced_job(
                 name_of(task_id),
@@ -58,21 +57,15 @@ class KubernetesTasks:
                 _request_timeout=TIMEOUT_SECONDS,
             )
 
-    async def _find(self, task_id: str) -> Any | None:
-        with unless_missing():
-            return await self._api.batch.read_namespaced_job(
-                name_of(task_id), self._api.namespace, _request_timeout=TIMEOUT_SECONDS
-            )
-        return None
-
     async def _create(self, task: Task) -> TaskState:
         """Makes the Job, once: what runs for hours is not changed by a newer version of this service."""
         try:
             manifest = manifests.job(task, self._api.profile(task.instance_type), self._api.program(task.kind))
             with unless_there():
-                await self._api.batch.create_namespaced_job(
+                made = await self._api.batch.create_namespaced_job(
                     self._api.namespace, manifest, _request_timeout=TIMEOUT_SECONDS
                 )
+                self._jobs.put(made)
         except ApiException as error:
             if error.status not in INVALID:
                 raise

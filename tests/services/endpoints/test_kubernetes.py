@@ -179,10 +179,13 @@ async def test_what_somebody_changed_by_hand_is_put_right(
     await apps.patch_namespaced_deployment_scale(
         name, NAMESPACE, [{"op": "replace", "path": "/spec/replicas", "value": 9}]
     )
-    await cluster.apply(pool, 1, ())
-    found = await apps.read_namespaced_deployment(name, NAMESPACE)
-    assert found.spec.template.spec.containers[0].image == "worker:1"
-    assert found.spec.replicas == 1
+
+    async def put_right() -> bool:
+        await cluster.apply(pool, 1, ())
+        found = await apps.read_namespaced_deployment(name, NAMESPACE)
+        return (found.spec.template.spec.containers[0].image, found.spec.replicas) == ("worker:1", 1)
+
+    assert await until(put_right)
     await cluster.forget(pool.endpoint_id)
 
 

@@ -82,26 +82,26 @@ class Database:
                 )
             return self._reader
 
-    async def migrate(self, service: str) -> None:
-        """Brings the schema up to date; replicas that start at once wait for each other.
+    async def migrate(self, service: str, revision: str = "head") -> None:
+        """Brings the schema up to date, or to a revision; replicas that start at once wait for each other.
 
         Waits for the database as long as it takes, because it may be starting too.
         """
         while True:
             try:
-                return await asyncio.to_thread(self._upgrade, service)
+                return await asyncio.to_thread(self._upgrade, service, revision)
             except OperationalError as error:
                 log.warning("waiting for the database", error=str(error.orig).strip())
                 await asyncio.sleep(0.3)  # nothing tells when a database that is down comes back
 
-    def _upgrade(self, service: str) -> None:
+    def _upgrade(self, service: str, revision: str) -> None:
         config = Config()
         config.set_main_option("script_location", str(_SERVICES / "common" / "migrations"))
         config.set_main_option("version_locations", str(_SERVICES / service / "migrations" / "versions"))
         config.set_main_option("path_separator", "os")
         config.attributes["url"] = self._url
         config.attributes["lock"] = _MIGRATION_LOCK
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
 
     async def listen(self, channels: list[str], on_notify: Callable[[str, str], Awaitable[None]]) -> None:
         """Calls `on_notify(channel, payload)` for every NOTIFY, until cancelled.

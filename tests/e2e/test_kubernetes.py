@@ -224,7 +224,7 @@ def test_jobs_go_on_while_the_api_server_is_away_and_the_pool_follows_it_when_it
 
     def meanwhile() -> None:
         pool.draws()
-        pool.update(min_instance_number=2, max_instance_number=2)
+        pool.update(autoscaling_enabled=True, min_instance_number=2, max_instance_number=2)
         time.sleep(max(0.0, began + AWAY_SECONDS - time.monotonic()))  # so long it is away
 
     site.without_api(meanwhile)

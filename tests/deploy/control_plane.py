@@ -33,8 +33,11 @@ _KUBERNETES = ROOT / "deploy" / "kubernetes"
 _ADMIN = secrets.token_hex(16)
 NODE_GRACE_SECONDS = 8  # of silence, after which a node is taken for dead
 # What the tests need of the controllers, and few threads for it.
-_CONTROLLERS = (
-    "deployment,replicaset,job,disruption,garbagecollector,namespace,nodelifecycle,serviceaccount,serviceaccount-token"
+_CONTROLLERS = ",".join(
+    [
+        *("deployment", "replicaset", "job", "podgc", "disruption", "garbagecollector", "namespace", "nodelifecycle"),
+        *("serviceaccount", "serviceaccount-token"),
+    ]
 )
 
 

@@ -19,7 +19,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest
+from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest, write
 from deploy.local.home import S3_ACCESS_KEY, Home
 from gateway.settings import GatewaySettings, refuse_open_door
 from services.common.settings import BlobSettings, load
@@ -190,17 +190,45 @@ def test_each_process_accepts_the_settings_and_secrets_that_it_gets(
     config = next(found for found in objects if found["metadata"]["name"].startswith("esd-settings"))
     container = workload["spec"]["template"]["spec"]["containers"][0]
     environment = config["data"] | {entry["name"]: entry["value"] for entry in container.get("env", ())}
+    mapped = {
+        name: value.replace(f"{MOUNT}/", f"{tmp_path}/") if value != MOUNT else str(tmp_path)
+        for name, value in environment.items()
+    }
+    accept(process, mapped, monkeypatch)
+
+
+def accept(process: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads the settings of a process from this environment and no other, and looks for the files that they name."""
     for name in [name for name in os.environ if name.startswith("ESD_")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
-        monkeypatch.setenv(name, value.replace(f"{MOUNT}/", f"{tmp_path}/") if value != MOUNT else str(tmp_path))
+        monkeypatch.setenv(name, value)
     for settings in SETTINGS[process]:
+        if settings is KubernetesSettings and environment["ESD_CLUSTER"] != "kubernetes":
+            continue
         loaded = load(settings)
         files = {name: value for name, value in loaded if name.endswith("_file") and value is not None}
         missing = [name for name, path in files.items() if not path.exists() and path.parent.name != "esd-tls"]
         assert not missing, f"{process} gets no file for {missing}"
         if isinstance(loaded, GatewaySettings):
             refuse_open_door(loaded)
+
+
+@pytest.mark.parametrize("process", SETTINGS)
+def test_each_container_of_compose_accepts_the_settings_and_secrets_that_it_gets(
+    process: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "home")
+    write(tmp_path / "secrets", make_secrets(home, DATABASE_URL, S3_ACCESS_KEY, home.s3_secret_key))
+    services = yaml.safe_load((ROOT / "deploy" / "docker" / "compose.yaml").read_text())["services"]
+    environment = {name: str(value) for name, value in services[process]["environment"].items()}
+    for volume in services[process]["volumes"]:
+        source, target, *_ = volume.split(":")
+        place = str(tmp_path / source) if source.startswith("./") else str(tmp_path / "volumes" / source)
+        for name, value in environment.items():
+            if value == target or value.startswith(f"{target}/"):
+                environment[name] = place + value.removeprefix(target)
+    accept(process, environment, monkeypatch)
 
 
 def test_a_folder_of_settings_that_is_not_there_stops_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,199 @@
+"""The images, built without Docker: every line of the Dockerfile is run in a clean folder that stands for the root.
+
+`RUN` runs as the user who builds, here and there root; what `CMD` starts runs as the user of the image. Paths of the
+image are mapped into the folder, since there is no other root file system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as a build of images does"),
+]
+
+DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
+# What each image is for: modules that its processes are started as (compose.yaml, deploy/kubernetes/base).
+PROGRAMS = {
+    "service": [f"services.{name}" for name in ("identity", "models", "endpoints", "inference", "training")],
+    "gateway": ["gateway", "deploy.local.swift"],
+    "gpu-worker": ["gpu_worker", "services.endpoints"],
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """A root file system, and how processes start in it."""
+
+    root: Path
+    workdir: str = "/"
+    user: str = "0:0"
+    environment: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+
+    def here(self, path: str) -> Path:
+        """Where a path of the image is on this machine."""
+        return self.root / str(Path(self.workdir) / path).lstrip("/")
+
+    def run(self, command: list[str], user: int | None = None) -> subprocess.CompletedProcess[str]:
+        """Runs something in the image."""
+        variables = {name: value.replace("/esd/", f"{self.root}/esd/") for name, value in self.environment.items()}
+        self.here(".").mkdir(parents=True, exist_ok=True)
+        return subprocess.run(
+            command, cwd=self.here("."), env=variables, user=user, text=True, capture_output=True, check=False
+        )
+
+
+class Builder:
+    """Builds the stages of a Dockerfile, as far as ours goes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.images: dict[str, Image] = {}
+
+    def build(self, dockerfile: str) -> None:
+        """Runs all lines."""
+        arguments: dict[str, str] = {}
+        for instruction, rest in instructions(dockerfile):
+            words = shlex.split(rest)
+            match instruction:
+                case "ARG":
+                    name, _, value = rest.partition("=")
+                    arguments[name] = value
+                case "FROM":
+                    base, _, stage = words
+                    self._begin(stage, self.images.get(base) or self._python(base, arguments))
+                case "WORKDIR":
+                    self._set(workdir=rest)
+                case "ENV":
+                    variables = dict(word.split("=", 1) for word in words)
+                    before = self._image.environment
+                    for name, value in variables.items():
+                        variables[name] = value.replace("$PATH", before["PATH"])
+                    self._set(environment=before | variables)
+                case "USER":
+                    self._set(user=rest)
+                case "CMD":
+                    self._set(command=[word.strip('",[]') for word in words])
+                case "COPY":
+                    self._copy(words)
+                case "RUN":
+                    mapped = re.sub(r"(?<=\s)/", f"{self._image.root}/", rest)
+                    done = self._image.run(["/bin/sh", "-c", mapped])
+                    assert done.returncode == 0, f"RUN {rest}\n{done.stdout}\n{done.stderr}"
+                case other:
+                    raise AssertionError(f"this test does not know what {other} does")
+
+    @property
+    def _image(self) -> Image:
+        return self.images[self._stage]
+
+    def _set(self, **values: object) -> None:
+        self.images[self._stage] = replace(self._image, **values)  # type: ignore[arg-type]
+
+    def _begin(self, stage: str, base: Image) -> None:
+        self._stage = stage
+        root = self._folder / stage
+        if base.root.exists():
+            subprocess.run(["cp", "--archive", "--reflink=auto", base.root, root], check=True)
+        else:
+            root.mkdir()
+        self.images[stage] = replace(base, root=root)
+
+    def _python(self, base: str, arguments: dict[str, str]) -> Image:
+        """The base image: a Python of this version, and the programs of Debian."""
+        assert base == "${PYTHON}"
+        version = re.match(r"python:(\d+\.\d+)", arguments["PYTHON"])
+        assert version is not None
+        binaries = self._folder / "python"
+        binaries.mkdir(exist_ok=True)
+        python = shutil.which(f"python{version[1]}") or sys.executable
+        (binaries / "python").unlink(missing_ok=True)
+        (binaries / "python").symlink_to(os.path.realpath(python))
+        return Image(self._folder / "nothing", environment={"PATH": f"{binaries}:/usr/bin:/bin", "HOME": "/tmp"})
+
+    def _copy(self, words: list[str]) -> None:
+        source = Image(ROOT)
+        if words[0].startswith("--from="):
+            source = self.images[words.pop(0).removeprefix("--from=")]
+            source = replace(source, workdir="/")
+        *paths, target = words
+        for path in paths:
+            here = self._image.here(target)
+            if source.here(path).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__") if source.root == ROOT else None
+                shutil.copytree(source.here(path), here, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+            else:
+                here.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source.here(path), here)
+
+
+def instructions(dockerfile: str) -> Iterator[tuple[str, str]]:
+    """The instructions of a Dockerfile."""
+    for line in dockerfile.splitlines():
+        if line.strip() and not line.startswith("#"):
+            instruction, _, rest = line.partition(" ")
+            assert not rest.endswith("\\"), "this test does not know lines that go on"
+            yield instruction, rest.strip()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
+    folder = tmp_path_factory.mktemp("images")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)  # the image's user must get through, as it would in a container
+    builder = Builder(folder)
+    builder.build(DOCKERFILE.read_text())
+    return builder.images
+
+
+@pytest.mark.parametrize("target", PROGRAMS)
+def test_an_image_has_its_programs_and_nothing_to_build_with(images: dict[str, Image], target: str) -> None:
+    image = images[target]
+    assert sorted(path.name for path in image.root.iterdir()) == ["data", "esd", "tmp"]
+    assert [path.name for path in (image.root / "esd").iterdir()] == [".venv"]
+    uid = int(image.user.partition(":")[0])
+    assert uid != 0
+    assert (image.root / "data").stat().st_uid == uid
+    for module in PROGRAMS[target]:
+        done = image.run(["python", "-m", module], user=uid)
+        # It starts, misses its settings, and says so in a sentence: everything that it imports is there.
+        assert done.returncode == 2, done.stderr
+        assert "Field required" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert image.command[:2] == ["python", "-m"]
+    assert image.command[2] in PROGRAMS[target]
+
+
+def test_only_the_workers_image_has_torch(images: dict[str, Image]) -> None:
+    found = {
+        target: image.run(["python", "-c", "import torch"]).returncode == 0
+        for target, image in images.items()
+        if target in PROGRAMS
+    }
+    assert found == {"service": False, "gateway": False, "gpu-worker": True}
+
+
+def test_an_installed_service_brings_its_migrations(images: dict[str, Image], database_url: str) -> None:
+    """They are files beside the code, which a wheel could lack."""
+    program = (
+        "import asyncio\n"
+        "from services.common.database import Database\n"
+        f"asyncio.run(Database({database_url!r}).migrate('inference'))\n"
+    )
+    done = images["service"].run(["python", "-W", "ignore", "-c", program])
+    assert done.returncode == 0, done.stderr

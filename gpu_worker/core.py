@@ -50,6 +50,7 @@ class Core:
         # Each about half as large as a checkpoint.
         self._controlnets: Resident[adapters.Adapter] = Resident(max_resident_models, on_loaded)
         self._last_tick: torch.cuda.Event | None = None
+        self._pinned: dict[tuple[str, ...], CachedModel] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -69,6 +70,11 @@ class Core:
     def add(self, run: Run) -> None:
         """Takes a run; it ends with its `on_end`."""
         self._waiting.append(run)
+
+    def pin(self, files: list[CachedModel]) -> None:
+        """Loads these checkpoints when no run waits for room, and lets them make room last."""
+        self._pinned = {(file.key,): file for file in files}
+        self._resident.pinned = frozenset(self._pinned)
 
     def cancel(self, run: Run, reason: BaseException) -> None:
         """Ends a run wherever it is; nothing happens if it has ended."""
@@ -116,6 +122,15 @@ class Core:
                 run.task = tasks.begin(run)
                 self._waiting.remove(run)
                 self._stages.append(run)
+        if not self._waiting:
+            self._load_pinned()
+
+    def _load_pinned(self) -> None:
+        for key, file in list(self._pinned.items()):
+            failure = self._resident.keep(key, lambda: weights.load(file, None, self._device))  # noqa: B023
+            if failure is not None:
+                log.warning("a pinned checkpoint cannot be loaded", name=file.name, reason=str(failure))
+                del self._pinned[key]
 
     def _take(self, equipment: Equipment, run: Run) -> None:
         """Takes what is in memory of a checkpoint's models and begins to load the rest. A second one comes after the

@@ -40,6 +40,11 @@ class _Cancel:
     run: Run
 
 
+@dataclass(frozen=True)
+class _Pin:
+    files: list[CachedModel]
+
+
 class _Signal(Enum):
     STOP = "stop"
     LOADED = "loaded"
@@ -50,7 +55,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._commands: queue.SimpleQueue[Run | _Cancel | _Signal] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Run | _Cancel | _Pin | _Signal] = queue.SimpleQueue()
         self._core: Core | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -59,6 +64,7 @@ class Engine:
         # As of the last work of the thread: cache keys of the models in memory, and the bound of a UNet call.
         self.warm_models: tuple[str, ...] = ()
         self.max_pixels = 0
+        self.on_warm: Callable[[], None] = lambda: None  # called when other models are in memory
         # Resolves when jobs can run; an exception when the device cannot be used.
         self.ready: asyncio.Future[None] = self._loop.create_future()
 
@@ -109,6 +115,10 @@ class Engine:
             await asyncio.wait([result])
             raise
 
+    def pin(self, files: list[CachedModel]) -> None:
+        """Loads these checkpoints when there is room, and keeps them as long as no job needs it."""
+        self._commands.put(_Pin(files))
+
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         """Calls something on the event loop, from the thread."""
         if not self._loop.is_closed():
@@ -123,7 +133,10 @@ class Engine:
         self._post(_settle, self.ready, None)
         while self._take_commands(core):
             core.work()
-            self.warm_models, self.max_pixels = core.warm_models, core.max_pixels
+            self.max_pixels = core.max_pixels
+            if core.warm_models != self.warm_models:
+                self.warm_models = core.warm_models
+                self._post(self.on_warm)
         core.close()
 
     def _begin(self) -> Core:
@@ -149,6 +162,8 @@ class Engine:
                 core.add(command)
             elif isinstance(command, _Cancel):
                 core.cancel(command.run, asyncio.CancelledError())
+            elif isinstance(command, _Pin):
+                core.pin(command.files)
         return True
 
 

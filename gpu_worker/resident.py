@@ -30,6 +30,7 @@ class Resident(Generic[M]):
         self._on_loaded = on_loaded
         self._entries: OrderedDict[Key, _Entry[M]] = OrderedDict()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.pinned: frozenset[Key] = frozenset()  # these make room last
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -56,6 +57,16 @@ class Resident(Generic[M]):
         self._entries.move_to_end(key)
         return models
 
+    def keep(self, key: Key, load: Callable[[], M]) -> BaseException | None:
+        """Begins to load pinned models, unless another pinned one would have to go. Answers why a load has failed."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self._begin(key, load, may_exceed=False, spared=self.pinned)
+        elif entry.models.done() and (failure := entry.models.exception()) is not None:
+            del self._entries[key]
+            return failure
+        return None
+
     def give_back(self, key: Key) -> None:
         """Ends one use."""
         self._entries[key].num_users -= 1
@@ -68,8 +79,13 @@ class Resident(Generic[M]):
         """Waits for the load on its way and ends the thread."""
         self._loader.shutdown(cancel_futures=True)
 
-    def _begin(self, key: Key, load: Callable[[], M], may_exceed: bool) -> None:
-        unused = [other for other, entry in self._entries.items() if not entry.num_users and entry.models.done()]
+    def _begin(self, key: Key, load: Callable[[], M], may_exceed: bool, spared: frozenset[Key] = frozenset()) -> None:
+        unused = [
+            other
+            for other, entry in self._entries.items()
+            if not entry.num_users and entry.models.done() and other not in spared
+        ]
+        unused.sort(key=self.pinned.__contains__)
         while len(self._entries) >= self._max_models and unused:
             del self._entries[unused.pop(0)]
         if len(self._entries) < self._max_models or may_exceed:

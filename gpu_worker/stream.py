@@ -175,6 +175,8 @@ class WorkStream:
                 self._forget(message.acknowledge.lease_id)
             case "watched":
                 self._show(message.watched)
+            case "preload":
+                self._worker.preload(list(message.preload.models))
             case "drain":
                 log.info("asked to leave")
                 self.drain()
@@ -185,6 +187,7 @@ class WorkStream:
         self._delay_seconds = _FIRST_DELAY_SECONDS
         self._outbox = outbox
         self._wanted = None
+        self._worker.preload([])  # until this stream says so
         for lease_id, lease in list(self._leases.items()):
             lease.job.audience.is_watching = False  # until this stream says so
             if lease_id not in kept:

@@ -43,9 +43,11 @@ class Worker:
         # The next job is taken to be as large as the last one; the first, to be a guided one of 512x512.
         self._typical_pixels = 2 * 512 * 512
         self._tasks: dict[Job, asyncio.Task[None]] = {}
+        self._preloading: asyncio.Task[None] | None = None
         self._num_uploading = 0
         self.on_change: Callable[[], None] = lambda: None
         engine.ready.add_done_callback(lambda _: self.on_change())
+        engine.on_warm = self._say_warm
 
     @property
     def room(self) -> int:
@@ -77,11 +79,39 @@ class Worker:
         self._tasks[job] = asyncio.create_task(self._run(job))
         self.on_change()
 
+    def _say_warm(self) -> None:
+        self.on_change()  # which whoever serves the worker sets later
+
+    def preload(self, models: list[worker_pb2.ModelFile]) -> None:
+        """Fetches these and keeps them in memory as long as no job needs the room, instead of those named before."""
+        before = self._preloading
+        if before is not None:
+            before.cancel()
+        self._preloading = asyncio.create_task(self._preload(models)) if models or before is not None else None
+
     async def stop(self) -> None:
         """Cancels what still runs and waits for its end."""
         for job in self._tasks:
             job.cancel()
+        preloading = [] if self._preloading is None else [self._preloading]
+        for task in preloading:
+            task.cancel()
         await asyncio.gather(*self._tasks.values())
+        await asyncio.gather(*preloading, return_exceptions=True)
+
+    async def _preload(self, models: list[worker_pb2.ModelFile]) -> None:
+        """Holds the files in the cache until cancelled, and has the engine load each as soon as it is here."""
+        async with AsyncExitStack() as held:
+            files: list[CachedModel] = []
+            self._engine.pin(files)
+            for model in models:
+                try:
+                    files.append(await held.enter_async_context(self._cache.hold(model)))
+                except JobError as error:
+                    log.warning("a model cannot be kept ready", name=model.name, reason=str(error))
+                    continue
+                self._engine.pin(list(files))
+            await asyncio.Event().wait()
 
     async def _run(self, job: Job) -> None:
         with structlog.contextvars.bound_contextvars(job_id=job.id):

@@ -25,7 +25,7 @@ from services.endpoints.cluster.local import LocalCluster
 from services.endpoints.cluster.machine import LocalSettings
 from services.endpoints.domain import Endpoints
 from services.endpoints.event_store import EventStore
-from services.endpoints.peers import Identity, Queue
+from services.endpoints.peers import Identity, Models, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.servicer import EndpointsServicer
@@ -126,10 +126,11 @@ async def main(settings: EndpointsSettings) -> None:
     tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
     identity = Identity(channel(settings.identity_address, tokens))
     queue = Queue(channel(settings.inference_address, tokens))
+    models = Models(channel(settings.models_address, tokens))
     wake = asyncio.Event()
     server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file))
     rpc.add_EndpointsServiceServicer_to_server(
-        EndpointsServicer(Endpoints(store, EventStore(database), identity, settings.max_instances)), server.grpc
+        EndpointsServicer(Endpoints(store, EventStore(database), identity, models, settings.max_instances)), server.grpc
     )
     rpc.add_TaskServiceServicer_to_server(TaskServicer(Tasks(tasks)), server.grpc)
     async with running_cluster(settings, store, tasks, wake.set) as cluster, asyncio.TaskGroup() as group:

@@ -11,7 +11,7 @@ from uuid import uuid4
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.endpoints.event_store import Event, EventStore
-from services.endpoints.peers import Identity
+from services.endpoints.peers import Identity, Models
 from services.endpoints.store import (
     CREATING,
     DRAINING,
@@ -25,6 +25,7 @@ from services.endpoints.store import (
 )
 
 SERVERLESS = "Serverless"
+MAX_PINNED = 4  # a GPU's memory ends somewhere
 _KEY_NAMES = KeyNames("EndpointDeploymentJobId", "startTime")
 _EVENT_KEY_NAMES = KeyNames("id", "time")
 _MAX_EXTENSIONS = 2  # the text says 3, and refuses the third: so does the original
@@ -54,6 +55,16 @@ class Change:
     num_min: int | None = None
     num_max: int | None = None
     drain: bool | None = None
+    pinned: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Who asks; `sees_everything` for holders of user:all."""
+
+    username: str
+    roles: list[str]
+    sees_everything: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,13 @@ class Page:
 class Endpoints:
     """The domain. `max_workers` bounds every count, so that a slip of the finger does not bring the machine down."""
 
-    def __init__(self, store: EndpointStore, events: EventStore, identity: Identity, max_workers: int) -> None:
+    def __init__(
+        self, store: EndpointStore, events: EventStore, identity: Identity, models: Models, max_workers: int
+    ) -> None:
         self._store = store
         self._events = events
         self._identity = identity
+        self._models = models
         self._max_workers = max_workers
 
     async def list_endpoints(self, sees_all: bool, username: str, endpoint_id: str, limit: str, key: str) -> Page:
@@ -129,18 +143,21 @@ class Endpoints:
         await self._store.add_endpoint(endpoint)
         return endpoint
 
-    async def update_endpoint(self, endpoint_id: str, change: Change, by: str) -> Endpoint:
+    async def update_endpoint(self, endpoint_id: str, change: Change, by: Viewer) -> Endpoint:
         """Changes an endpoint; the control loop does what follows from it.
 
         Raises:
-            EndpointNotFound: it is not there. InvalidArgument: the bounds are wrong, or nothing is to be changed.
-            FailedPrecondition: it has failed.
+            EndpointNotFound: it is not there. InvalidArgument: the bounds are wrong, a checkpoint is not there or not
+            for who asks, or nothing is to be changed. FailedPrecondition: it has failed.
         """
+        await self._check_pins(change.pinned or (), by)
         while True:
             before = await self._store.get_live(endpoint_id)
             values = _changed(before, change, self._max_workers)
-            words = (f"{name} {getattr(before, name)} -> {value}" for name, value in values.items())
-            if await self._store.update_endpoint(before, values, f"by {by}: {', '.join(words) or 'nothing'}"):
+            words = ", ".join(f"{name} {getattr(before, name)} -> {value}" for name, value in values.items())
+            if "pinned" in values:
+                values["are_pins_told"] = False
+            if await self._store.update_endpoint(before, values, f"by {by.username}: {words or 'nothing'}"):
                 return await self._store.get_live(endpoint_id)
 
     async def list_events(
@@ -174,6 +191,13 @@ class Endpoints:
             for row in rows
             if row.type == inference_type and row.status in (IN_SERVICE, UPDATING) and row.is_open_to(username, roles)
         ]
+
+    async def _check_pins(self, names: tuple[str, ...], viewer: Viewer) -> None:
+        if len(names) > MAX_PINNED:
+            raise InvalidArgument(f"pinned_checkpoints may have at most {MAX_PINNED} names (given: {len(names)})")
+        asked_by = viewer.username, viewer.roles, viewer.sees_everything
+        if names and (missing := await self._models.find_missing(names, *asked_by)):
+            raise InvalidArgument(" ".join(f"checkpoint with name {name} is not found" for name in missing))
 
 
 def full_name(endpoint_type: str, name: str, endpoint_id: str) -> str:
@@ -224,11 +248,16 @@ def _changed(before: Endpoint, change: Change, max_workers: int) -> dict[str, An
         InvalidArgument, FailedPrecondition.
     """
     if change == Change():
-        known = "autoscaling_enabled, min_instance_number, max_instance_number or drain"
+        known = "autoscaling_enabled, min_instance_number, max_instance_number, pinned_checkpoints or drain"
         raise InvalidArgument(f"nothing to change: give {known}")
     if before.status == FAILED:
         raise FailedPrecondition(f"endpoint {before.name} has failed; delete it and create another one")
-    wanted = {"autoscaling": change.autoscaling, "num_min": change.num_min, "num_max": change.num_max}
+    wanted: dict[str, Any] = {
+        "autoscaling": change.autoscaling,
+        "num_min": change.num_min,
+        "num_max": change.num_max,
+        "pinned": None if change.pinned is None else list(dict.fromkeys(change.pinned)),
+    }
     values: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     after = before.model_copy(update=values)
     _check_bounds(before.name, before.type, after.autoscaling, after.num_min, after.num_max)

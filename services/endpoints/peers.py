@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,12 +10,14 @@ import grpc
 
 from esd.identity.v1 import identity_pb2
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
+from esd.models.v1 import models_pb2, models_pb2_grpc
 from esd.options.v1 import options_pb2
 from services.common.clients import domain_error
 from services.common.users import Users
 from services.endpoints.scaling import Backlog
 
 _TIMEOUT_SECONDS = 10.0
+_CHECKPOINT = "Stable-diffusion"  # the type by which jobs are batched, and that takes long to load
 
 
 class Holder(StrEnum):
@@ -65,6 +67,33 @@ class Identity(Users):
             raise domain_error(error, "identity") from error
 
 
+class Models:
+    """The models service."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = models_pb2_grpc.ModelsServiceStub(channel)
+
+    async def find_missing(
+        self, names: Sequence[str], username: str, roles: list[str], sees_everything: bool
+    ) -> list[str]:
+        """Those of the names that are no checkpoint which the user may use; `sees_everything` for holders of user:all.
+
+        Raises:
+            Unavailable.
+        """
+        request = models_pb2.ResolveCheckpointsRequest(
+            names=[models_pb2.CheckpointName(type=_CHECKPOINT, name=name) for name in names],
+            username=username,
+            roles=roles,
+            sees_everything=sees_everything,
+        )
+        try:
+            response = await self._stub.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "models") from error
+        return [missing.name for missing in response.missing]
+
+
 class Queue:
     """The inference service's queue."""
 
@@ -89,6 +118,14 @@ class Queue:
         try:
             request = inference_pb2.RetireEndpointRequest(endpoint_id=endpoint_id, reason=reason)
             await self._stub.RetireEndpoint(request, timeout=_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, "inference") from error
+
+    async def pin_models(self, endpoint_id: str, names: list[str]) -> None:
+        """Says which checkpoints the endpoint's workers keep ready; idempotent."""
+        try:
+            request = inference_pb2.PinModelsRequest(endpoint_id=endpoint_id, names=names)
+            await self._stub.PinModels(request, timeout=_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise domain_error(error, "inference") from error
 

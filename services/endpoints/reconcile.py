@@ -138,6 +138,9 @@ class ControlLoop:
 
     async def _reconcile(self, endpoint: Endpoint) -> None:
         load = (self._loads or {}).get(endpoint.id, Load())
+        if not endpoint.are_pins_told:
+            await self._queue.pin_models(endpoint.id, endpoint.pinned)
+            await self._store.set_pins_told(endpoint)
         following = self._following(endpoint)
         if self._loads is not None and following is None:
             await self._rescale(endpoint, load)
@@ -216,6 +219,8 @@ class ControlLoop:
         await self._queue.retire_endpoint(endpoint.id, f"endpoint {endpoint.name} was deleted")
         if load.num_queued or load.num_running:
             return
+        if endpoint.pinned:
+            await self._queue.pin_models(endpoint.id, [])
         await self._identity.delete_secret(Holder.WORKER, endpoint.id)
         await self._cluster.forget(endpoint.id)
         await self._store.remove_endpoint(endpoint.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.struct_pb2 import Value
+from google.protobuf.struct_pb2 import ListValue, Value
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
@@ -13,7 +13,7 @@ from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.structs import json_value
 from services.common.times import time_text
-from services.endpoints.domain import Change, Endpoints, NewEndpoint, check_custom
+from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer, check_custom
 from services.endpoints.store import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
@@ -59,8 +59,11 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
             num_min=_count_or_none("min_instance_number", body.min_instance_number),
             num_max=_count_or_none("max_instance_number", body.max_instance_number),
             drain=body.drain if body.HasField("drain") else None,
+            pinned=_names(body.pinned_checkpoints) if body.HasField("pinned_checkpoints") else None,
         )
-        row = await self._endpoints.update_endpoint(request.endpoint_id, change, by=current_caller().name)
+        caller = current_caller()
+        by = Viewer(caller.name, list(caller.roles), sees_everything=caller.may("user:all"))
+        row = await self._endpoints.update_endpoint(request.endpoint_id, change, by)
         return pb.UpdateEndpointResponse(data=_message(row))
 
     async def ListEndpointEvents(
@@ -135,6 +138,17 @@ def _count_or_none(name: str, value: Value) -> int | None:
     return None if value.WhichOneof("kind") in (None, "null_value") else _count(name, value)
 
 
+def _names(values: ListValue) -> tuple[str, ...]:
+    """The names in a list.
+
+    Raises:
+        InvalidArgument: something else is in it.
+    """
+    if any(value.WhichOneof("kind") != "string_value" or not value.string_value for value in values.values):
+        raise InvalidArgument("[pinned_checkpoints: a list of names of files is expected]")
+    return tuple(value.string_value for value in values.values)
+
+
 def _message(row: Endpoint) -> pb.Endpoint:
     return pb.Endpoint(
         id=row.id,
@@ -152,4 +166,5 @@ def _message(row: Endpoint) -> pb.Endpoint:
         error=json_value(row.error),
         owner_group_or_role=row.owners,
         custom_extensions=row.custom_extensions,
+        pinned_checkpoints=ListValue(values=[Value(string_value=name) for name in row.pinned]) if row.pinned else None,
     )

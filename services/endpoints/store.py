@@ -30,7 +30,7 @@ DRAINING = "Draining"  # not a word of the original: no workers and no new jobs,
 
 _OBSERVED = {"id", "name", "num_live", "num_workers", "need_since", "surplus_since", "surplus_peak"}
 _BOUNDS = ("autoscaling", "num_min", "num_max", "num_workers")
-_OBSERVED |= {"start_time", "end_time", "is_retired"}
+_OBSERVED |= {"start_time", "end_time", "is_retired", "are_pins_told"}
 
 
 class RoleHasEndpoint(FailedPrecondition):
@@ -49,7 +49,8 @@ class Endpoint(SQLModel, table=True):
     """A pool. Counts are of workers: `num_initial`, `num_min` and `num_max` are wishes, `num_live` is what was seen.
 
     `num_workers` is what the control loop has decided, and `need_since` to `surplus_peak` why it may decide otherwise
-    soon (scaling.Scale). `is_retired` says that the queue was told that the endpoint takes no more jobs.
+    soon (scaling.Scale). `is_retired` says that the queue was told that the endpoint takes no more jobs, and
+    `are_pins_told` that it was told which checkpoints are `pinned`.
     """
 
     __tablename__ = "endpoints"
@@ -76,6 +77,8 @@ class Endpoint(SQLModel, table=True):
     end_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
     error: str | None = None
     is_retired: bool = False
+    pinned: list[str] = Field(default_factory=list, sa_column=Column(ARRAY(Text), nullable=False))
+    are_pins_told: bool = True
 
     def facts(self) -> dict[str, Any]:
         """What the audit may know: what was asked for, and what became of it; not what is merely observed."""
@@ -222,6 +225,12 @@ class EndpointStore:
     async def set_retired(self, endpoint_id: str) -> None:
         """Remembers that the queue knows."""
         await self._update(endpoint_id, is_retired=True)
+
+    async def set_pins_told(self, endpoint: Endpoint) -> None:
+        """Remembers that the queue knows these pins; not if there are others by now."""
+        told = update(Endpoint).where(col(Endpoint.id) == endpoint.id, col(Endpoint.pinned) == endpoint.pinned)
+        async with self._database.transaction() as session:
+            await session.execute(told.values(are_pins_told=True))
 
     async def remove_endpoint(self, endpoint_id: str) -> None:
         """Removes the row, and those of its workers."""

@@ -26,6 +26,7 @@ from services.common.signals import Signals
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
+from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.scaler import ScalerServicer
@@ -125,7 +126,8 @@ async def main() -> None:
     verifier = Verifier.from_file(settings.verifying_key_file, audience="inference")
     server = Server(settings.listen, verifier, token_review(identity))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
-    workers = QueueServicer(queue, pools, rehoming, signals, board, server.stopping)
+    pins = Pins(pools, peers, blobs)
+    workers = QueueServicer(queue, pools, rehoming, pins, signals, board, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
     chores = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),

@@ -266,6 +266,15 @@ class RetiredEndpoint(SQLModel, table=True):
     reason: str
 
 
+class PinnedModels(SQLModel, table=True):
+    """The checkpoints that an endpoint's workers keep ready, by name; there is no row where there are none."""
+
+    __tablename__ = "pinned_models"
+
+    endpoint_id: UUID = Field(primary_key=True)
+    names: list[str] = Field(sa_type=_JSON)
+
+
 class Webhook(SQLModel, table=True):
     """The webhook of a job that has ended. `since_time` begins the time of its attempts; `due_time` is the next one."""
 

@@ -104,12 +104,12 @@ async def _rounds(database_url: str, folder: Path) -> list[float]:
     database = Database(database_url)
     await database.migrate("endpoints")
     store = EndpointStore(database, Audit("endpoints", "of no use to anybody here, and long enough"))
-    domain = Endpoints(store, EventStore(database), _NoIdentity(), max_workers=1)  # type: ignore[arg-type]
+    identity: Any = _NoIdentity()
+    domain = Endpoints(store, EventStore(database), identity, identity, max_workers=1)
     settings = LocalSettings(_SLEEPER, folder / "workers", "", folder / "key", "cpu", [])
     wake = asyncio.Event()
     tasks = TaskStore(database)
     cluster = LocalCluster(store, tasks, settings, wake.set)
-    identity: Any = _NoIdentity()
     queue: Any = None
     task_control = TaskControl(tasks, identity, cluster, wake)
     control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, ScalingPolicy())

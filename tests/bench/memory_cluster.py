@@ -146,7 +146,7 @@ async def _rounds(database: Database, api: client.ApiClient, num_endpoints: int,
     control = ControlLoop(
         store, database, nobody, nobody, cluster, TaskControl(tasks, nobody, cluster, wake), wake, policy
     )
-    domain = Endpoints(store, EventStore(database), nobody, max_workers=num_workers)
+    domain = Endpoints(store, EventStore(database), nobody, nobody, max_workers=num_workers)
     new = [
         NewEndpoint("", "Async", "ml.g5.xlarge", num_workers - 1, True, num_workers - 1, num_workers, [str(uuid4())])
         for _ in range(num_endpoints)

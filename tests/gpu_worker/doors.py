@@ -77,6 +77,10 @@ class Connection:
         """Hands out a job."""
         await self.send(assign=inference_pb2.Assign(lease_id=lease_id, spec=spec))
 
+    async def preload(self, *models: worker_pb2.ModelFile) -> None:
+        """Names models to keep ready."""
+        await self.send(preload=inference_pb2.Preload(models=models))
+
     async def acknowledge(self, lease_id: str) -> None:
         """Confirms a last event."""
         await self.send(acknowledge=inference_pb2.Acknowledge(lease_id=lease_id))

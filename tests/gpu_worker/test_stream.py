@@ -169,3 +169,23 @@ async def test_a_worker_that_is_drained_before_its_welcome_leaves_at_once(worker
         stream.drain()
         await asyncio.wait_for(task, 30)
         connection.sever()
+
+
+async def test_models_that_are_to_be_kept_ready_are_in_memory_before_a_job_comes(
+    worker: Worker, peers: Services, make_spec: Any
+) -> None:
+    (model,) = make_spec().models
+    gone = inference_pb2.Preload(models=[model]).models[0]
+    gone.cache_key, gone.url = "00" * 32, model.url + "-is-not-there"
+    async with working(worker, peers):
+        connection = await peers.queue.connection()
+        await connection.welcome()
+        await connection.preload(gone, model)
+        while list((await connection.until("want")).warm_models) != [model.cache_key]:
+            pass
+        await connection.assign("lease-1", make_spec())
+        await connection.until("done")
+        connection.sever()
+        again = await peers.queue.connection()
+        await again.welcome()
+        await again.until_room()  # what is to be kept ready is said anew, or nothing is

@@ -14,8 +14,8 @@ from sqlmodel import col
 from services.common.database import Database, notify
 from services.inference.queue.claim import QUEUED, UNDER_WAY
 from services.inference.queue.enqueue import enqueue, locked
-from services.inference.rows import Job, RetiredEndpoint, Worker
-from services.inference.signals import JOB_ENDED
+from services.inference.rows import Job, PinnedModels, RetiredEndpoint, Worker
+from services.inference.signals import JOB_ENDED, MODELS_PINNED
 
 _NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
 
@@ -85,6 +85,22 @@ class PoolStore:
                     work_seconds = row.cost * float(row.finished_seconds) / row.finished_cost / at_once
                 found[row.endpoint_id] = PoolState(worker_ids, row.num_queued, row.num_held, work_seconds)
         return found
+
+    async def pin(self, endpoint_id: UUID, names: list[str]) -> None:
+        """Remembers which checkpoints the endpoint's workers keep ready, and tells those who speak with its workers."""
+        row = insert(PinnedModels).values(endpoint_id=endpoint_id, names=names)
+        async with self._database.transaction() as session:
+            if names:
+                await session.execute(row.on_conflict_do_update(index_elements=["endpoint_id"], set_={"names": names}))
+            else:
+                await session.execute(delete(PinnedModels).where(col(PinnedModels.endpoint_id) == endpoint_id))
+            await notify(session, MODELS_PINNED, str(endpoint_id))
+
+    async def pinned(self, endpoint_id: UUID) -> list[str]:
+        """The checkpoints that the endpoint's workers keep ready."""
+        async with self._database.transaction() as session:
+            found = await session.get(PinnedModels, endpoint_id)
+        return found.names if found else []
 
     async def retire(self, endpoint_id: UUID, reason: str) -> None:
         """Remembers that an endpoint went away."""

@@ -16,11 +16,13 @@ from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
 from services.common.signals import Signals, first, wait
+from services.inference.peers import Model
 from services.inference.queue.domain import Assignment, Queue, WorkerStream, parse_lease
+from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
-from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
+from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, MODELS_PINNED, POOLS_CHANGED
 from services.inference.watching.board import Board
 from services.inference.watching.relay import Relay
 
@@ -39,6 +41,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         queue: Queue,
         pools: PoolStore,
         rehoming: Rehoming,
+        pins: Pins,
         signals: Signals,
         board: Board,
         stopping: asyncio.Event,
@@ -46,6 +49,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         self._queue = queue
         self._pools = pools
         self._rehoming = rehoming
+        self._pins = pins
         self._signals = signals
         self._board = board
         self._stopping = stopping
@@ -54,7 +58,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         self, request_iterator: AsyncIterator[pb.WorkRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkResponse]:
         endpoint_id = _endpoint_of_token()
-        session = _WorkSession(self._queue, self._signals, self._board, endpoint_id)
+        session = _WorkSession(self._queue, self._pins, self._signals, self._board, endpoint_id)
         work = asyncio.create_task(session.run(request_iterator, self._stopping))
         try:
             while (message := await session.outbox.get()) is not None:
@@ -85,14 +89,19 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         moved, failed = await self._rehoming.retire(UUID(request.endpoint_id), request.reason)
         return pb.RetireEndpointResponse(num_moved=moved, num_failed=failed)
 
+    async def PinModels(self, request: pb.PinModelsRequest, context: grpc.aio.ServicerContext) -> pb.PinModelsResponse:
+        await self._pins.pin(UUID(request.endpoint_id), list(request.names))
+        return pb.PinModelsResponse()
+
 
 class _WorkSession:
     """One Work stream: reads what the worker says, assigns when it wants, renews its leases, tells it what it lost."""
 
-    def __init__(self, queue: Queue, signals: Signals, board: Board, endpoint_id: UUID) -> None:
+    def __init__(self, queue: Queue, pins: Pins, signals: Signals, board: Board, endpoint_id: UUID) -> None:
         self.outbox: asyncio.Queue[pb.WorkResponse | None] = asyncio.Queue()
         self._relay = Relay(board, self._say_watched)
         self._queue = queue
+        self._pins = pins
         self._signals = signals
         self._endpoint_id = endpoint_id
         self._num_wanted = 0
@@ -139,6 +148,7 @@ class _WorkSession:
         with (
             self._signals.subscribed(woken_by) as wake,
             self._signals.subscribed((LEASES_LOST, stream.worker_id)) as lost,
+            self._signals.subscribed((MODELS_PINNED, str(self._endpoint_id))) as pinned,
         ):
             reader = self._read(stream, requests, wake)
             await first(
@@ -146,6 +156,7 @@ class _WorkSession:
                 self._assign(stream, wake),
                 self._renew(stream),
                 self._watch_leases(stream, lost),
+                self._watch_pins(pinned),
                 stopping.wait(),
             )
         if stopping.is_set():
@@ -215,6 +226,22 @@ class _WorkSession:
                 if lease_id in self._leases:  # else it ended in the meantime
                     self._take_back(lease_id)
 
+    async def _watch_pins(self, pinned: asyncio.Event) -> None:
+        """Tells the worker which models to keep ready, now and when others are pinned."""
+        told: list[str] = []
+        while True:
+            try:
+                files = await self._pins.files(self._endpoint_id)
+            except Unavailable as error:
+                log.warning("a worker is not told what is pinned yet", error=str(error))
+                await wait(pinned, self._queue.limits.sweep_seconds)
+                continue
+            if (keys := [model.cache_key for model, _ in files]) != told:
+                self._send(preload=pb.Preload(models=[_model_file(*file) for file in files]))
+                told = keys
+            await pinned.wait()
+            pinned.clear()
+
     def _end(self, lease_id: UUID, recorded: bool) -> None:
         if recorded:
             self._leases.discard(lease_id)
@@ -261,25 +288,25 @@ def _results(done: worker_pb2.JobDone) -> Results:
     )
 
 
+def _model_file(model: Model, url: str) -> worker_pb2.ModelFile:
+    return worker_pb2.ModelFile(
+        type=model.type,
+        name=model.name,
+        url=url,
+        size_bytes=model.size_bytes,
+        cache_key=model.cache_key,
+        sha256=model.sha256,
+    )
+
+
 def _assign(assignment: Assignment) -> pb.Assign:
     job = assignment.job
-    models = [
-        worker_pb2.ModelFile(
-            type=model.type,
-            name=model.name,
-            url=url,
-            size_bytes=model.size_bytes,
-            cache_key=model.cache_key,
-            sha256=model.sha256,
-        )
-        for model, url in assignment.models
-    ]
     spec = worker_pb2.JobSpec(
         job_id=str(job.id),
         task_type=job.task_type,
         payload_url=assignment.payload_url,
         payload_sha256=(job.payload_sha256 or "") if assignment.payload_url else "",
-        models=models,
+        models=[_model_file(*file) for file in assignment.models],
         image_uploads=[worker_pb2.Upload(name=name, url=url) for name, url in assignment.image_uploads],
         param_upload=worker_pb2.Upload(name=assignment.param_upload[0], url=assignment.param_upload[1]),
         endpoint_name=job.endpoint_name,

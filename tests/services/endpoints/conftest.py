@@ -23,6 +23,8 @@ from esd.identity.v1 import identity_pb2 as identity
 from esd.identity.v1 import identity_pb2_grpc
 from esd.inference.v1 import inference_pb2 as inference
 from esd.inference.v1 import inference_pb2_grpc
+from esd.models.v1 import models_pb2 as models
+from esd.models.v1 import models_pb2_grpc
 from esd.options.v1 import options_pb2 as options
 from services.common.audit import Audit
 from services.common.auth import AUDIENCE_SERVICES, Caller, Kind, current_caller
@@ -38,7 +40,7 @@ from services.endpoints.cluster.process import start_time_of
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.domain import Endpoints
 from services.endpoints.event_store import EventStore
-from services.endpoints.peers import Identity, Queue
+from services.endpoints.peers import Identity, Models, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.servicer import EndpointsServicer
@@ -90,6 +92,15 @@ class StandInIdentity(identity_pb2_grpc.IdentityServiceServicer):
         return identity.IssueTokenResponse(token=token, lifetime_seconds=300)
 
 
+class StandInModels(models_pb2_grpc.ModelsServiceServicer):
+    """Knows two checkpoints, one of them for painters only."""
+
+    async def ResolveCheckpoints(self, request: models.ResolveCheckpointsRequest, context: Any) -> Any:
+        known = {"for-all.safetensors"} | ({"for-painters.ckpt"} if "painter" in request.roles else set())
+        missing = [name for name in request.names if name.name not in known or name.type != "Stable-diffusion"]
+        return models.ResolveCheckpointsResponse(missing=missing)
+
+
 class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
     """Sees workers come and go. `jobs` is what is known of them by endpoint; a retired endpoint's are gone at once."""
 
@@ -97,6 +108,7 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
         self.workers: dict[str, set[str]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
         self.retired: list[tuple[str, str]] = []
+        self.pinned: dict[str, list[str]] = {}
         self.changed = asyncio.Condition()
         self.num_changes = 0
 
@@ -139,6 +151,10 @@ class StandInQueue(inference_pb2_grpc.QueueServiceServicer):
             async with self.changed:
                 await self.changed.wait_for(lambda told=told: self.num_changes != told)
 
+    async def PinModels(self, request: inference.PinModelsRequest, context: Any) -> Any:
+        self.pinned[request.endpoint_id] = list(request.names)
+        return inference.PinModelsResponse()
+
     async def RetireEndpoint(self, request: inference.RetireEndpointRequest, context: Any) -> Any:
         self.retired.append((request.endpoint_id, request.reason))
         self.jobs.pop(request.endpoint_id, None)
@@ -161,6 +177,7 @@ async def peers(tokens: Tokens) -> AsyncIterator[Peers]:
     stand_ins = StandInIdentity(tokens), StandInQueue()
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(stand_ins[0], server.grpc)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(stand_ins[1], server.grpc)
+    models_pb2_grpc.add_ModelsServiceServicer_to_server(StandInModels(), server.grpc)
     port = await server.start()
     yield Peers(f"127.0.0.1:{port}", *stand_ins)
     await server.stop(grace_seconds=0)
@@ -191,8 +208,9 @@ def clients(peers: Peers) -> tuple[Identity, Queue]:
 
 
 @pytest.fixture
-def domain(store: EndpointStore, database: Database, clients: tuple[Identity, Queue]) -> Endpoints:
-    return Endpoints(store, EventStore(database), clients[0], max_workers=8)
+def domain(store: EndpointStore, database: Database, clients: tuple[Identity, Queue], peers: Peers) -> Endpoints:
+    models = Models(channel(peers.address, TokenSource(peers.address, OWN_SECRET)))
+    return Endpoints(store, EventStore(database), clients[0], models, max_workers=8)
 
 
 @pytest.fixture
@@ -227,6 +245,7 @@ def service_environment(database_url: str, peers: Peers, tokens: Tokens, tmp_pat
         "ESD_VERIFYING_KEY_FILE": str(tmp_path / "verifying.pem"),
         "ESD_IDENTITY_ADDRESS": peers.address,
         "ESD_INFERENCE_ADDRESS": peers.address,
+        "ESD_MODELS_ADDRESS": peers.address,
         "ESD_PUBLIC_URL": f"http://{peers.address}",
         "ESD_WORKER_DIR": str(tmp_path / "workers"),
         "ESD_WORKER_COMMAND": f'["{sys.executable}", "-m", "tests.services.endpoints.standin_worker"]',

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from services.endpoints.domain import Change, Endpoints, NewEndpoint
+from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer
 from services.endpoints.event_store import EventStore
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.store import Endpoint, EndpointStore
 from tests.services.endpoints.conftest import Peers, RunLoop, until
 
+ANN = Viewer("ann", [])
 NEVER = 1e6
 OUT_NOW = ScalingPolicy(out_seconds=0, in_seconds=NEVER)
 BOTH_NOW = ScalingPolicy(out_seconds=0, in_seconds=0)
@@ -135,12 +136,12 @@ async def test_new_bounds_hold_at_once_and_a_drained_endpoint_comes_back(
     run_loop(policy=ScalingPolicy(out_seconds=NEVER, in_seconds=NEVER))
     created = await create()
     await settled(1)
-    await domain.update_endpoint(created.id, Change(num_min=2), "ann")
+    await domain.update_endpoint(created.id, Change(num_min=2), ANN)
     await settled(2)
-    await domain.update_endpoint(created.id, Change(num_min=0, num_max=1), "ann")
+    await domain.update_endpoint(created.id, Change(num_min=0, num_max=1), ANN)
     await settled(1)
 
-    await domain.update_endpoint(created.id, Change(drain=True), "ann")
+    await domain.update_endpoint(created.id, Change(drain=True), ANN)
 
     async def drained() -> bool:
         (row,) = await store.get_all()
@@ -148,5 +149,5 @@ async def test_new_bounds_hold_at_once_and_a_drained_endpoint_comes_back(
 
     await until(drained)
     assert await domain.find_endpoints("", "Async", "ann", ["painter"]) == []
-    assert (await domain.update_endpoint(created.id, Change(drain=False), "ann")).status == "Updating"
+    assert (await domain.update_endpoint(created.id, Change(drain=False), ANN)).status == "Updating"
     await settled(1)

@@ -25,7 +25,7 @@ from deploy.local.home import Home
 from deploy.local.ports import free_port
 from esd.inference.v1 import externalscaler_pb2 as pb
 from esd.inference.v1 import externalscaler_pb2_grpc as rpc
-from services.endpoints.domain import Change, Endpoints, NewEndpoint
+from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer
 from services.endpoints.event_store import EventStore
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy
@@ -43,6 +43,7 @@ from tests.serving import Tokens
 
 pytestmark = pytest.mark.k8s
 
+ANN = Viewer("ann", [])
 NAMESPACE = "esd-workers"
 COMPONENT = ROOT / "deploy" / "kubernetes" / "components" / "keda"
 KEDA = "keda.sh", "v1alpha1", NAMESPACE
@@ -183,10 +184,10 @@ async def test_keda_scales_a_pool_and_the_own_loop_leaves_it_alone(
         await peers.queue.set_jobs(endpoint.id, num_queued=5)
         await until(lambda: rests_at(2), seconds=120)
         assert await num_scaled_objects() == 1
-        await domain.update_endpoint(endpoint.id, Change(drain=True), "ann")
+        await domain.update_endpoint(endpoint.id, Change(drain=True), ANN)
         await until(lambda: drained(store, endpoint), seconds=120)
         assert await num_scaled_objects() == 0
-        await domain.update_endpoint(endpoint.id, Change(drain=False, num_min=1), "ann")
+        await domain.update_endpoint(endpoint.id, Change(drain=False, num_min=1), ANN)
         await until(lambda: rests_at(2), seconds=120)
         await peers.queue.set_jobs(endpoint.id)
         await until(lambda: rests_at(1), seconds=120)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from services.endpoints.domain import Endpoints, NewEndpoint
+from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer
 from services.endpoints.store import Endpoint, EndpointStore, Worker
 from tests.processes import ROOT
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, is_alive, until
@@ -266,3 +266,19 @@ async def test_workers_survive_the_service_that_started_them_and_are_adopted_by_
     assert await third.wait() == 0
     for row in await store.get_workers():
         os.kill(row.pid, signal.SIGKILL)
+
+
+async def test_the_queue_is_told_what_is_pinned_and_again_when_it_did_not_hear(
+    run_loop: RunLoop, create: Create, domain: Endpoints, endpoint_in: Any, store: EndpointStore, peers: Peers
+) -> None:
+    ann = Viewer("ann", ["painter"])
+    endpoint = await create()
+    await domain.update_endpoint(endpoint.id, Change(pinned=("for-all.safetensors",)), ann)
+    run_loop()
+    await until(lambda: peers.queue.pinned.get(endpoint.id) == ["for-all.safetensors"])
+    await endpoint_in("InService")
+    await domain.update_endpoint(endpoint.id, Change(pinned=("for-painters.ckpt",)), ann)
+    await until(lambda: peers.queue.pinned[endpoint.id] == ["for-painters.ckpt"])
+    await domain.delete_endpoints([endpoint.name])
+    await until(lambda: is_gone(store, endpoint))
+    assert peers.queue.pinned[endpoint.id] == []

@@ -285,8 +285,18 @@ async def test_bounds_are_changed_one_by_one(stub: Any, admin: Metadata) -> None
     [
         (
             {},
-            "nothing to change: give autoscaling_enabled, min_instance_number, max_instance_number or drain",
+            "nothing to change: give autoscaling_enabled, min_instance_number, max_instance_number, "
+            "pinned_checkpoints or drain",
         ),
+        (
+            {"pinned_checkpoints": ["x.ckpt", "y"]},
+            "checkpoint with name x.ckpt is not found checkpoint with name y is not found",
+        ),
+        (
+            {"pinned_checkpoints": ["for-all.safetensors", 7]},
+            "[pinned_checkpoints: a list of names of files is expected]",
+        ),
+        ({"pinned_checkpoints": ["1", "2", "3", "4", "5"]}, "pinned_checkpoints may have at most 4 names (given: 5)"),
         ({"min_instance_number": 2}, "max_instance_number should be at least 2: esd-async-test"),
         ({"min_instance_number": "-1"}, "min_instance_number should be at least 0 for async endpoint: esd-async-test"),
         ({"max_instance_number": 9}, "an endpoint may have at most 8 instances here (asked for: 9)"),
@@ -300,6 +310,22 @@ async def test_a_bad_change_is_refused_and_changes_nothing(
         await update(stub, admin, created["EndpointDeploymentJobId"], **change)
     assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
     assert (await listed(stub, admin))["endpoints"] == [created]
+
+
+async def test_checkpoints_are_pinned_that_who_pins_them_may_use(
+    stub: Any, admin: Metadata, tokens: Tokens, store: EndpointStore
+) -> None:
+    created = await create(stub, admin)
+    endpoint_id = created["EndpointDeploymentJobId"]
+    assert "pinned_checkpoints" not in created
+    names = ["for-painters.ckpt", "for-all.safetensors"]
+    changed = await update(stub, admin, endpoint_id, pinned_checkpoints=[*names, names[0]])
+    assert changed["pinned_checkpoints"] == names
+    poet = tokens.user("bob", ["sagemaker_endpoint:all"], ["poet"])
+    with pytest.raises(grpc.aio.AioRpcError, match=r"checkpoint with name for-painters\.ckpt is not found"):
+        await update(stub, poet, endpoint_id, pinned_checkpoints=names)
+    assert (await store.get_live(endpoint_id)).pinned == names
+    assert "pinned_checkpoints" not in await update(stub, admin, endpoint_id, pinned_checkpoints=[])
 
 
 async def test_a_failed_endpoint_is_not_changed_and_an_unknown_one_not_found(

@@ -31,6 +31,7 @@ from services.common.signals import Signals
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
+from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.servicer import QueueServicer
@@ -340,7 +341,7 @@ async def service(
             jobs = Inference(store, blobs, peers, signals, cleaner, Priorities(DEFAULT_RANGES))
             servicer = InferenceServicer(jobs, views, Events(jobs, views, board), webhooks)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-            workers = QueueServicer(queue, pools, rehoming, signals, board, stopping)
+            workers = QueueServicer(queue, pools, rehoming, Pins(pools, peers, blobs), signals, board, stopping)
             inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
         channel = await serve(add_servicers, audience="inference")

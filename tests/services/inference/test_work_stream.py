@@ -397,3 +397,23 @@ async def test_only_services_may_look_at_pools_and_retire_endpoints(service: Ser
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await service.queue.RetireEndpoint(request, metadata=service.user("root", "user:all"))
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_worker_is_told_which_models_to_keep_ready_and_when_others_are_pinned(service: Service) -> None:
+    endpoints, endpoint_id = service.tokens.service("endpoints"), service.endpoint_id
+
+    async def pin(*names: str) -> None:
+        await service.queue.PinModels(pb.PinModelsRequest(endpoint_id=endpoint_id, names=names), metadata=endpoints)
+
+    await pin("gone.ckpt", "v1-5.safetensors")
+    async with service.worker() as worker:
+        (model,) = (await worker.read()).preload.models
+        assert (model.name, model.cache_key, model.size_bytes) == ("v1-5.safetensors", "ab" * 32, 17)
+        assert model.url.startswith("http")
+        await pin()
+        assert (await worker.read()).WhichOneof("message") == "preload"
+        await pin("v1-5.safetensors")
+        assert len((await worker.read()).preload.models) == 1
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.queue.PinModels(pb.PinModelsRequest(endpoint_id=endpoint_id), metadata=service.user())
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED

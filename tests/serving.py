@@ -3,12 +3,15 @@
 tokens = Tokens()                                        one Ed25519 key pair
 stub.ListRoles(request, metadata=tokens.user("ann", ["role:all"]))
 async with serving(add_servicers, tokens.verifier()) as channel: ...
+assert "in words" in await fails(stub.CreateRole(request), grpc.StatusCode.INVALID_ARGUMENT)
 """
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
@@ -94,3 +97,11 @@ async def serving(add_servicers: AddServicers, verifier: Verifier) -> AsyncItera
             yield channel
     finally:
         await server.stop(grace_seconds=0)
+
+
+async def fails(call: Any, code: grpc.StatusCode) -> str:
+    """The sentence with which a call is refused that must be, with this status."""
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call
+    assert failure.value.code() == code, failure.value.details()
+    return failure.value.details() or ""

@@ -21,7 +21,8 @@ from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.import_store import IMPORT, ImportStore
-from services.models.imports import Imports, Limits
+from services.models.imports import Imports
+from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.settings import ModelsSettings
 from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore

@@ -8,49 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.message import Message
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import unquote
 from uuid import UUID, uuid4
 
 import structlog
 
-from services.common.blobs import GIB, BlobNotFound, Blobs
+from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
-from services.common.outbound import Answer, Outbound, Unreachable, Url, UrlRefused, parse_url
+from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_url
 from services.common.times import time_text
-from services.models.checks import check_params, file_name
+from services.models.checks import check_params
 from services.models.domain import Models, prefix_of, sha256_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
+from services.models.parts import Limits, Parts
+from services.models.sources import check_status, first_byte, name_in, name_of, validator_of
 from services.models.store import ACTIVE, INITIAL, Checkpoint, CheckpointFile, ModelStore, NameInUse, Viewer
 
 log = structlog.get_logger()
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx", ".yaml")
-_MIB = 1024 * 1024
-_MIN_PART_BYTES = 5 * _MIB  # of S3
-_MAX_PARTS = 9_000  # S3 takes 10,000
-_MAY_PASS = frozenset({408, 425, 429})
 _INTERNAL = "an internal error ended the import; the service's log has the details"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an import may take. The time counts from the request."""
-
-    max_bytes: int = 100 * GIB
-    max_hours: float = 24
-
-    @property
-    def part_bytes(self) -> int:
-        """The size of each part but the last."""
-        return max(_MIN_PART_BYTES, -(-self.max_bytes // _MAX_PARTS // _MIB) * _MIB)
 
 
 class Imports:
@@ -163,8 +141,8 @@ class Imports:
             if answer.status == 416 and headers:
                 await self._start(checkpoint.files[0], held, "", None)
                 raise Unreachable(f"{answer.hops[-1].shown} has no more of the file, so it is fetched again")
-            _check_status(answer)
-            goes_on = answer.status == 206 and _first_byte(answer) == held.bytes_done and bool(headers)
+            check_status(answer)
+            goes_on = answer.status == 206 and first_byte(answer) == held.bytes_done and bool(headers)
             if answer.status == 206 and not goes_on:
                 raise UrlRefused(f"{answer.hops[-1].shown} sends another part of the file than was asked for")
             length = answer.headers.get("content-length", "")
@@ -176,9 +154,9 @@ class Imports:
                 checkpoint = await self._imports.save_name(held, name, prefix_of(checkpoint) + name)
             file = checkpoint.files[0]
             if not goes_on:
-                held = await self._start(file, held, _validator(answer), total)
+                held = await self._start(file, held, validator_of(answer), total)
             upload_id = file.upload_id if goes_on else await self._upload_id(checkpoint.id)
-            parts = _Parts(self._blobs, self._imports, file.key, upload_id, held, self._limits)
+            parts = Parts(self._blobs, self._imports, file.key, upload_id, held, self._limits)
             async with contextlib.aclosing(parts):
                 async for chunk in answer.chunks():
                     await parts.add(chunk)
@@ -222,136 +200,3 @@ class Imports:
         """After a deletion, removes what this attempt had made meanwhile; another attempt's work stays."""
         if not await self._store.find_checkpoints([checkpoint.id]):
             await self._blobs.delete_prefix(prefix_of(checkpoint))
-
-
-class _Parts:
-    """Collects bytes into parts; one is being stored while the next is being filled.
-
-    Two buffers that change places hold them, so an import takes twice the size of a part, however long the file.
-    """
-
-    def __init__(
-        self, blobs: Blobs, imports: ImportStore, key: str, upload_id: str, held: Import, limits: Limits
-    ) -> None:
-        self._blobs = blobs
-        self._imports = imports
-        self._key = key
-        self._upload_id = upload_id
-        self._held = held
-        self._limits = limits
-        self._received = held.bytes_done
-        self._number = len(held.parts)
-        self._filling, self._other = bytearray(limits.part_bytes), bytearray(limits.part_bytes)
-        self._num_filled = 0
-        self._storing: asyncio.Task[tuple[str, int]] | None = None
-        self.digest = hashlib.sha256()
-
-    async def add(self, chunk: bytes) -> None:
-        """Takes the next bytes.
-
-        Raises:
-            UrlRefused: they are too many. Superseded.
-        """
-        self._received += len(chunk)
-        if self._received > self._limits.max_bytes:
-            raise UrlRefused(f"more than the {self._limits.max_bytes} bytes that are allowed")
-        self.digest.update(chunk)
-        left = memoryview(chunk)
-        while left:
-            taken = left[: len(self._filling) - self._num_filled]
-            self._filling[self._num_filled : self._num_filled + len(taken)] = taken
-            self._num_filled += len(taken)
-            left = left[len(taken) :]
-            if self._num_filled == len(self._filling):
-                await self._store()
-
-    async def end(self) -> Import:
-        """Stores what is left, and answers the import with all its parts.
-
-        Raises:
-            UrlRefused: there was nothing.
-        """
-        if self._received == 0:
-            raise UrlRefused("the file is empty")
-        if self._num_filled:
-            await self._store()
-        await self._settle(is_last=True)
-        if self._held.bytes_total != self._held.bytes_done:
-            # The range that was asked for was empty: all parts were there.
-            raise Unreachable("the file ended before its last part")
-        return self._held
-
-    async def aclose(self) -> None:
-        """Lets go of a part that is under way."""
-        if self._storing is not None:
-            self._storing.cancel()
-            await asyncio.gather(self._storing, return_exceptions=True)
-
-    async def _store(self) -> None:
-        await self._settle(is_last=False)  # from here on nobody reads the other buffer
-        content, self._filling, self._other = self._filling, self._other, self._filling
-        if self._num_filled < len(content):
-            content = content[: self._num_filled]
-        self._num_filled = 0
-        self._number += 1
-        self._storing = asyncio.create_task(self._put(self._number, content))
-
-    async def _put(self, number: int, content: bytearray) -> tuple[str, int]:
-        return await self._blobs.put_part(self._key, self._upload_id, number, content), len(content)
-
-    async def _settle(self, is_last: bool) -> None:
-        if self._storing is not None:
-            etag, size_bytes = await self._storing
-            self._storing = None
-            self._held = await self._imports.save_part(self._held, etag, size_bytes, is_last)
-
-
-def name_in(url: Url) -> str:
-    """The name of a model's file at the end of the URL's path; empty where there is none."""
-    return _model_name(unquote(url.path))
-
-
-def name_of(answer: Answer) -> str:
-    """The name of what came: as its sender calls it, else as the end of a URL on the way does.
-
-    Raises:
-        UrlRefused: none of them is the name of a model's file.
-    """
-    disposition = re.sub(r"[^\x20-\x7e\xa0-\xff]", "", answer.headers.get("content-disposition", ""))
-    header = Message()
-    header["Content-Disposition"] = disposition
-    extended = re.search(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^;\s]+)", disposition)  # RFC 6266: it wins
-    called = unquote(extended[1]) if extended else header.get_filename() or ""
-    names = [_model_name(called), *(name_in(hop) for hop in reversed(answer.hops))]
-    name = next((name for name in names if name), None)
-    if name is None:
-        raise UrlRefused(f"{answer.hops[0].shown} gives no file whose name ends in {', '.join(SUFFIXES)}")
-    return name
-
-
-def _model_name(path: str) -> str:
-    name = re.split(r"[/\\]", path)[-1].strip()
-    if PurePosixPath(name).suffix.lower() not in SUFFIXES or re.search(r"[\x00-\x1f\x7f]", name):
-        return ""
-    with contextlib.suppress(InvalidArgument, UnicodeEncodeError):
-        return file_name(name)
-    return ""
-
-
-def _check_status(answer: Answer) -> None:
-    shown = answer.hops[-1].shown
-    if answer.status in _MAY_PASS or answer.status >= 500:
-        raise Unreachable(f"{shown} answers {answer.status}")
-    if answer.status not in (200, 206):
-        raise UrlRefused(f"{shown} answers {answer.status}")
-
-
-def _first_byte(answer: Answer) -> int | None:
-    found = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(?:\d{1,18}|\*)", answer.headers.get("content-range", "").strip())
-    return int(found[1]) if found else None
-
-
-def _validator(answer: Answer) -> str:
-    """What proves that the source did not change: a strong ETag, or a date of change."""
-    etag = answer.headers.get("etag", "")
-    return etag if etag.startswith('"') else answer.headers.get("last-modified", "")

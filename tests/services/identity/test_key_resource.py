@@ -13,16 +13,10 @@ from services.identity.rows import User
 from services.identity.store import FailedPrecondition, LastAdministrator
 from services.identity.tokens import USER_TOKEN_SECONDS
 from tests.services.identity.conftest import ALL
+from tests.serving import fails
 
 INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 TIME = "%Y-%m-%d %H:%M:%S.%f"
-
-
-async def _fails(call: Any, code: grpc.StatusCode) -> str:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await call
-    assert failure.value.code() == code, failure.value.details()
-    return failure.value.details() or ""
 
 
 async def _create(identity: Any, **fields: Any) -> pb.CreateApiKeyResponse:
@@ -65,18 +59,18 @@ async def test_keys_are_listed_newest_first_without_their_values(identity: Any) 
 
 @pytest.mark.parametrize("days", [0, -1, 3651])
 async def test_a_life_out_of_bounds_is_refused(identity: Any, days: int) -> None:
-    assert "expires_in_days" in await _fails(_create(identity, username="api", expires_in_days=days), INVALID)
+    assert "expires_in_days" in await fails(_create(identity, username="api", expires_in_days=days), INVALID)
 
 
 async def test_only_holders_of_user_all_manage_keys(identity: Any, user_token: Any) -> None:
     bob = user_token("bob", [permission for permission in ALL if permission != "user:all"])
     denied = grpc.StatusCode.PERMISSION_DENIED
-    await _fails(identity.stub.ListApiKeys(pb.ListApiKeysRequest(), metadata=bob), denied)
-    await _fails(identity.stub.DeleteApiKeys(pb.DeleteApiKeysRequest(key_id_list=["x"]), metadata=bob), denied)
-    await _fails(identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="api"), metadata=bob), denied)
+    await fails(identity.stub.ListApiKeys(pb.ListApiKeysRequest(), metadata=bob), denied)
+    await fails(identity.stub.DeleteApiKeys(pb.DeleteApiKeysRequest(key_id_list=["x"]), metadata=bob), denied)
+    await fails(identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="api"), metadata=bob), denied)
     for ids in ([], ["x"] * 101, [""]):
         call = identity.stub.DeleteApiKeys(pb.DeleteApiKeysRequest(key_id_list=ids), metadata=identity.admin)
-        assert "key_id_list" in await _fails(call, INVALID)
+        assert "key_id_list" in await fails(call, INVALID)
 
 
 async def test_a_revoked_key_is_closed_in_every_replica_once_the_notification_has_come(start_replica: Any) -> None:
@@ -148,7 +142,7 @@ async def test_nobody_deletes_their_own_account(identity: Any) -> None:
     await identity.make_user("ann", ["train:all"])
     request = pb.DeleteUsersRequest(user_name_list=["ann", "api"])
     call = identity.stub.DeleteUsers(request, metadata=identity.admin)
-    assert "api cannot delete their own account" in await _fails(call, PRECONDITION)
+    assert "api cannot delete their own account" in await fails(call, PRECONDITION)
     assert await identity.store.find_users("ann"), "nothing is deleted"
 
 
@@ -156,19 +150,19 @@ async def test_the_last_holder_of_user_all_keeps_it(identity: Any, user_token: A
     boss = user_token("boss", ALL, ["chiefs"])
     words = "at least one user must keep the permission user:all"
     call = identity.stub.DeleteUsers(pb.DeleteUsersRequest(user_name_list=["api"]), metadata=boss)
-    assert await _fails(call, PRECONDITION) == words
+    assert await fails(call, PRECONDITION) == words
     demoted = pb.CreateUserRequest(username="api", password="x", roles=["poor"])
     role = pb.CreateRoleRequest(role_name="poor", permissions=["train:all"])
     await identity.stub.CreateRole(role, metadata=boss)
-    assert await _fails(identity.stub.CreateUser(demoted, metadata=boss), PRECONDITION) == words
+    assert await fails(identity.stub.CreateUser(demoted, metadata=boss), PRECONDITION) == words
     assert await _is_open(identity, identity.first_key), "nothing is deleted"
 
     await identity.make_user("boss", ALL)
     await identity.stub.DeleteUsers(pb.DeleteUsersRequest(user_name_list=["api"]), metadata=boss)
     stripped = pb.CreateRoleRequest(role_name="role of boss", permissions=["train:all"])
-    assert await _fails(identity.stub.CreateRole(stripped, metadata=boss), PRECONDITION) == words
+    assert await fails(identity.stub.CreateRole(stripped, metadata=boss), PRECONDITION) == words
     gone = pb.DeleteRolesRequest(role_name_list=["role of boss"])
-    assert await _fails(identity.stub.DeleteRoles(gone, metadata=boss), PRECONDITION) == words
+    assert await fails(identity.stub.DeleteRoles(gone, metadata=boss), PRECONDITION) == words
 
 
 async def test_two_administrators_who_remove_each_other_at_once_leave_one(identity: Any) -> None:

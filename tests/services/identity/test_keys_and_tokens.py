@@ -15,13 +15,7 @@ from services.common.auth import Kind, Profile, UsernameStatus
 from services.common.errors import Unauthenticated
 from services.identity.keys import new_api_key
 from tests.services.identity.conftest import ALL, GATEWAY_SECRET, MODELS_SECRET
-
-
-async def _fails(call: Any, code: grpc.StatusCode) -> str:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await call
-    assert failure.value.code() == code, failure.value.details()
-    return failure.value.details() or ""
+from tests.serving import fails
 
 
 async def test_a_key_acts_for_its_owner_when_nobody_is_named(identity: Any) -> None:
@@ -89,7 +83,7 @@ async def test_what_the_gateway_must_add_and_remove(identity: Any) -> None:
 
 @pytest.mark.parametrize("secret", ["", "wrong", MODELS_SECRET])
 async def test_only_the_gateway_may_ask(identity: Any, secret: str) -> None:
-    await _fails(identity.check(secret=secret, x_api_key=identity.first_key), grpc.StatusCode.UNAUTHENTICATED)
+    await fails(identity.check(secret=secret, x_api_key=identity.first_key), grpc.StatusCode.UNAUTHENTICATED)
 
 
 async def test_a_token_is_kept_and_forgotten_when_a_role_changes_in_any_replica(start_replica: Any) -> None:
@@ -117,7 +111,7 @@ async def test_a_kept_token_needs_no_database_and_any_other_says_that_it_is_down
         ends = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
         connection.execute(ends, [url.database])  # dropping it would wait for the disk, longer than a token is kept
     assert await identity.check(x_api_key=identity.first_key) == kept
-    details = await _fails(identity.check(x_api_key=identity.first_key, username="x"), grpc.StatusCode.UNAVAILABLE)
+    details = await fails(identity.check(x_api_key=identity.first_key, username="x"), grpc.StatusCode.UNAVAILABLE)
     assert "database" in details
 
 
@@ -132,13 +126,13 @@ async def test_a_key_is_shown_once_and_works(identity: Any) -> None:
 
 async def test_a_key_is_for_an_existing_user_and_does_no_more_than_its_maker(identity: Any, user_token: Any) -> None:
     call = identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="x"), metadata=identity.admin)
-    assert '"x" not exist' in await _fails(call, grpc.StatusCode.INVALID_ARGUMENT)
+    assert '"x" not exist' in await fails(call, grpc.StatusCode.INVALID_ARGUMENT)
     plain = user_token("bob", ALL)
     call = identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="api", impersonate=True), metadata=plain)
-    assert "act for others" in await _fails(call, grpc.StatusCode.PERMISSION_DENIED)
+    assert "act for others" in await fails(call, grpc.StatusCode.PERMISSION_DENIED)
     lesser = user_token("bob", ["user:all"])
     call = identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="api"), metadata=lesser)
-    assert "assign permission" in await _fails(call, grpc.StatusCode.PERMISSION_DENIED)
+    assert "assign permission" in await fails(call, grpc.StatusCode.PERMISSION_DENIED)
 
 
 async def _issue(identity: Any, secret: str) -> pb.IssueTokenResponse:
@@ -153,7 +147,7 @@ async def test_a_service_trades_its_secret_for_a_token_of_five_minutes(identity:
 
 async def test_unknown_secrets_and_the_gateways_get_no_token(identity: Any) -> None:
     for secret in ("x", GATEWAY_SECRET):
-        await _fails(_issue(identity, secret), grpc.StatusCode.UNAUTHENTICATED)
+        await fails(_issue(identity, secret), grpc.StatusCode.UNAUTHENTICATED)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +170,11 @@ async def test_a_workers_secret_opens_one_service_until_it_is_replaced_or_delete
         identity.tokens.verifier("elsewhere").verify(token)
 
     second = (await identity.stub.CreateSecret(create, metadata=endpoints)).secret
-    await _fails(_issue(identity, first), grpc.StatusCode.UNAUTHENTICATED)
+    await fails(_issue(identity, first), grpc.StatusCode.UNAUTHENTICATED)
     delete = pb.DeleteSecretRequest(caller=caller, subject=subject)
     for _ in range(2):
         await identity.stub.DeleteSecret(delete, metadata=endpoints)
-    await _fails(_issue(identity, second), grpc.StatusCode.UNAUTHENTICATED)
+    await fails(_issue(identity, second), grpc.StatusCode.UNAUTHENTICATED)
 
 
 async def test_secrets_are_made_only_for_the_service_that_starts_such_processes(
@@ -191,11 +185,11 @@ async def test_secrets_are_made_only_for_the_service_that_starts_such_processes(
     denied = grpc.StatusCode.PERMISSION_DENIED
     assert (await identity.stub.CreateSecret(trainer, metadata=service_token("endpoints"))).secret
     for other in ("training", "inference"):
-        await _fails(identity.stub.CreateSecret(worker, metadata=service_token(other)), denied)
-        await _fails(identity.stub.CreateSecret(trainer, metadata=service_token(other)), denied)
-    await _fails(identity.stub.CreateSecret(worker, metadata=user_token("api", ALL)), denied)
+        await fails(identity.stub.CreateSecret(worker, metadata=service_token(other)), denied)
+        await fails(identity.stub.CreateSecret(trainer, metadata=service_token(other)), denied)
+    await fails(identity.stub.CreateSecret(worker, metadata=user_token("api", ALL)), denied)
     service = pb.CreateSecretRequest(caller=options.CALLER_SERVICE, subject=str(uuid4()))
-    await _fails(
+    await fails(
         identity.stub.CreateSecret(service, metadata=service_token("endpoints")), grpc.StatusCode.INVALID_ARGUMENT
     )
 
@@ -207,4 +201,4 @@ async def test_another_service_learns_a_users_roles_and_permissions(identity: An
     assert list(user.permissions) == ["inference:all", "train:all"]
     for name in ("x", ""):
         call = identity.stub.GetUser(pb.GetUserRequest(username=name), metadata=service_token("models"))
-        await _fails(call, grpc.StatusCode.NOT_FOUND)
+        await fails(call, grpc.StatusCode.NOT_FOUND)

@@ -15,6 +15,7 @@ from esd.identity.v1 import identity_pb2 as pb
 from esd.identity.v1 import identity_pb2_grpc
 from services.common.auth import Profile, UsernameStatus
 from services.identity.servicer import IdentityServicer
+from tests.serving import fails
 
 ALL = ["train:all", "checkpoint:all", "inference:all", "sagemaker_endpoint:all", "user:all", "role:all"]
 INVALID, PRECONDITION, DENIED = (
@@ -23,13 +24,6 @@ INVALID, PRECONDITION, DENIED = (
     grpc.StatusCode.PERMISSION_DENIED,
 )
 UNAUTHENTICATED, INTERNAL = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL
-
-
-async def _fails(call: Any, code: grpc.StatusCode) -> str:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await call
-    assert failure.value.code() == code, failure.value.details()
-    return failure.value.details() or ""
 
 
 def _role(name: str, permissions: list[str]) -> pb.CreateRoleRequest:
@@ -95,7 +89,7 @@ async def test_who_may_only_list_roles_sees_their_own_and_those_they_hold(identi
     for name, creator in (("a", "ann"), ("b", "bob"), ("c", "bob")):
         await identity.stub.CreateRole(_role(name, ["train:all"]), metadata=user_token(creator, ["role:all"]))
     assert await _role_names(identity, user_token("ann", ["role:list"], ["c"])) == ["c", "a"]
-    details = await _fails(
+    details = await fails(
         identity.stub.ListRoles(pb.ListRolesRequest(), metadata=user_token("ann", ["role:create"])), DENIED
     )
     assert details == "User ann has no permissions: ['role:all', 'role:list']"
@@ -104,16 +98,16 @@ async def test_who_may_only_list_roles_sees_their_own_and_those_they_hold(identi
 async def test_an_unknown_permission_is_refused_by_name(identity: Any) -> None:
     for permission in ("train", "train:delete", "x:all"):
         call = identity.stub.CreateRole(_role("r", ["train:all", permission]), metadata=identity.admin)
-        assert f'"{permission}" is not known' in await _fails(call, INVALID)
+        assert f'"{permission}" is not known' in await fails(call, INVALID)
     assert "r" not in await _role_names(identity, identity.admin)
 
 
 async def test_the_administrators_role_cannot_be_stripped_or_deleted(identity: Any) -> None:
     call = identity.stub.CreateRole(_role("IT Operator", ALL[:5]), metadata=identity.admin)
-    assert "cannot lose permissions: role:all" in await _fails(call, PRECONDITION)
+    assert "cannot lose permissions: role:all" in await fails(call, PRECONDITION)
     await identity.stub.CreateRole(_role("IT Operator", [*ALL, "train:list"]), metadata=identity.admin)
     request = pb.DeleteRolesRequest(role_name_list=["byoc", "IT Operator"])
-    details = await _fails(identity.stub.DeleteRoles(request, metadata=identity.admin), INVALID)
+    details = await fails(identity.stub.DeleteRoles(request, metadata=identity.admin), INVALID)
     assert details == "cannot delete default role"
     assert await _role_names(identity, identity.admin) == ["byoc", "IT Operator"]
 
@@ -124,10 +118,10 @@ async def test_who_may_only_create_roles_touches_no_others_and_grants_no_more_th
     ann = user_token("ann", ["role:create", "train:all"])
     await identity.stub.CreateRole(_role("mine", ["train:all"]), metadata=ann)
     await identity.stub.CreateRole(_role("mine", ["train:list"]), metadata=ann)
-    details = await _fails(identity.stub.CreateRole(_role("byoc", ["train:all"]), metadata=ann), PRECONDITION)
+    details = await fails(identity.stub.CreateRole(_role("byoc", ["train:all"]), metadata=ann), PRECONDITION)
     assert details == "creator ann not have permission to update role byoc"
     call = identity.stub.CreateRole(_role("more", ["train:all", "user:all"]), metadata=ann)
-    details = await _fails(call, PRECONDITION)
+    details = await fails(call, PRECONDITION)
     assert details == "creator ann have not permission to create role with permission: [user:all]"
 
 
@@ -156,12 +150,12 @@ async def test_a_user_is_created_and_replaced(identity: Any) -> None:
 
 
 async def test_a_user_gets_only_roles_that_exist_and_that_the_creator_covers(identity: Any, user_token: Any) -> None:
-    details = await _fails(identity.stub.CreateUser(_user("ann", ["byoc", "x"]), metadata=identity.admin), INVALID)
+    details = await fails(identity.stub.CreateUser(_user("ann", ["byoc", "x"]), metadata=identity.admin), INVALID)
     assert details == 'user roles "x" not exist'
     lesser = user_token("bob", ["user:all", "train:all"])
-    details = await _fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=lesser), DENIED)
+    details = await fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=lesser), DENIED)
     assert details == "creator has no permission to assign permission [checkpoint:all] to others"
-    details = await _fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=user_token("bob")), DENIED)
+    details = await fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=user_token("bob")), DENIED)
     assert details == "User bob has no permissions: ['user:all']"
 
 
@@ -176,13 +170,13 @@ async def test_a_user_gets_only_roles_that_exist_and_that_the_creator_covers(ide
     ],
 )
 async def test_a_bad_user_is_refused_by_field(identity: Any, request_: pb.CreateUserRequest, sentence: str) -> None:
-    assert sentence in await _fails(identity.stub.CreateUser(request_, metadata=identity.admin), INVALID)
+    assert sentence in await fails(identity.stub.CreateUser(request_, metadata=identity.admin), INVALID)
 
 
 async def test_missing_roles_are_a_bad_body_before_they_are_a_bad_user(identity: Any, user_token: Any) -> None:
     nobody = user_token("x", username_status=UsernameStatus.UNKNOWN)
-    await _fails(identity.stub.CreateUser(_user("a", []), metadata=nobody), INVALID)
-    await _fails(identity.stub.CreateUser(_user("a", ["r"]), metadata=nobody), grpc.StatusCode.UNAUTHENTICATED)
+    await fails(identity.stub.CreateUser(_user("a", []), metadata=nobody), INVALID)
+    await fails(identity.stub.CreateUser(_user("a", ["r"]), metadata=nobody), grpc.StatusCode.UNAUTHENTICATED)
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "a\0b"])
@@ -196,7 +190,7 @@ async def test_impossible_names_in_filters_and_lists_are_refused(identity: Any, 
         identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username=name), metadata=identity.admin),
     ]
     for call in calls:
-        await _fails(call, INVALID)
+        await fails(call, INVALID)
 
 
 async def test_users_are_listed_by_name_descending_and_only_as_far_as_one_may_see(
@@ -269,9 +263,9 @@ async def test_the_webui_clients_way_to_administrators_can_be_closed(
     stub: Any = identity_pb2_grpc.IdentityServiceStub(channel)
     initial = _user("eve", [], initial=True)
     absent = user_token("api", profile=Profile.WEBUI, username_status=UsernameStatus.ABSENT, impersonate=True)
-    assert await _fails(stub.CreateUser(initial, metadata=absent), UNAUTHENTICATED) == "Unauthorized"
+    assert await fails(stub.CreateUser(initial, metadata=absent), UNAUTHENTICATED) == "Unauthorized"
     lesser = user_token("api", ["train:all"], profile=Profile.WEBUI, impersonate=True)
-    assert "['user:all']" in await _fails(stub.CreateUser(initial, metadata=lesser), DENIED)
+    assert "['user:all']" in await fails(stub.CreateUser(initial, metadata=lesser), DENIED)
     boss = user_token("api", ALL, profile=Profile.WEBUI, impersonate=True)
     assert (await stub.CreateUser(initial, metadata=boss)).user.username == "eve"
 
@@ -285,7 +279,7 @@ async def test_no_password_and_no_key_is_ever_logged(identity: Any, user_token: 
         await identity.check(x_api_key=key)
         async with identity.database.transaction() as session:
             await session.execute(sa.text("ALTER TABLE users RENAME TO gone"))
-        await _fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=identity.admin), INTERNAL)
+        await fails(identity.stub.CreateUser(_user("ann", ["byoc"]), metadata=identity.admin), INTERNAL)
     failed = next(entry["exc_info"] for entry in logs if entry["event"] == "rpc failed")
     text = str(logs) + "".join(traceback.format_exception(failed))
     assert "UndefinedTable" in text
@@ -296,11 +290,11 @@ async def test_no_password_and_no_key_is_ever_logged(identity: Any, user_token: 
 async def test_nobody_else_makes_an_administrator_without_the_permission(identity: Any, user_token: Any) -> None:
     initial = _user("eve", [], initial=True)
     document = user_token("eve", impersonate=True)
-    assert "['user:all']" in await _fails(identity.stub.CreateUser(initial, metadata=document), DENIED)
+    assert "['user:all']" in await fails(identity.stub.CreateUser(initial, metadata=document), DENIED)
     plain_key = user_token("eve", profile=Profile.WEBUI)
-    assert "['user:all']" in await _fails(identity.stub.CreateUser(initial, metadata=plain_key), DENIED)
+    assert "['user:all']" in await fails(identity.stub.CreateUser(initial, metadata=plain_key), DENIED)
     lesser = user_token("eve", ["user:all"])
-    assert "assign permission" in await _fails(identity.stub.CreateUser(initial, metadata=lesser), DENIED)
+    assert "assign permission" in await fails(identity.stub.CreateUser(initial, metadata=lesser), DENIED)
     assert (await identity.stub.CreateUser(initial, metadata=identity.admin)).user.username == "eve"
 
 

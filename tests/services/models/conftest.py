@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 import uuid
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,8 @@ from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
 from services.models.import_store import IMPORT, ImportStore
-from services.models.imports import Imports, Limits
+from services.models.imports import Imports
+from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
 from tests.conftest import S3Access
@@ -131,6 +132,16 @@ class Running:
     async def delete(self, ids: Iterable[str], by: Metadata | None = None) -> None:
         """Deletes checkpoints."""
         await self.stub.DeleteCheckpoints(pb.DeleteCheckpointsRequest(checkpoint_id_list=ids), metadata=by or self.ann)
+
+
+@asynccontextmanager
+async def refused(code: str, *words: str) -> AsyncIterator[None]:
+    """The block's call is refused with the code and a message that holds the words."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        yield
+    assert caught.value.code() == grpc.StatusCode[code], caught.value.details()
+    for word in words:
+        assert word in (caught.value.details() or "")
 
 
 def new_database(postgres: Postgres) -> str:

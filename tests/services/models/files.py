@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from typing import Any
 
+MIB = 1024 * 1024
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
 

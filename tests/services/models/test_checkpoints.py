@@ -9,9 +9,8 @@ from google.protobuf import struct_pb2
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from esd.models.v1 import models_pb2 as pb
-from tests.services.models.conftest import Running
+from tests.services.models.conftest import Running, refused
 from tests.services.models.files import safetensors
-from tests.services.models.test_uploads import refused
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ from services.common.database import Database
 from services.common.errors import InvalidArgument
 from services.models.dataset_store import Place
 from services.models.datasets import make_key, parse_key
-from tests.services.models.conftest import Running
-from tests.services.models.test_uploads import refused
+from tests.services.models.conftest import Running, refused
 from tests.serving import Metadata
 
 FILES = [("1.png", b"a picture"), ("1.txt", b"a caption")]

@@ -2,10 +2,7 @@
 
 import asyncio
 import hashlib
-import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,82 +12,11 @@ import sqlalchemy as sa
 from esd.models.v1 import models_pb2 as pb
 from services.common.database import Database
 from services.common.outbound import Answer, UrlRefused, parse_url
-from services.models.imports import SUFFIXES, name_in, name_of
-from tests.services.models.conftest import MAX_IMPORT_BYTES, Running
-from tests.services.models.files import malicious, safetensors, torch_zip
-from tests.services.models.test_uploads import refused
+from services.models.sources import SUFFIXES, name_in, name_of, validator_of
+from tests.services.models.conftest import MAX_IMPORT_BYTES, Running, refused
+from tests.services.models.files import MIB, malicious, safetensors, torch_zip
+from tests.services.models.source import Source, serving_files
 from tests.serving import Metadata
-
-MIB = 1024 * 1024
-
-
-@dataclass
-class Source:
-    """A web server of files. `stop_after[path]` lists after how many bytes answers end, one entry per request."""
-
-    port: int = 0
-    files: dict[str, bytes] = field(default_factory=dict)
-    redirects: dict[str, str] = field(default_factory=dict)
-    heads: dict[str, str] = field(default_factory=dict)
-    statuses: dict[str, list[int]] = field(default_factory=dict)
-    stop_after: dict[str, list[int]] = field(default_factory=dict)
-    validator: str = 'ETag: "one"'
-    chunked: bool = False
-    asked: list[tuple[str, str]] = field(default_factory=list)
-    gate: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-    def put(self, path: str, content: bytes) -> str:
-        self.files[path] = content
-        return self.url(path)
-
-    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await self._answer((await reader.readuntil(b"\r\n\r\n")).decode(), writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    async def _answer(self, request: str, writer: asyncio.StreamWriter) -> None:
-        path = request.split(" ")[1].partition("?")[0]
-        wanted = re.search(r"(?i)\r\nrange: bytes=(\d+)-", request)
-        same = re.search(r"(?i)\r\nif-range: (.+?)\r\n", request)
-        self.asked.append((path, wanted[1] if wanted else ""))
-        if path in self.redirects:
-            writer.write(f"HTTP/1.1 307 T\r\nLocation: {self.redirects[path]}\r\nContent-Length: 0\r\n\r\n".encode())
-            return
-        status = self.statuses[path].pop(0) if self.statuses.get(path) else 200 if path in self.files else 404
-        content, first = self.files.get(path, b""), 0
-        if status == 200 and wanted and same and same[1] in self.validator:
-            status, first = 206, int(wanted[1])
-        head = f"HTTP/1.1 {status} X\r\n{self.validator}\r\n{self.heads.get(path, '')}"
-        if status == 206:
-            head += f"Content-Range: bytes {first}-{len(content) - 1}/{len(content)}\r\n"
-        body = content[first:]
-        head += "Connection: close\r\n" + ("" if self.chunked else f"Content-Length: {len(body)}\r\n")
-        writer.write(head.encode() + b"\r\n")
-        if self.stop_after.get(path):
-            writer.write(body[: self.stop_after[path].pop(0)])
-            await writer.drain()
-            await self.gate.wait()
-        else:
-            writer.write(body)
-        await writer.drain()
-
-
-@asynccontextmanager
-async def serving_files() -> AsyncIterator[Source]:
-    source = Source()
-    source.gate.set()
-    server = await asyncio.start_server(source.answer, "127.0.0.1", 0)
-    source.port = server.sockets[0].getsockname()[1]
-    yield source
-    source.gate.set()
-    server.close()
-    await server.wait_closed()
 
 
 @pytest.fixture
@@ -378,3 +304,19 @@ def test_hugging_face_urls_tell_the_name_at_once() -> None:
     url = parse_url("https://huggingface.co/org/model/resolve/main/v1-5.safetensors?download=true")
     assert name_in(url) == "v1-5.safetensors"
     assert not name_in(parse_url("https://civitai.com/api/download/models/130072"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "validator"),
+    [
+        ({"etag": '"a"', "last-modified": "then"}, '"a"'),
+        ({"etag": 'W/"a"', "last-modified": "then"}, "then"),
+        ({"etag": 'W/"a"'}, ""),
+        ({"etag": '"\xe9"', "last-modified": "then"}, "then"),  # a header of ours could not say it
+        ({"last-modified": "\xe9"}, ""),
+    ],
+)
+def test_only_what_proves_that_a_file_is_the_same_and_can_be_said_again_is_a_validator(
+    headers: dict[str, str], validator: str
+) -> None:
+    assert validator_of(Answer(200, headers, [], None)) == validator  # type: ignore[arg-type]

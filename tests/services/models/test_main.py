@@ -16,8 +16,8 @@ from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
 from tests.conftest import S3Access
 from tests.processes import running
-from tests.services.models.files import safetensors
-from tests.services.models.test_imports import MIB, serving_files
+from tests.services.models.files import MIB, safetensors
+from tests.services.models.source import serving_files
 from tests.serving import AUDIT_KEY, Tokens
 
 COMMAND = [sys.executable, "-m", "services.models"]

@@ -9,9 +9,8 @@ import sqlalchemy as sa
 from esd.models.v1 import models_pb2 as pb
 from services.common.blobs import BlobNotFound
 from services.common.database import Database
-from tests.services.models.conftest import RENAMED_KEEP_HOURS, Running
+from tests.services.models.conftest import RENAMED_KEEP_HOURS, Running, refused
 from tests.services.models.files import safetensors
-from tests.services.models.test_uploads import refused
 from tests.serving import Metadata
 
 

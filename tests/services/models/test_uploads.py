@@ -2,33 +2,18 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
-from tests.services.models.conftest import Running, tag
-from tests.services.models.files import malicious, safetensors, tar, torch_zip, weights
-
-MIB = 1024 * 1024
-
-
-@asynccontextmanager
-async def refused(code: str, *words: str) -> AsyncIterator[None]:
-    """The block's call is refused with the code and a message that holds the words."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        yield
-    assert caught.value.code() == grpc.StatusCode[code], caught.value.details()
-    for word in words:
-        assert word in (caught.value.details() or "")
+from tests.services.models.conftest import Running, refused, tag
+from tests.services.models.files import MIB, malicious, safetensors, tar, torch_zip, weights
 
 
 async def test_a_file_in_one_part_is_uploaded_and_activated(models: Running) -> None:

@@ -115,18 +115,16 @@ def parse_url(text: str) -> Url:
     return Url(scheme, _host(host, in_brackets="[" in parts.netloc), port or _PORTS[scheme], target)
 
 
-def check_address(address: Address, allowed: Iterable[Network] = ()) -> None:
+def check_address(address: Address, allowed: Sequence[Network] = ()) -> None:
     """Lets public unicast addresses pass, and those in the allowed networks.
 
     Raises:
         UrlRefused.
     """
-    inner = _embedded(address)
-    for network in allowed:
-        if any(one.version == network.version and one in network for one in (address, *inner)):
-            return
-    if any(not _is_public(one) for one in inner or [address]):
-        raise UrlRefused(f"{address} is not a public address")
+    for one in _embedded(address) or [address]:
+        is_allowed = any(one.version == network.version and one in network for network in allowed)
+        if not is_allowed and not _is_public(one):
+            raise UrlRefused(f"{address} is not a public address")
 
 
 class Outbound:

@@ -24,7 +24,6 @@ from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
 from services.models.store import (
     ACTIVE,
-    INITIAL,
     STATUSES,
     Checkpoint,
     CheckpointFile,
@@ -147,7 +146,7 @@ class Models:
     ) -> tuple[Checkpoint, str]:
         """Completes and inspects the files of which tags are given, then sets the status; answers the one before.
 
-        `Active` takes effect once every file is complete, so a client may finish file by file. Complete files may be
+        The status takes effect once every file is complete, so a client may finish file by file. Complete files may be
         named again. A wrong tag changes nothing; a refused file ends the checkpoint (see `refuse`). Files of more than
         `look_max_bytes` are inspected in the background, after the answer.
 
@@ -162,7 +161,7 @@ class Models:
             raise InvalidArgument(
                 f'[status: instance value ("{status}") not found in enum (possible values: {allowed})]'
             )
-        if checkpoint.source is not None and checkpoint.status == INITIAL:
+        if checkpoint.source is not None and checkpoint.is_unfinished:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} is being imported from {checkpoint.source}")
         if checkpoint.error is not None:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")

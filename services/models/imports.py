@@ -24,7 +24,7 @@ from services.models.domain import Models, prefix_of, sha256_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts
 from services.models.sources import check_status, first_byte, name_in, name_of, validator_of
-from services.models.store import ACTIVE, INITIAL, Checkpoint, CheckpointFile, ModelStore, NameInUse, Viewer
+from services.models.store import ACTIVE, Checkpoint, CheckpointFile, ModelStore, NameInUse, Viewer
 
 log = structlog.get_logger()
 
@@ -116,7 +116,7 @@ class Imports:
         if checkpoint.error is not None:  # an earlier attempt ended before it had cleaned up
             await self._fail(checkpoint, checkpoint.error)
             return
-        if checkpoint.status == INITIAL and not (checkpoint.files and checkpoint.files[0].complete):
+        if checkpoint.is_unfinished:
             left = checkpoint.created_at.timestamp() + self._limits.max_hours * 3600 - datetime.now(UTC).timestamp()
             digest = ""
             if not held.parts or held.bytes_done != held.bytes_total:

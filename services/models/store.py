@@ -99,8 +99,13 @@ class Checkpoint(SQLModel, table=True):
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether it waits for files."""
-        return self.status == INITIAL and not all(file.complete for file in self.files)
+        """Whether it waits for files, or for the first of them to have a name."""
+        return self.status == INITIAL and not self.has_all_files
+
+    @property
+    def has_all_files(self) -> bool:
+        """Whether each is in the object store, looked at and found good."""
+        return bool(self.files) and all(file.complete for file in self.files)
 
     def facts(self) -> dict[str, Any]:
         """What the audit may know. Params are left out: clients put there what they like."""
@@ -257,7 +262,7 @@ class ModelStore:
             await self._chores.defer(session, LOOK, str(checkpoint_id), arguments)
 
     async def save_status(self, checkpoint_id: UUID, status: str) -> Checkpoint:
-        """Sets the status; `Active` only once all files are complete, until then nothing changes.
+        """Sets the status once all files are complete; until then nothing changes.
 
         Raises:
             CheckpointNotFound: it was deleted meanwhile.
@@ -265,8 +270,7 @@ class ModelStore:
         async with self._database.transaction() as session:
             checkpoint = await _locked(session, checkpoint_id)
             before = checkpoint.facts()
-            usable = checkpoint.error is None and all(file.complete for file in checkpoint.files)
-            if status != ACTIVE or usable:
+            if checkpoint.error is None and checkpoint.has_all_files:
                 checkpoint.status = status
             await self._audit.record(session, "checkpoint.update", str(checkpoint_id), before, checkpoint.facts())
             return checkpoint

@@ -100,7 +100,8 @@ async def test_a_checkpoint_is_active_when_all_files_are_complete(store: ModelSt
     made = checkpoint("a", "b")
     await store.add_checkpoint(made)
     await store.save_complete(made.id, "a", Inspected(5, "ff", {"format": "torch"}))
-    assert (await store.save_status(made.id, ACTIVE)).status == INITIAL
+    for status in (ACTIVE, DISABLED):  # a disabled one would keep its open uploads for ever
+        assert (await store.save_status(made.id, status)).status == INITIAL
     await store.save_complete(made.id, "b", Inspected(6, ""))
     assert (await store.save_status(made.id, ACTIVE)).status == ACTIVE
     kept = await store.get_checkpoint(made.id)
@@ -181,6 +182,7 @@ async def test_counts_follow_every_change(store: ModelStore) -> None:
     assert (await total(), await total(owners=["a"]), await total(statuses=[ACTIVE])) == (4, 2, 0)
     assert await total(viewers=[Viewer("x", ["b"])]) == 2, "what nobody owns is everybody's"
     await store.save_refusal(rows[0].id, "broken")
+    await store.save_complete(rows[2].id, "2", Inspected(5, "ff"))
     await store.save_status(rows[2].id, DISABLED)
     assert (await total(), await total(statuses=[INITIAL]), await total(statuses=[DISABLED])) == (4, 2, 2)
     await store.remove_checkpoints([row.id for row in rows[1:]])

@@ -100,7 +100,8 @@ def test_a_setting_may_allow_a_network() -> None:
     allowed = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
     for text in ("10.1.2.3", "::ffff:10.1.2.3", "fd00::1"):
         check_address(ipaddress.ip_address(text), allowed)
-    for text in ("127.0.0.1", "192.168.0.1", "fe80::1"):
+    # The last leads, by way of 10.0.0.1, to 192.168.0.1 (RFC 4380: its bits are turned over).
+    for text in ("127.0.0.1", "192.168.0.1", "fe80::1", "2001:0:a00:1:0:0:3f57:fffe"):
         with pytest.raises(UrlRefused):
             check_address(ipaddress.ip_address(text), allowed)
 

@@ -88,6 +88,14 @@ async def test_a_file_is_imported_and_becomes_active(models: Running, source: So
     assert "secret" not in str(item)
 
 
+async def test_an_imported_file_can_be_taken_out_of_use_and_back(models: Running, source: Source) -> None:
+    await _import(models, source.put("/a.safetensors", safetensors()))
+    item = await _ended(models, "Active")
+    for status in ("Disabled", "Initial", "Active"):
+        await models.update(item["id"], {"a.safetensors": []}, status)
+        assert (await models.show(item["id"]))["status"] == status
+
+
 async def test_the_row_is_there_at_once_and_shows_how_far_it_is(models: Running, source: Source) -> None:
     source.gate.clear()
     url = source.put("/a.safetensors", safetensors(11 * MIB))

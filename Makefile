@@ -55,6 +55,7 @@ bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench.table_size
 	$(BIN)/python -m tests.bench.checkpoints
 	$(BIN)/python -m tests.bench.revocation
+	$(BIN)/python -m tests.bench.scaling
 
 chaos: install  ## Kill everything at random while users submit jobs, and prove that none is lost or doubled
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -16,20 +16,22 @@ from gateway.settings import GatewaySettings, refuse_open_door, split_address
 from services.common.settings import load, read_secret
 
 HERE = Path(__file__).resolve().parent
+DOCUMENT = "openapi.json"
 DESCRIPTORS = Path(next(iter(esd.__path__))) / "descriptors.binpb"
 MAX_REQUEST_BYTES = 4 * 1024 * 1024  # what a gRPC server takes unless told otherwise
 MAX_PAYLOAD_BYTES = 65 * 1024 * 1024  # a job with a payload of 64 MiB inline, and the JSON around it
 MAX_RESPONSE_BYTES = 96 * 1024 * 1024  # the services' own limit, should JSON write each byte as six
 
 
-def render(settings: GatewaySettings, template: str, secret: str, document: Path) -> str:
-    """The Envoy configuration. It contains the gateway's secret; `document` is the file that GET /api answers."""
+def render(settings: GatewaySettings, template: str, secret: str, folder: Path) -> str:
+    """The Envoy configuration. It contains the gateway's secret; `folder` has the file that GET /api answers."""
     host, port = split_address(settings.listen)
     store = settings.store_address
     parts = {
         "webui": settings.webui_port is not None,
         "tls": settings.tls_cert_file is not None,
         "store": store is not None,
+        "metrics": settings.metrics_listen is not None,
     }
     for part, wanted in parts.items():
         if not wanted:
@@ -43,7 +45,7 @@ def render(settings: GatewaySettings, template: str, secret: str, document: Path
         "secret": secret.replace("%", "%%"),  # Envoy reads %…% in this field
         "envelope": str(HERE / "envelope.lua"),
         "descriptors": str(DESCRIPTORS),
-        "document": str(document),
+        "document": str(folder / DOCUMENT),
         "tls_cert": str(settings.tls_cert_file),
         "tls_key": str(settings.tls_key_file),
         "max_request_bytes": MAX_REQUEST_BYTES,
@@ -56,6 +58,11 @@ def render(settings: GatewaySettings, template: str, secret: str, document: Path
         "training": _replicas(settings.training_address),
         "store": _replicas(store) if store else None,
     }
+    if settings.metrics_listen and settings.metrics_certificates:
+        metrics_host, metrics_port = split_address(settings.metrics_listen)
+        files = {name: str(settings.metrics_certificates / name) for name in ("tls.crt", "tls.key", "ca.crt")}
+        values |= {"metrics_host": metrics_host, "metrics_port": metrics_port, "admin": str(folder / "admin.socket")}
+        values |= {f"metrics_{name.replace('.', '_')}": path for name, path in files.items()}
     # JSON is YAML: every value arrives quoted, whatever characters it has.
     return Template(template).substitute({name: json.dumps(value) for name, value in values.items()})
 
@@ -79,9 +86,9 @@ def main() -> None:
 
     folder = settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    document = folder / "openapi.json"
-    document.write_text(json.dumps(openapi(DESCRIPTORS.read_bytes(), settings.base_path or "/")))
-    rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file), document)
+    document = json.dumps(openapi(DESCRIPTORS.read_bytes(), settings.base_path or "/"))
+    (folder / DOCUMENT).write_text(document)
+    rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file), folder)
     config = folder / "envoy.yaml"
     config.touch(mode=0o600)
     config.write_text(rendered)

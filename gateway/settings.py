@@ -18,7 +18,8 @@ ADDRESSES = f"^{_ADDRESS}(,{_ADDRESS})*$"
 class GatewaySettings(Settings):
     """Addresses are `host:port`, those of a service's replicas with commas between them.
 
-    `base_path` is what a public URL has before the API's paths, such as `/prod`.
+    `base_path` is what a public URL has before the API's paths, such as `/prod`. `metrics_certificates` is a folder
+    with `tls.crt`, `tls.key` and `ca.crt`: only who has a certificate of that CA may ask for metrics.
     """
 
     listen: str = Field("127.0.0.1:8080", pattern=ADDRESS)
@@ -35,10 +36,15 @@ class GatewaySettings(Settings):
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
     insecure: bool = False
+    metrics_listen: str | None = Field(None, pattern=ADDRESS)
+    metrics_certificates: Path | None = None
     concurrency: int = Field(1, ge=1)
     run_dir: Path | None = None
 
-    @field_validator("webui_port", "s3_endpoint_url", "tls_cert_file", "tls_key_file", "run_dir", mode="before")
+    @field_validator(
+        "webui_port", "s3_endpoint_url", "tls_cert_file", "tls_key_file", "run_dir", "metrics_listen",
+        "metrics_certificates", mode="before",
+    )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -59,7 +65,7 @@ class GatewaySettings(Settings):
 
 
 def refuse_open_door(settings: GatewaySettings) -> None:
-    """Keys in clear travel inside this machine only, unless somebody says that they know.
+    """Keys in clear travel inside this machine only, unless somebody says that they know; metrics need a certificate.
 
     Raises:
         SystemExit: the sentence says which settings to change.
@@ -71,6 +77,8 @@ def refuse_open_door(settings: GatewaySettings) -> None:
             f"ESD_LISTEN={settings.listen} is reachable from other machines, and API keys would travel in clear: set "
             "ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE, or ESD_INSECURE=true where something in front encrypts"
         )
+    if settings.metrics_listen and settings.metrics_certificates is None:
+        raise SystemExit("setting ESD_METRICS_CERTIFICATES: Field required when ESD_METRICS_LISTEN is set")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Makes the certificates by which KEDA and the inference service know each other: an authority, and one for each.
+"""Makes the certificates by which a server of ours and its one client know each other: an authority, and one for each.
 
 The authority signs these two and its key is kept nowhere; who loses a certificate makes all three anew.
 """
@@ -44,8 +44,8 @@ class Certificates:
         return _files(self.client, self.authority)
 
 
-def make_certificates(server_names: list[str]) -> Certificates:
-    """New ones, for a server of these names."""
+def make_certificates(server_names: list[str], client: str) -> Certificates:
+    """New ones, for a server of these names and a client of that one."""
     key = generate_private_key(SECP256R1())
     name = _name("esd")
     authority = (
@@ -66,8 +66,8 @@ def make_certificates(server_names: list[str]) -> Certificates:
 
     return Certificates(
         _pem(authority),
-        issue("inference", ExtendedKeyUsageOID.SERVER_AUTH, server_names),
-        issue("keda", ExtendedKeyUsageOID.CLIENT_AUTH, ["keda"]),
+        issue(server_names[0], ExtendedKeyUsageOID.SERVER_AUTH, server_names),
+        issue(client, ExtendedKeyUsageOID.CLIENT_AUTH, [client]),
     )
 
 

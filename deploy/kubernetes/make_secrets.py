@@ -24,7 +24,7 @@ DATABASE_URL = "postgresql+psycopg://{service}:{password}@postgres:5432/{service
 
 
 def make_secrets(home: Home, database_url: str, s3_access_key: str, s3_secret_key: str) -> dict[str, dict[str, bytes]]:
-    """The files of each process, by its name; `s3` and `postgres` are the parts', `keda` KEDA's.
+    """The files of each process, by its name; `s3` and `postgres` are the parts', `keda` and `prometheus` of others.
 
     `database_url` is a template with {service} and {password}.
     """
@@ -47,19 +47,22 @@ def make_secrets(home: Home, database_url: str, s3_access_key: str, s3_secret_ke
     }
     processes["s3"] = {"esd_s3_access_key": s3_access_key.encode(), "s3-secret-key": s3_secret_key.encode()}
     processes["postgres"] = {name: home.database_password(name).encode() for name in (ADMIN, *SERVICES)}
-    return processes | _keda(home)
+    scaler, keda = _certificates(home, "inference", "keda")
+    metrics, prometheus = _certificates(home, "gateway", "prometheus")
+    return processes | {"scaler": scaler, "keda": keda, "metrics": metrics, "prometheus": prometheus}
 
 
-def _keda(home: Home) -> dict[str, dict[str, bytes]]:
-    """What the inference service and KEDA know each other by (components/keda)."""
+def _certificates(home: Home, server: str, client: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What a process and a program that is not ours know each other by (components/keda, components/monitoring)."""
 
     def make() -> str:
-        made = make_certificates([f"inference.{NAMESPACE}", f"inference.{NAMESPACE}.svc", "inference"])
-        files = {"scaler": made.server_files, "keda": made.client_files}
-        return json.dumps({name: {file: pem.decode() for file, pem in of.items()} for name, of in files.items()})
+        made = make_certificates([f"{server}.{NAMESPACE}", f"{server}.{NAMESPACE}.svc", server], client)
+        sides = made.server_files, made.client_files
+        return json.dumps([{file: pem.decode() for file, pem in files.items()} for files in sides])
 
-    kept: dict[str, dict[str, str]] = json.loads(home.kept("keda-certificates.json", make).read_text())
-    return {name: {file: pem.encode() for file, pem in of.items()} for name, of in kept.items()}
+    kept: list[dict[str, str]] = json.loads(home.kept(f"{client}-certificates.json", make).read_text())
+    of_server, of_client = ({file: pem.encode() for file, pem in files.items()} for files in kept)
+    return of_server, of_client
 
 
 def manifest(name: str, files: dict[str, bytes], namespace: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from cryptography import x509
 
 from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest, write
 from deploy.local.home import S3_ACCESS_KEY, Home
@@ -33,7 +34,8 @@ from services.training.__main__ import TrainingSettings
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 MOUNT = "/run/secrets/esd"
-FOREIGN = ("keda.sh/",)  # whose schemas Kubernetes does not have
+OPTIONAL = ("autoscaling", "tls", "network-policies", "keda", "monitoring")
+FOREIGN = ("keda.sh/", "monitoring.coreos.com/")  # whose schemas Kubernetes does not have
 SETTINGS: dict[str, list[Any]] = {
     "gateway": [GatewaySettings],
     "identity": [IdentitySettings],
@@ -55,22 +57,30 @@ def render(folder: Path) -> list[Manifest]:
     return [found for found in yaml.load_all(done.stdout, yaml.CSafeLoader) if found]
 
 
-def combinations() -> Iterator[tuple[str, ...]]:
-    """Every choice of components: one of each kind that is needed, and any of those that are optional."""
-    optional = ("autoscaling", "tls", "network-policies", "keda")
-    chosen = [extra for number in range(len(optional) + 1) for extra in itertools.combinations(optional, number)]
+def combinations(extras: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """One component of each kind that is needed, in every way, with each of these choices of optional ones."""
     for parts, workers, extra in itertools.product(
-        ("trial-parts", "external-parts"), ("workers-cpu", "workers-gpu"), chosen
+        ("trial-parts", "external-parts"), ("workers-cpu", "workers-gpu"), extras
     ):
         yield parts, workers, *extra
 
 
-@pytest.fixture(scope="module")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
-    """The objects of both overlays and of every combination of components."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param([OPTIONAL], id="all of them"),
+        pytest.param(
+            [extra for number in range(len(OPTIONAL)) for extra in itertools.combinations(OPTIONAL, number)],
+            id="every other choice",
+            marks=[pytest.mark.slow, pytest.mark.timeout(900)],
+        ),
+    ],
+)
+def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
+    """The objects of both overlays, and of combinations of components."""
     copy = tmp_path_factory.mktemp("deploy") / "kubernetes"
     shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    for components in combinations():
+    for components in combinations(request.param):
         overlay = copy / "overlays" / "-".join(components)
         overlay.mkdir()
         content = {
@@ -156,7 +166,7 @@ def sources_of(workload: Manifest) -> Iterator[Manifest]:
 def test_keda_finds_the_certificates_that_the_inference_service_asks_for(
     rendered: dict[str, list[Manifest]], secrets: dict[str, Manifest]
 ) -> None:
-    objects = rendered["trial-parts-workers-cpu-keda"]
+    objects = next(objects for name, objects in rendered.items() if "keda" in name)
     (authentication,) = (found for found in objects if found["kind"] == "TriggerAuthentication")
     for source in authentication["spec"]["secretTargetRef"]:
         assert source["key"] in secrets[source["name"]]["data"]
@@ -170,6 +180,23 @@ def test_keda_finds_the_certificates_that_the_inference_service_asks_for(
     volumes = {found["name"]: found for found in inference["spec"]["template"]["spec"]["volumes"]}
     assert {"tls.crt", "tls.key", "ca.crt"} == set(secrets[volumes[mount]["secret"]["secretName"]]["data"])
     assert config["ESD_AUTOSCALER"] == "keda"
+
+
+def test_prometheus_finds_the_certificates_that_the_gateway_asks_for(
+    rendered: dict[str, list[Manifest]], secrets: dict[str, Manifest]
+) -> None:
+    objects = next(objects for name, objects in rendered.items() if "monitoring" in name)
+    (monitor,) = (found for found in objects if found["kind"] == "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    service = next(found for found in objects if (found["kind"], found["metadata"]["name"]) == ("Service", "gateway"))
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    tls = endpoint["tlsConfig"]
+    for source in (tls["ca"]["secret"], tls["cert"]["secret"], tls["keySecret"]):
+        assert source["key"] in secrets[source["name"]]["data"]
+    certificate = x509.load_pem_x509_certificate(base64.b64decode(secrets["esd-metrics"]["data"]["tls.crt"]))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert tls["serverName"] in names.get_values_for_type(x509.DNSName)
 
 
 @pytest.mark.parametrize("overlay", ["local", "production"])

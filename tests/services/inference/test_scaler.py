@@ -49,7 +49,7 @@ class Keda:
 
 @pytest.fixture(scope="module")
 def certificates() -> Certificates:
-    return make_certificates([HOST])
+    return make_certificates([HOST], "keda")
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ async def test_wrong_metadata_is_named(service: Service, keda: Keda, metadata: d
 
 
 async def test_nobody_asks_without_a_certificate_that_was_made_for_it(service: Service, keda: Keda) -> None:
-    strange = make_certificates(["keda"]).client
+    strange = make_certificates([HOST], "keda").client
     for credentials in (
         grpc.ssl_channel_credentials(keda.certificates.authority),
         grpc.ssl_channel_credentials(keda.certificates.authority, strange.key, strange.certificate),

@@ -22,7 +22,7 @@ from tests.processes import ROOT
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as a build of images does"),
 ]
 
@@ -179,13 +179,16 @@ def test_an_image_has_its_programs_and_nothing_to_build_with(images: dict[str, I
     assert image.command[2] in PROGRAMS[target]
 
 
-def test_only_the_workers_image_has_torch(images: dict[str, Image]) -> None:
+def test_only_the_workers_image_has_what_runs_models(images: dict[str, Image]) -> None:
     found = {
-        target: image.run(["python", "-c", "import torch"]).returncode == 0
+        target: [
+            image.run(["python", "-W", "ignore", "-c", f"import {module}"]).returncode == 0
+            for module in ("torch", "spandrel", "onnxruntime")
+        ]
         for target, image in images.items()
         if target in PROGRAMS
     }
-    assert found == {"service": False, "gateway": False, "gpu-worker": True}
+    assert found == {"service": [False] * 3, "gateway": [False] * 3, "gpu-worker": [True] * 3}
 
 
 def test_an_installed_service_brings_its_migrations(images: dict[str, Image], database_url: str) -> None:

@@ -26,6 +26,7 @@ from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.settings import ModelsSettings
 from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
+from services.models.trained import Trained
 
 
 async def main() -> None:
@@ -52,7 +53,8 @@ async def main() -> None:
     chores.add(LOOK, background.look)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
     chores.add(IMPORT, imports.run, queue=LONG)
-    servicer = ModelsServicer(models, imports, Datasets(DatasetStore(database, audit), blobs))
+    datasets = Datasets(DatasetStore(database, audit), blobs)
+    servicer = ModelsServicer(models, imports, datasets, Trained(models, store, blobs))
     try:
         async with asyncio.TaskGroup() as group:  # should the chores fail, serving ends, and the process starts again
             doing = group.create_task(chores.run())

@@ -15,6 +15,7 @@ from services.common.structs import json_value, plain, struct
 from services.models.dataset_store import Dataset, DatasetItem
 from services.models.datasets import Datasets, NewItem
 from services.models.messages import numbers_as_text, viewer
+from services.models.store import Viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,6 +55,11 @@ class DatasetRpcs:
     async def DeleteDatasets(self, request: pb.DeleteDatasetsRequest, context: Context) -> pb.DeleteDatasetsResponse:
         await self._datasets.delete_datasets(viewer(), list(request.dataset_name_list))
         return pb.DeleteDatasetsResponse()
+
+    async def ResolveDataset(self, request: pb.ResolveDatasetRequest, context: Context) -> pb.ResolveDatasetResponse:
+        owner = Viewer(request.username, list(request.roles), request.sees_everything)
+        prefix = await self._datasets.resolve_dataset(owner, request.dataset_name)
+        return pb.ResolveDatasetResponse(prefix=prefix)
 
     def _shown(self, row: Dataset) -> dict[str, Any]:
         """What lists show of a dataset. Its params are merged in, where they have no name of our own."""

@@ -18,7 +18,7 @@ from typing import Any
 from services.common.blobs import DAY, Blobs
 from services.common.errors import InvalidArgument
 from services.models.checks import check_params, file_name, folder
-from services.models.dataset_store import Dataset, DatasetHidden, DatasetItem, DatasetStore, Place
+from services.models.dataset_store import Dataset, DatasetHidden, DatasetItem, DatasetNotFound, DatasetStore, Place
 from services.models.store import Viewer
 
 UPLOAD_URL_SECONDS = 7 * DAY
@@ -98,6 +98,17 @@ class Datasets:
         keys = [item.key for item in items]
         urls = await asyncio.to_thread(lambda: [self._blobs.presign_get(key, PREVIEW_URL_SECONDS) for key in keys])
         return dataset, list(zip(items, urls, strict=True))
+
+    async def resolve_dataset(self, viewer: Viewer, name: str) -> str:
+        """The prefix of all keys of the dataset.
+
+        Raises:
+            DatasetNotFound: there is none of the name, or the viewer may not see it.
+        """
+        dataset, _ = await self._store.get_dataset(name)
+        if not viewer.sees(dataset.owners):
+            raise DatasetNotFound(name)
+        return _folder(name)
 
     async def update_status(self, viewer: Viewer, name: str, status: str) -> None:
         """Sets the status of a dataset and of all its files.

@@ -163,6 +163,8 @@ class Models:
             )
         if checkpoint.source is not None and checkpoint.is_unfinished:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} is being imported from {checkpoint.source}")
+        if checkpoint.folder is not None and checkpoint.is_unfinished:
+            raise FailedPrecondition(f"checkpoint {checkpoint.id} is being trained")
         if checkpoint.error is not None:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")
         given = {name.strip(): parts for name, parts in tags.items()}
@@ -317,7 +319,7 @@ class Models:
 
 def prefix_of(checkpoint: Checkpoint) -> str:
     """The folder of the checkpoint's objects in the bucket."""
-    return f"{checkpoint.type}/checkpoint/custom/{checkpoint.id}/"
+    return checkpoint.folder or f"{checkpoint.type}/checkpoint/custom/{checkpoint.id}/"
 
 
 def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:

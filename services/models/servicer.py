@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from uuid import UUID
 
 import grpc
 from google.protobuf import struct_pb2
@@ -20,6 +21,7 @@ from services.models.domain import Models, NewFile, Resolved
 from services.models.imports import Imports
 from services.models.messages import numbers_as_text, viewer
 from services.models.store import Checkpoint, Filters, Viewer
+from services.models.trained import Trained, TrainedFile
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MAX_PAGE = 2**31 - 1
@@ -29,10 +31,11 @@ MAX_PER_PAGE = 10_000
 class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
     """The service's RPCs."""
 
-    def __init__(self, models: Models, imports: Imports, datasets: Datasets) -> None:
+    def __init__(self, models: Models, imports: Imports, datasets: Datasets, trained: Trained) -> None:
         super().__init__(datasets)
         self._models = models
         self._imports = imports
+        self._trained = trained
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
         page = _count("page", request.page, 1, MAX_PAGE)
@@ -101,6 +104,26 @@ class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
             checkpoints=[_resolved(one) for one in found if one],
             missing=[name for name, one in zip(request.names, found, strict=True) if not one],
         )
+
+    async def CreateTrainedCheckpoint(
+        self, request: pb.CreateTrainedCheckpointRequest, context: Context
+    ) -> pb.CreateTrainedCheckpointResponse:
+        owner = Viewer(request.username, list(request.roles))
+        await self._trained.create_checkpoint(UUID(request.checkpoint_id), request.name, owner)
+        return pb.CreateTrainedCheckpointResponse()
+
+    async def FinishTrainedCheckpoint(
+        self, request: pb.FinishTrainedCheckpointRequest, context: Context
+    ) -> pb.FinishTrainedCheckpointResponse:
+        files = [TrainedFile(file.name, file.sha256) for file in request.files]
+        names, reason = await self._trained.finish_checkpoint(UUID(request.checkpoint_id), files, request.reason)
+        return pb.FinishTrainedCheckpointResponse(names=names, reason=reason)
+
+    async def DeleteTrainedCheckpoint(
+        self, request: pb.DeleteTrainedCheckpointRequest, context: Context
+    ) -> pb.DeleteTrainedCheckpointResponse:
+        was_kept = await self._trained.delete_checkpoint(UUID(request.checkpoint_id))
+        return pb.DeleteTrainedCheckpointResponse(was_kept=was_kept)
 
     def _message(self, row: Checkpoint, status: str | None = None) -> pb.Checkpoint:
         return pb.Checkpoint(

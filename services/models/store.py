@@ -70,7 +70,7 @@ class CheckpointFile(SQLModel, table=True):
 class Checkpoint(SQLModel, table=True):
     """Files that belong together. `owners` are role names, usernames or `*`; `error` says why it was refused.
 
-    `source` is the URL, without its query, of an imported one.
+    `source` is the URL, without its query, of an imported one; `folder` is where the objects of a trained one are.
     """
 
     __tablename__ = "checkpoints"
@@ -83,6 +83,7 @@ class Checkpoint(SQLModel, table=True):
     params: dict[str, Any] = Field(sa_type=JSONB)
     error: str | None = None
     source: str | None = None
+    folder: str | None = None
     files: list[CheckpointFile] = Relationship(
         sa_relationship_kwargs={
             "lazy": "selectin",
@@ -250,6 +251,27 @@ class ModelStore:
             )
             return checkpoint
 
+    async def save_files(self, checkpoint_id: UUID, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        """Gives a checkpoint these files in place of those that it has, but for those whose names others have; answers
+        the ones it got.
+
+        Raises:
+            CheckpointNotFound: it was deleted meanwhile.
+        """
+        taken = sa.select(col(CheckpointFile.name)).where(
+            col(CheckpointFile.reserved),
+            col(CheckpointFile.checkpoint_id) != checkpoint_id,
+            col(CheckpointFile.name).in_([file.name for file in files]),
+        )
+        async with self._database.transaction() as session:
+            checkpoint = await _locked(session, checkpoint_id)
+            names = set((await session.execute(taken)).scalars())
+            kept = [file for file in files if file.name not in names]
+            checkpoint.files.clear()
+            await session.flush()
+            checkpoint.files.extend(kept)
+            return kept
+
     async def save_look(self, checkpoint_id: UUID, name: str, status: str) -> None:
         """Has the object of a file looked at in the background, and the status set then.
 
@@ -323,11 +345,12 @@ class ModelStore:
 
     async def find_stale_uploads(self, before: datetime) -> list[Checkpoint]:
         """Uploads that were opened before then and are not finished."""
-        opened = col(Checkpoint.status) == INITIAL, col(Checkpoint.error).is_(None), col(Checkpoint.source).is_(None)
+        unset = [col(column).is_(None) for column in (Checkpoint.error, Checkpoint.source, Checkpoint.folder)]
         # A client may set a finished one back to Initial: that is no upload.
         of_it = col(CheckpointFile.checkpoint_id) == col(Checkpoint.id)
         has_open_file = sa.exists().where(of_it, ~col(CheckpointFile.complete))
-        wanted = sa.select(Checkpoint).where(*opened, has_open_file, col(Checkpoint.created_at) < before)
+        opened = [col(Checkpoint.status) == INITIAL, *unset, col(Checkpoint.created_at) < before]
+        wanted = sa.select(Checkpoint).where(*opened, has_open_file)
         async with self._database.transaction() as session:
             return list((await session.execute(wanted.limit(_MAX_STALE))).scalars())
 

@@ -47,6 +47,7 @@ from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
+from services.models.trained import Trained
 from tests.conftest import S3Access
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
@@ -193,7 +194,8 @@ async def service(
         imports = Imports(
             domain, store, ImportStore(database, chores, audit), blobs, outbound, Limits(MAX_IMPORT_BYTES)
         )
-        servicer = ModelsServicer(domain, imports, Datasets(DatasetStore(database, audit), blobs))
+        datasets = Datasets(DatasetStore(database, audit), blobs)
+        servicer = ModelsServicer(domain, imports, datasets, Trained(domain, store, blobs))
 
         def add(server: grpc.aio.Server) -> None:
             models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer, server)

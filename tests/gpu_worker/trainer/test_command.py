@@ -10,7 +10,8 @@ import tomli_w
 
 from gpu_worker.trainer import command
 from gpu_worker.trainer.loop import STATE
-from tests.gpu_worker.trainer.conftest import SMALL, Trainings
+from tests.gpu_worker.trainer.conftest import Trainings
+from tests.gpu_worker.trainer.small import SMALL
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -17,7 +17,8 @@ from gpu_worker.job import JobError
 from gpu_worker.trainer.dataset import Picture
 from gpu_worker.trainer.loop import STATE, Stopped, _sizes
 from tests.gpu_worker import tiny_sdxl
-from tests.gpu_worker.trainer.conftest import Notes, Trainings, draw
+from tests.gpu_worker.trainer.conftest import Trainings, draw
+from tests.gpu_worker.trainer.small import Notes
 
 # Everything that is left to chance, at once.
 CHANCES: dict[str, Any] = {

@@ -1,11 +1,10 @@
-"""Speed and memory of training on a GPU, beside a plain diffusers and peft loop in the same run.
+"""Speed and memory of training, beside a plain loop of diffusers and peft in the same run.
 
-    python -m tests.bench.training_gpu --out DIR [--seconds-budget N] [--tiny]
+    python -m tests.bench.training [--device cuda] [--out DIR] [--seconds-budget N]
 
-Nothing comes from the network: models have the full size of Stable Diffusion 1.5 and SDXL and random weights. Each part
-has a limit on its time and is guarded by itself; DIR/training.json is written after each figure. It needs the worker's
-own packages (torch, diffusers, transformers, accelerate, peft, safetensors, numpy, scipy, torchsde, pillow, pydantic,
-structlog). `--tiny` is for a trial on a machine without a GPU.
+On the CPU with tiny models. On a GPU models have the full size of Stable Diffusion 1.5 and SDXL, and random weights:
+nothing comes from the network. Each part has a limit on its time and is guarded by itself; DIR/training.json is written
+after each figure. It needs the worker's own packages and pytest.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ _WARM_STEPS = 3
 class Report:
     """The figures, in a file after each of them."""
 
-    def __init__(self, out: Path, seconds_budget: float) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self._path = out / "training.json"
+    def __init__(self, out: Path | None, seconds_budget: float) -> None:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        self._path = out / "training.json" if out is not None else None
         self._ends_at = time.monotonic() + seconds_budget
         self._rows: list[dict[str, Any]] = []
 
@@ -61,7 +61,8 @@ class Report:
         row = {"what": what, "seconds": round(time.monotonic() - began, 1), **found}
         self._rows.append(row)
         print(json.dumps(row), flush=True)
-        self._path.write_text(json.dumps({"machine": machine(), "rows": self._rows}, indent=1))
+        if self._path is not None:
+            self._path.write_text(json.dumps({"machine": machine(), "rows": self._rows}, indent=1))
 
 
 def machine() -> dict[str, str]:
@@ -161,12 +162,12 @@ def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
     from PIL import Image
 
     from gpu_worker import tiny, weights
+    from gpu_worker.cache import CachedModel
     from gpu_worker.trainer import dataset
     from gpu_worker.trainer.loop import STATE, Loop, Stopped
     from gpu_worker.trainer.steps import precision
     from services.common.payloads.training import check_training
-    from tests.gpu_worker.conftest import as_cached
-    from tests.gpu_worker.trainer.conftest import SMALL, Notes
+    from tests.gpu_worker.trainer.small import SMALL, Notes
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -186,7 +187,8 @@ def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
             }
             | keys
         )  # fmt: skip
-        base = as_cached(folder / "tiny.safetensors")
+        path = folder / "tiny.safetensors"
+        base = CachedModel("tiny", "Stable-diffusion", path.name, path, "0" * 64)
 
         def loop(notes: Notes) -> Loop:
             models = weights.load(base, None, device, precision(config, device))
@@ -210,41 +212,47 @@ def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds-budget", type=float, default=120)
-    parser.add_argument("--tiny", action="store_true", help="tiny models, on the CPU where there is no GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds-budget", type=float, default=240)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = torch.float16 if device == "cuda" else torch.float32
-    report = Report(options.out, options.seconds_budget)
-    small, large = ("tiny", "tiny") if options.tiny else ("sd15", "sdxl")
-    sides = (64, 64) if options.tiny else (512, 1024)
-    num_steps = (3, 3) if options.tiny else (8, 6)
+    if options.device == "cuda":
+        on_gpu(Report(options.out, options.seconds_budget))
+    else:
+        on_cpu(Report(options.out, options.seconds_budget))
 
-    def sd15(**keys: Any) -> dict[str, Any]:
-        return compare(small, sides[0], 4, half, num_steps[0], device, **keys)
 
-    def sdxl(**keys: Any) -> dict[str, Any]:
-        return compare(large, sides[1], 1, half, num_steps[1], device, **keys)
+def on_cpu(report: Report) -> None:
+    """Tiny models."""
+    report.attempt("tiny SD1.5 64x64 batch 4", 60, lambda: compare("tiny", 64, 4, torch.float32, 10, "cpu"))
+    report.attempt("a whole tiny training", 20, lambda: whole("cpu", "no"))
 
-    report.attempt("a whole tiny training, fp16", 15, lambda: whole(device, "fp16"))
-    report.attempt("SD1.5 512x512 batch 4, fp16", 25, sd15)
-    report.attempt("SDXL 1024x1024 batch 1, fp16", 35, sdxl)
-    bf16 = torch.bfloat16 if device == "cuda" else torch.float32
-    report.attempt(
-        "SDXL 1024x1024 batch 1, bf16, checkpointing",
-        20,
-        lambda: alone(large, sides[1], 1, bf16, num_steps[1], device, gradient_checkpointing=True),
-    )
-    report.attempt(
-        "SD1.5 512x512 batch 4, fp16, AdamW8bit",
-        15,
-        lambda: alone(small, sides[0], 4, half, num_steps[0], device, optimizer_type="AdamW8bit"),
-    )
-    report.attempt("SD1.5 256x256 learns, fp16", 15, lambda: learns(small, min(sides[0], 256), half, device))
+
+def on_gpu(report: Report) -> None:
+    """Models of full size."""
+    half, device = torch.float16, "cuda"
     loha = {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"], "network_dim": 4}
-    report.attempt("a whole tiny training, bf16, LoHa", 10, lambda: whole(device, "bf16", **loha))
+    checkpointing, small_optimizer = {"gradient_checkpointing": True}, {"optimizer_type": "AdamW8bit"}
+    parts: list[tuple[str, float, Callable[[], dict[str, Any]]]] = [
+        ("a whole tiny training, fp16", 15, lambda: whole(device, "fp16")),
+        ("SD1.5 512x512 batch 4, fp16", 25, lambda: compare("sd15", 512, 4, half, 8, device)),
+        ("SDXL 1024x1024 batch 1, fp16", 35, lambda: compare("sdxl", 1024, 1, half, 6, device)),
+        (
+            "SDXL 1024x1024 batch 1, bf16, checkpointing",
+            20,
+            lambda: alone("sdxl", 1024, 1, torch.bfloat16, 6, device, **checkpointing),
+        ),
+        (
+            "SD1.5 512x512 batch 4, fp16, AdamW8bit",
+            15,
+            lambda: alone("sd15", 512, 4, half, 8, device, **small_optimizer),
+        ),
+        ("SD1.5 256x256 learns, fp16", 15, lambda: learns("sd15", 256, half, device)),
+        ("a whole tiny training, bf16, LoHa", 10, lambda: whole(device, "bf16", **loha)),
+    ]
+    for what, needs_seconds, measure in parts:
+        report.attempt(what, needs_seconds, measure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Composition root of the GPU worker: settings, engine, the two doors, and an orderly end.
 
-`python -m gpu_worker` works for an endpoint's queue; `python -m gpu_worker train config.toml` trains by hand.
+`python -m gpu_worker` works for an endpoint's queue, `python -m gpu_worker train` for the training service, and
+`python -m gpu_worker train config.toml` trains by hand.
 
 Exit codes of a worker: 0 after a drain, 2 for a wrong setting or an unusable device, 3 when its secret is not known.
 """
@@ -12,7 +13,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import grpc
@@ -20,6 +20,7 @@ import structlog
 from pydantic import Field
 
 from esd.worker.v1 import worker_pb2_grpc
+from gpu_worker.addresses import gateway
 from gpu_worker.cache import ModelCache
 from gpu_worker.engine import Engine, EngineSettings
 from gpu_worker.servicer import GpuWorkerServicer
@@ -72,7 +73,7 @@ async def work(settings: WorkerSettings) -> int:
     """Works until drained or refused, and answers the exit code."""
     engine = Engine(EngineSettings(settings.device, settings.num_threads, settings.max_resident_models))
     engine.start()
-    address, credentials = _gateway(settings.server_url)
+    address, credentials = gateway(settings.server_url)
     async with Transfer() as transfer, plain_channel(address, credentials) as channel:
         cache = ModelCache(settings.cache_dir, settings.cache_max_bytes, transfer)
         worker = Worker(engine, cache, transfer, settings.max_jobs)
@@ -141,25 +142,26 @@ async def _serve(settings: WorkerSettings, worker: Worker) -> grpc.aio.Server | 
     return server
 
 
-def _gateway(url: str) -> tuple[str, grpc.ChannelCredentials | None]:
-    """`host:port` of the gateway, and credentials where the URL says https."""
-    parts = urlsplit(url)
-    secure = parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
-    return f"{parts.hostname}:{port}", grpc.ssl_channel_credentials() if secure else None
-
-
 def main() -> None:
     """Runs the worker, or a training."""
     die_with_launcher()
     os.environ.update(OFFLINE)
     if sys.argv[1:2] == ["train"]:
-        from gpu_worker.trainer import command  # noqa: PLC0415 - the worker does without it
-
-        sys.exit(command.main(sys.argv[2:]))
+        sys.exit(_train(sys.argv[2:]))
     settings = load(WorkerSettings)
     logs.configure("worker", settings)
     sys.exit(asyncio.run(work(settings)))
+
+
+def _train(arguments: list[str]) -> int:
+    """A training by hand; without arguments, in a task of the endpoints service, one of the training service."""
+    from gpu_worker.trainer import command, session  # noqa: PLC0415 - the worker does without them
+
+    if arguments or "ESD_TASK_ID" not in os.environ:
+        return command.main(arguments)
+    settings = load(session.TrainerSettings)
+    logs.configure("trainer", settings)
+    return asyncio.run(session.train(settings))
 
 
 if __name__ == "__main__":

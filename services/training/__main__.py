@@ -1,33 +1,74 @@
-"""Puts the training service together and runs it: `python -m services.training`. It needs no database yet."""
+"""The training service: reads settings, builds the parts, serves: `python -m services.training`."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+
+from pydantic import Field
 
 from esd.training.v1 import training_pb2_grpc as rpc
 from services.common import logs
 from services.common.auth import Verifier
+from services.common.blobs import Blobs
+from services.common.clients import TokenSource, channel, token_review
+from services.common.database import Database
+from services.common.leftovers import LeftoverStore
 from services.common.server import Server
-from services.common.settings import Settings, load
+from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.common.signals import Signals
+from services.training.domain import Trainings
+from services.training.peers import Models, Tasks
 from services.training.servicer import TrainingServicer
+from services.training.settling import Settler
+from services.training.signals import CHANNELS
+from services.training.store import TrainingStore
+from services.training.trainer_servicer import TrainerServicer
+from services.training.trainer_store import TrainerStore
+from services.training.trainers import Trainers
+from services.training.watching import Watching
 
 
-class TrainingSettings(Settings):
-    """What a service without a database needs."""
+class TrainingSettings(ServiceSettings):
+    """The service's own settings beside those of every service."""
 
-    listen: str = "127.0.0.1:0"
-    verifying_key_file: Path
+    training_max_hours: float = Field(0.0, ge=0.0, description="hours that a training may take; 0: any number")
 
 
-async def main(settings: TrainingSettings) -> None:
-    """Serves until told to stop."""
-    server = Server(settings.listen, Verifier.from_file(settings.verifying_key_file))
-    rpc.add_TrainingServiceServicer_to_server(TrainingServicer(), server.grpc)
+async def main() -> None:
+    """Runs until told to stop."""
+    settings = load(TrainingSettings)
+    logs.configure("training", settings)
+    database = Database(settings.database_url)
+    await database.migrate("training")
+    tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
+    models = Models(channel(settings.models_address, tokens))
+    tasks = Tasks(channel(settings.endpoints_address, tokens))
+    signals, blobs = Signals(), Blobs(load(BlobSettings))
+    store, trainer_store = TrainingStore(database), TrainerStore(database)
+    settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, signals)
+    trainings = Trainings(store, blobs, models, settler, round(settings.training_max_hours * 3600))
+    verifier = Verifier.from_file(settings.verifying_key_file, audience="training")
+    server = Server(settings.listen, verifier, token_review(channel(settings.identity_address, tokens)))
+    watching = Watching(trainings, store, signals, server.stopping)
+    rpc.add_TrainingServiceServicer_to_server(TrainingServicer(trainings, watching), server.grpc)
+    trainers = TrainerServicer(Trainers(trainer_store, blobs), store, signals, server.stopping)
+    rpc.add_TrainerServiceServicer_to_server(trainers, server.grpc)
+    chores = [
+        asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
+        asyncio.create_task(settler.run()),
+    ]
+    # A chore that dies takes the service with it, which its supervisor starts again.
+    for chore in chores:
+        chore.add_done_callback(lambda _: server.stopping.set())
     await server.run()
+    for chore in chores:
+        chore.cancel()
+    ended = await asyncio.gather(*chores, return_exceptions=True)
+    await database.dispose()
+    for failure in ended:
+        if isinstance(failure, Exception):
+            raise failure
 
 
 if __name__ == "__main__":
-    _settings = load(TrainingSettings)
-    logs.configure("training", _settings)
-    asyncio.run(main(_settings))
+    asyncio.run(main())

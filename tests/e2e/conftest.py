@@ -105,7 +105,7 @@ def stack() -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="esd-e2e-") as folder:
         Path(folder).chmod(0o711)  # PostgreSQL's user must get through, when root runs this
         stack = Stack(Path(folder) / "home", webui=True, env_overrides=SETTINGS)
-        stack.start()
+        stack.start(timeout_seconds=400)  # services import much, and the machine may be busy
         try:
             yield stack
         finally:

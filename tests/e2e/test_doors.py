@@ -18,13 +18,6 @@ ROUTES = [
     "/inferences/x", "/inferences/x/start", "/trainings", "/trainings/x", "/trainings/x/stop", "/datasets",
     "/datasets/x",
 ]  # fmt: skip
-NOT_BUILT = [
-    ("GET", "/trainings", None),
-    ("GET", "/trainings/x", None),
-    ("PUT", "/trainings/x/stop", None),
-    ("POST", "/trainings", {"lora_train_type": "kohya", "params": {}}),
-    ("DELETE", "/trainings", {"training_id_list": ["x"]}),
-]
 
 
 def check_envelope(answer: httpx.Response, status: int) -> str:
@@ -62,12 +55,6 @@ def test_an_unknown_route_is_404_and_bad_json_400(stack: Stack, admin: Api) -> N
     check_envelope(httpx.get(stack.url + "/nowhere", headers=headers), 404)
     check_envelope(httpx.post(stack.url + "/roles", content="{", headers=headers), 400)
     check_envelope(httpx.post(stack.url + "/roles", content='{"role_name": 5}', headers=headers), 400)
-
-
-@pytest.mark.parametrize(("method", "path", "body"), NOT_BUILT)
-def test_what_is_not_built_says_so(admin: Api, method: str, path: str, body: dict | None) -> None:
-    answer = admin.call(method, path, body)
-    assert (answer.status, answer.body) == (501, {"statusCode": 501, "message": "not implemented yet"})
 
 
 def test_any_content_type_is_read_as_json(admin: Api) -> None:

@@ -1,0 +1,87 @@
+"""Trainings in PostgreSQL as their users see them. One method is one transaction.
+
+What trainers tell of them is in trainer_store.py.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select, tuple_
+from sqlmodel import col
+
+from services.common.database import Database, notify
+from services.common.leftovers import leave_behind
+from services.training.rows import STOPPED, Event, Metric, Training
+from services.training.signals import TRAINING_MOVED, TRAININGS_DUE
+
+_MAX_EVENTS = 500  # that are read at once
+
+
+class TrainingStore:
+    """The trainings."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, training: Training) -> None:
+        """Adds a training."""
+        async with self._database.transaction() as session:
+            session.add(training)
+            await notify(session, TRAININGS_DUE, str(training.id))
+
+    async def get(self, training_id: UUID) -> Training | None:
+        """The training, if there is one."""
+        async with self._database.transaction() as session:
+            return await session.get(Training, training_id)
+
+    async def page(self, owner: str | None, limit: int, after: tuple[datetime, UUID] | None) -> list[Training]:
+        """Trainings of an owner or (None) of all, newest first, after the position of another."""
+        query = select(Training)
+        if owner is not None:
+            query = query.where(col(Training.owner) == owner)
+        if after is not None:
+            query = query.where(tuple_(col(Training.create_time), col(Training.id)) < after)
+        query = query.order_by(col(Training.create_time).desc(), col(Training.id).desc()).limit(limit)
+        async with self._database.transaction() as session:
+            return list(await session.scalars(query))
+
+    async def stop(self, training_id: UUID, reason: str) -> Training | None:
+        """Ends a training that has not ended; None: there is none."""
+        async with self._database.transaction() as session:
+            training = await session.get(Training, training_id, with_for_update=True)
+            if training is not None and not training.is_ended:
+                training.end(STOPPED, reason)
+                await notify(session, TRAINING_MOVED, str(training_id))
+                await notify(session, TRAININGS_DUE, str(training_id))
+            return training
+
+    async def delete(self, training_ids: list[UUID], prefixes_of: Any) -> list[Training]:
+        """Deletes trainings; `prefixes_of(training)` are left to the sweeper. Answers those it found."""
+        query = select(Training).where(col(Training.id).in_(training_ids)).order_by(col(Training.id))
+        async with self._database.transaction() as session:
+            trainings = list(await session.scalars(query.with_for_update()))
+            for training in trainings:
+                await leave_behind(session, prefixes_of(training))
+                await session.delete(training)
+                await notify(session, TRAINING_MOVED, str(training.id))
+            return trainings
+
+    async def events(self, training_id: UUID, after: int) -> list[Event]:
+        """What was noted of a training after an event, in order; a part of it, where it is much."""
+        query = select(Event).where(col(Event.training_id) == training_id, col(Event.id) > after)
+        async with self._database.transaction() as session:
+            return list(await session.scalars(query.order_by(col(Event.id)).limit(_MAX_EVENTS)))
+
+    async def curve(self, training_id: UUID, max_points: int) -> tuple[list[Metric], int]:
+        """At most so many steps, evenly chosen, the last one among them, and how many there are."""
+        this = col(Metric.training_id) == training_id
+        async with self._database.transaction() as session:
+            num_steps = await session.scalar(select(func.count()).select_from(Metric).where(this)) or 0
+            every = -(-num_steps // max_points) or 1
+            last = select(func.max(col(Metric.step))).where(this).scalar_subquery()
+            chosen = ((last - col(Metric.step)) % every) == 0
+            found = await session.scalars(select(Metric).where(this, chosen).order_by(col(Metric.step)))
+            return list(found), num_steps

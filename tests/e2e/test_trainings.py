@@ -1,0 +1,269 @@
+"""A training as its user sees it: from pictures to a LoRA that can be prompted."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from PIL import Image, ImageDraw
+
+from deploy.local.stack import Stack
+from tests.e2e.conftest import PICTURE, Answer, Api, Studio, finished, upload, wait_for
+from tests.services.models.files import safetensors
+
+# A training of seconds on one thread: 64 pixels, two steps for each of four pictures.
+KEYS: dict[str, Any] = {
+    "resolution": "64,64", "max_train_epochs": 2, "save_every_n_epochs": 1, "network_dim": 4, "network_alpha": 4,
+    "unet_lr": 0.01, "text_encoder_lr": 0.001, "optimizer_type": "AdamW", "mixed_precision": "no",
+    "sample_prompts": "a zog --s 2",
+}  # fmt: skip
+ENDS = {"Completed", "Failed", "Stopped"}
+
+
+def picture(shade: int) -> bytes:
+    """A circle on a coloured ground, as PNG."""
+    image = Image.new("RGB", (64, 64), (200, shade, 40))
+    ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=(0, 255, shade))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class School:
+    """A user who can train and draw, the S3 paths of a base model and of a dataset, and the painter's studio."""
+
+    api: Api
+    studio: Studio
+    model_path: str
+    data_path: str
+
+    def post(self, training_params: dict[str, Any] | None = None, **keys: Any) -> Answer:
+        """Asks for a training in the document's shape."""
+        given = {
+            "training_instance_type": "local",
+            "s3_model_path": self.model_path,
+            "s3_data_path": self.data_path,
+            "fm_type": "sd_1_5",
+        }
+        params = {"training_params": given | (training_params or {}), "config_params": {"training": KEYS | keys}}
+        return self.api.call("POST", "/trainings", {"lora_train_type": "kohya", "params": params})
+
+    def begin(self, **keys: Any) -> str:
+        """Begins a training; answers its id."""
+        answer = self.post(**keys)
+        assert answer.status == 200, answer.body
+        training_id: str = answer.data["id"]
+        return training_id
+
+    def get(self, training_id: str) -> dict[str, Any]:
+        """The training."""
+        found: dict[str, Any] = self.api.ok("GET", f"/trainings/{training_id}")
+        return found
+
+    def until(self, training_id: str, *statuses: str) -> dict[str, Any]:
+        """Waits until the training has one of the statuses, or has ended."""
+
+        def reached() -> dict[str, Any] | None:
+            found = self.get(training_id)
+            return found if found["job_status"] in {*statuses, *ENDS} else None
+
+        found: dict[str, Any] = wait_for(reached, 300)
+        return found
+
+    def events(self, training_id: str) -> Iterator[dict[str, Any]]:
+        """What a watcher of the training is told, to its end."""
+        url, headers = f"{self.api.url}/trainings/{training_id}/events", {"x-api-key": self.api.key}
+        with httpx.stream("GET", url, headers=headers, timeout=300) as answer:
+            assert answer.headers["content-type"] == "text/event-stream"
+            for line in answer.iter_lines():
+                if line:
+                    yield json.loads(line.removeprefix("data: "))
+
+    def checkpoint(self, training_id: str) -> dict[str, Any] | None:
+        """The training's row in the list of checkpoints."""
+        listed = self.api.ok("GET", "/checkpoints?types=Lora&per_page=100")["checkpoints"]
+        return next((row for row in listed if row["id"] == training_id), None)
+
+
+def add_dataset(api: Api, name: str, files: dict[str, bytes]) -> str:
+    """Uploads a dataset of the concept `2_zog`; answers its S3 path."""
+    content = [{"filename": file, "name": file, "type": "image", "params": {}} for file in files]
+    body = {"dataset_name": name, "content": content, "prefix": "2_zog", "params": {"description": "zogs"}}
+    urls = api.ok("POST", "/datasets", body, 201)["s3PresignUrl"]
+    for file, url in urls.items():
+        assert api.put(url, files[file]).status_code == 200
+    api.ok("PUT", f"/datasets/{name}", {"status": "Enabled"})
+    path: str = api.ok("GET", f"/datasets/{name}")["s3"]
+    return path.removesuffix("/2_zog")
+
+
+@pytest.fixture(scope="session")
+def school(admin: Api, studio: Studio) -> Iterator[School]:
+    """Four pictures with captions, and a user who shares the painter's role."""
+    admin.ok("POST", "/roles", {"role_name": "tutor", "permissions": ["train:all"]}, 201)
+    admin.ok("POST", "/users", {"username": "tutor", "password": "secret", "roles": ["tutor", "painter"]}, 201)
+    api = Api(admin.url, admin.ok("POST", "/keys", {"username": "tutor"}, 201)["key"])
+    files = {f"{number}.png": picture(60 * number) for number in range(4)}
+    data_path = add_dataset(api, "zogs", files | {f"{number}.txt": b"a zog, green" for number in range(4)})
+    models = api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
+    (model,) = [row for row in models if row["name"] == [studio.model]]
+    yield School(api, studio, f"{model['s3Location']}/{studio.model}", data_path)
+    api.close()
+
+
+def draw(school: School, prompt: str, loras: list[str]) -> bytes:
+    """The picture of a prompt, with LoRAs among the job's models."""
+    body = {
+        "task_type": "txt2img",
+        "inference_type": "Async",
+        "models": {"Stable-diffusion": [school.studio.model], "Lora": loras},
+    }
+    created = school.api.ok("POST", "/inferences", body, 201)["inference"]
+    payload = json.dumps(PICTURE | {"prompt": prompt}).encode()
+    assert school.api.put(created["api_params_s3_upload_url"], payload).status_code == 200
+    school.api.ok("PUT", f"/inferences/{created['id']}/start", status=202)
+    job = finished(school.api, created["id"])
+    assert job["status"] == "succeed", job
+    return school.api.get(job["img_presigned_urls"][0])
+
+
+def test_a_training_shows_how_far_it_is_and_ends_as_a_lora_that_can_be_prompted(school: School) -> None:
+    answer = school.post(output_name="zog")
+    assert (answer.status, answer.message, answer.data["status"]) == (200, "OK", "Training")
+    training_id = answer.data["id"]
+    assert answer.data["output_location"].endswith(f"/kohya/train/{training_id}/output")
+    assert answer.data["params"]["config_params"]["training"]["max_train_epochs"] == 2, "numbers as they were sent"
+
+    told = list(school.events(training_id))
+    assert told[-1]["ended"]["status"] == "Completed", told[-1]
+    assert [event["saved"]["name"] for event in told if "saved" in event] == [
+        "zog-000001.safetensors",
+        "zog.safetensors",
+    ]
+    step = [event["step"] for event in told if "step" in event][-1]
+    assert (step["step"], step["numSteps"], step["epoch"], step["numEpochs"]) == (16, 16, 2, 2)
+    assert set(step["learningRates"]) == {"unet", "text"}
+    preview = [event["preview"] for event in told if "preview" in event][-1]
+    assert (preview["epoch"], preview["prompt"]) == (2, "a zog")
+    assert Image.open(io.BytesIO(school.api.get(preview["url"]))).size == (64, 64)
+    assert any("16 steps" in event["log"]["line"] for event in told if "log" in event)
+
+    curve = school.api.ok("GET", f"/trainings/{training_id}/metrics")["points"]
+    assert [point["step"] for point in curve] == list(range(1, 17))
+    ended = school.get(training_id)
+    assert (ended["job_status"], ended["checkpoint_id"]) == ("Completed", training_id)
+    (listed,) = [row for row in school.api.ok("GET", "/trainings")["trainings"] if row["id"] == training_id]
+    assert listed["params"]["config_params"]["saving_arguments"]["output_name"] == "zog"
+
+    row = school.checkpoint(training_id)
+    assert row is not None
+    assert (row["status"], row["name"]) == ("Active", ["zog.safetensors", "zog-000001.safetensors"])
+    assert row["s3Location"] == answer.data["output_location"]
+    plain = draw(school, "a zog", ["zog.safetensors"])
+    assert draw(school, "a zog <lora:zog:1>", ["zog.safetensors"]) != plain, "it acts"
+
+
+def trainers(stack: Stack) -> list[psutil.Process]:
+    """The trainers of the stack under test."""
+    below = psutil.Process(stack.launcher_pid).children(recursive=True)
+    return [process for process in below if process.cmdline()[-2:] == ["gpu_worker", "train"]]
+
+
+def saved(told: Iterator[dict[str, Any]]) -> str:
+    """The name of the next network that is saved."""
+    name: str = next(event["saved"]["name"] for event in told if "saved" in event)
+    return name
+
+
+def test_what_cannot_be_had_is_refused_before_anything_begins(school: School, admin: Api) -> None:
+    add_dataset(admin, "secret", {"0.png": picture(0)})
+    others = school.data_path.replace("/zogs", "/secret")
+    for given, keys, sentence in (
+        ({"fm_type": "sd_2"}, {}, "Invalid fm_type sd_2, the valid values are sd_1_5 and sd_xl"),
+        ({"s3_data_path": others}, {}, f'Dataset not found: s3_data_path "{others}" names no dataset that you may use'),
+        ({"s3_model_path": "s3://elsewhere/a.safetensors"}, {}, "Model not found: s3_model_path"),
+        ({}, {"network_dim": "many"}, 'network_dim "many": input should be a valid integer'),
+    ):
+        answer = school.post(given, output_name="never", **keys)
+        assert (answer.status, answer.message[: len(sentence)]) == (400, sentence)
+    assert not [row for row in school.api.ok("GET", "/checkpoints?types=Lora&per_page=100")["checkpoints"]
+                if row["name"] == ["never.safetensors"]]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
+    school: School, admin: Api, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.safetensors").write_bytes(safetensors())
+    assert upload(school.studio.api, tmp_path / "odd.safetensors").status == 200
+    models = school.api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
+    (odd,) = [f"{row['s3Location']}/{row['name'][0]}" for row in models if row["name"] == ["odd.safetensors"]]
+    broken = add_dataset(school.api, "broken", {"0.png": b"no picture", "1.txt": b"a zog"})
+    begun = {
+        "fm_type is sd_xl, but": {"fm_type": "sd_xl"},
+        "odd.safetensors": {"s3_model_path": odd},
+        "no picture": {"s3_data_path": broken},
+    }
+    ids = {}
+    for number, (sentence, given) in enumerate(begun.items()):
+        answer = school.post(given, output_name=f"impossible-{number}")
+        assert answer.status == 200, answer.body
+        ids[sentence] = answer.data["id"]
+    for sentence, training_id in ids.items():
+        ended = school.until(training_id)
+        assert ended["job_status"] == "Failed"
+        assert sentence in ended["params"]["resp"]["error_msg"]
+        row = school.checkpoint(training_id)
+        assert row is not None
+        assert row["status"] == "Disabled"
+        assert "Traceback" not in ended["params"]["resp"]["error_msg"]
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(stack: Stack, school: School) -> None:
+    training_id = school.begin(output_name="tough", max_train_epochs=6, sample_every_n_epochs=0)
+    assert saved(school.events(training_id)) == "tough-000001.safetensors"
+    for process in trainers(stack):
+        process.kill()
+    told = school.events(training_id)
+    assert any("going on after epoch" in event.get("log", {}).get("line", "") for event in told)
+    for process in [*trainers(stack), psutil.Process(stack.processes()["training"])]:
+        process.kill()
+    wait_for(lambda: school.api.call("GET", "/trainings").status == 200)
+    ended = school.until(training_id)
+    assert ended["job_status"] == "Completed", ended
+    points = school.api.ok("GET", f"/trainings/{training_id}/metrics")["points"]
+    assert [point["step"] for point in points] == list(range(1, 49)), "no step is missing or told twice"
+    row = school.checkpoint(training_id)
+    assert row is not None
+    assert len(row["name"]) == 6
+
+
+@pytest.mark.slow
+def test_a_stop_acts_within_a_step_or_while_it_waits_and_what_was_saved_stays(stack: Stack, school: School) -> None:
+    first = school.begin(output_name="endless", max_train_epochs=100_000, sample_every_n_epochs=0)
+    waiting = school.begin(output_name="waiting")
+    assert saved(school.events(first)) == "endless-000001.safetensors"
+    reason = next(event["status"].get("reason") for event in school.events(waiting) if "status" in event)
+    assert reason, "it says what it waits for, as one trains at a time"
+    for training_id in (waiting, first):
+        assert school.api.call("PUT", f"/trainings/{training_id}/stop").body == {"statusCode": 200, "message": "OK"}
+        assert school.get(training_id)["job_status"] == "Stopped"
+    assert list(school.events(first))[-1]["ended"]["status"] == "Stopped"
+    wait_for(lambda: not trainers(stack))
+    kept, empty = school.checkpoint(first), school.checkpoint(waiting)
+    assert kept is not None
+    assert empty is not None
+    assert (kept["status"], kept["name"][-1]) == ("Active", "endless-000001.safetensors")
+    assert empty["status"] == "Disabled"
+    assert school.api.call("DELETE", "/trainings", {"training_id_list": [first, waiting]}).status == 204
+    assert school.api.call("GET", f"/trainings/{first}").status == 404
+    assert draw(school, "a zog <lora:endless-000001:1>", ["endless-000001.safetensors"]), "a checkpoint has it"

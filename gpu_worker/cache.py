@@ -20,13 +20,16 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import structlog
 
-from esd.worker.v1 import worker_pb2
 from gpu_worker.job import JobError
 from gpu_worker.transfer import Transfer
+
+if TYPE_CHECKING:
+    from esd.worker.v1 import worker_pb2
 
 log = structlog.get_logger()
 

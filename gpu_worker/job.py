@@ -9,12 +9,14 @@ import asyncio
 import math
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.struct_pb2 import Struct, Value
 
-from esd.worker.v1 import worker_pb2
 from gpu_worker.audience import Audience
+
+if TYPE_CHECKING:
+    from esd.worker.v1 import worker_pb2
 
 T = TypeVar("T")
 

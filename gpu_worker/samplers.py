@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler, DPMSolverSDEScheduler
 from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -20,6 +21,9 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
+from gpu_worker import plans
+from gpu_worker.noise import on_device
+from gpu_worker.plans import Interval, Plan, combined
 from services.common.payloads.samplers import parts
 
 Options = dict[str, Any]
@@ -64,34 +68,24 @@ SAMPLERS: dict[str, tuple[type[Any], Options]] = {
 }
 _MODEL_OPTIONS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset", "prediction_type")
 _LCM_STEPS = 50  # of the teacher
+_MAX_PLANS = 256  # of settings that were used last
 
 
 class Sampling:
     """A sampler at work on the images of one batch of one job: all its state, the noise of each row included.
 
-    Timesteps are on the CPU, where reading them does not wait for the GPU.
+    Noise is drawn on the CPU in fp32, by the generators of the rows, so that no device draws another picture.
     """
 
-    def __init__(
-        self, scheduler: Any, num_steps: int, generators: list[torch.Generator], eta: float, first_step: int = 0
-    ) -> None:
-        self._scheduler = scheduler
-        steps: dict[str, Any] = {}
-        if isinstance(scheduler, LCMScheduler):
-            steps["original_inference_steps"] = max(_LCM_STEPS, num_steps)
-        scheduler.set_timesteps(num_steps, device="cpu", **steps)
-        self.num_steps = num_steps - first_step
-        first = first_step * scheduler.order
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-        taken = inspect.signature(scheduler.step).parameters
-        given = {"generator": generators, "eta": eta, "return_dict": False}
-        self._options = {name: value for name, value in given.items() if name in taken}
-        self._times = list(scheduler.timesteps[first:])
-        if isinstance(scheduler, PNDMScheduler) and first_step:
-            self._times = _plms_times(scheduler.timesteps, first_step)
+    def __init__(self, plan: Plan, num_steps: int, generators: list[torch.Generator]) -> None:
+        self._plan = plan
+        self._generators = generators
+        self._seeds = [generator.initial_seed() for generator in generators]
+        self._kept: list[torch.Tensor] = []
+        self._process: Any = None
+        self.num_steps = num_steps
         # One for each evaluation of the UNet, of which some samplers have two in a step.
-        self.timesteps = [float(time) for time in self._times]
+        self.timesteps = [step.timestep for step in plan.steps]
 
     def step_of(self, index: int) -> int:
         """The step that the evaluation of that index belongs to, from 0."""
@@ -99,23 +93,38 @@ class Sampling:
 
     def latents(self, noise: torch.Tensor) -> torch.Tensor:
         """The latents to begin with, from noise of deviation 1."""
-        latents: torch.Tensor = noise * self._scheduler.init_noise_sigma
-        return latents
+        return noise * self._plan.initial_scale
 
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
         """Clean latents as they are before the evaluation of that index."""
-        noised: torch.Tensor = self._scheduler.add_noise(clean, noise, self._times[index].reshape(1))
-        return noised
+        of_clean, of_noise = self._plan.steps[index].noised
+        return torch.add(clean * of_clean, noise, alpha=of_noise)
 
     def scaled(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The UNet's input for the evaluation of that index."""
-        scaled: torch.Tensor = self._scheduler.scale_model_input(latents, self._times[index])
-        return scaled
+        scale = self._plan.steps[index].input_scale
+        return latents if scale == 1 else latents * scale
 
     def step(self, prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
         """The latents after the evaluation of that index."""
-        after: torch.Tensor = self._scheduler.step(prediction, self._times[index], latents, **self._options)[0]
-        return after
+        step = self._plan.steps[index]
+        noise = [on_device(self._drawn(interval, latents), latents.device) for interval in step.draws]
+        sources = [latents, prediction, *self._kept, *noise]
+        self._kept = [combined(terms, sources) for terms in step.kept]
+        return combined(step.latents, sources)
+
+    def _drawn(self, interval: Interval, latents: torch.Tensor) -> torch.Tensor:
+        """Noise of the latents' shape, on the CPU."""
+        row = (1, *latents.shape[1:])
+        if interval is None:
+            return torch.cat([torch.randn(row, generator=generator) for generator in self._generators])
+        if self._process is None:
+            assert self._plan.span is not None
+            like = torch.empty(latents.shape)
+            # One Brownian tree for each row; diffusers' own batch draws all rows from one.
+            self._process = BrownianTreeNoiseSampler(like, *self._plan.span, seed=self._seeds)
+        drawn: torch.Tensor = self._process(*interval)
+        return drawn
 
 
 def create(
@@ -128,15 +137,28 @@ def create(
 ) -> Sampling:
     """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` is DDIM's; of
     the steps, those before `first_step` are left out."""
+    options = tuple((key, model_config[key]) for key in _MODEL_OPTIONS if key in model_config)
+    return Sampling(_plan(name, options, num_steps, eta, first_step), num_steps - first_step, generators)
+
+
+@lru_cache(_MAX_PLANS)
+def _plan(name: str, model_options: tuple[tuple[str, Any], ...], num_steps: int, eta: float, first_step: int) -> Plan:
     sampler, schedule = parts(name)
-    scheduler, own_options = SAMPLERS[sampler]
-    taken = inspect.signature(scheduler).parameters
-    options = {key: model_config[key] for key in _MODEL_OPTIONS if key in model_config and key in taken}
-    options |= own_options | SCHEDULES[schedule]
-    if scheduler is DPMSolverSDEScheduler:
-        # One Brownian tree for each row; diffusers' own batch draws all rows from one.
-        options["noise_sampler_seed"] = [generator.initial_seed() for generator in generators]
-    return Sampling(scheduler(**options), num_steps, generators, eta, first_step)
+    kind, own_options = SAMPLERS[sampler]
+    taken = inspect.signature(kind).parameters
+    options = {key: value for key, value in model_options if key in taken}
+    scheduler = kind(**(options | own_options | SCHEDULES[schedule]))
+    steps = {"original_inference_steps": max(_LCM_STEPS, num_steps)} if kind is LCMScheduler else {}
+    scheduler.set_timesteps(num_steps, device="cpu", **steps)
+    first = first_step * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    times = list(scheduler.timesteps[first:])
+    if kind is PNDMScheduler and first_step:
+        times = _plms_times(scheduler.timesteps, first_step)
+    given = {"eta": eta, "return_dict": False}
+    taken = inspect.signature(scheduler.step).parameters
+    return plans.read(scheduler, times, {name: value for name, value in given.items() if name in taken})
 
 
 def _plms_times(timesteps: torch.Tensor, first_step: int) -> list[torch.Tensor]:

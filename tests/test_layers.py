@@ -49,6 +49,7 @@ TORCH_OWNERS = {
     "denoise.py",
     "fault.py",
     "noise.py",
+    "plans.py",
     "samplers.py",
     "weights.py",
     "pickles.py",

@@ -1,10 +1,14 @@
 """Samplers by the names in a payload."""
 
+import inspect
+
 import pytest
 import torch
 
 from gpu_worker import samplers
 from services.common.payloads import samplers as names
+from tests.gpu_worker import reference
+from tests.gpu_worker.driving import assert_close
 
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -25,3 +29,25 @@ def test_every_sampler_stays_finite_in_any_number_of_steps(name: str, num_steps:
         assert torch.isfinite(x).all()
         latents = sampling.step(torch.zeros_like(x), index, latents)
     assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("name", names.names())
+def test_steps_are_those_of_the_scheduler_itself(name: str) -> None:
+    """Two rows, through more steps than any sampler looks back."""
+    seeds, num_steps = [5, 6], 8
+    scheduler = reference.scheduler_of(name, seeds)
+    given = {"original_inference_steps": 50} if name == "LCM" else {}
+    scheduler.set_timesteps(num_steps, **given)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    taken = inspect.signature(scheduler.step).parameters
+    noise = {"generator": generators} if "generator" in taken else {}
+    sampling = samplers.create(name, MODEL, num_steps, [torch.Generator().manual_seed(seed) for seed in seeds])
+    assert sampling.timesteps == pytest.approx([float(time) for time in scheduler.timesteps])
+    first = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    expected, found = first * scheduler.init_noise_sigma, sampling.latents(first)
+    for index, time in enumerate(scheduler.timesteps):
+        x = scheduler.scale_model_input(expected, time)
+        assert_close(sampling.scaled(found, index), x)
+        expected = scheduler.step(torch.tanh(x) + first.flip(0), time, expected, **noise, return_dict=False)[0]
+        found = sampling.step(torch.tanh(sampling.scaled(found, index)) + first.flip(0), index, found)
+        assert_close(found, expected)

@@ -17,15 +17,16 @@ from uuid import uuid4
 
 import grpc
 import structlog
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from esd.worker.v1 import worker_pb2_grpc
 from gpu_worker.addresses import gateway
 from gpu_worker.cache import ModelCache
-from gpu_worker.engine import Engine, EngineSettings
+from gpu_worker.engine import Engine
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.stream import Refused, WorkStream
 from gpu_worker.transfer import Transfer
+from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 from services.common import logs
 from services.common.auth import Verifier
@@ -60,7 +61,17 @@ class WorkerSettings(Settings):
     # The name under which the queue knows this process; whoever started it may choose, so as to find it there.
     worker_id: str = Field(default_factory=lambda: str(uuid4()))
     cache_max_bytes: int = Field(100 * 2**30, ge=0)
-    max_resident_models: int = Field(2, ge=1)
+    # Bounds on what models take on the device, and on copies of them in the host's memory, from where they come back
+    # fast. None: 60 % of a GPU's memory and 40 % of the machine's; on the CPU half of the machine's, and no copies.
+    model_bytes: int | None = Field(None, ge=0)
+    copy_bytes: int | None = Field(None, ge=0)
+    # Of the UNet: auto is float16 on CUDA, float32 on the CPU.
+    precision: str = Field("auto", pattern="^(auto|float16|bfloat16|float32)$")
+    # On CUDA: UNet calls are captured as CUDA graphs; with them, blocks are compiled (minutes at a first start), and
+    # linear layers are multiplied in FP8 (bfloat16 only, on GPUs that have it).
+    cuda_graphs: bool = True
+    compile: bool = False
+    fp8: bool = False
     # How many jobs may be in the worker at a time, besides those whose results are being uploaded.
     max_jobs: int = Field(16, ge=1)
     # torch's threads on the CPU; 0 leaves the number to torch.
@@ -68,10 +79,28 @@ class WorkerSettings(Settings):
     # How long a job under way may take to finish after SIGTERM.
     drain_seconds: float = Field(60.0, ge=0)
 
+    @field_validator("fp8")
+    @classmethod
+    def _needs_bfloat16(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("precision") != "bfloat16":
+            raise ValueError("needs ESD_PRECISION=bfloat16")
+        return value
+
 
 async def work(settings: WorkerSettings) -> int:
     """Works until drained or refused, and answers the exit code."""
-    engine = Engine(EngineSettings(settings.device, settings.num_threads, settings.max_resident_models))
+    engine = Engine(
+        EngineSettings(
+            device=settings.device,
+            num_threads=settings.num_threads,
+            model_bytes=settings.model_bytes,
+            copy_bytes=settings.copy_bytes,
+            precision=settings.precision,
+            graphs=settings.cuda_graphs,
+            compiled=settings.compile,
+            fp8=settings.fp8,
+        )
+    )
     engine.start()
     address, credentials = gateway(settings.server_url)
     async with Transfer() as transfer, plain_channel(address, credentials) as channel:

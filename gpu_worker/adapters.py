@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gpu_worker import controlnet, embeddings, lora
 from gpu_worker.cache import CachedModel
@@ -21,6 +22,25 @@ _KINDS: dict[str, Callable[[CachedModel, Models, str], Adapter]] = {
     EMBEDDING: embeddings.load,
     CONTROLNET: controlnet.load,
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What a file holds, on the device, which it leaves for good; `on_leave` is called before its memory is free."""
+
+    content: Any
+    num_bytes: int
+    on_leave: Callable[[], None]
+
+    def enter(self) -> None:
+        """It is there."""
+
+    def leave(self) -> None:
+        """Leaves the device."""
+        self.on_leave()
+
+    def forget(self) -> None:
+        """There is no copy in the host's memory."""
 
 
 @dataclass(frozen=True, eq=False)

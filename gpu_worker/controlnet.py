@@ -135,13 +135,21 @@ class Residuals:
             self._hints.append(torch.cat(hints))
             self._scales.append(torch.tensor(shares).to(self._hints[-1]))
 
-    def of(self, rows: slice, x: torch.Tensor, timestep: torch.Tensor, **texts: Any) -> dict[str, Any]:
+    def of(
+        self,
+        rows: slice,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        added: dict[str, torch.Tensor],
+    ) -> dict[str, Any]:
         """Arguments of the UNet for these rows of the call, whose other arguments are given for the same rows."""
+        told = {"encoder_hidden_states": text, "added_cond_kwargs": added}
         total: list[torch.Tensor] = []
         for net, hints, shares in zip(self._nets, self._hints, self._scales, strict=True):
             with circular(net, self._tiling):
                 down, middle = net(
-                    x[:, :_LATENT_CHANNELS], timestep, controlnet_cond=hints[rows], return_dict=False, **texts
+                    x[:, :_LATENT_CHANNELS], timestep, controlnet_cond=hints[rows], return_dict=False, **told
                 )
             weighed = list(_weighed([*down, middle], shares[rows]))
             total = [before + added for before, added in zip(total, weighed, strict=True)] if total else weighed

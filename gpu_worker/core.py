@@ -8,49 +8,61 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
 
 import structlog
 import torch
 
-from gpu_worker import adapters, tasks, upscaling, weights
+from gpu_worker import adapters, devices, tasks, upscaling, weights
+from gpu_worker.adapters import Loaded
 from gpu_worker.batch import Batch
 from gpu_worker.cache import CachedModel
 from gpu_worker.denoise import Evaluation, predict
+from gpu_worker.devices import Cpu
 from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
+from gpu_worker.placed import Placed
 from gpu_worker.preview import Previews
 from gpu_worker.resident import Resident
 from gpu_worker.run import Equipment, Produced, Run
-from services.common.payloads.models import CONTROLNET, UPSCALER
+from gpu_worker.tuning import EngineSettings
+from services.common.payloads.models import UPSCALER
 
 log = structlog.get_logger()
 
 NO_MEMORY = "the GPU has not enough memory for this job"
-# Rows x pixels of a UNet call, until one does not fit: 16 rows of SDXL. On the CPU 4 of SD1.5; more gain nothing.
-_MAX_ADAPTERS = 16
-_MAX_PIXELS = {"cuda": 16 * 1024 * 1024, "cpu": 4 * 512 * 512}
+_ADDITIONS_SHARE = 4  # of the memory for models
+
+# Reads a checkpoint, with the VAE of another file.
+Load = Callable[[CachedModel, CachedModel | None], weights.Models]
 
 
 class Core:
     """Belongs to one thread, but for `on_loaded`, which is called in another: work() has something to do again."""
 
     def __init__(
-        self, device: str, max_resident_models: int, on_loaded: Callable[[], None], max_pixels: int | None = None
+        self, device: Cpu, settings: EngineSettings, on_loaded: Callable[[], None], load: Load | None = None
     ) -> None:
         self._device = device
+        self._settings = settings
+        dtype = weights.dtype_of(settings.precision, device.name)
+        self._load = load or (lambda base, vae: weights.load(base, vae, device.name, dtype))
         self._waiting: deque[Run] = deque()  # for their models
         self._stages: deque[Run] = deque()
-        self._batch: Batch[Run] = Batch(max_pixels or _MAX_PIXELS[device])
-        self._resident: Resident[weights.Models] = Resident(max_resident_models, on_loaded)
+        self._batch: Batch[Run] = Batch()
+        model_bytes = settings.model_bytes or device.model_bytes
+        copy_bytes = device.copy_bytes if settings.copy_bytes is None else settings.copy_bytes
+        self._resident: Resident[Placed] = Resident(model_bytes, copy_bytes, on_loaded)
+        # LoRAs and embeddings, for the models that they were loaded for; ControlNets and upscalers.
+        self._additions: Resident[Loaded] = Resident(model_bytes // _ADDITIONS_SHARE, 0, on_loaded)
+        # Most files are in half precision.
+        self._bytes_per_file_byte = dtype.itemsize // 2
         self._previews = Previews()
-        # LoRAs and embeddings, for the models that they were loaded for.
-        self._additions: Resident[adapters.Adapter] = Resident(_MAX_ADAPTERS, on_loaded)
-        self._upscalers: Resident[upscaling.Upscaler] = Resident(max_resident_models, on_loaded)
-        # Each about half as large as a checkpoint.
-        self._controlnets: Resident[adapters.Adapter] = Resident(max_resident_models, on_loaded)
-        self._last_tick: torch.cuda.Event | None = None
         self._pinned: dict[tuple[str, ...], CachedModel] = {}
+        # Ticks whose work the device may not have done yet: the group, and marks of their begin and end.
+        self._ticks: deque[tuple[Hashable, Any, Any]] = deque()
 
     @property
     def is_idle(self) -> bool:
@@ -60,7 +72,8 @@ class Core:
     @property
     def max_pixels(self) -> int:
         """Rows x pixels that one UNet call may have now."""
-        return self._batch.max_pixels
+        bounds = [placed.bound.pixels for placed in self._resident.here]
+        return min(bounds, default=self._settings.max_pixels or self._device.max_pixels)
 
     @property
     def warm_models(self) -> tuple[str, ...]:
@@ -86,8 +99,6 @@ class Core:
         self._resident.close()
         self._previews.close()
         self._additions.close()
-        self._controlnets.close()
-        self._upscalers.close()
 
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
@@ -103,11 +114,15 @@ class Core:
 
     def start_waiting(self) -> None:
         """Starts the runs whose models are here, and the loads there is room for, in order of arrival."""
-        for run in list(self._waiting):
+        for run in sorted(self._waiting, key=lambda run: not run.is_urgent):
             try:
                 for equipment in run.equipment:
                     self._take(equipment, run)
                 self._take_upscalers(run)
+            except torch.OutOfMemoryError as error:
+                if not self._resident.evict_unused():
+                    self._fail(run, error)
+                continue
             except Exception as error:
                 self._fail(run, error)
                 continue
@@ -127,7 +142,8 @@ class Core:
 
     def _load_pinned(self) -> None:
         for key, file in list(self._pinned.items()):
-            failure = self._resident.keep(key, lambda: weights.load(file, None, self._device))  # noqa: B023
+            load = partial(self._placed, file, None)
+            failure = self._resident.keep(key, load, self._num_bytes(file))
             if failure is not None:
                 log.warning("a pinned checkpoint cannot be loaded", name=file.name, reason=str(failure))
                 del self._pinned[key]
@@ -136,25 +152,26 @@ class Core:
         """Takes what is in memory of a checkpoint's models and begins to load the rest. A second one comes after the
         first, and needs no place: two runs that had one each would wait for each other for ever."""
         first = run.equipment[0]
-        if equipment is not first and first.models is None:
+        if equipment is not first and first.placed is None:
             return
-        if equipment.models is None:
+        if equipment.placed is None:
             base, vae = equipment.base, equipment.vae
-            equipment.models = self._resident.take(
-                equipment.key, lambda: weights.load(base, vae, self._device), may_exceed=equipment is not first
+            equipment.placed = self._resident.take(
+                equipment.key,
+                partial(self._placed, base, vae),
+                self._num_bytes(base, vae),
+                may_exceed=equipment is not first,
             )
-        models = equipment.models
-        if models is None:
-            return
+            if equipment.placed is None:
+                return
+            self._settle(equipment.placed)
+        models = equipment.placed.models
         if first.models is not None and models.family != first.models.family:
             equipment.additions.clear()  # they are made for the first
         for file in equipment.additions:
             if file not in equipment.adapters:
-                found = self._home(file).take(
-                    adapters.key(file, equipment.key),
-                    lambda: adapters.load(file, models, equipment.base.name),  # noqa: B023
-                    may_exceed=True,
-                )
+                load = partial(adapters.load, file, models, equipment.base.name)
+                found = self._added(file, adapters.key(file, equipment.key), load)
                 if found is not None:
                     equipment.adapters[file] = found
 
@@ -162,44 +179,55 @@ class Core:
         """Takes the upscalers that are in memory and begins to load the others."""
         for file in run.files:
             if file.type == UPSCALER and file not in run.upscalers:
-                found = self._upscalers.take(
-                    (file.key,),
-                    lambda: upscaling.load(file, self._device),  # noqa: B023
-                    may_exceed=True,
-                )
+                found = self._added(file, (file.key,), partial(upscaling.load, file, self._device.name))
                 if found is not None:
                     run.upscalers[file] = found
 
-    def _home(self, file: CachedModel) -> Resident[adapters.Adapter]:
-        """Where an addition is kept."""
-        return self._controlnets if file.type == CONTROLNET else self._additions
+    def _added(self, file: CachedModel, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
+        """What a file holds, in use until given back. None: it is not here yet."""
+        num_bytes = file.path.stat().st_size
+
+        def loaded() -> Loaded:
+            with self._device.aside():
+                return Loaded(load(), num_bytes, self._device.synchronize)
+
+        found = self._additions.take(key, loaded, num_bytes, may_exceed=True)
+        return found.content if found is not None else None
+
+    def _num_bytes(self, *files: CachedModel | None) -> int:
+        """What models are taken to need, before they are read."""
+        return self._bytes_per_file_byte * sum(file.path.stat().st_size for file in files if file)
+
+    def _placed(self, base: CachedModel, vae: CachedModel | None) -> Placed:
+        return Placed(self._load(base, vae), self._device, self._settings)
+
+    def _settle(self, placed: Placed) -> None:
+        """Makes models ready for ticks that may just have come to the device, where less memory is free since then."""
+        if not placed.is_settled:
+            placed.settle()
+            free_bytes = self._device.free_bytes()
+            for other in self._resident.here:
+                other.allow(free_bytes)
 
     def _tick(self) -> None:
         runs = self._batch.next()
         if not runs:
             return
-        began = time.monotonic()
+        begin = self._device.mark()
         self._evaluate(runs)
-        self._keep_pace()
-        self._batch.spent(time.monotonic() - began)
-
-    def _keep_pace(self) -> None:
-        """Lets the thread be one tick ahead of the GPU, not more: cancelling and time slices count in ticks."""
-        if self._device == "cuda":
-            tick = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            tick.record()
-            if self._last_tick is not None:
-                self._last_tick.synchronize()
-            self._last_tick = tick
+        self._ticks.append((self._batch.current, begin, self._device.mark()))
+        # The thread may be a little ahead of the device, not more: cancelling and time slices count in ticks.
+        while len(self._ticks) > self._device.ticks_ahead:
+            group, begin, end = self._ticks.popleft()
+            self._batch.charge(group, self._device.seconds(begin, end))
 
     def _evaluate(self, runs: list[Run]) -> None:
         """Fulfils the wishes of runs that share a UNet and a size. Their latents change only after the UNet's success,
         so a call can be tried again."""
-        wishes = [run.wish for run in runs if run.wish is not None]
-        max_rows = self._batch.max_rows(wishes[0].row_pixels)
+        placed, wishes = runs[0].placed, [run.wish for run in runs if run.wish is not None]
         try:
             with torch.inference_mode():
-                predictions = predict(wishes, max_rows)
+                predictions = self._predicted(placed, runs[0].is_exclusive, wishes)
         except torch.OutOfMemoryError:
             predictions = None
         except Exception as error:
@@ -209,23 +237,31 @@ class Core:
                 self._evaluate([run])
             return None
         if predictions is None:
-            return self._shrink(runs, wishes)
+            return self._shrink(placed, runs, wishes)
+        placed.bound.fits(sum(wish.num_rows for wish in wishes), wishes[0].row_pixels)
         for run, prediction in zip(runs, predictions, strict=True):
             if run.audience is not None and run.audience.take():
-                assert run.models is not None
                 assert run.wish is not None
-                self._previews.draw(run.models, run.wish, prediction, run.on_preview)
+                self._previews.draw(placed.models, run.wish, prediction, run.on_preview)
             self._advance(run, prediction)
         return None
 
-    def _shrink(self, runs: list[Run], wishes: list[Evaluation]) -> None:
+    def _predicted(self, placed: Placed, is_exclusive: bool, wishes: list[Evaluation]) -> list[torch.Tensor]:
+        """An exclusive run has calls of a picture each, which nothing else changes: not the memory that is free, nor
+        what was captured before."""
+        if not is_exclusive:
+            max_rows = placed.bound.max_rows(wishes[0].row_pixels)
+            return predict(wishes, max_rows, placed.graphs)
+        with self._device.repeatable():
+            return predict(wishes, wishes[0].num_rows // len(wishes[0].x))
+
+    def _shrink(self, placed: Placed, runs: list[Run], wishes: list[Evaluation]) -> None:
         """After a call that did not fit the memory: the next tick is half of it."""
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
+        devices.make_memory()
         num_rows = sum(wish.num_rows for wish in wishes)
-        if not self._batch.shrink(num_rows, wishes[0].row_pixels):
+        if not placed.bound.shrink(num_rows, wishes[0].row_pixels):
             self._fail(runs[0], JobError(NO_MEMORY))
-        log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=self._batch.max_pixels)
+        log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=placed.bound.pixels)
 
     def _advance(self, run: Run, prediction: torch.Tensor | None = None) -> None:
         """Takes a task to its next wish or its end."""
@@ -242,8 +278,8 @@ class Core:
                 self._batch.remove(run)
                 self._stages.append(run)
             else:
-                pixels = run.wish.num_rows * run.wish.row_pixels
-                self._batch.place(run, run.wish.group, pixels, run.is_exclusive)
+                pixels, bound = run.wish.num_rows * run.wish.row_pixels, run.placed.bound
+                self._batch.place(run, run.wish.group, pixels, bound, run.is_exclusive, run.is_urgent)
 
     def _fail(self, run: Run, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -261,12 +297,12 @@ class Core:
                 queue.remove(run)
         for equipment in run.equipment:
             for file in equipment.adapters:
-                self._home(file).give_back(adapters.key(file, equipment.key))
-            if equipment.models is not None:
+                self._additions.give_back(adapters.key(file, equipment.key))
+            if equipment.placed is not None:
                 self._resident.give_back(equipment.key)
-            equipment.models, equipment.adapters = None, {}
+            equipment.placed, equipment.adapters = None, {}
         for file in run.upscalers:
-            self._upscalers.give_back((file.key,))
+            self._additions.give_back((file.key,))
         run.upscalers = {}
         run.task = run.wish = None  # with them go the latents
         run.on_end(outcome)

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from gpu_worker.controlnet import Control, Residuals
+from gpu_worker.devices import on_device
+from gpu_worker.graphs import Graphs
 from gpu_worker.lora import Change, Network, applied
 from gpu_worker.samplers import Sampling
 from gpu_worker.tiling import circular
@@ -163,9 +165,9 @@ def denoise(
     return latents
 
 
-def predict(evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
+def predict(evaluations: list[Evaluation], max_rows: int, graphs: Graphs | None = None) -> list[torch.Tensor]:
     """The guided predictions in fp32 of evaluations of one group, in as few UNet calls as prompt lengths and `max_rows`
-    allow."""
+    allow; calls of the UNet as it is go through its `graphs`."""
     step = evaluations[0].step
     parts = [
         _Part(
@@ -179,7 +181,7 @@ def predict(evaluations: list[Evaluation], max_rows: int) -> list[torch.Tensor]:
         for wish in evaluations
         for text in wish.guidance.texts
     ]
-    outputs = (output for call in _calls(parts) for output in _call(step, call, max_rows))
+    outputs = (output for call in _calls(parts) for output in _call(step, call, max_rows, graphs))
     return [wish.guidance.guided(list(islice(outputs, len(wish.guidance.texts)))) for wish in evaluations]
 
 
@@ -196,9 +198,26 @@ def _calls(parts: list[_Part]) -> list[list[_Part]]:
     return calls
 
 
-def _call(step: Step, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, ...]:
+def called(
+    unet: Any,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    text: torch.Tensor,
+    added: dict[str, torch.Tensor],
+    **controlled: Any,
+) -> torch.Tensor:
+    """The output of a diffusers UNet for rows of latents, each at its timestep, with its text and, for SDXL, more; and
+    with what ControlNets add to it."""
+    told = {"encoder_hidden_states": text, "added_cond_kwargs": added, **controlled}
+    output: torch.Tensor = unet(x, timestep, return_dict=False, **told)[0]
+    return output
+
+
+def _call(step: Step, parts: list[_Part], max_rows: int, graphs: Graphs | None) -> tuple[torch.Tensor, ...]:
     """The UNet's output in fp32 for each part; the UNet is that of the step, as of all others here."""
     unet = step.unet
+    if step.controls or step.tiling:
+        graphs = None
     first = parts[0].text
     counts = [len(part.x) for part in parts]
     # Attention over a context that is repeated k times is attention over the context: softmax does not change.
@@ -206,20 +225,21 @@ def _call(step: Step, parts: list[_Part], max_rows: int) -> tuple[torch.Tensor, 
     texts = [part.text.text.repeat(1, num_chunks // part.text.num_chunks, 1) for part in parts]
     timesteps = [part.timestep for part, count in zip(parts, counts, strict=True) for _ in range(count)]
     x = torch.cat([part.x for part in parts]).to(first.text.dtype)
-    timestep = torch.tensor(timesteps, dtype=torch.float32).to(x.device, non_blocking=True)
+    timestep = on_device(torch.tensor(timesteps, dtype=torch.float32), x.device)
     text = _rows(texts, counts)
     added = {name: _rows([_added(part, name) for part in parts], counts) for name in first.added or ()}
     residuals = Residuals([(part.controls, part.is_negative) for part in parts], counts, step.tiling)
     outputs = []
     for start in range(0, len(x), max_rows):
         rows = slice(start, start + max_rows)
-        told = {
-            "encoder_hidden_states": text[rows],
-            "added_cond_kwargs": {name: tensor[rows] for name, tensor in added.items()},
-        }
-        controlled = residuals.of(rows, x[rows], timestep[rows], **told)
-        with circular(unet, step.tiling), applied(unet, _changes(parts, counts, rows)):
-            outputs.append(unet(x[rows], timestep[rows], return_dict=False, **told, **controlled)[0])
+        inputs = x[rows], timestep[rows], text[rows], {name: tensor[rows] for name, tensor in added.items()}
+        changes = list(_changes(parts, counts, rows))
+        if graphs is not None and not changes:
+            outputs.append(graphs(*inputs))
+            continue
+        controlled = residuals.of(rows, *inputs)
+        with circular(unet, step.tiling), applied(unet, changes):
+            outputs.append(called(unet, *inputs, **controlled))
     return torch.split(torch.cat(outputs).float(), counts)
 
 

@@ -18,21 +18,11 @@ from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
 from gpu_worker.run import Produced, Run
+from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Payload
 
 if TYPE_CHECKING:
     from gpu_worker.core import Core
-
-
-@dataclass
-class EngineSettings:
-    """Where and how the engine runs. `num_threads` of torch on the CPU; 0 is torch's own choice. `max_pixels` bounds
-    rows x pixels of a UNet call; None is the device's usual bound."""
-
-    device: str = "auto"
-    num_threads: int = 0
-    max_resident_models: int = 2
-    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +76,10 @@ class Engine:
         on_step: Callable[[int], None],
         canvas: Canvas | None = None,
         audience: Audience | None = None,
+        is_urgent: bool = False,
     ) -> Produced:
-        """Runs a request; `on_step` hears how many of steps x images are done, the audience is shown previews.
+        """Runs a request; `on_step` hears how many of steps x images are done, the audience is shown previews. An
+        urgent one goes before others.
         Cancelling acts within a step, and returns when the engine has let go of the job.
 
         Raises:
@@ -105,6 +97,7 @@ class Engine:
             on_end=lambda outcome: self._post(_settle, result, outcome),
             canvas=canvas or Canvas(),
             audience=audience,
+            is_urgent=is_urgent,
             on_preview=lambda jpeg: self._post(audience.show, jpeg) if audience else None,
         )
         self._commands.put(run)
@@ -140,13 +133,11 @@ class Engine:
         core.close()
 
     def _begin(self) -> Core:
-        from gpu_worker import core, weights  # noqa: PLC0415 - import torch, which takes seconds
+        from gpu_worker import core, devices, weights  # noqa: PLC0415 - import torch, which takes seconds
 
         settings = self._settings
         device, self.device = weights.use_device(settings.device, settings.num_threads)
-        found = core.Core(
-            device, settings.max_resident_models, lambda: self._commands.put(_Signal.LOADED), settings.max_pixels
-        )
+        found = core.Core(devices.of(device), settings, lambda: self._commands.put(_Signal.LOADED))
         self.max_pixels = found.max_pixels
         return found
 

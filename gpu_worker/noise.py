@@ -20,13 +20,6 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on the device. To a GPU it goes from pinned memory, in its turn, and nobody waits for it."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def first(request: Generation, images: Sequence[int], rows: Sequence[torch.Generator]) -> torch.Tensor:
     """Noise of shape (rows, 4, height/8, width/8) for these images of the job; draws from each row's generator once."""
     return torch.stack([_image(request, image, row) for image, row in zip(images, rows, strict=True)])

@@ -41,7 +41,8 @@ async def produced(
         async with room:
             step = partial(progress.step, index)
             own = _own(cell, files)
-            return await engine.run(job.id, cell, own, progress.started, step, canvas, job.audience)
+            is_urgent = job.spec.is_real_time
+            return await engine.run(job.id, cell, own, progress.started, step, canvas, job.audience, is_urgent)
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -19,6 +19,7 @@ from services.common.payloads.models import BASE, UPSCALER, VAE
 if TYPE_CHECKING:
     from gpu_worker.adapters import Adapter
     from gpu_worker.denoise import Evaluation, Task
+    from gpu_worker.placed import Placed
     from gpu_worker.upscaling import Upscaler
     from gpu_worker.weights import Models
 
@@ -39,8 +40,13 @@ class Equipment:
     base: CachedModel
     vae: CachedModel | None
     additions: list[CachedModel]
-    models: Models | None = None
+    placed: Placed | None = None
     adapters: dict[CachedModel, Adapter] = field(default_factory=dict)
+
+    @property
+    def models(self) -> Models | None:
+        """Its models, when they are in memory."""
+        return self.placed.models if self.placed else None
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -50,7 +56,7 @@ class Equipment:
     @property
     def is_here(self) -> bool:
         """Whether all of it is in memory."""
-        return self.models is not None and len(self.adapters) == len(self.additions)
+        return self.placed is not None and len(self.adapters) == len(self.additions)
 
 
 @dataclass(eq=False)
@@ -67,6 +73,8 @@ class Run:
     on_end: Callable[[Produced | BaseException], None]
     canvas: Canvas = field(default_factory=Canvas)
     audience: Audience | None = None
+    # Somebody waits for it: it goes before those that nobody waits for.
+    is_urgent: bool = False
     on_preview: Callable[[bytes], None] = lambda _: None
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None
@@ -97,6 +105,13 @@ class Run:
     def is_exclusive(self) -> bool:
         """Whether it shares no tick with others."""
         return isinstance(self.request, Generation) and self.request.exclusive
+
+    @property
+    def placed(self) -> Placed:
+        """The checkpoint whose UNet it wishes for."""
+        assert self.wish is not None
+        unet = self.wish.step.unet
+        return next(one.placed for one in self.equipment if one.placed and one.placed.models.unet is unet)
 
     def lap(self) -> float:
         """Seconds since the last lap."""

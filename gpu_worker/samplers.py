@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from gpu_worker import plans
-from gpu_worker.noise import on_device
+from gpu_worker.devices import on_device
 from gpu_worker.plans import Interval, Plan, combined
 from services.common.payloads.samplers import parts
 

@@ -11,7 +11,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -26,7 +26,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from gpu_worker import pickles
+from gpu_worker import devices, pickles
+from gpu_worker.blocks import Block
 from gpu_worker.cache import CachedModel
 from gpu_worker.job import JobError
 
@@ -59,7 +60,8 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Models:
-    """A checkpoint in memory. SD1.5 has one text encoder, SDXL has two, of which SDXL's refiner has the second."""
+    """A checkpoint in memory, for use on a device where `block` says that its weights are. SD1.5 has one text encoder,
+    SDXL has two, of which SDXL's refiner has the second."""
 
     unet: Any
     vae: Any
@@ -67,8 +69,16 @@ class Models:
     scheduler_config: Config
     device: torch.device
     dtype: torch.dtype
+    # What moves between the host's memory and the device; nothing of models that were made where they are.
+    block: Block = field(default_factory=lambda: Block((), torch.device("cpu"), moves=False))
     # Whether the job at hand wants a picture that can be laid beside itself.
     tiling: bool = False
+
+    def stay(self) -> None:
+        """Brings the models to their device for good."""
+        with devices.of(self.device.type).aside():
+            self.block.enter()
+        self.block.forget()
 
     @property
     def is_sdxl(self) -> bool:
@@ -108,8 +118,8 @@ def use_device(wanted: str, num_threads: int) -> tuple[str, str]:
 
 
 def load(base: CachedModel, vae: CachedModel | None, device: str, dtype: torch.dtype | None = None) -> Models:
-    """Loads a checkpoint, with the VAE of another file when one is given; by default fp16 on CUDA, fp32 on the
-    CPU.
+    """Reads a checkpoint, with the VAE of another file when one is given, into the host's memory. The type is that of
+    the UNet and the text encoders; by default fp16 for CUDA, fp32 for the CPU.
 
     Raises:
         JobError: a file is damaged, or not of an architecture that this worker runs; the message names the file.
@@ -118,20 +128,45 @@ def load(base: CachedModel, vae: CachedModel | None, device: str, dtype: torch.d
     weights, metadata = read(base.path, base.name)
     weights = _normalised(weights)
     config = _config(weights, metadata, base.name)
-    if dtype is None:
-        dtype = torch.float16 if device == "cuda" else torch.float32
-    fill = _Filler(base.name, dtype, device)
+    dtype = dtype or dtype_of("auto", device)
+    fill = _Filler(base.name, dtype)
     unet = fill(lambda: UNet2DConditionModel(**config["unet"]), "UNet", _unet_weights(weights, config["unet"]))
-    models = Models(
-        unet=unet,
-        vae=_load_vae(weights, config, base, vae, dtype, device),
-        text_encoders=_load_text_encoders(weights, config, fill),
-        scheduler_config=config["scheduler"],
-        device=torch.device(device),
-        dtype=dtype,
-    )
+    decoder = _load_vae(weights, config, base, vae, vae_dtype(dtype, device))
+    encoders = _load_text_encoders(weights, config, fill)
+    models = assembled(unet, decoder, encoders, config["scheduler"], torch.device(device), dtype)
     log.info("model loaded", name=base.name, device=device, seconds=round(time.monotonic() - began, 2))
     return models
+
+
+def assembled(
+    unet: Any,
+    vae: Any,
+    text_encoders: tuple[TextEncoder, ...],
+    scheduler_config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Models:
+    """Models of parts on the CPU, laid out as the device has it fastest."""
+    if device.type == "cuda":
+        for part in (unet, vae):
+            part.to(memory_format=torch.channels_last)
+    block = Block([unet, vae, *(encoder.model for encoder in text_encoders)], device, moves=device.type != "cpu")
+    return Models(unet, vae, text_encoders, scheduler_config, device, dtype, block)
+
+
+def dtype_of(precision: str, device: str) -> torch.dtype:
+    """The type of the UNet's weights."""
+    if precision == "auto":
+        precision = "float16" if device == "cuda" else "float32"
+    found: torch.dtype = getattr(torch, precision)
+    return found
+
+
+def vae_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The type of a VAE's weights, never fp16: SDXL's overflows in it, as do some of SD1.5. bf16 has the range, and its
+    rounding is below one of 255 levels."""
+    is_half = dtype != torch.float32 and device == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if is_half else torch.float32
 
 
 def read(path: Path, name: str) -> tuple[Weights, dict[str, str]]:
@@ -186,13 +221,13 @@ def _family(weights: Weights, metadata: dict[str, str], name: str) -> Config:
     if CONFIG_METADATA in metadata:
         return _own_config(metadata[CONFIG_METADATA], name)
     if any(key.startswith(_BIG_G) for key in weights):
-        return _family_config("sdxl")
+        return family_config("sdxl")
     if any(key.startswith(_BIG_G_OF_REFINER) for key in weights):
-        shared = {part: config for part, config in _family_config("sdxl").items() if part != "text_encoder"}
-        return shared | _family_config("sdxl_refiner")
+        shared = {part: config for part, config in family_config("sdxl").items() if part != "text_encoder"}
+        return shared | family_config("sdxl_refiner")
     if _CONTEXT in weights and weights[_CONTEXT].shape[1] == _NUM_CONTEXT_SD2:
         raise JobError(f"{name} is a Stable Diffusion 2 checkpoint; possible: Stable Diffusion 1.5, SDXL")
-    return _family_config("sd15")
+    return family_config("sd15")
 
 
 def _own_config(text: str, name: str) -> Config:
@@ -208,7 +243,7 @@ def _own_config(text: str, name: str) -> Config:
 
 
 @cache
-def _family_config(family: str) -> Config:
+def family_config(family: str) -> Config:
     config: Config = json.loads((resources.files("gpu_worker") / "configs" / f"{family}.json").read_text())
     return config
 
@@ -219,10 +254,9 @@ class _Filler:
 
     name: str
     dtype: torch.dtype
-    device: str
 
     def __call__(self, create: Callable[[], Any], part: str, weights: Weights) -> Any:
-        """The model in evaluation mode on the device. `part` is its name in messages.
+        """The model in evaluation mode. `part` is its name in messages.
 
         Raises:
             JobError: weights are missing, or have shapes of another architecture.
@@ -245,7 +279,7 @@ class _Filler:
         if missing:
             raise JobError(f"{self.name} lacks {len(missing)} weights of its {part}, such as {missing[0]}")
         model.load_state_dict({key: weights[key].to(self.dtype) for key in expected}, assign=True)
-        return model.requires_grad_(False).eval().to(self.device)
+        return model.requires_grad_(False).eval()
 
 
 def _unet_weights(weights: Weights, config: Config) -> Weights:
@@ -256,7 +290,7 @@ def _unet_weights(weights: Weights, config: Config) -> Weights:
 
 
 def _load_vae(
-    weights: Weights, config: Config, base: CachedModel, other: CachedModel | None, dtype: torch.dtype, device: str
+    weights: Weights, config: Config, base: CachedModel, other: CachedModel | None, dtype: torch.dtype
 ) -> Any:
     name = base.name
     vae_config = config["vae"]
@@ -267,8 +301,7 @@ def _load_vae(
             vae_config = _own_config(metadata[CONFIG_METADATA], name)["vae"]
     elif not any(key.startswith(("first_stage_model.", "vae.")) for key in weights):
         raise JobError(f"{name} has no VAE in it; name one of type VAE in the job's models")
-    # SDXL's VAE overflows in fp16.
-    fill = _Filler(name, torch.float32 if vae_config.get("force_upcast") else dtype, device)
+    fill = _Filler(name, dtype)
     converted = dict(_convert.convert_ldm_vae_checkpoint(weights, vae_config))
     return fill(lambda: AutoencoderKL(**vae_config), "VAE", converted)
 
@@ -280,7 +313,7 @@ def _load_text_encoders(weights: Weights, config: Config, fill: _Filler) -> tupl
         converted = _convert.convert_ldm_clip_checkpoint(weights)
         clip = {key.removeprefix("text_model."): value for key, value in converted.items()}
         first = fill(lambda: CLIPTextModel(CLIPTextConfig(**config["text_encoder"])), "text encoder", clip)
-        encoders.append(TextEncoder(_tokenizer("<|endoftext|>"), first))
+        encoders.append(TextEncoder(tokenizer("<|endoftext|>"), first))
     if "text_encoder_2" in config:
         prefix = _BIG_G if encoders else _BIG_G_OF_REFINER
         clip_config = CLIPTextConfig(**config["text_encoder_2"])
@@ -288,12 +321,12 @@ def _load_text_encoders(weights: Weights, config: Config, fill: _Filler) -> tupl
             empty = CLIPTextModelWithProjection(clip_config)
         converted = _convert.convert_open_clip_checkpoint(empty, weights, prefix=prefix)
         second = fill(lambda: CLIPTextModelWithProjection(clip_config), "second text encoder", converted)
-        encoders.append(TextEncoder(_tokenizer("!"), second))
+        encoders.append(TextEncoder(tokenizer("!"), second))
     return tuple(encoders)
 
 
 @cache
-def _tokenizer(pad_token: str) -> Any:
+def tokenizer(pad_token: str) -> Any:
     """CLIP's tokenizer: 256 bytes, the same at a word's end, the merges, and the two marks."""
     packed = (resources.files("gpu_worker") / "configs" / "clip_merges.txt.gz").read_bytes()
     merges: Any = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()]

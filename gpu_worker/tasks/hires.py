@@ -12,6 +12,7 @@ from PIL import Image
 from gpu_worker import noise, samplers
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import LATENT_SCALE, Evaluation, Step, denoise
+from gpu_worker.devices import on_device
 from gpu_worker.job import JobError
 from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of
 from gpu_worker.tasks.steering import Crew, steps_of
@@ -66,7 +67,7 @@ def denoised(
         request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
     )
     on_evaluation = counted(first, batch, request, len(sampling.timesteps), on_step)
-    noised = sampling.noised(scaled, drawn, 0).to(models.device)
+    noised = on_device(sampling.noised(scaled, drawn, 0), models.device)
     return (yield from denoise(sampling, noised, second.steps, on_evaluation))
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from gpu_worker import noise, samplers
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Step, Task, denoise
-from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of
+from gpu_worker.devices import on_device
+from gpu_worker.tasks.stages import as_tensor, counted, decoded, latents_of
 from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.weights import Models
 from services.common.payloads import Img2Img
@@ -34,8 +35,9 @@ def generate(
         latents = yield from denoised(request, canvas, crew.base.models, originals, steps, batch, on_step)
         for row in torch.split(latents, 1):
             yield None
-            images.append(pixels_of(crew.last, row))
-    return images
+            images.append(decoded(crew.last, row))
+    yield None
+    return [image.pixels() for image in images]
 
 
 def encoded(request: Img2Img, canvas: Canvas, models: Models) -> torch.Tensor:
@@ -69,7 +71,7 @@ def denoised(
     if mask is not None and request.inpainting_fill in {LATENT_NOISE, LATENT_NOTHING}:
         originals = originals * (1 - mask) + first * mask * (request.inpainting_fill == LATENT_NOISE)
     first = first * request.initial_noise_multiplier
-    latents = sampling.noised(originals, first, 0).to(models.device)
+    latents = on_device(sampling.noised(originals, first, 0), models.device)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
     if mask is not None and any(step.context is None for step in steps):

@@ -8,20 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpu_worker import decoding
 from gpu_worker.canvas import Canvas
-from gpu_worker.job import JobError
+from gpu_worker.decoding import Decoded
 from gpu_worker.tiling import circular
 from gpu_worker.weights import Models
 from services.common.payloads import Generation
-
-NAN = "the model produced NaN (not a number) instead of a picture; its weights may be damaged or overflow in fp16"
 
 
 def latents_of(models: Models, pictures: torch.Tensor) -> torch.Tensor:
     """The latents, fp32, of pictures of shape (n, 3, height, width) in -1..1: the middle of what the encoder finds
     likely, so that a picture repeats."""
     with circular(models.vae, models.tiling):
-        found = models.vae.encode(pictures.to(models.device, models.vae.dtype)).latent_dist.mode()
+        found = decoding.encode(models.vae, pictures.to(models.device, models.vae.dtype))
     latents: torch.Tensor = found.float() * models.vae.config.scaling_factor
     return latents
 
@@ -32,16 +31,13 @@ def pixels_of(models: Models, latents: torch.Tensor) -> NDArray[np.uint8]:
     Raises:
         JobError: the model made no numbers.
     """
-    if not bool(torch.isfinite(latents).all()):
-        raise JobError(NAN)
-    latents = latents.to(models.vae.dtype) / models.vae.config.scaling_factor
+    return decoded(models, latents).pixels()
+
+
+def decoded(models: Models, latents: torch.Tensor) -> Decoded:
+    """A picture, from latents of shape (1, 4, height/8, width/8), on its way from the device."""
     with circular(models.vae, models.tiling):
-        decoded = models.vae.decode(latents, return_dict=False)[0].float()
-    if not bool(torch.isfinite(decoded).all()):
-        raise JobError(NAN)
-    scaled = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels: NDArray[np.uint8] = scaled.permute(1, 2, 0).cpu().numpy()
-    return pixels
+        return Decoded(models.vae, latents)
 
 
 def context_of(request: Generation, canvas: Canvas, models: Models) -> torch.Tensor | None:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from gpu_worker import noise, samplers
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Step, Task, denoise
+from gpu_worker.devices import on_device
 from gpu_worker.tasks import hires
-from gpu_worker.tasks.stages import counted, pixels_of
+from gpu_worker.tasks.stages import counted, decoded
 from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.upscaling import Upscaler
 from gpu_worker.weights import Models
@@ -46,8 +47,9 @@ def generate(
             latents = yield from hires.denoised(second, latents, batch, on_step)
         for row in torch.split(latents, 1):
             yield None
-            images.append(pixels_of(last, row))
-    return images
+            images.append(decoded(last, row))
+    yield None
+    return [image.pixels() for image in images]
 
 
 def denoised(
@@ -57,6 +59,6 @@ def denoised(
     images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
     generators = noise.generators([request.seed_of(image) for image in images])
     sampling = samplers.create(request.sampler_name, models.scheduler_config, request.steps, generators, request.eta)
-    latents = sampling.latents(noise.first(request, images, generators)).to(models.device)
+    latents = on_device(sampling.latents(noise.first(request, images, generators)), models.device)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     return (yield from denoise(sampling, latents, steps, on_evaluation))

@@ -103,6 +103,7 @@ def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
         vae = _file(config.vae, "vae")
     shown.log(f"loading {base.path.name} for {description}")
     models = weights.load(base, vae, device, steps.precision(config, device))
+    models.stay()
     if config.no_half_vae:
         models.vae.float()
     state = Path(config.output_dir) / STATE

@@ -178,6 +178,7 @@ class _Session:
     ) -> None:
         """The training itself, in a thread."""
         models = weights.load(base, None, self._device, steps.precision(config, self._device))
+        models.stay()
         if models.is_sdxl != (fm_type == "sd_xl"):
             found = "SDXL" if models.is_sdxl else "Stable Diffusion 1.5"
             raise JobError(f"fm_type is {fm_type}, but {base.name} is a {found} checkpoint")

@@ -24,7 +24,9 @@ from rich.table import Table
 from gpu_worker import tiny, weights
 from gpu_worker.cache import CachedModel
 from gpu_worker.core import Core
+from gpu_worker.devices import Cpu
 from gpu_worker.run import Produced, Run
+from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation
 from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of
@@ -107,7 +109,7 @@ def jobs(size: int, num_jobs: int, steps: int) -> list[Generation]:
 def loaded_core(model: CachedModel) -> TimedCore:
     """A core that has the model in memory."""
     loaded = threading.Event()
-    core = TimedCore("cpu", 1, loaded.set)
+    core = TimedCore(Cpu(), EngineSettings(), loaded.set)
     core.add(Run("first", jobs(64, 1, 1)[0], [model], lambda: None, lambda _: None, lambda _: None))
     core.work()
     loaded.wait()
@@ -138,9 +140,7 @@ def throughput(core: Core, model: CachedModel, pipeline: Any, steps: int, repeat
 def overhead(core: TimedCore, model: CachedModel, steps: int) -> Table:
     """The second table."""
     table = Table("sampler", "tick", "outside the UNet", "share", "target", title="A tick of 8 guided jobs, 64x64")
-    models = core._resident.take((model.key,), lambda: weights.load(model, None, "cpu"))
-    assert models is not None
-    core.watch(models.unet)
+    core.watch(core._resident.here[0].models.unet)
     for sampler in ("Euler", "Euler a", "DPM++ 2M Karras", "UniPC"):
         core.tick_seconds = core.unet_seconds = core.num_ticks = 0
         at_once(core, model, [changed(request, sampler_name=sampler) for request in jobs(64, 8, steps)])
@@ -168,7 +168,7 @@ def main() -> None:
         tiny.write(path)
         model = CachedModel("tiny", "Stable-diffusion", path.name, path, "")
         core = loaded_core(model)
-        pipeline = pipeline_of(path, weights._tokenizer("<|endoftext|>"), Path(folder))
+        pipeline = pipeline_of(path, weights.tokenizer("<|endoftext|>"), Path(folder))
         one_by_one(pipeline, jobs(64, 1, 2))
         console.print(throughput(core, model, pipeline, arguments.steps, arguments.repeats))
         console.print(overhead(core, model, arguments.steps))

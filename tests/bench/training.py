@@ -192,6 +192,7 @@ def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
 
         def loop(notes: Notes) -> Loop:
             models = weights.load(base, None, device, precision(config, device))
+            models.stay()
             return Loop(config, models, base, dataset.read(config, notes.log), folder / "out", notes)
 
         first = Notes(stop_after=7)

@@ -57,7 +57,7 @@ def models_of(family: str, device: str, dtype: torch.dtype, *, with_vae: bool = 
         vae = AutoencoderKL(**config["vae"]).to(dtype).eval() if with_vae else None
     for model in (unet, *encoders, *([vae] if vae else [])):
         model.requires_grad_(False)
-    tokenizers = [weights._tokenizer(pad) for pad in ("<|endoftext|>", "!")][: len(encoders)]
+    tokenizers = [weights.tokenizer(pad) for pad in ("<|endoftext|>", "!")][: len(encoders)]
     return Models(
         unet=unet,
         vae=vae,

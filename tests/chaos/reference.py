@@ -11,7 +11,9 @@ import torch
 
 from gpu_worker.cache import CachedModel
 from gpu_worker.core import Core
+from gpu_worker.devices import Cpu
 from gpu_worker.run import Produced, Run
+from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation
 from tests.chaos.verdict import Pixels
 
@@ -25,7 +27,7 @@ class Reference:
         torch.set_num_threads(1)
         self._model = CachedModel("reference", "Stable-diffusion", checkpoint.name, checkpoint, "")
         self._loaded = threading.Event()
-        self._core = Core("cpu", 1, self._loaded.set)
+        self._core = Core(Cpu(), EngineSettings(), self._loaded.set)
         self._drawn: dict[str, list[Pixels]] = {}
 
     def is_right(self, request: Generation, index: int, pixels: Pixels) -> bool:

@@ -15,8 +15,9 @@ from esd.worker.v1 import worker_pb2
 from gpu_worker import tiny
 from gpu_worker.__main__ import OFFLINE
 from gpu_worker.cache import CachedModel, ModelCache
-from gpu_worker.engine import Engine, EngineSettings
+from gpu_worker.engine import Engine
 from gpu_worker.transfer import Transfer
+from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 
 

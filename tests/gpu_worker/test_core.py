@@ -12,11 +12,14 @@ import torch
 
 from gpu_worker import tiny
 from gpu_worker.core import NO_MEMORY, Core
+from gpu_worker.devices import Cpu
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.run import Produced, Run
+from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import changed, txt2img_of
+from tests.gpu_worker.test_graphs import Recorder
 from tests.gpu_worker.tiny_sdxl import make
 
 REQUEST = txt2img_of(prompt="a cat", negative_prompt="bad", steps=6, width=64, height=64, seed=3)
@@ -30,17 +33,22 @@ class Driven:
     num_rows: list[int] = field(default_factory=list)
     max_pixels: int | None = None
     max_models: int = 2
+    device: Cpu = field(default_factory=Cpu)
 
     def __post_init__(self) -> None:
         self.loaded = threading.Semaphore(0)
-        self.core = Core("cpu", self.max_models, self.loaded.release, self.max_pixels)
+        model_bytes = int(self.max_models * 1.2 * self.checkpoint.stat().st_size * 2)  # fp16 in the file, fp32 here
+        settings = EngineSettings(max_pixels=self.max_pixels, model_bytes=model_bytes)
+        self.core = Core(self.device, settings, self.loaded.release)
         self.outcomes: dict[str, Any] = {}
         self.progress: dict[str, list[int]] = {}
         self.ended: list[str] = []
         # Called with the rows of a UNet call before it.
         self.before: Callable[[torch.Tensor], None] = lambda _: None
 
-    def add(self, name: str, request: Generation, checkpoint: Path | None = None, *others: Path) -> Run:
+    def add(
+        self, name: str, request: Generation, checkpoint: Path | None = None, *others: Path, is_urgent: bool = False
+    ) -> Run:
         steps = self.progress.setdefault(name, [])
 
         def end(outcome: Any) -> None:
@@ -48,7 +56,7 @@ class Driven:
             self.ended.append(name)
 
         files = [as_cached(path) for path in (checkpoint or self.checkpoint, *others)]
-        run = Run(name, request, files, lambda: None, steps.append, end)
+        run = Run(name, request, files, lambda: None, steps.append, end, is_urgent=is_urgent)
         self.core.add(run)
         return run
 
@@ -60,7 +68,7 @@ class Driven:
             self.core.work()
         for entry in self.core._resident._entries.values():
             if entry.models.done() and entry.models.exception() is None:
-                self._watch(entry.models.result().unet)
+                self._watch(entry.models.result().models.unet)
 
     def _watch(self, unet: Any) -> None:
         if not hasattr(unet, "is_watched"):
@@ -86,6 +94,20 @@ class Driven:
         outcome = self.outcomes[name]
         assert isinstance(outcome, Produced), outcome
         return np.stack(outcome.images).astype(int)
+
+
+class Gauge(Cpu):
+    """A CPU with so much free memory, on which two rows of the tiny model's own size take 100 bytes a pixel."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def free_bytes(self) -> int | None:
+        return self.free
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        call()
+        return 2 * 64 * 64 * 100
 
 
 @pytest.fixture
@@ -133,6 +155,13 @@ def test_an_exclusive_job_shares_no_call_and_repeats_bit_for_bit(driven: Driven)
     assert np.array_equal(driven.pixels("one"), driven.pixels("two"))
 
 
+def test_an_image_of_an_exclusive_batch_is_bit_for_bit_that_of_its_own_job(driven: Driven) -> None:
+    driven.add("batch", changed(REQUEST, exclusive=True, batch_size=3))
+    driven.add("second", changed(REQUEST, exclusive=True, seed=REQUEST.seed + 1))
+    driven.until_ended("batch", "second")
+    assert np.array_equal(driven.pixels("batch")[1:2], driven.pixels("second"))
+
+
 def test_a_cancelled_job_has_no_further_call_and_its_company_goes_on(driven: Driven) -> None:
     run = driven.add("gone", changed(REQUEST, steps=150))
     driven.add("stays", changed(REQUEST, steps=30))
@@ -163,6 +192,72 @@ def test_a_call_that_does_not_fit_the_memory_is_halved_and_no_job_fails(driven: 
     for name in ("0", "1", "2"):
         assert np.abs(driven.pixels(name) - driven.pixels("first")).max() <= 1
     assert np.abs(driven.pixels("batch")[:1] - driven.pixels("first")).max() <= 1
+
+
+def test_after_memory_was_short_calls_grow_again(driven: Driven) -> None:
+    memory = [2]
+
+    def before(rows: torch.Tensor) -> None:
+        if len(rows) > memory[0]:
+            raise torch.OutOfMemoryError
+
+    driven.before = before
+    for index in range(2):
+        driven.add(str(index), changed(REQUEST, steps=60, seed=index))
+    driven.until(lambda: driven.core.max_pixels == 2 * 64 * 64)
+    memory[0] = 4
+    driven.until_ended("0", "1")
+    assert driven.core.max_pixels > 2 * 64 * 64
+
+
+def test_rows_of_a_call_are_bounded_by_the_memory_that_is_free_after_the_load(
+    tiny_checkpoint: Path, others: list[Path]
+) -> None:
+    gauge = Gauge(free=1000 * 64 * 64)
+    driven = Driven(tiny_checkpoint, device=gauge)
+    for index in range(6):
+        driven.add(str(index), changed(REQUEST, seed=index))
+    driven.until_ended(*map(str, range(6)))
+    assert max(driven.num_rows) == 8  # a pixel takes 100 bytes, and a fifth of the memory stays free
+    gauge.free = 500 * 64 * 64
+    driven.add("other", REQUEST, others[0])
+    driven.until_ended("other")
+    driven.num_rows.clear()
+    for index in range(6):
+        driven.add(f"again {index}", changed(REQUEST, seed=index))
+    driven.until_ended(*(f"again {index}" for index in range(6)))
+    assert max(driven.num_rows) == 4
+    driven.core.close()
+
+
+def test_calls_that_are_captured_make_the_same_pictures(driven: Driven, tiny_checkpoint: Path) -> None:
+    recorder = Recorder()
+    captured = Driven(tiny_checkpoint, device=recorder)
+    requests = {str(seed): changed(REQUEST, seed=seed, steps=4 + seed) for seed in range(4)}
+    for each in (driven, captured):
+        for name, request in requests.items():
+            each.add(name, request)
+            each.work()
+        each.until_ended(*requests)
+    assert recorder.num_captured > 0
+    for name in requests:
+        assert np.abs(captured.pixels(name) - driven.pixels(name)).max() <= 1
+    captured.core.close()
+
+
+def test_a_picture_whose_decoding_does_not_fit_is_decoded_in_tiles(driven: Driven) -> None:
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    vae = driven.core._resident.here[0].models.vae
+
+    def before(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].shape[-1] > 16:
+            raise torch.OutOfMemoryError
+
+    vae.decoder.register_forward_pre_hook(before)
+    driven.add("large", changed(REQUEST, width=256, height=192, steps=2))
+    driven.until_ended("large")
+    assert driven.pixels("large").shape == (1, 192, 256, 3)
 
 
 def test_a_single_row_that_does_not_fit_fails_its_job_only(driven: Driven) -> None:
@@ -274,6 +369,17 @@ def test_checkpoints_and_sizes_take_turns(driven: Driven, others: list[Path]) ->
     driven.add("other checkpoint", REQUEST, others[0])
     driven.until_ended("other size", "other checkpoint")
     assert "long" not in driven.outcomes
+
+
+def test_jobs_that_somebody_waits_for_go_first(driven: Driven) -> None:
+    driven.add("long", changed(REQUEST, steps=40))
+    driven.add("size", changed(REQUEST, width=128, steps=20))
+    driven.until(lambda: driven.progress["size"])
+    driven.add("urgent", changed(REQUEST, height=128, steps=10), is_urgent=True)
+    done = len(driven.progress["size"]), len(driven.progress["long"])
+    driven.until_ended("urgent")
+    assert len(driven.progress["size"]) + len(driven.progress["long"]) - sum(done) <= 2
+    driven.until_ended("size", "long")
 
 
 def test_more_checkpoints_than_places_are_run_in_order_of_arrival(driven: Driven, others: list[Path]) -> None:

@@ -67,8 +67,9 @@ async def test_a_worker_whose_secret_is_not_known_leaves_with_its_own_code(tmp_p
 
 
 async def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
-    process = await start(tmp_path, ESD_SERVER_URL="gateway", ESD_DRAIN_SECONDS="soon")
+    process = await start(tmp_path, ESD_SERVER_URL="gateway", ESD_DRAIN_SECONDS="soon", ESD_FP8="true")
     _, log = await process.communicate()
     assert process.returncode == 2
     assert "ESD_SERVER_URL" in log.decode()
     assert "ESD_DRAIN_SECONDS" in log.decode()
+    assert "ESD_FP8: Value error, needs ESD_PRECISION=bfloat16" in log.decode()

@@ -14,9 +14,11 @@ from esd.inference.v1 import inference_pb2
 from gpu_worker.audience import Audience
 from gpu_worker.clean import clean_latents, prediction_of
 from gpu_worker.core import Core
+from gpu_worker.devices import Cpu
 from gpu_worker.preview import MAX_SIZE, colours
 from gpu_worker.run import Run
 from gpu_worker.stream import WorkStream
+from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 from services.common.clients import TokenSource, plain_channel
 from tests.gpu_worker.conftest import as_cached
@@ -61,7 +63,7 @@ def test_nobody_or_somebody_too_soon_gets_no_preview() -> None:
 
 
 def test_a_watched_job_is_the_same_picture_and_shows_a_file_of_the_right_shape(tiny_checkpoint: Any) -> None:
-    core, outcomes, drawn = Core("cpu", 1, lambda: None), [], threading.Event()
+    core, outcomes, drawn = Core(Cpu(), EngineSettings(), lambda: None), [], threading.Event()
     previews: list[bytes] = []
 
     def show(jpeg: bytes) -> None:

@@ -42,7 +42,7 @@ def reason(path: Path, vae: Path | None = None) -> str:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
 def test_every_name_and_shape_of_the_full_size_models_survives_the_original_layout(family: str) -> None:
-    config = weights._family_config("sdxl") | weights._family_config(family)
+    config = weights.family_config("sdxl") | weights.family_config(family)
     with init_empty_weights():
         unet, vae = UNet2DConditionModel(**config["unet"]), AutoencoderKL(**config["vae"])
     expected = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sdxl_refiner": 2_259_526_660}[family]  # as published

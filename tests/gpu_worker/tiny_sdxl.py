@@ -81,11 +81,11 @@ class TinySdxl:
 
 def make(path: Path, is_refiner: bool = False, seed: int = 0) -> TinySdxl:
     """Writes a checkpoint with random weights."""
-    full = weights._family_config("sdxl")
+    full = weights.family_config("sdxl")
     config = {part: full[part] | smaller for part, smaller in TINY.items()}
     if is_refiner:
         del config["text_encoder"]
-        config["unet"] = weights._family_config("sdxl_refiner")["unet"] | TINY["unet"] | REFINER_UNET
+        config["unet"] = weights.family_config("sdxl_refiner")["unet"] | TINY["unet"] | REFINER_UNET
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {

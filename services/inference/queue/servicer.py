@@ -22,6 +22,7 @@ from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
+from services.inference.rows import REAL_TIME
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, MODELS_PINNED, POOLS_CHANGED
 from services.inference.watching.board import Board
 from services.inference.watching.relay import Relay
@@ -310,6 +311,7 @@ def _assign(assignment: Assignment) -> pb.Assign:
         image_uploads=[worker_pb2.Upload(name=name, url=url) for name, url in assignment.image_uploads],
         param_upload=worker_pb2.Upload(name=assignment.param_upload[0], url=assignment.param_upload[1]),
         endpoint_name=job.endpoint_name,
+        is_real_time=job.inference_type == REAL_TIME,
     )
     if job.payload is not None:
         spec.payload.update(job.payload)

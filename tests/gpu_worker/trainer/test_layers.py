@@ -24,7 +24,7 @@ TEXT = [*(f"self_attn_{part}_proj" for part in ("k", "v", "q", "out")), "mlp_fc1
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def models(request: Any) -> Any:
     """The full-size models without their weights."""
-    config = weights._family_config(request.param)
+    config = weights.family_config(request.param)
     with init_empty_weights():
         unet = UNet2DConditionModel(**config["unet"])
         encoders = [CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))]

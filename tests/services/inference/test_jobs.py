@@ -109,6 +109,7 @@ async def test_a_real_time_start_waits_for_the_end(service: Service) -> None:
         call = service.jobs.StartInferenceJob(pb.StartInferenceJobRequest(job_id=receipt.id), metadata=service.user())
         waiting = asyncio.ensure_future(call)
         assign = (await worker.read()).assign
+        assert assign.spec.is_real_time
         assert not waiting.done()
         await worker.finish(assign)
         job = (await waiting).data

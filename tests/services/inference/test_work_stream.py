@@ -35,7 +35,8 @@ async def test_a_waiting_worker_gets_a_job_as_soon_as_it_is_queued(service: Serv
     async with service.worker() as worker:
         await worker.want()
         job_id = await service.started()
-        assert (await worker.read()).assign.spec.job_id == job_id
+        spec = (await worker.read()).assign.spec
+        assert (spec.job_id, spec.is_real_time) == (job_id, False)
 
 
 async def test_a_worker_gets_as_many_jobs_as_it_wants_and_only_of_its_endpoint(service: Service) -> None:

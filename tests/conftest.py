@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+import structlog
 from xdist.scheduler import LoadScopeScheduling
 
 from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
@@ -23,6 +24,15 @@ from deploy.local.store import Store, process_environment
 from tests.processes import running
 
 _ROLE = "tests"
+
+# Plain tracebacks, as the services and the worker have: drawing tensors prettily takes half a minute.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper("%H:%M:%S"),
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 @dataclass(frozen=True)

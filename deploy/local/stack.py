@@ -201,7 +201,7 @@ class Stack:
         """The launcher's process."""
         return self._started().pid
 
-    def start(self, timeout_seconds: float = 120) -> None:
+    def start(self, timeout_seconds: float = 300) -> None:
         """Starts and returns when everything answers. Raises StackFailedError with the end of the log."""
         self.home.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
         command = [sys.executable, "-m", "deploy.local.cli", "up", *self._arguments]

@@ -7,16 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import boto3
 import structlog
-from botocore.auth import S3SigV4QueryAuth
-from botocore.awsrequest import AWSRequest
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from services.common.errors import InvalidArgument, NotFound, Unavailable
+from services.common.presigning import Presigner
 from services.common.settings import BlobSettings, read_secret
 
 log = structlog.get_logger()
@@ -54,12 +52,11 @@ class Blobs:
     def __init__(self, settings: BlobSettings) -> None:
         self.bucket = settings.bucket
         self._client = _client(settings, settings.endpoint_url)
-        # Presigning through the client looks up endpoints and checks arguments for three times as long as it signs.
+        # The client knows how buckets are addressed there.
         signer = _client(settings, settings.public_url or settings.endpoint_url)
         probe: str = signer.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "-"})
-        self._public_url = probe.partition("/-?")[0]
-        self._credentials = _session(settings).get_credentials()
-        self._region = settings.region
+        credentials = _session(settings).get_credentials()
+        self._presigner = Presigner(probe.partition("/-?")[0], settings.region, credentials.get_frozen_credentials)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="blobs")
 
     def url(self, key: str) -> str:
@@ -68,15 +65,15 @@ class Blobs:
 
     def presign_get(self, key: str, seconds: int = HOUR) -> str:
         """A URL that reads the object."""
-        return self._presign("GET", key, seconds)
+        return self._presigner.url("GET", key, seconds, {})
 
     def presign_put(self, key: str, seconds: int = HOUR) -> str:
         """A URL that writes the object, with whatever headers the client sends."""
-        return self._presign("PUT", key, seconds)
+        return self._presigner.url("PUT", key, seconds, {})
 
     def presign_part(self, key: str, upload_id: str, part_number: int, seconds: int = DAY) -> str:
         """A URL that writes one part of a multipart upload."""
-        return self._presign("PUT", key, seconds, partNumber=str(part_number), uploadId=upload_id)
+        return self._presigner.url("PUT", key, seconds, {"partNumber": str(part_number), "uploadId": upload_id})
 
     async def head(self, key: str) -> Blob:
         """Size and ETag of an object.
@@ -206,11 +203,6 @@ class Blobs:
             await self._run(self._client.abort_multipart_upload, Key=key, UploadId=upload_id)
         except BlobNotFound:
             return
-
-    def _presign(self, method: str, key: str, seconds: int, **query: str) -> str:
-        request = AWSRequest(method, f"{self._public_url}/{quote(key, safe='/~')}", params=query)
-        S3SigV4QueryAuth(self._credentials, "s3", self._region, expires=seconds).add_auth(request)
-        return str(request.url)
 
     def _find(self, prefix: str, **bucket: str) -> list[Blob]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Prefix=prefix, **bucket)

@@ -98,7 +98,10 @@ function envoy_on_response(handle)
   local raw, unwrap = take(headers, "x-esd-raw"), take(headers, "x-esd-unwrap")
   local http_status, content_type = headers:get(":status"), headers:get("content-type")
   if content_type ~= "application/json" then return end
-  if http_status ~= "200" then -- an error of a service, or of Envoy itself, which has this form already
+  if http_status == "499" then -- a service that stops cancels what it has not answered
+    headers:replace(":status", "503")
+    handle:body(true):setBytes('{"statusCode":503,"message":"the service is not available, try again"}')
+  elseif http_status ~= "200" then -- an error of a service, or of Envoy itself, which has this form already
     local body = handle:body(true)
     body:setBytes(error_body(text_of(body), http_status))
   elseif status ~= nil then

@@ -212,20 +212,25 @@ class _Interceptor(grpc.aio.ServerInterceptor):
     def __init__(self, verifier: Verifier, streams: OpenStreams) -> None:
         self._verifier = verifier
         self._streams = streams
-        self._rules: dict[str, _Rules] = {}
+        self._handlers: dict[str, Any] = {}  # the same for all calls of an RPC
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        # The stubs type every handler as a synchronous one.
-        handler: Any = await continuation(handler_call_details)
         name = handler_call_details.method
-        if handler is None or name.startswith("/grpc."):
-            return handler  # type: ignore[no-any-return]
-        metadata = dict(handler_call_details.invocation_metadata)
-        call = _Call(name, self._rules_of(name), self._verifier, self._streams, metadata)
+        if name not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None or name.startswith("/grpc."):
+                return handler
+            self._handlers[name] = self._wrapped(name, handler)
+        return self._handlers[name]  # type: ignore[no-any-return]
+
+    def _wrapped(self, name: str, handler: Any) -> Any:  # the stubs type every handler as a synchronous one
+        service, method = name.lstrip("/").split("/")
+        found = descriptor_pool.Default().FindServiceByName(service).methods_by_name[method]
+        rpc = _Rpc(name, _Rules(found), self._verifier, self._streams)
         codecs = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -233,17 +238,10 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if not handler.request_streaming:
             codecs["request_deserializer"] = _reading(handler.request_deserializer)
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary), **codecs)
+            return grpc.unary_unary_rpc_method_handler(rpc.unary(handler.unary_unary), **codecs)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(call.unary_stream(handler.unary_stream), **codecs)
-        return grpc.stream_stream_rpc_method_handler(call.stream_stream(handler.stream_stream), **codecs)
-
-    def _rules_of(self, name: str) -> _Rules:
-        if name not in self._rules:
-            service, method = name.lstrip("/").split("/")
-            found = descriptor_pool.Default().FindServiceByName(service)
-            self._rules[name] = _Rules(found.methods_by_name[method])
-        return self._rules[name]
+            return grpc.unary_stream_rpc_method_handler(rpc.unary_stream(handler.unary_stream), **codecs)
+        return grpc.stream_stream_rpc_method_handler(rpc.stream_stream(handler.stream_stream), **codecs)
 
 
 class _Unreadable:
@@ -260,26 +258,20 @@ def _reading(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Messa
     return read
 
 
-class _Call:
-    """One call on its way to the servicer and back."""
+class _Rpc:
+    """An RPC: each of its calls on the way to the servicer and back."""
 
-    def __init__(
-        self, name: str, rules: _Rules, verifier: Verifier, streams: OpenStreams, metadata: dict[str, Any]
-    ) -> None:
+    def __init__(self, name: str, rules: _Rules, verifier: Verifier, streams: OpenStreams) -> None:
         self._name = name
         self._rules = rules
         self._verifier = verifier
         self._streams = streams
-        self._token = metadata.get(TOKEN_METADATA)
-        self._request_id = metadata.get("x-request-id") or str(uuid4())
-        # A client may write what it likes into this header; the gateway adds the address it saw at the end.
-        self._forwarded_for = str(metadata.get("x-forwarded-for", "")).rpartition(",")[2].strip()
-        self._began = time.monotonic()
 
     def unary(self, behaviour: Callable[[Any, Any], Awaitable[Message]]) -> Callable[[Any, Any], Awaitable[Message]]:
         async def run(request: Message | _Unreadable, context: grpc.aio.ServicerContext) -> Message:
+            began = time.monotonic()
             try:
-                caller = self._begin(request, context)
+                caller, _ = self._begin(request, context)
                 reply = begin_reply()
                 response = await behaviour(request, context)
                 if self._rules.is_rest:  # sending it apart from the response has a price
@@ -287,7 +279,7 @@ class _Call:
                     await context.send_initial_metadata(self._rules.metadata(response, caller, reply))
             except Exception as error:  # every failure becomes a status here
                 await self._fail(error, context)
-            log.debug("rpc", method=self._name, milliseconds=round(1000 * (time.monotonic() - self._began), 1))
+            log.debug("rpc", method=self._name, milliseconds=round(1000 * (time.monotonic() - began), 1))
             return response
 
         return run
@@ -295,8 +287,8 @@ class _Call:
     def unary_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
         async def run(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
-                self._begin(request, context)
-                with self._streams.opened(self._token, context):
+                _, token = self._begin(request, context)
+                with self._streams.opened(token, context):
                     async for response in behaviour(request, context):
                         yield response
             except Exception as error:
@@ -307,8 +299,8 @@ class _Call:
     def stream_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
         async def run(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
-                self._begin(None, context)
-                with self._streams.opened(self._token, context):
+                _, token = self._begin(None, context)
+                with self._streams.opened(token, context):
                     async for response in behaviour(requests, context):
                         yield response
             except Exception as error:
@@ -316,14 +308,25 @@ class _Call:
 
         return run
 
-    def _begin(self, request: Message | _Unreadable | None, context: grpc.aio.ServicerContext) -> Caller | None:
-        structlog.contextvars.bind_contextvars(request_id=self._request_id)
-        set_origin(Origin(self._forwarded_for or _host(context.peer()), self._request_id))
-        caller = None
+    def _begin(
+        self, request: Message | _Unreadable | None, context: grpc.aio.ServicerContext
+    ) -> tuple[Caller | None, str | None]:
+        """Lets the call in; answers who calls, by which token.
+
+        Raises:
+            EsdError: it is not let in.
+        """
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+        request_id = metadata.get("x-request-id") or str(uuid4())
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        # A client may write what it likes into this header; the gateway adds the address it saw at the end.
+        forwarded_for = str(metadata.get("x-forwarded-for", "")).rpartition(",")[2].strip()
+        set_origin(Origin(forwarded_for or _host(context.peer()), request_id))
+        token, caller = metadata.get(TOKEN_METADATA), None
         if not self._rules.public:
-            if not self._token:
+            if not token:
                 raise errors.Unauthenticated("a token is needed; through the gateway, an API key")
-            caller = self._verifier.verify(self._token)
+            caller = self._verifier.verify(token)
             self._rules.admit(caller)
             set_caller(caller)
         if isinstance(request, _Unreadable):
@@ -332,7 +335,7 @@ class _Call:
             validation.check(request)
         if caller is not None:
             self._rules.judge(caller)
-        return caller
+        return caller, token
 
     async def _fail(self, error: Exception, context: grpc.aio.ServicerContext) -> NoReturn:
         """Ends the call with the status of the error; what is unknown goes to the log, not to the caller."""

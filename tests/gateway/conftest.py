@@ -99,6 +99,8 @@ class Identity(identity_pb2_grpc.IdentityServiceServicer):
     ) -> identity_pb2.ListRolesResponse:
         if request.role == "missing":
             await context.abort(grpc.StatusCode.NOT_FOUND, 'no role "missing" in Zürich')
+        if request.role == "cancelled":
+            await context.abort(grpc.StatusCode.CANCELLED, "Cancelling all calls")
         await send_reply(context, 200, "OK")
         count = int(request.role) if request.role.isdigit() else 1
         reply = identity_pb2.ListRolesResponse(previous_evaluated_key="not_applicable")

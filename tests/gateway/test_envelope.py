@@ -128,6 +128,11 @@ async def test_a_service_that_is_down_is_503(gateway: Gateway) -> None:
     check_error(await gateway.client.get("/trainings"), 503, "the service is not available, try again")
 
 
+async def test_a_service_that_stops_before_it_has_answered_is_503(gateway: Gateway) -> None:
+    answer = await gateway.client.get("/roles", params={"role": "cancelled"})
+    check_error(answer, 503, "the service is not available, try again")
+
+
 async def test_identity_down_is_503(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, f"127.0.0.1:{free_port()}") as lonely:
         check_error(await lonely.client.get("/ping"), 503, "the service is not available, try again")

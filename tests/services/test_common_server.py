@@ -113,7 +113,7 @@ async def test_without_a_valid_token_nothing_answers_but_what_is_public(stub: An
         (("x-esd-token", "x"),),
         Tokens().of(caller),  # another key pair's
         tokens.of(caller, audience="inference"),
-        tokens.of(caller, lifetime_seconds=-10),
+        tokens.of(Caller(Kind.SERVICE, "endpoints"), lifetime_seconds=-10),
     ]
     for metadata in worthless:
         assert (await _failure(stub.CreateRole(GOOD_ROLE, metadata=metadata)))[0] == unauthenticated

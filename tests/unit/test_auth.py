@@ -6,7 +6,7 @@ import jwt
 import pytest
 
 from services.common.auth import Absence, Caller, Kind, Profile, Signer, UsernameStatus, Verifier
-from services.common.errors import EsdError, PermissionDenied, Unauthenticated
+from services.common.errors import EsdError, PermissionDenied, Unauthenticated, Unavailable
 from tests.serving import Tokens
 
 ANN = Caller(
@@ -41,7 +41,7 @@ def _forged(**claims: object) -> str:
         "",
         "a.b.c",
         TOKENS.signer.sign(ANN, "inference", 30),
-        TOKENS.signer.sign(ANN, "esd", -1),
+        TOKENS.signer.sign(Caller(Kind.SERVICE, "models"), "esd", -1),
         Tokens().signer.sign(ANN, "esd", 30),
         jwt.encode({"sub": "x", "aud": "esd", "iss": "esd", "exp": time.time() + 9}, None, algorithm="none"),
         _forged(sub="api"),
@@ -52,6 +52,13 @@ def _forged(**claims: object) -> str:
 def test_a_token_that_is_not_for_this_service_is_refused(token: str) -> None:
     with pytest.raises(Unauthenticated, match="the token is not valid"):
         TOKENS.verifier().verify(token)
+
+
+def test_a_users_token_that_ran_out_while_the_request_waited_is_no_fault_of_the_user() -> None:
+    late = TOKENS.signer.sign(ANN, "esd", -1)
+    with pytest.raises(Unavailable, match="try again"):
+        TOKENS.verifier().verify(late)
+    assert not TOKENS.verifier().holds(late)
 
 
 def test_an_audience_is_accepted_beside_that_of_services() -> None:

@@ -38,6 +38,7 @@ class Job:
         self.spec = spec
         self.emit = emit
         self.cancelled = False
+        self.has_uploaded = False  # or begun to
         self.audience = Audience()
         self._stage: asyncio.Future[Any] | None = None
 

@@ -118,12 +118,12 @@ class Worker:
             try:
                 last = worker_pb2.JobEvent(done=await self._do(job))
             except JobCancelled:
-                last = _failed("the job was cancelled", cancelled=True)
+                last = _failed(job, "the job was cancelled", cancelled=True)
             except JobError as error:
-                last = _failed(str(error))
+                last = _failed(job, str(error))
             except Exception:  # the job fails; the worker lives
                 log.exception("job failed")
-                last = _failed(INTERNAL)
+                last = _failed(job, INTERNAL)
             log.info("job ended", outcome=last.WhichOneof("event"), reason=last.failed.reason or None)
         del self._tasks[job]
         job.emit(last)
@@ -223,6 +223,7 @@ class Worker:
         self, job: Job, images: list[bytes], param: bytes, timings: worker_pb2.Timings
     ) -> worker_pb2.JobDone:
         began = time.monotonic()
+        job.has_uploaded = True
         uploads = [*job.spec.image_uploads[: len(images)], job.spec.param_upload]
         objects = await asyncio.gather(
             *(self._upload(upload, content) for upload, content in zip(uploads, [*images, param], strict=True))
@@ -241,8 +242,9 @@ def is_last(event: worker_pb2.JobEvent) -> bool:
     return event.WhichOneof("event") in ("done", "failed")
 
 
-def _failed(reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
-    return worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=reason, cancelled=cancelled))
+def _failed(job: Job, reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
+    failed = worker_pb2.JobFailed(reason=reason, cancelled=cancelled, nothing_uploaded=not job.has_uploaded)
+    return worker_pb2.JobEvent(failed=failed)
 
 
 def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas]:

@@ -6,6 +6,7 @@ s3             S3Access: endpoint, keys and a bucket of this test module's own
 """
 
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -62,10 +63,10 @@ def esd_home() -> Iterator[Home]:
 
 @pytest.fixture(scope="session")
 def postgres(esd_home: Home) -> Iterator[Postgres]:
-    """A running PostgreSQL."""
+    """A running PostgreSQL. Nobody needs its data for longer than it runs, so it neither flushes nor saves them."""
     server = Postgres(esd_home, free_port())
     server.prepare()
-    with running(server.command(), process_environment()):
+    with running([*server.command(), "--fsync=off"], process_environment(), signum=signal.SIGQUIT):
         server.wait_until_up()
         server.bootstrap([_ROLE])
         yield server

@@ -1,5 +1,6 @@
 """Owns the processes that tests start."""
 
+import signal
 import subprocess
 from pathlib import Path
 from typing import IO
@@ -8,17 +9,24 @@ ROOT = Path(__file__).parents[1]
 
 
 class running:  # noqa: N801 - read as a phrase: with running(command)
-    """A process that runs during the block; what it says goes to `log`, or where the test's own words go."""
+    """A process that runs during the block, and is ended by `signum` then; what it says goes to `log`, or where the
+    test's own words go."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: IO[bytes] | None = None) -> None:
-        self._command, self._environment, self._log = command, environment, log
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        log: IO[bytes] | None = None,
+        signum: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        self._command, self._environment, self._log, self._signum = command, environment, log, signum
 
     def __enter__(self) -> "subprocess.Popen[bytes]":
         self.process = subprocess.Popen(self._command, env=self._environment, cwd=ROOT, stdout=self._log)
         return self.process
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
+        self.process.send_signal(self._signum)
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:

@@ -33,8 +33,8 @@ FORBIDDEN = {
 OWNERS = {
     "boto3": {"blobs.py"},
     "botocore": {"blobs.py"},
-    "sqlalchemy": {"audit.py", "database.py", "env.py", "leftovers.py"},
-    "psycopg": {"database.py"},
+    "sqlalchemy": {"audit.py", "database.py", "driver.py", "env.py", "leftovers.py"},
+    "psycopg": {"database.py", "driver.py"},
     "protovalidate": {"validation.py"},
     "jwt": {"auth.py"},
     "pydantic_settings": {"settings.py"},

@@ -1,9 +1,8 @@
-"""PostgreSQL: sessions, migrations and notifications. One database per service."""
+"""PostgreSQL: sessions, statements, migrations and notifications. One database per service."""
 
 from __future__ import annotations
 
 import asyncio
-import select
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -13,15 +12,13 @@ import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
-from psycopg.pq import TransactionStatus
-from psycopg.rows import dict_row
-from sqlalchemy import Select, event, text
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy import Executable, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+from services.common.driver import Driver, Run, has_ended
 from services.common.errors import Unavailable
 
 log = structlog.get_logger()
@@ -29,7 +26,6 @@ log = structlog.get_logger()
 _SERVICES = Path(__file__).resolve().parent.parent
 # Any number will do, as long as all replicas of a service take the same.
 _MIGRATION_LOCK = 0x657364
-_DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
 
 class Database:
@@ -42,8 +38,7 @@ class Database:
         event.listen(self.engine.sync_engine, "checkout", _refuse_if_ended)
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
         self._plain_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-        self._reader: psycopg.AsyncConnection[dict[str, Any]] | None = None
-        self._reading = asyncio.Lock()
+        self._driver = Driver(self._plain_url, pool_size)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -56,31 +51,27 @@ class Database:
             async with self._sessions() as session, session.begin():
                 yield session
 
-    async def fetch(self, query: Select[Any], **values: Any) -> list[dict[str, Any]]:
-        """The rows of one statement, straight from the driver: for what clients poll.
+    async def run(self, statement: Executable, **values: Any) -> list[dict[str, Any]]:
+        """Runs one statement, which is a transaction of its own, straight through the driver; answers its rows.
 
-        No session and no BEGIN and COMMIT around it, which take several times as long as the statement itself.
+        For what runs often: no session, and no BEGIN and COMMIT, which take several times as long as the statement.
 
         Raises:
             Unavailable: the database does not answer.
         """
-        compiled = query.compile(dialect=_DIALECT)
         with _told_as_unavailable():
-            reader = await self._connected_reader()
-            # The text is SQLAlchemy's, not a user's; the values go beside it.
-            cursor = await reader.execute(str(compiled).encode(), {**compiled.params, **values})
-            return await cursor.fetchall()
+            return await self._driver.run(statement, **values)
 
-    async def _connected_reader(self) -> psycopg.AsyncConnection[dict[str, Any]]:
-        async with self._reading:
-            if self._reader is not None and _has_ended(self._reader):
-                await self._reader.close()
-                self._reader = None
-            if self._reader is None:
-                self._reader = await psycopg.AsyncConnection.connect(
-                    self._plain_url, autocommit=True, row_factory=dict_row
-                )
-            return self._reader
+    @asynccontextmanager
+    async def atomic(self) -> AsyncIterator[Run]:
+        """Yields what runs statements like `run`, all of the block in one transaction.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        with _told_as_unavailable():
+            async with self._driver.atomic() as run:
+                yield run
 
     async def migrate(self, service: str, revision: str = "head") -> None:
         """Brings the schema up to date, or to a revision; replicas that start at once wait for each other.
@@ -125,26 +116,12 @@ class Database:
     async def dispose(self) -> None:
         """Closes all connections."""
         await self.engine.dispose()
-        if self._reader is not None:
-            await self._reader.close()
-
-
-def _has_ended(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether the connection was closed, by us or while nobody used it by the server.
-
-    An idle connection has nothing to say, so one that can be read has ended. A ping would find the same for a round
-    trip, which costs as much as the statement that follows.
-    """
-    if connection.closed:
-        return True
-    poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
-    return bool(poll.poll(0)) and connection.pgconn.transaction_status == TransactionStatus.IDLE
+        await self._driver.close()
 
 
 def _refuse_if_ended(connection: Any, _record: object, _fairy: object) -> None:
     """Makes the pool replace a connection that has ended."""
-    if _has_ended(connection.driver_connection):
+    if has_ended(connection.driver_connection):
         raise DisconnectionError("the server has closed the connection")
 
 

@@ -10,13 +10,26 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy import DateTime, delete, func, select, update
+from sqlalchemy import (
+    ARRAY,
+    DateTime,
+    Integer,
+    Interval,
+    Table,
+    Text,
+    bindparam,
+    delete,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import Field, SQLModel, col
+from sqlmodel import Field, SQLModel
 
 from services.common.blobs import Blobs
 from services.common.database import Database
+from services.common.driver import Run
 from services.common.errors import Unavailable
 
 log = structlog.get_logger()
@@ -34,13 +47,38 @@ class Leftover(SQLModel, table=True):
     final_time: datetime = Field(sa_type=_TIME)
 
 
+_LEFTOVER: Table = Leftover.__table__  # type: ignore[attr-defined]
+_LEAVE = insert(_LEFTOVER).from_select(
+    ["prefix", "due_time", "final_time"],
+    select(
+        func.unnest(bindparam("prefixes", type_=ARRAY(Text))),
+        func.now() + bindparam("after", type_=Interval),
+        func.now() + timedelta(seconds=WRITABLE_SECONDS),
+    ),
+)
+_LEAVE = _LEAVE.on_conflict_do_update(
+    index_elements=["prefix"],
+    set_={"due_time": _LEAVE.excluded.due_time, "final_time": _LEAVE.excluded.final_time},
+)
+_DUE = (
+    select(_LEFTOVER)
+    .where(_LEFTOVER.c.due_time <= func.now())
+    .order_by(_LEFTOVER.c.due_time)
+    .limit(bindparam("number", type_=Integer))
+)
+_THIS = (_LEFTOVER.c.prefix == bindparam("this")) & (_LEFTOVER.c.due_time == bindparam("due", type_=_TIME))
+_FORGET = delete(_LEFTOVER).where(_THIS, _LEFTOVER.c.final_time <= bindparam("due", type_=_TIME))
+_AGAIN_AT_ITS_END = update(_LEFTOVER).where(_THIS).values(due_time=_LEFTOVER.c.final_time)
+
+
 async def leave_behind(session: AsyncSession, prefixes: list[str], after_seconds: float = 0.0) -> None:
     """Notes, within a store's transaction, that what is below the prefixes is to be removed, then and at the end."""
-    due, final = (func.now() + timedelta(seconds=seconds) for seconds in (after_seconds, WRITABLE_SECONDS))
-    times = {"due_time": due, "final_time": final}
-    for prefix in prefixes:
-        row = insert(Leftover).values(prefix=prefix, **times)
-        await session.execute(row.on_conflict_do_update(index_elements=["prefix"], set_=times))
+    await session.execute(_LEAVE, {"prefixes": prefixes, "after": timedelta(seconds=after_seconds)})
+
+
+async def note_leftovers(run: Run, prefixes: list[str], after_seconds: float = 0.0) -> None:
+    """The same as `leave_behind`, in a transaction of the driver."""
+    await run(_LEAVE, prefixes=prefixes, after=timedelta(seconds=after_seconds))
 
 
 class LeftoverStore:
@@ -56,16 +94,13 @@ class LeftoverStore:
 
     async def due(self, limit: int) -> list[Leftover]:
         """What is to be removed now."""
-        query = select(Leftover).where(col(Leftover.due_time) <= func.now()).order_by(col(Leftover.due_time))
-        async with self._database.transaction() as session:
-            return list(await session.scalars(query.limit(limit)))
+        return [Leftover(**row) for row in await self._database.run(_DUE, number=limit)]
 
     async def swept(self, prefix: str, due_time: datetime) -> None:
         """The prefix is empty: it comes up again at its end, and after that never. What was noted since stays due."""
-        this = (col(Leftover.prefix) == prefix) & (col(Leftover.due_time) == due_time)
-        async with self._database.transaction() as session:
-            await session.execute(delete(Leftover).where(this, col(Leftover.final_time) <= due_time))
-            await session.execute(update(Leftover).where(this).values(due_time=col(Leftover.final_time)))
+        async with self._database.atomic() as run:
+            await run(_FORGET, this=prefix, due=due_time)
+            await run(_AGAIN_AT_ITS_END, this=prefix, due=due_time)
 
 
 class Sweeper:

@@ -36,6 +36,13 @@ class Signals:
                 if not self._waiting[key]:
                     del self._waiting[key]
 
+    async def wake_all(self, at: asyncio.Event) -> None:
+        """Once `at` is set, has everybody who waits look again."""
+        await at.wait()
+        for events in list(self._waiting.values()):
+            for event in events:
+                event.set()
+
     async def on_notify(self, channel: str, payload: str) -> None:
         """Wakes those who wait for the key; everybody when the connection is new and something may have been missed."""
         if not payload:

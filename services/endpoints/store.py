@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, Column, ColumnElement, DateTime, Text, delete, select, text, update
+from sqlalchemy import ARRAY, Column, ColumnElement, DateTime, Table, Text, delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col
@@ -119,6 +119,13 @@ class Worker(SQLModel, table=True):
         return f"{self.endpoint_id}-{self.slot}-{self.num_launches}"
 
 
+_LIVE_ENDPOINTS = select(Endpoint).where(col(Endpoint.status) != DELETING)
+_ENDPOINTS: Table = Endpoint.__table__  # type: ignore[attr-defined]
+_NEWEST_LIVE = (
+    select(_ENDPOINTS).where(_ENDPOINTS.c.status != DELETING).order_by(_ENDPOINTS.c.start_time.desc(), _ENDPOINTS.c.id)
+)
+
+
 class EndpointStore:
     """The endpoints' database. Each method is one transaction."""
 
@@ -134,7 +141,7 @@ class EndpointStore:
         """
         async with self._database.transaction() as session:
             await session.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _CREATE_LOCK})
-            existing = (await session.execute(_live_endpoints())).scalars().all()
+            existing = (await session.execute(_LIVE_ENDPOINTS)).scalars().all()
             taken = {role for other in existing for role in other.owners}
             for role in endpoint.owners:
                 if role in taken:
@@ -150,9 +157,11 @@ class EndpointStore:
             await self._audit.record(session, "endpoint.create", endpoint.name, after=endpoint.facts())
 
     async def page_endpoints(self) -> list[Endpoint]:
-        """All endpoints that are not being deleted, newest first. They are few: a role owns at most one."""
-        async with self._database.transaction() as session:
-            return list((await session.execute(_live_endpoints())).scalars())
+        """All endpoints that are not being deleted, newest first. They are few: a role owns at most one.
+
+        Asked at every job, hence not by a session.
+        """
+        return [Endpoint(**row) for row in await self._database.run(_NEWEST_LIVE)]
 
     async def get_all(self) -> list[Endpoint]:
         """All endpoints, those that are being deleted too."""
@@ -166,7 +175,7 @@ class EndpointStore:
             EndpointNotFound.
         """
         async with self._database.transaction() as session:
-            found: Endpoint | None = await session.scalar(_live_endpoints().where(col(Endpoint.id) == endpoint_id))
+            found: Endpoint | None = await session.scalar(_LIVE_ENDPOINTS.where(col(Endpoint.id) == endpoint_id))
         if found is None:
             raise EndpointNotFound(f"endpoint with id {endpoint_id} is not found")
         return found
@@ -349,11 +358,6 @@ class EndpointStore:
             if happening is not None:
                 await remember(session, endpoint.id, happening)
         return len(found)
-
-
-def _live_endpoints() -> Any:
-    newest_first = (col(Endpoint.start_time).desc(), col(Endpoint.id))
-    return select(Endpoint).where(col(Endpoint.status) != DELETING).order_by(*newest_first)
 
 
 def _worker(worker: Worker, num_launches: int | None = None) -> Any:

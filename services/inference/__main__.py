@@ -107,6 +107,8 @@ async def main() -> None:
         models=channel(settings.models_address, tokens),
         identity=identity,
     )
+    verifier = Verifier.from_file(settings.verifying_key_file, audience="inference")
+    server = Server(settings.listen, verifier, token_review(identity))
     signals, background, blobs = Signals(), Background(), Blobs(load(BlobSettings))
     pools, leftovers = PoolStore(database), LeftoverStore(database)
     limits = Limits(
@@ -119,18 +121,18 @@ async def main() -> None:
     cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
     outputs = Outputs(jobs, blobs)
     queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, outputs, signals, background, limits)
-    inference = Inference(jobs, blobs, peers, signals, cleaner, Priorities(settings.priority_ranges))
+    priorities = Priorities(settings.priority_ranges)
+    inference = Inference(jobs, blobs, peers, signals, cleaner, priorities, server.stopping)
     board, views = Board(BoardStore(database), signals), Views(blobs)
     webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), signals)
     servicer = InferenceServicer(inference, views, Events(inference, views, board), webhooks)
-    verifier = Verifier.from_file(settings.verifying_key_file, audience="inference")
-    server = Server(settings.listen, verifier, token_review(identity))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
     pins = Pins(pools, peers, blobs)
     workers = QueueServicer(queue, pools, rehoming, pins, signals, board, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
     chores = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
+        asyncio.create_task(signals.wake_all(at=server.stopping)),
         asyncio.create_task(queue.run()),
         asyncio.create_task(cleaner.run()),
         asyncio.create_task(outputs.run()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +17,7 @@ from services.common.errors import (
     NotFound,
     PermissionDenied,
     ResourceExhausted,
+    Unavailable,
 )
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.signals import Signals, wait
@@ -50,7 +52,7 @@ class Wanted:
 
 
 class Inference:
-    """Inference jobs as their users see them."""
+    """Inference jobs as their users see them. Once `stopping` is set nobody waits for a Real-time job any more."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Inference:
         signals: Signals,
         cleaner: Cleaner,
         priorities: Priorities,
+        stopping: asyncio.Event,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -67,6 +70,7 @@ class Inference:
         self._signals = signals
         self._cleaner = cleaner
         self._priorities = priorities
+        self._stopping = stopping
         self._choices = Choices(peers)
         self._freezer = Freezer(blobs)
 
@@ -135,10 +139,11 @@ class Inference:
         found = await self._store.find_submission(user.name, draft.idempotency_key) if draft.idempotency_key else None
         if found is None:
             return None
-        submission, job = found
-        if submission.body_sha256 != draft.body_sha256:
+        body_sha256, job = found
+        if body_sha256 != draft.body_sha256:
             raise AlreadyExists(
-                f'Idempotency-Key "{submission.key}" came with another body before; a new request needs a new key'
+                f'Idempotency-Key "{draft.idempotency_key}" came with another body before; '
+                "a new request needs a new key"
             )
         if draft.payload_string is None:
             job.input_url = self._blobs.presign_put(job.input_key)
@@ -265,13 +270,19 @@ class Inference:
         return None if parsed is None else await self._store.get(parsed)
 
     async def _run(self, job: Job, queue: Callable[[], Any]) -> Job:
-        """Queues the job; for a Real-time one waits for the end. Who stops waiting does not stop the job."""
+        """Queues the job; for a Real-time one waits for the end. Who stops waiting does not stop the job.
+
+        Raises:
+            FailedPrecondition: the Real-time job failed, or was deleted. Unavailable: this process stops before that.
+        """
         if job.inference_type != REAL_TIME:
             queued: Job = await queue()
             return queued
         with self._signals.subscribed((JOB_ENDED, str(job.id))) as ended:
             current: Job | None = await queue()
             while current is not None and not current.is_ended:
+                if self._stopping.is_set():
+                    raise Unavailable(f"inference {job.id} goes on, but who waited for it stops: ask for it by its id")
                 await wait(ended, _SWEEP_SECONDS)
                 current = await self._store.get(job.id)
         if current is None:

@@ -169,13 +169,6 @@ class Job(SQLModel, table=True):
         self._check("move")
         self.endpoint_id, self.endpoint_name, self.instance_type = endpoint_id, endpoint_name, instance_type
 
-    def start(self) -> None:
-        """The worker that holds the lease has begun; told again after a reconnect, it changes nothing."""
-        self._check("start")
-        if not self.is_running:
-            self.is_running = True
-            self.start_time = now()
-
     def succeed(self, objects: list[dict[str, Any]], timings: dict[str, float]) -> None:
         """The results under the current lease, images and description with size and SHA-256, are the job's."""
         self._check("succeed")

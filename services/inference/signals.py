@@ -7,6 +7,12 @@ somebody looks at, or that got further. `webhooks_due`: a job's id, whose webhoo
 endpoint's id, its workers are to keep other checkpoints ready.
 """
 
+from __future__ import annotations
+
+from sqlalchemy import bindparam, func, select
+
+from services.common.driver import Run
+
 JOBS_QUEUED = "jobs_queued"
 JOB_ENDED = "job_ended"
 LEASES_LOST = "leases_lost"
@@ -27,3 +33,10 @@ CHANNELS = [
     WEBHOOKS_DUE,
     MODELS_PINNED,
 ]
+
+_NOTIFY = select(func.pg_notify(bindparam("channel"), bindparam("payload")))
+
+
+async def notify(run: Run, channel: str, payload: str) -> None:
+    """Tells all replicas when the transaction commits; payloads end at 8,000 bytes."""
+    await run(_NOTIFY, channel=channel, payload=payload)

@@ -19,8 +19,8 @@ class State(StrEnum):
 _ENDED = frozenset({State.SUCCEED, State.FAILED})
 _LEASED = frozenset({State.HELD, State.RUNNING})
 
-# What happens to a job: from which states, and to which. The names are those of the row's methods; `claim` is the
-# statement of queue/claim.py. Deleting is possible in every state.
+# What happens to a job: from which states, and to which. The names are those of the row's methods; `claim` and `start`
+# are statements (queue/claim.py, queue/store.py). Deleting is possible in every state.
 TRANSITIONS: dict[str, tuple[frozenset[State], frozenset[State]]] = {
     "queue": (_ENDED | {State.CREATED}, frozenset({State.QUEUED})),
     "claim": (frozenset({State.QUEUED}), frozenset({State.HELD})),

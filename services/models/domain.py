@@ -32,6 +32,7 @@ from services.models.store import (
     Inspected,
     ModelStore,
     NameInUse,
+    UsableFile,
     Viewer,
 )
 
@@ -53,10 +54,9 @@ class NewFile:
 
 @dataclass(frozen=True)
 class Resolved:
-    """An active file that a job may use."""
+    """An active file that a job may use, and where its checkpoint is, `s3://…`."""
 
-    checkpoint: Checkpoint
-    file: CheckpointFile
+    file: UsableFile
     s3_location: str
 
 
@@ -71,7 +71,7 @@ class Models:
 
     def s3_location(self, checkpoint: Checkpoint) -> str:
         """The folder of the checkpoint's objects, `s3://…`."""
-        return self._blobs.url(prefix_of(checkpoint).rstrip("/"))
+        return self._location(checkpoint.type, checkpoint.id, checkpoint.folder)
 
     async def list_checkpoints(
         self, viewer: Viewer, page: int, per_page: int, filters: Filters, username: str
@@ -226,9 +226,14 @@ class Models:
         """For each (type, name) the active file that the viewer may use, or None."""
         found = await self._store.resolve_files(names, viewer) if names else {}
         return [
-            Resolved(*found[pair], s3_location=self.s3_location(found[pair][0])) if pair in found else None
+            Resolved(file, self._location(file.type, file.checkpoint_id, file.folder))
+            if (file := found.get(pair))
+            else None
             for pair in names
         ]
+
+    def _location(self, kind: str, checkpoint_id: UUID, own_folder: str | None) -> str:
+        return self._blobs.url(_folder(kind, checkpoint_id, own_folder).rstrip("/"))
 
     async def _open(self, checkpoint: Checkpoint, position: int, name: str, parts_number: int) -> None:
         key = prefix_of(checkpoint) + name
@@ -319,7 +324,11 @@ class Models:
 
 def prefix_of(checkpoint: Checkpoint) -> str:
     """The folder of the checkpoint's objects in the bucket."""
-    return checkpoint.folder or f"{checkpoint.type}/checkpoint/custom/{checkpoint.id}/"
+    return _folder(checkpoint.type, checkpoint.id, checkpoint.folder)
+
+
+def _folder(kind: str, checkpoint_id: UUID, own_folder: str | None) -> str:
+    return own_folder or f"{kind}/checkpoint/custom/{checkpoint_id}/"
 
 
 def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:

@@ -179,13 +179,14 @@ def _list_item(row: Checkpoint, s3_location: str) -> pb.CheckpointListItem:
 
 
 def _resolved(found: Resolved) -> pb.ResolvedCheckpoint:
+    file = found.file
     return pb.ResolvedCheckpoint(
-        id=str(found.checkpoint.id),
-        type=found.checkpoint.type,
-        name=found.file.name,
-        all_names=found.checkpoint.names,
+        id=str(file.checkpoint_id),
+        type=file.type,
+        name=file.name,
+        all_names=file.all_names,
         s3_location=found.s3_location,
-        key=found.file.key,
-        size_bytes=found.file.size_bytes,
-        sha256=found.file.sha256,
+        key=file.key,
+        size_bytes=file.size_bytes,
+        sha256=file.sha256,
     )

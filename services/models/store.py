@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, aggregate_order_by
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, Relationship, SQLModel, col
 
@@ -161,6 +161,49 @@ class Inspected:
     found: dict[str, str] = field(default_factory=dict)
 
 
+class UsableFile(NamedTuple):
+    """A complete file of an active checkpoint, with the names of all files of that one in order."""
+
+    checkpoint_id: UUID
+    type: str
+    folder: str | None
+    name: str
+    all_names: list[str]
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+def _usable() -> sa.Select[Any]:
+    """The usable files among pairs of types and names. Asked at every job, so it is built once."""
+    checkpoint: sa.Table = Checkpoint.__table__  # type: ignore[attr-defined]
+    file: sa.Table = CheckpointFile.__table__  # type: ignore[attr-defined]
+    siblings = file.alias("siblings")
+    all_names = (
+        sa.select(sa.func.array_agg(aggregate_order_by(siblings.c.name, siblings.c.position)))
+        .where(siblings.c.checkpoint_id == checkpoint.c.id)
+        .scalar_subquery()
+    )
+    texts = ARRAY(sa.Text)
+    pairs = sa.select(*(sa.func.unnest(sa.bindparam(name, type_=texts)) for name in ("types", "names")))
+    columns = (file.c.checkpoint_id, checkpoint.c.type, checkpoint.c.folder, file.c.name, all_names.label("all_names"))
+    return (
+        sa.select(*columns, file.c.key, file.c.size_bytes, file.c.sha256)
+        .join(checkpoint, checkpoint.c.id == file.c.checkpoint_id)
+        .where(
+            sa.tuple_(checkpoint.c.type, file.c.name).in_(pairs),
+            file.c.reserved,
+            checkpoint.c.status == ACTIVE,
+            sa.bindparam("sees_everything", type_=sa.Boolean)
+            | checkpoint.c.owners.op("&&")(sa.bindparam("words", type_=texts))
+            | (checkpoint.c.owners == sa.cast([], texts)),
+        )
+    )
+
+
+_USABLE = _usable()
+
+
 class ModelStore:
     """The tables of this service."""
 
@@ -218,20 +261,16 @@ class ModelStore:
 
     async def resolve_files(
         self, names: Sequence[tuple[str, str]], viewer: Viewer
-    ) -> dict[tuple[str, str], tuple[Checkpoint, CheckpointFile]]:
+    ) -> dict[tuple[str, str], UsableFile]:
         """Active files that the viewer may use, by (type, name)."""
-        wanted = (
-            sa.select(Checkpoint, CheckpointFile)
-            .join(CheckpointFile, col(CheckpointFile.checkpoint_id) == col(Checkpoint.id))
-            .where(
-                sa.tuple_(col(Checkpoint.type), col(CheckpointFile.name)).in_(names),
-                col(CheckpointFile.reserved),
-                *_conditions(Filters(viewers=[viewer], statuses=[ACTIVE])),
-            )
+        rows = await self._database.run(
+            _USABLE,
+            types=[kind for kind, _ in names],
+            names=[name for _, name in names],
+            words=[viewer.username, "*", *viewer.roles],
+            sees_everything=viewer.sees_everything,
         )
-        async with self._database.transaction() as session:
-            rows = (await session.execute(wanted)).all()
-            return {(checkpoint.type, file.name): (checkpoint, file) for checkpoint, file in rows}
+        return {(row["type"], row["name"]): UsableFile(**row) for row in rows}
 
     async def save_complete(self, checkpoint_id: UUID, name: str, inspected: Inspected) -> Checkpoint:
         """Marks a file complete and keeps what its inspection found.

@@ -54,7 +54,7 @@ class _InstantWorker:
     async def _end(self, assign: pb.Assign) -> None:
         self._tell(assign, worker_pb2.JobEvent(started=worker_pb2.JobStarted()))
         if not self._with_objects:
-            self._tell(assign, worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=REASON)))
+            self._tell(assign, worker_pb2.JobEvent(failed=worker_pb2.JobFailed(reason=REASON, nothing_uploaded=True)))
         else:
             spec = assign.spec
             image, param = await asyncio.gather(

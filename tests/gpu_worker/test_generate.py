@@ -130,6 +130,17 @@ async def test_a_job_that_cannot_be_done_fails_with_one_sentence(
     failed = (await generate(make_spec(**change)))[-1].failed
     assert reason in failed.reason
     assert not failed.cancelled
+    assert failed.nothing_uploaded
+
+
+async def test_a_job_that_fails_while_it_uploads_says_that_there_is_something_to_clean_up(
+    generate: Any, make_spec: Any
+) -> None:
+    spec = make_spec()
+    spec.param_upload.url = "http://127.0.0.1:1/nobody"
+    failed = (await generate(spec))[-1].failed
+    assert failed.reason
+    assert not failed.nothing_uploaded
 
 
 def add_model(spec: worker_pb2.JobSpec, store: ObjectStore, kind: str, name: str, state: dict[str, Any]) -> str:

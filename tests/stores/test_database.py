@@ -35,7 +35,7 @@ async def test_connections_that_the_server_has_closed_are_replaced_before_their_
     database: Database, database_url: str
 ) -> None:
     for _ in range(2):
-        assert await database.fetch(_NUMBER, number=7) == [{"number": 7}]
+        assert await database.run(_NUMBER, number=7) == [{"number": 7}]
         async with database.transaction() as session:
             assert await session.scalar(text("SELECT 8")) == 8
         await _disconnect_everybody(database_url)
@@ -43,7 +43,7 @@ async def test_connections_that_the_server_has_closed_are_replaced_before_their_
 
 async def test_many_read_at_once(database: Database) -> None:
     async def read(number: int) -> int:
-        return int((await database.fetch(_NUMBER, number=number))[0]["number"])
+        return int((await database.run(_NUMBER, number=number))[0]["number"])
 
     assert await asyncio.gather(*(read(number) for number in range(50))) == list(range(50))
 
@@ -51,7 +51,7 @@ async def test_many_read_at_once(database: Database) -> None:
 async def test_a_database_that_is_away_is_said_to_be_unavailable() -> None:
     database = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
     with pytest.raises(Unavailable):
-        await database.fetch(_NUMBER, number=1)
+        await database.run(_NUMBER, number=1)
     with pytest.raises(Unavailable):
         async with database.transaction() as session:
             await session.scalar(text("SELECT 1"))

@@ -206,6 +206,22 @@ async def test_a_user_has_so_many_gpu_seconds_an_hour(pool: Pool) -> None:
     await store.queue(job_id, **FROZEN)
 
 
+async def test_what_a_users_jobs_under_way_will_take_counts_before_they_end(pool: Pool) -> None:
+    store = JobStore(pool.database, Quotas(max_gpu_seconds_per_hour=100.0))
+    await pool.add(cost=2.0)  # takes 20 s, so this endpoint needs ten seconds for a unit of cost
+    await pool.leases.succeed(pool.endpoint_id, lease(await pool.claim_one()), [IMAGE], {"pipeline_seconds": 20.0})
+    await pool.add(cost=3.0)
+    await pool.claim_one()
+    await pool.add(cost=4.0)
+    await pool.add("bob", cost=50.0)
+    ids = [await pool.add(queued=False) for _ in range(2)]
+    await store.queue(ids[0], **FROZEN | {"cost_seconds": 1.0})
+    told = "ann has used 20 GPU-seconds within the last hour, and the jobs under way will take about 80; 100 are"
+    with pytest.raises(ResourceExhausted, match=told) as caught:
+        await store.queue(ids[1], **FROZEN)
+    assert caught.value.retry_after_seconds == 10
+
+
 async def test_a_key_is_remembered_for_a_day(pool: Pool) -> None:
     def job(key: str = "k") -> tuple[Job, Submission]:
         made = Job(id=uuid4(), owner="ann", task_type="txt2img", inference_type=ASYNC, endpoint_id=pool.endpoint_id,
@@ -436,6 +452,16 @@ async def test_whatever_was_uploaded_under_a_lease_that_is_lost_is_removed_now_a
     await leftovers.swept(found.prefix, found.due_time)
     async with pool.database.transaction() as session:
         assert await session.scalar(text("SELECT count(*) FROM leftover")) == 0
+
+
+async def test_a_failure_without_uploads_leaves_nothing_to_remove(pool: Pool) -> None:
+    leftovers = LeftoverStore(pool.database)
+    for leaves_objects in (False, True):
+        assert await leftovers.due(9) == []
+        await pool.add()
+        held = lease(await pool.claim_one())
+        await pool.leases.fail(pool.endpoint_id, held, "broken", leaves_objects=leaves_objects)
+    assert [found.prefix.split("/")[-2] for found in await leftovers.due(9)] == [str(held)]
 
 
 async def test_pools_count_workers_and_jobs(pool: Pool) -> None:

@@ -107,7 +107,9 @@ async def test_a_checkpoint_is_active_when_all_files_are_complete(store: ModelSt
     kept = await store.get_checkpoint(made.id)
     assert kept.params == {"m": 1, "size": {"a": 5, "b": 6}, "sha256": {"a": "ff", "b": ""}, "format": {"a": "torch"}}
     found = await store.resolve_files([("Lora", "b"), ("VAE", "a"), ("Lora", "z")], ANN)
-    assert {key: (row.id, file.size_bytes) for key, (row, file) in found.items()} == {("Lora", "b"): (made.id, 6)}
+    (file,) = found.values()
+    assert list(found) == [("Lora", "b")]
+    assert (file.checkpoint_id, file.size_bytes, file.all_names) == (made.id, 6, ["a", "b"])
     assert await store.resolve_files([("Lora", "b")], Viewer("bob", [])) == {}
 
 

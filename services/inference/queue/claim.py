@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Select, Text, Uuid, bindparam, func, literal_column, select, update
+from sqlalchemy import ARRAY, Integer, Select, Text, Uuid, any_, bindparam, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import col
 
-from services.inference.rows import Job, UserClock, Worker
+from services.inference.rows import UserClock, Worker
+from services.inference.table import JOB, QUEUED
 
 WARM_WINDOW = 32  # a warm job is looked for among so many at the front
 MAX_PASSED_OVER = 8  # so often the first in the queue lets a warm one go before it
 QUEUE_CLOCK = ""  # the username of the queue's own clock
-# Literal, because the planner uses a partial index only where it sees the index's own condition.
-QUEUED: ColumnElement[bool] = literal_column("job.status = 'inprogress' AND job.lease_id IS NULL")
-UNDER_WAY: ColumnElement[bool] = literal_column("job.status = 'inprogress'")
-NOT_UNDER_WAY: ColumnElement[bool] = literal_column("job.status <> 'inprogress'")
 
 
 def of_stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
@@ -32,7 +29,7 @@ def of_stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
     )
 
 
-def _claim_statement() -> Select[Job]:
+def _claim_statement() -> Select[Any]:
     """The claim: real-time before async, then by priority, then by virtual start, but a warm job among the first ones
     before a cold one.
 
@@ -43,10 +40,9 @@ def _claim_statement() -> Select[Job]:
     endpoint_id: Any = bindparam("endpoint", type_=Uuid)
     worker_id: Any = bindparam("worker", type_=Text)
     stream_id: Any = bindparam("stream", type_=Uuid)
-    job = Job.__table__  # type: ignore[attr-defined]
-    place = (job.c.priority_class, job.c.priority, job.c.virtual_start, job.c.id)
-    by_place = (job.c.priority_class, job.c.priority.desc(), job.c.virtual_start, job.c.id)
-    front = select(*place, job.c.base_model_key, job.c.passed_over).where(job.c.endpoint_id == endpoint_id, QUEUED)
+    place = (JOB.c.priority_class, JOB.c.priority, JOB.c.virtual_start, JOB.c.id)
+    by_place = (JOB.c.priority_class, JOB.c.priority.desc(), JOB.c.virtual_start, JOB.c.id)
+    front = select(*place, JOB.c.base_model_key, JOB.c.passed_over).where(JOB.c.endpoint_id == endpoint_id, QUEUED)
     head = front.order_by(*by_place).limit(WARM_WINDOW).cte("head")
     stream = (
         select(col(Worker.worker_id)).where(of_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
@@ -56,52 +52,49 @@ def _claim_statement() -> Select[Job]:
         head.c.priority_class,
         head.c.priority.desc(),
         (head.c.passed_over >= MAX_PASSED_OVER).desc(),
-        head.c.base_model_key.in_(bindparam("warm_models", expanding=True)).desc(),
+        (head.c.base_model_key == any_(bindparam("warm_models", type_=ARRAY(Text)))).desc(),
         head.c.virtual_start,
         head.c.id,
     )
     chosen = (
-        select(job.c.id, job.c.virtual_start)
-        .join(head, head.c.id == job.c.id)
+        select(JOB.c.id, JOB.c.virtual_start)
+        .join(head, head.c.id == JOB.c.id)
         .where(QUEUED, select(me.c.worker_id).exists())
         .order_by(*order)
         .limit(bindparam("num_jobs", type_=Integer))
-        .with_for_update(of=job, skip_locked=True)
+        .with_for_update(of=JOB, skip_locked=True)
         .cte("chosen")
     )
     leased = (
-        update(job)
-        .where(job.c.id == chosen.c.id)
+        update(JOB)
+        .where(JOB.c.id == chosen.c.id)
         .values(
             lease_id=func.gen_random_uuid(),
             worker_id=worker_id,
             is_running=False,
             claim_time=func.clock_timestamp(),
-            num_claims=job.c.num_claims + 1,
+            num_claims=JOB.c.num_claims + 1,
         )
-        .returning(*job.c)
+        .returning(*JOB.c)
         .cte("leased")
     )
-    return select(Job).from_statement(  # type: ignore[return-value]
-        select(leased).add_cte(_passed_over(head, chosen), _advanced_clock(chosen))
-    )
+    return select(leased).add_cte(_passed_over(head, chosen), _advanced_clock(chosen))
 
 
 def _passed_over(head: Any, chosen: Any) -> Any:
     """Counts that the first in the queue was passed over, if it was."""
-    job = Job.__table__  # type: ignore[attr-defined]
     first = (
         select(head.c.id)
         .limit(1)
         .order_by(head.c.priority_class, head.c.priority.desc(), head.c.virtual_start, head.c.id)
     )
     waiting = (
-        select(job.c.id)
-        .where(job.c.id == first.scalar_subquery(), QUEUED)
-        .where(select(chosen.c.id).exists(), job.c.id.not_in(select(chosen.c.id)))
+        select(JOB.c.id)
+        .where(JOB.c.id == first.scalar_subquery(), QUEUED)
+        .where(select(chosen.c.id).exists(), JOB.c.id.not_in(select(chosen.c.id)))
         .with_for_update(skip_locked=True)
     )
-    return update(job).where(job.c.id.in_(waiting)).values(passed_over=job.c.passed_over + 1).cte("passed")
+    return update(JOB).where(JOB.c.id.in_(waiting)).values(passed_over=JOB.c.passed_over + 1).cte("passed")
 
 
 def _advanced_clock(chosen: Any) -> Any:

@@ -15,6 +15,7 @@ from services.common.errors import InvalidArgument, Unavailable
 from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
 from services.common.signals import Signals
 from services.inference.peers import Model
+from services.inference.queue.claim import WARM_WINDOW
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import Results, find_problem
 from services.inference.queue.store import LeaseStore
@@ -104,10 +105,10 @@ class Queue:
         )
         return stream, await self._store.welcome(worker, [parse_lease(lease) for lease in held_leases])
 
-    async def claim(self, stream: WorkerStream, num_jobs: int, warm_models: list[str]) -> list[Assignment]:
-        """Leases up to so many jobs to the worker."""
+    async def claim(self, stream: WorkerStream, num_jobs: int, warm_models: list[str]) -> tuple[list[Assignment], bool]:
+        """Leases up to so many jobs to the worker; also says whether that was all that could be had."""
         jobs = await self._store.claim(stream.endpoint_id, stream.worker_id, stream.stream_id, num_jobs, warm_models)
-        return [self._assignment(job) for job in jobs]
+        return [self._assignment(job) for job in jobs], len(jobs) < min(num_jobs, WARM_WINDOW)
 
     async def is_contended(self, stream: WorkerStream) -> bool:
         """Whether a claim came back empty only because other transactions had the jobs locked."""
@@ -170,9 +171,10 @@ class Queue:
         self._background.run(self._remove_lost(lease_id, results.param.name))
         return False
 
-    async def fail(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
+    async def fail(self, stream: WorkerStream, lease_id: UUID, reason: str, *, nothing_uploaded: bool = False) -> bool:
         """Records that a job failed; False when the lease is lost."""
-        job = await self._store.fail(stream.endpoint_id, lease_id, reason or "the worker gave no reason")
+        reason = reason or "the worker gave no reason"
+        job = await self._store.fail(stream.endpoint_id, lease_id, reason, leaves_objects=not nothing_uploaded)
         if job is not None:
             log.info("job failed", job=str(job.id), reason=job.failure)
         return job is not None

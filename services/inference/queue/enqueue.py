@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Select, func, select
+from typing import Any
+
+from sqlalchemy import Float, Select, Text, Uuid, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from services.common.database import notify
+from services.common.driver import Run
 from services.inference.queue.claim import QUEUE_CLOCK
 from services.inference.rows import Job, UserClock
-from services.inference.signals import DEADLINE_SET, JOBS_QUEUED
+from services.inference.signals import DEADLINE_SET, JOBS_QUEUED, notify
+
+_LOCK = 0x71756F74  # of this module, for advisory locks by owner
+_ENDPOINT: Any = bindparam("endpoint", type_=Uuid)
+_OWNER: Any = bindparam("owner", type_=Text)
+_COST: Any = bindparam("cost", type_=Float)
 
 
-async def enqueue(session: AsyncSession, job: Job) -> None:
-    """Gives the job its virtual start at the end of its owner's work, and wakes the endpoint's workers."""
+def _place() -> Select[Any]:
+    """The virtual start at the end of the owner's work, or now by the queue's clock. Wakes the endpoint's workers.
+
+    Jobs of one owner get their places one after the other: until the transaction ends, whoever comes next waits.
+    """
     clock = col(UserClock.virtual_time)
+    turn = select(func.pg_advisory_xact_lock(_LOCK, func.hashtext(_OWNER)).label("turn")).cte("turn")
     queue_time = (
         select(func.coalesce(func.max(clock), 0.0))
-        .where(col(UserClock.endpoint_id) == job.endpoint_id, col(UserClock.username) == QUEUE_CLOCK)
+        .where(col(UserClock.endpoint_id) == _ENDPOINT, col(UserClock.username) == QUEUE_CLOCK)
         .scalar_subquery()
     )
-    first = insert(UserClock).values(
-        endpoint_id=job.endpoint_id, username=job.owner, virtual_time=queue_time + job.cost_seconds
+    first = insert(UserClock).from_select(
+        ["endpoint_id", "username", "virtual_time"], select(_ENDPOINT, _OWNER, queue_time + _COST).select_from(turn)
     )
-    later = func.greatest(clock, queue_time) + job.cost_seconds
-    upsert = first.on_conflict_do_update(index_elements=["endpoint_id", "username"], set_={"virtual_time": later})
-    with session.no_autoflush:  # until it has a virtual start the row contradicts its constraints
-        job.virtual_start = await session.scalar(upsert.returning(clock - job.cost_seconds))
-    await notify(session, JOBS_QUEUED, str(job.endpoint_id))
+    later = func.greatest(clock, queue_time) + _COST
+    advanced = first.on_conflict_do_update(
+        index_elements=["endpoint_id", "username"], set_={"virtual_time": later}
+    ).returning((clock - _COST).label("virtual_start"))
+    place = advanced.cte("place")
+    return select(place.c.virtual_start, func.pg_notify(JOBS_QUEUED, cast(_ENDPOINT, Text)))
+
+
+_PLACE = _place()
+
+
+async def enqueue(run: Run, job: Job) -> None:
+    """Gives the job its virtual start, and wakes the endpoint's workers when the transaction commits."""
+    (place,) = await run(_PLACE, endpoint=job.endpoint_id, owner=job.owner, cost=job.cost_seconds)
+    job.virtual_start = place["virtual_start"]
     if job.deadline_time is not None:
-        await notify(session, DEADLINE_SET, str(job.id))
-
-
-def locked(query: Select[Job]) -> Select[Job]:
-    """The same rows of jobs, locked until the transaction ends."""
-    return query.with_for_update(of=Job)
+        await notify(run, DEADLINE_SET, str(job.id))

@@ -6,18 +6,38 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, case, delete, func, select, true
+from sqlalchemy import Select, Table, Uuid, bindparam, case, delete, func, select, true
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import aliased
-from sqlmodel import col
 
-from services.common.database import Database, notify
-from services.inference.queue.claim import QUEUED, UNDER_WAY
-from services.inference.queue.enqueue import enqueue, locked
+from services.common.database import Database
+from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, PinnedModels, RetiredEndpoint, Worker
-from services.inference.signals import JOB_ENDED, MODELS_PINNED
+from services.inference.signals import JOB_ENDED, MODELS_PINNED, notify
+from services.inference.table import JOB, QUEUED, UNDER_WAY, locked, read_job, save_job
 
 _NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
+_NUM_STRANDED = 1000
+_WORKER: Table = Worker.__table__  # type: ignore[attr-defined]
+_RETIRED: Table = RetiredEndpoint.__table__  # type: ignore[attr-defined]
+_WORKERS = select(_WORKER.c.endpoint_id, func.array_agg(_WORKER.c.worker_id).label("worker_ids")).group_by(
+    _WORKER.c.endpoint_id
+)
+_RETIRE = insert(_RETIRED)
+_RETIRE = _RETIRE.on_conflict_do_update(index_elements=["endpoint_id"], set_={"reason": _RETIRE.excluded.reason})
+_REVIVE = delete(_RETIRED).where(_RETIRED.c.endpoint_id == bindparam("endpoint", type_=Uuid))
+_PINNED: Table = PinnedModels.__table__  # type: ignore[attr-defined]
+_PINS = select(_PINNED.c.names).where(_PINNED.c.endpoint_id == bindparam("endpoint", type_=Uuid))
+_PIN = insert(_PINNED)
+_PIN = _PIN.on_conflict_do_update(index_elements=["endpoint_id"], set_={"names": _PIN.excluded.names})
+_UNPIN = delete(_PINNED).where(_PINNED.c.endpoint_id == bindparam("endpoint", type_=Uuid))
+_STRANDED = (
+    select(JOB, _RETIRED.c.reason)
+    .join(_RETIRED, _RETIRED.c.endpoint_id == JOB.c.endpoint_id)
+    .where(QUEUED)
+    .limit(_NUM_STRANDED)
+)
+_STRANDED_HERE = _STRANDED.where(JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid))
+_QUEUED_JOB = locked(select(JOB).where(JOB.c.id == bindparam("id"), QUEUED))
 
 
 @dataclass(frozen=True)
@@ -32,25 +52,20 @@ class PoolState:
 
 def _work() -> Select[Any]:
     """Of each endpoint with jobs under way: how many, their cost, and what the last successes cost and took."""
-    held = func.count(col(Job.lease_id))
+    held = func.count(JOB.c.lease_id)
     # Those that are held are half done, on average.
-    cost = func.sum(case((col(Job.lease_id).is_(None), col(Job.cost_seconds)), else_=col(Job.cost_seconds) / 2))
+    cost = func.sum(case((JOB.c.lease_id.is_(None), JOB.c.cost_seconds), else_=JOB.c.cost_seconds / 2))
     jobs = (
-        select(
-            col(Job.endpoint_id), (func.count() - held).label("num_queued"), held.label("num_held"), cost.label("cost")
-        )
+        select(JOB.c.endpoint_id, (func.count() - held).label("num_queued"), held.label("num_held"), cost.label("cost"))
         .where(UNDER_WAY)
-        .group_by(col(Job.endpoint_id))
+        .group_by(JOB.c.endpoint_id)
         .subquery()
     )
-    done = aliased(Job)
+    done = JOB.alias("done")
     recent = (
-        select(
-            func.extract("epoch", col(done.complete_time) - col(done.start_time)).label("seconds"),
-            col(done.cost_seconds),
-        )
-        .where(col(done.endpoint_id) == jobs.c.endpoint_id, col(done.status) == "succeed")
-        .order_by(col(done.complete_time).desc())
+        select(func.extract("epoch", done.c.complete_time - done.c.start_time).label("seconds"), done.c.cost_seconds)
+        .where(done.c.endpoint_id == jobs.c.endpoint_id, done.c.status == "succeed")
+        .order_by(done.c.complete_time.desc())
         .limit(_NUM_RECENT)
         .correlate(jobs)
         .subquery()
@@ -73,71 +88,64 @@ class PoolStore:
 
     async def pools(self) -> dict[UUID, PoolState]:
         """The pool of each endpoint that has workers or jobs under way."""
-        workers = select(col(Worker.endpoint_id), func.array_agg(Worker.worker_id)).group_by(col(Worker.endpoint_id))
-        async with self._database.transaction() as session:
-            found = {endpoint: PoolState(sorted(ids)) for endpoint, ids in await session.execute(workers)}
-            for row in await session.execute(_WORK):
-                worker_ids = found[row.endpoint_id].worker_ids if row.endpoint_id in found else []
-                work_seconds = None
-                if worker_ids and row.finished_cost:
-                    # Jobs that a worker runs at once take turns, and with a queue behind them they are as many as ever.
-                    at_once = max(1.0, row.num_held / len(worker_ids))
-                    work_seconds = row.cost * float(row.finished_seconds) / row.finished_cost / at_once
-                found[row.endpoint_id] = PoolState(worker_ids, row.num_queued, row.num_held, work_seconds)
+        found = {row["endpoint_id"]: PoolState(sorted(row["worker_ids"])) for row in await self._database.run(_WORKERS)}
+        for row in await self._database.run(_WORK):
+            worker_ids = found[row["endpoint_id"]].worker_ids if row["endpoint_id"] in found else []
+            work_seconds = None
+            if worker_ids and row["finished_cost"]:
+                # Jobs that a worker runs at once take turns, and with a queue behind them they are as many as ever.
+                at_once = max(1.0, row["num_held"] / len(worker_ids))
+                work_seconds = row["cost"] * float(row["finished_seconds"]) / row["finished_cost"] / at_once
+            found[row["endpoint_id"]] = PoolState(worker_ids, row["num_queued"], row["num_held"], work_seconds)
         return found
 
     async def pin(self, endpoint_id: UUID, names: list[str]) -> None:
         """Remembers which checkpoints the endpoint's workers keep ready, and tells those who speak with its workers."""
-        row = insert(PinnedModels).values(endpoint_id=endpoint_id, names=names)
-        async with self._database.transaction() as session:
+        async with self._database.atomic() as run:
             if names:
-                await session.execute(row.on_conflict_do_update(index_elements=["endpoint_id"], set_={"names": names}))
+                await run(_PIN, endpoint_id=endpoint_id, names=names)
             else:
-                await session.execute(delete(PinnedModels).where(col(PinnedModels.endpoint_id) == endpoint_id))
-            await notify(session, MODELS_PINNED, str(endpoint_id))
+                await run(_UNPIN, endpoint=endpoint_id)
+            await notify(run, MODELS_PINNED, str(endpoint_id))
 
     async def pinned(self, endpoint_id: UUID) -> list[str]:
         """The checkpoints that the endpoint's workers keep ready."""
-        async with self._database.transaction() as session:
-            found = await session.get(PinnedModels, endpoint_id)
-        return found.names if found else []
+        rows = await self._database.run(_PINS, endpoint=endpoint_id)
+        return rows[0]["names"] if rows else []
 
     async def retire(self, endpoint_id: UUID, reason: str) -> None:
         """Remembers that an endpoint went away."""
-        row = insert(RetiredEndpoint).values(endpoint_id=endpoint_id, reason=reason)
-        async with self._database.transaction() as session:
-            await session.execute(row.on_conflict_do_update(index_elements=["endpoint_id"], set_={"reason": reason}))
+        await self._database.run(_RETIRE, endpoint_id=endpoint_id, reason=reason)
 
     async def revive(self, endpoint_id: UUID) -> None:
         """Forgets that an endpoint went away, because it is usable again."""
-        async with self._database.transaction() as session:
-            await session.execute(delete(RetiredEndpoint).where(col(RetiredEndpoint.endpoint_id) == endpoint_id))
+        await self._database.run(_REVIVE, endpoint=endpoint_id)
 
     async def stranded(self, endpoint_id: UUID | None = None) -> list[tuple[Job, str]]:
-        """Queued jobs of endpoints that went away (of this one), with the reason."""
-        query = select(Job, col(RetiredEndpoint.reason)).join(
-            RetiredEndpoint, col(RetiredEndpoint.endpoint_id) == col(Job.endpoint_id)
-        )
-        query = query.where(QUEUED)
-        if endpoint_id is not None:
-            query = query.where(col(Job.endpoint_id) == endpoint_id)
-        async with self._database.transaction() as session:
-            return [(job, reason) for job, reason in await session.execute(query.limit(1000))]
+        """Queued jobs of endpoints that went away (of this one), with the reason; at most 1000."""
+        if endpoint_id is None:
+            rows = await self._database.run(_STRANDED)
+        else:
+            rows = await self._database.run(_STRANDED_HERE, endpoint=endpoint_id)
+        reasons = [row.pop("reason") for row in rows]
+        return [(Job(**row), reason) for row, reason in zip(rows, reasons, strict=True)]
 
     async def move(self, job_id: UUID, to: tuple[UUID, str, str]) -> bool:
         """Moves a queued job to another endpoint: id, name, instance type. False: it is not queued any more."""
-        async with self._database.transaction() as session:
-            job = await session.scalar(locked(select(Job).where(col(Job.id) == job_id, QUEUED)))
+        async with self._database.atomic() as run:
+            job = await read_job(run, _QUEUED_JOB, id=job_id)
             if job is not None:
                 job.move(*to)
-                await enqueue(session, job)
+                await enqueue(run, job)
+                await save_job(run, job)
             return job is not None
 
     async def fail_queued(self, job_id: UUID, reason: str) -> bool:
         """Fails a queued job. False: it is not queued any more."""
-        async with self._database.transaction() as session:
-            job = await session.scalar(locked(select(Job).where(col(Job.id) == job_id, QUEUED)))
+        async with self._database.atomic() as run:
+            job = await read_job(run, _QUEUED_JOB, id=job_id)
             if job is not None:
                 job.fail(reason)
-                await notify(session, JOB_ENDED, str(job.id))
+                await save_job(run, job)
+                await notify(run, JOB_ENDED, str(job.id))
             return job is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from uuid import UUID
 
@@ -21,31 +22,39 @@ class Rehoming:
     def __init__(self, store: PoolStore, peers: Peers) -> None:
         self._store = store
         self._peers = peers
+        self._at_it = asyncio.Lock()
 
     async def retire(self, endpoint_id: UUID, reason: str) -> tuple[int, int]:
         """Moves the queued jobs of an endpoint elsewhere or fails them; answers how many each.
 
         Jobs that come back to this queue later, from a worker that stops, go the same way at the next sweep.
         """
-        await self._store.retire(endpoint_id, reason)
         moved = failed = 0
-        while stranded := await self._store.stranded(endpoint_id):
-            homes = _Homes(self._peers)
-            for job, why in stranded:
-                if await self._rehome(job, why, homes, revivable=False):
-                    moved += 1
-                else:
-                    failed += 1
+        async with self._at_it:
+            await self._store.retire(endpoint_id, reason)
+            while stranded := await self._store.stranded(endpoint_id):
+                homes = _Homes(self._peers)
+                for job, why in stranded:
+                    if await self._rehome(job, why, homes, revivable=False):
+                        moved += 1
+                    else:
+                        failed += 1
         return moved, failed
 
     async def sweep(self) -> None:
-        """Finds homes for the jobs that came to the queue of an endpoint after it went away."""
-        homes = _Homes(self._peers)
-        for job, why in await self._store.stranded():
-            try:
-                await self._rehome(job, why, homes, revivable=True)
-            except EsdError as error:  # one job's trouble is not the others'; the next sweep tries again
-                log.warning("a stranded job waits", job=str(job.id), reason=str(error))
+        """Finds homes for the jobs that came to the queue of an endpoint after it went away.
+
+        Not while an endpoint retires here: that may take long, and both would look for homes of the same jobs.
+        """
+        if self._at_it.locked():
+            return
+        async with self._at_it:
+            homes = _Homes(self._peers)
+            for job, why in await self._store.stranded():
+                try:
+                    await self._rehome(job, why, homes, revivable=True)
+                except EsdError as error:  # one job's trouble is not the others'; the next sweep tries again
+                    log.warning("a stranded job waits", job=str(job.id), reason=str(error))
 
     async def _rehome(self, job: Job, reason: str, homes: _Homes, *, revivable: bool) -> bool:
         """Moves a stranded job to an endpoint that its owner may use, or fails it; True when it was moved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -164,16 +165,24 @@ class _WorkSession:
             raise Unavailable(_RECONNECT)
 
     async def _read(self, stream: WorkerStream, requests: AsyncIterator[pb.WorkRequest], wake: asyncio.Event) -> None:
-        async for request in requests:
-            match request.WhichOneof("message"):
-                case "want":
-                    self._num_wanted = request.want.num_jobs
-                    self._warm_models = list(request.want.warm_models)
-                    wake.set()
-                case "event":
-                    await self._take_event(stream, request.event)
-                case other:
-                    raise InvalidArgument(f"a Work stream does not go on with {other}")
+        """Takes what the worker says in its order, but for results: they are read back beside it, many at once."""
+        async with _together() as checks:
+            async for request in requests:
+                match request.WhichOneof("message"):
+                    case "want":
+                        self._num_wanted = request.want.num_jobs
+                        self._warm_models = list(request.want.warm_models)
+                        wake.set()
+                    case "event" if request.event.event.HasField("done"):
+                        checks.create_task(self._take_results(stream, request.event))
+                    case "event":
+                        await self._take_event(stream, request.event)
+                    case other:
+                        raise InvalidArgument(f"a Work stream does not go on with {other}")
+
+    async def _take_results(self, stream: WorkerStream, leased: pb.LeasedEvent) -> None:
+        lease_id = parse_lease(leased.lease_id)
+        self._end(lease_id, await self._queue.succeed(stream, lease_id, _results(leased.event.done)))
 
     async def _take_event(self, stream: WorkerStream, leased: pb.LeasedEvent) -> None:
         lease_id = parse_lease(leased.lease_id)
@@ -183,25 +192,24 @@ class _WorkSession:
                     self._relay.tell(lease_id, leased.event)
                 else:
                     self._take_back(lease_id)
-            case "done":
-                recorded = await self._queue.succeed(stream, lease_id, _results(leased.event.done))
-                self._end(lease_id, recorded)
             case "failed" if leased.event.failed.cancelled:
                 # Nobody told the worker to, or the lease would be lost by now: it stops, and the job goes to others.
                 await self._queue.give_back(stream, lease_id)
                 self._end(lease_id, recorded=True)
             case "failed":
-                recorded = await self._queue.fail(stream, lease_id, leased.event.failed.reason)
+                failed = leased.event.failed
+                recorded = await self._queue.fail(
+                    stream, lease_id, failed.reason, nothing_uploaded=failed.nothing_uploaded
+                )
                 self._end(lease_id, recorded)
             case _:
                 self._relay.tell(lease_id, leased.event)
 
     async def _assign(self, stream: WorkerStream, wake: asyncio.Event) -> None:
         while True:
-            while self._num_wanted > 0:
-                assignments = await self._queue.claim(stream, self._num_wanted, self._warm_models)
-                if not assignments:
-                    break
+            has_all = False  # that waits, as far as others have it not locked
+            while self._num_wanted > 0 and not has_all:
+                assignments, has_all = await self._queue.claim(stream, self._num_wanted, self._warm_models)
                 self._num_wanted -= len(assignments)
                 for assignment in assignments:
                     self._leases.add(assignment.lease_id)
@@ -261,6 +269,16 @@ class _WorkSession:
 
     def _send(self, **message: Any) -> None:
         self.outbox.put_nowait(pb.WorkResponse(**message))
+
+
+@asynccontextmanager
+async def _together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A group of tasks that raises what the first of them to fail raised, as such."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 def _endpoint_of_token() -> UUID:

@@ -6,23 +6,98 @@ Who gets which job is decided in claim.py. Whatever a worker tells counts only u
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import bindparam, delete, func, select, update
+from sqlalchemy import (
+    Float,
+    Interval,
+    Select,
+    Table,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col
 
-from services.common.database import Database, notify
-from services.common.leftovers import leave_behind
-from services.inference.queue.claim import CLAIM, QUEUED, UNDER_WAY, of_stream
-from services.inference.queue.enqueue import locked
+from services.common.database import Database
+from services.common.driver import Run
+from services.common.leftovers import note_leftovers
+from services.inference.queue.claim import CLAIM, of_stream
 from services.inference.rows import Job, Worker
-from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
-from services.inference.submitting.quotas import note_usage
+from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, notify
+from services.inference.submitting.quotas import noting
+from services.inference.table import JOB, QUEUED, UNDER_WAY, locked, read_job, read_jobs, save_job
 
-_ANY_QUEUED = select(col(Job.id)).where(col(Job.endpoint_id) == bindparam("endpoint"), QUEUED).limit(1)
+_WORKER: Table = Worker.__table__  # type: ignore[attr-defined]
+_ENDPOINT: Any = bindparam("endpoint", type_=Uuid)
+_LEASE: Any = bindparam("lease", type_=Uuid)
+_OF_STREAM = of_stream(_ENDPOINT, bindparam("worker"), bindparam("stream", type_=Uuid))
+_LEASED_TO_WORKER = (
+    (JOB.c.endpoint_id == _ENDPOINT) & (JOB.c.worker_id == bindparam("worker")) & JOB.c.lease_id.is_not(None)
+)
+# What the end of a job under its lease changes.
+_ENDING = (
+    *("status", "lease_id", "worker_id", "is_running", "complete_time", "timings"),
+    *("result_lease", "result_objects", "image_names", "is_output_missing", "failure"),
+)
+
+_ANY_QUEUED = select(JOB.c.id).where(JOB.c.endpoint_id == _ENDPOINT, QUEUED).limit(1)
+_UNDER_LEASE = select(JOB).where((JOB.c.lease_id == _LEASE) | (JOB.c.result_lease == _LEASE))
+# The fence: what a worker tells of a lease counts only while it is held.
+_HELD = (JOB.c.lease_id == _LEASE) & UNDER_WAY
+_HELD_HERE = select(JOB).where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
+_HELD_HERE_LOCKED = locked(_HELD_HERE)
+_START = (
+    update(JOB)
+    .where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
+    .values(is_running=True, start_time=case((JOB.c.is_running, JOB.c.start_time), else_=func.clock_timestamp()))
+    .returning(JOB.c.id)
+)
+_HELLO = insert(_WORKER).values(
+    endpoint_id=_ENDPOINT,
+    worker_id=bindparam("worker"),
+    stream_id=bindparam("stream", type_=Uuid),
+    device=bindparam("told_device"),
+    version=bindparam("told_version"),
+    last_seen=func.clock_timestamp(),
+)
+_HELLO = _HELLO.on_conflict_do_update(
+    index_elements=["endpoint_id", "worker_id"],
+    set_={name: _HELLO.excluded[name] for name in ("stream_id", "device", "version", "last_seen")},
+)
+_OF_WORKER = locked(select(JOB).where(_LEASED_TO_WORKER))
+_LEASES_OF_WORKER = select(JOB.c.lease_id).where(_LEASED_TO_WORKER)
+_SEEN = update(_WORKER).values(last_seen=func.clock_timestamp()).where(_OF_STREAM).returning(_WORKER.c.worker_id)
+_GONE = delete(_WORKER).where(_OF_STREAM).returning(_WORKER.c.worker_id)
+_SILENT = delete(_WORKER).where(_WORKER.c.last_seen < func.clock_timestamp() - bindparam("silence", type_=Interval))
+_ORPHANS = locked(
+    select(JOB).where(
+        JOB.c.lease_id.is_not(None),
+        ~select(_WORKER.c.worker_id)
+        .where(_WORKER.c.endpoint_id == JOB.c.endpoint_id, _WORKER.c.worker_id == JOB.c.worker_id)
+        .exists(),
+    )
+)
+
+
+def _end_statement() -> Select[Any]:
+    """Writes how a job ended, if its lease still holds, with what it used; its id, if it was so."""
+    new = {name: bindparam(f"new_{name}", type_=JOB.c[name].type) for name in _ENDING}
+    ended = update(JOB).where(_HELD).values(new).returning(JOB.c.id, JOB.c.owner).cte("ended")
+    seconds: Any = bindparam("used_seconds", type_=Float)
+    used = noting(select(ended.c.owner, seconds.label("gpu_seconds")).where(seconds > 0)).cte("used")
+    return select(ended.c.id, func.pg_notify(JOB_ENDED, cast(ended.c.id, Text))).add_cte(used)
+
+
+_END = _end_statement()
 
 
 class LeaseStore:
@@ -35,132 +110,119 @@ class LeaseStore:
         self, endpoint_id: UUID, worker_id: str, stream_id: UUID, num_jobs: int, warm_models: Iterable[str]
     ) -> list[Job]:
         """Leases up to so many jobs of the endpoint to a worker, in one statement. Nothing for a superseded stream."""
-        names = {"endpoint": endpoint_id, "worker": worker_id, "stream": stream_id}
-        async with self._database.transaction() as session:
-            claimed = await session.scalars(CLAIM, {**names, "num_jobs": num_jobs, "warm_models": list(warm_models)})
-            jobs = list(claimed.all())
+        jobs = await read_jobs(
+            self._database.run,
+            CLAIM,
+            endpoint=endpoint_id,
+            worker=worker_id,
+            stream=stream_id,
+            num_jobs=num_jobs,
+            warm_models=list(warm_models),
+        )
         return sorted(jobs, key=lambda job: (job.priority_class, -job.priority, job.virtual_start))
 
     async def has_queued(self, endpoint_id: UUID) -> bool:
         """Whether a job waits. After a claim that found none: another transaction has it locked at present."""
-        return bool(await self._database.fetch(_ANY_QUEUED, endpoint=endpoint_id))
+        return bool(await self._database.run(_ANY_QUEUED, endpoint=endpoint_id))
 
     async def start(self, endpoint_id: UUID, lease_id: UUID) -> bool:
-        """Notes that the holder of a lease has begun; False when the lease is lost."""
-        async with self._database.transaction() as session:
-            job = await _held(session, endpoint_id, lease_id)
-            if job is not None:
-                job.start()
-            return job is not None
+        """Notes that the holder of a lease has begun, told again it changes nothing; False when the lease is lost."""
+        return bool(await self._database.run(_START, endpoint=endpoint_id, lease=lease_id))
 
     async def find_by_lease(self, lease_id: UUID) -> Job | None:
         """The job that is held, or was completed, under the lease."""
-        under = (col(Job.lease_id) == lease_id) | (col(Job.result_lease) == lease_id)
-        async with self._database.transaction() as session:
-            return await session.scalar(select(Job).where(under))
+        return await read_job(self._database.run, _UNDER_LEASE, lease=lease_id)
 
     async def succeed(
         self, endpoint_id: UUID, lease_id: UUID, objects: list[dict[str, Any]], timings: dict[str, float]
     ) -> Job | None:
         """Completes the job that is held under the lease; None when the lease is lost."""
-        async with self._database.transaction() as session:
-            job = await _held(session, endpoint_id, lease_id)
-            if job is not None:
-                await note_usage(session, job, timings.get("pipeline_seconds", job.running_seconds))
-                job.succeed(objects, timings)
-                await notify(session, JOB_ENDED, str(job.id))
-            return job
+        job = await self._held(endpoint_id, lease_id)
+        if job is None:
+            return None
+        used_seconds = timings.get("pipeline_seconds", job.running_seconds)
+        job.succeed(objects, timings)
+        return job if await _end(self._database.run, job, lease_id, used_seconds) else None
 
-    async def fail(self, endpoint_id: UUID, lease_id: UUID, reason: str) -> Job | None:
+    async def fail(self, endpoint_id: UUID, lease_id: UUID, reason: str, *, leaves_objects: bool = True) -> Job | None:
         """Fails the job that is held under the lease; None when the lease is lost."""
-        async with self._database.transaction() as session:
-            job = await _held(session, endpoint_id, lease_id)
-            if job is not None:
-                await leave_behind(session, [job.lease_prefix(lease_id)])
-                await note_usage(session, job, job.running_seconds)
-                job.fail(reason)
-                await notify(session, JOB_ENDED, str(job.id))
-            return job
+        job = await self._held(endpoint_id, lease_id)
+        if job is None:
+            return None
+        used_seconds = job.running_seconds
+        job.fail(reason)
+        async with self._database.atomic() as run:
+            if not await _end(run, job, lease_id, used_seconds):
+                return None
+            if leaves_objects:
+                await note_leftovers(run, [job.lease_prefix(lease_id)])
+        return job
 
     async def give_back(self, endpoint_id: UUID, lease_id: UUID) -> bool:
         """Puts the job that is held under the lease back into the queue; False when the lease is lost."""
-        async with self._database.transaction() as session:
-            job = await _held(session, endpoint_id, lease_id)
-            if job is not None:
-                await _release(session, [job])
-            return job is not None
+        async with self._database.atomic() as run:
+            jobs = await read_jobs(run, _HELD_HERE_LOCKED, endpoint=endpoint_id, lease=lease_id)
+            await _release(run, jobs)
+            return bool(jobs)
 
     async def welcome(self, worker: Worker, held_leases: list[UUID]) -> list[UUID]:
         """Binds a worker to its new stream; answers which leases it keeps and requeues what it does not know of."""
-        async with self._database.transaction() as session:
-            fields = worker.model_dump(exclude={"last_seen"}) | {"last_seen": func.clock_timestamp()}
-            upsert = insert(Worker).values(fields)
-            await session.execute(
-                upsert.on_conflict_do_update(index_elements=["endpoint_id", "worker_id"], set_=fields)
-            )
-            of_worker = (col(Job.endpoint_id) == worker.endpoint_id) & (col(Job.worker_id) == worker.worker_id)
-            jobs = list(await session.scalars(locked(select(Job).where(of_worker, col(Job.lease_id).is_not(None)))))
-            await _release(session, [job for job in jobs if job.lease_id not in held_leases])
-            await notify(session, POOLS_CHANGED, str(worker.endpoint_id))
+        async with self._database.atomic() as run:
+            names = {"endpoint": worker.endpoint_id, "worker": worker.worker_id}
+            told = {"told_device": worker.device, "told_version": worker.version}
+            await run(_HELLO, **names, stream=worker.stream_id, **told)
+            jobs = await read_jobs(run, _OF_WORKER, **names)
+            await _release(run, [job for job in jobs if job.lease_id not in held_leases])
+            await notify(run, POOLS_CHANGED, str(worker.endpoint_id))
             return [job.lease_id for job in jobs if job.lease_id is not None]
 
     async def renew(self, endpoint_id: UUID, worker_id: str, stream_id: UUID) -> bool:
         """Keeps all leases of a worker alive; False when another stream has taken over, or the worker was reaped."""
-        seen = (
-            update(Worker).values(last_seen=func.clock_timestamp()).where(of_stream(endpoint_id, worker_id, stream_id))
-        )
-        async with self._database.transaction() as session:
-            return await session.scalar(seen.returning(col(Worker.worker_id))) is not None
+        return bool(await self._database.run(_SEEN, endpoint=endpoint_id, worker=worker_id, stream=stream_id))
 
     async def leases(self, endpoint_id: UUID, worker_id: str) -> set[UUID]:
         """The leases that a worker holds."""
-        query = select(col(Job.lease_id)).where(
-            col(Job.endpoint_id) == endpoint_id, col(Job.worker_id) == worker_id, col(Job.lease_id).is_not(None)
-        )
-        async with self._database.transaction() as session:
-            return {lease for lease in await session.scalars(query) if lease is not None}
+        rows = await self._database.run(_LEASES_OF_WORKER, endpoint=endpoint_id, worker=worker_id)
+        return {row["lease_id"] for row in rows}
 
     async def leave(self, endpoint_id: UUID, worker_id: str, stream_id: UUID) -> int:
         """Takes back what a worker held, unless it has come back by another stream; answers how many jobs."""
-        gone = delete(Worker).where(of_stream(endpoint_id, worker_id, stream_id)).returning(col(Worker.worker_id))
-        async with self._database.transaction() as session:
-            if await session.scalar(gone) is None:
-                return 0
-            return await _reap(session)
+        async with self._database.atomic() as run:
+            gone = await run(_GONE, endpoint=endpoint_id, worker=worker_id, stream=stream_id)
+            return await _reap(run) if gone else 0
 
     async def reap(self, lease_seconds: float) -> int:
         """Takes back what workers held that were not seen for a lease's life; answers how many jobs."""
-        old = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, lease_seconds)
-        async with self._database.transaction() as session:
-            await session.execute(delete(Worker).where(col(Worker.last_seen) < old))
-            return await _reap(session)
+        async with self._database.atomic() as run:
+            await run(_SILENT, silence=timedelta(seconds=lease_seconds))
+            return await _reap(run)
+
+    async def _held(self, endpoint_id: UUID, lease_id: UUID) -> Job | None:
+        return await read_job(self._database.run, _HELD_HERE, endpoint=endpoint_id, lease=lease_id)
 
 
-async def _held(session: AsyncSession, endpoint_id: UUID, lease_id: UUID) -> Job | None:
-    """The fence: the job that is held under this lease now, locked."""
-    held = select(Job).where(col(Job.lease_id) == lease_id, col(Job.endpoint_id) == endpoint_id, UNDER_WAY)
-    return await session.scalar(locked(held))
+async def _end(run: Run, job: Job, lease_id: UUID, used_seconds: float) -> bool:
+    """Writes the end of a job that was held under the lease; False when the lease was lost meanwhile."""
+    new = {f"new_{name}": getattr(job, name) for name in _ENDING}
+    return bool(await run(_END, lease=lease_id, used_seconds=used_seconds, **new))
 
 
-async def _reap(session: AsyncSession) -> int:
+async def _reap(run: Run) -> int:
     """Takes back the jobs whose worker is not there any more."""
-    with_worker = select(col(Worker.worker_id)).where(
-        col(Worker.endpoint_id) == col(Job.endpoint_id), col(Worker.worker_id) == col(Job.worker_id)
-    )
-    orphans = select(Job).where(col(Job.lease_id).is_not(None), ~with_worker.exists())
-    jobs = list(await session.scalars(locked(orphans)))
-    await _release(session, jobs)
-    await notify(session, POOLS_CHANGED, "all")
+    jobs = await read_jobs(run, _ORPHANS)
+    await _release(run, jobs)
+    await notify(run, POOLS_CHANGED, "all")
     return len(jobs)
 
 
-async def _release(session: AsyncSession, jobs: list[Job]) -> None:
+async def _release(run: Run, jobs: list[Job]) -> None:
     for job in jobs:
         if job.worker_id is not None and job.lease_id is not None:
-            await notify(session, LEASES_LOST, job.worker_id)
-            await leave_behind(session, [job.lease_prefix(job.lease_id)])
+            await notify(run, LEASES_LOST, job.worker_id)
+            await note_leftovers(run, [job.lease_prefix(job.lease_id)])
         job.lose()
+        await save_job(run, job)
         if job.is_ended:
-            await notify(session, JOB_ENDED, str(job.id))
+            await notify(run, JOB_ENDED, str(job.id))
         else:
-            await notify(session, JOBS_QUEUED, str(job.endpoint_id))
+            await notify(run, JOBS_QUEUED, str(job.endpoint_id))

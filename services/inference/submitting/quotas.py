@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from math import ceil
+from typing import Any
 
-from sqlalchemy import func, select
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import Float, Select, Text, Uuid, bindparam, func, select
+from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlmodel import col
 
+from services.common.driver import Run
 from services.common.errors import ResourceExhausted
-from services.inference.queue.claim import QUEUED
 from services.inference.rows import Job, Usage
+from services.inference.table import JOB, QUEUED
 
 _HOUR = timedelta(hours=1)
 _MINUTE = timedelta(minutes=1)
 _FULL_QUEUE_SECONDS = 10  # when to try again; how long a job takes nobody knows
-_LOCK = 0x71756F74  # of this module, for advisory locks by owner
+_NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
+
+_OWNER: Any = bindparam("owner", type_=Text)
+_WAITING = select(func.count().label("number")).select_from(JOB).where(JOB.c.owner == _OWNER, QUEUED)
+_RECENT = (
+    select(col(Usage.minute), col(Usage.gpu_seconds), func.now().label("now"))
+    .where(col(Usage.owner) == _OWNER, col(Usage.minute) > func.now() - (_HOUR + _MINUTE))
+    .order_by(col(Usage.minute))
+)
+
+
+def _pending() -> Select[Any]:
+    """The GPU-seconds that the owner's jobs under way will take, by the pace of the endpoint's last successes."""
+    mine = select(func.coalesce(func.sum(JOB.c.cost_seconds), 0.0)).where(JOB.c.owner == _OWNER)
+    cost = mine.where(QUEUED).scalar_subquery() + mine.where(JOB.c.lease_id.is_not(None)).scalar_subquery()
+    last = (
+        select(JOB.c.cost_seconds, JOB.c.timings["pipeline_seconds"].astext.cast(Float).label("seconds"))
+        .where(JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid), JOB.c.status == "succeed")
+        .order_by(JOB.c.complete_time.desc())
+        .limit(_NUM_RECENT)
+        .subquery()
+    )
+    pace = select(func.sum(last.c.seconds) / func.nullif(func.sum(last.c.cost_seconds), 0.0)).scalar_subquery()
+    return select((cost * func.coalesce(pace, 1.0)).label("seconds"))
+
+
+_PENDING = _pending()
+
+
+def noting(usage: Select[Any]) -> Insert:
+    """The statement that adds rows of (owner, GPU-seconds) to what the owners have used in this minute."""
+    used = usage.subquery()
+    minute = func.date_trunc("minute", func.now())
+    first = insert(Usage).from_select(["owner", "gpu_seconds", "minute"], select(*used.c, minute))
+    more = col(Usage.gpu_seconds) + first.excluded.gpu_seconds
+    return first.on_conflict_do_update(index_elements=["owner", "minute"], set_={"gpu_seconds": more})
+
+
+_NOTE = noting(select(_OWNER, bindparam("used_seconds", type_=Float).label("gpu_seconds")))
 
 
 @dataclass(frozen=True)
@@ -32,52 +71,55 @@ class Quotas:
 NO_QUOTAS = Quotas()
 
 
-async def admit(session: AsyncSession, owner: str, quotas: Quotas) -> None:
-    """Lets a user's job into the queue.
+async def admit(run: Run, job: Job, quotas: Quotas) -> None:
+    """Lets a job into the queue, in which it has its place (`enqueue`) but does not stand yet.
+
+    GPU-seconds are those of the last hour, and those that the owner's jobs under way can be expected to take.
 
     Raises:
         ResourceExhausted: not now; it tells when to try again.
     """
+    owner = job.owner
     if quotas.max_queued_jobs:
-        # Two jobs that come at once are counted one after the other.
-        await session.execute(select(func.pg_advisory_xact_lock(_LOCK, func.hashtext(owner))))
-        waiting = select(func.count()).select_from(Job).where(col(Job.owner) == owner, QUEUED)
-        num_waiting = await session.scalar(waiting) or 0
-        if num_waiting >= quotas.max_queued_jobs:
+        # Two jobs that come at once are counted one after the other, because they got their places so.
+        (waiting,) = await run(_WAITING, owner=owner)
+        if waiting["number"] >= quotas.max_queued_jobs:
             raise ResourceExhausted(
-                f"{num_waiting} jobs of {owner} wait already; at most {quotas.max_queued_jobs} are possible",
+                f"{waiting['number']} jobs of {owner} wait already; at most {quotas.max_queued_jobs} are possible",
                 retry_after_seconds=_FULL_QUEUE_SECONDS,
             )
     if quotas.max_gpu_seconds_per_hour:
-        await _admit_by_usage(session, owner, quotas.max_gpu_seconds_per_hour)
+        await _admit_by_usage(run, job, quotas.max_gpu_seconds_per_hour)
 
 
-async def _admit_by_usage(session: AsyncSession, owner: str, max_seconds: float) -> None:
-    recent = select(col(Usage.minute), col(Usage.gpu_seconds), func.now()).where(
-        col(Usage.owner) == owner, col(Usage.minute) > func.now() - _HOUR - _MINUTE
-    )
-    minutes = (await session.execute(recent.order_by(col(Usage.minute)))).all()
-    used = total = sum(seconds for _, seconds, _ in minutes)
-    for minute, seconds, now in minutes:
+async def _admit_by_usage(run: Run, job: Job, max_seconds: float) -> None:
+    minutes = await run(_RECENT, owner=job.owner)
+    used = sum(minute["gpu_seconds"] for minute in minutes)
+    if used >= max_seconds:
+        raise ResourceExhausted(
+            f"{job.owner} has used {used:.0f} GPU-seconds within the last hour; {max_seconds:g} are possible",
+            retry_after_seconds=_until_below(max_seconds, minutes, used),
+        )
+    (pending,) = await run(_PENDING, owner=job.owner, endpoint=job.endpoint_id)
+    if used + pending["seconds"] >= max_seconds:
+        raise ResourceExhausted(
+            f"{job.owner} has used {used:.0f} GPU-seconds within the last hour, and the jobs under way will take about "
+            f"{pending['seconds']:.0f}; {max_seconds:g} are possible",
+            retry_after_seconds=_FULL_QUEUE_SECONDS,
+        )
+
+
+def _until_below(max_seconds: float, minutes: list[dict[str, Any]], used: float) -> int:
+    """In how many seconds so many of the minutes, oldest first, do not count any more that there is room."""
+    for minute in minutes:
+        used -= minute["gpu_seconds"]
         if used < max_seconds:
-            return
-        used -= seconds
-        if used < max_seconds:
-            raise ResourceExhausted(
-                f"{owner} has used {total:.0f} GPU-seconds within the last hour; {max_seconds:g} are possible",
-                retry_after_seconds=_until(minute, now),
-            )
+            left: timedelta = minute["minute"] + _MINUTE + _HOUR - minute["now"]
+            return max(1, ceil(left.total_seconds()))
+    raise AssertionError("nothing used is below any limit")
 
 
-def _until(minute: datetime, now: datetime) -> int:
-    """In how many seconds what was used in that minute does not count any more."""
-    return max(1, ceil((minute + _MINUTE + _HOUR - now).total_seconds()))
-
-
-async def note_usage(session: AsyncSession, job: Job, gpu_seconds: float) -> None:
+async def note_usage(run: Run, job: Job, gpu_seconds: float) -> None:
     """Adds to what the job's owner has used."""
-    if gpu_seconds <= 0:
-        return
-    first = insert(Usage).values(owner=job.owner, minute=func.date_trunc("minute", func.now()), gpu_seconds=gpu_seconds)
-    more = {"gpu_seconds": col(Usage.gpu_seconds) + gpu_seconds}
-    await session.execute(first.on_conflict_do_update(index_elements=["owner", "minute"], set_=more))
+    if gpu_seconds > 0:
+        await run(_NOTE, owner=job.owner, used_seconds=gpu_seconds)

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Table, bindparam, func, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col
 
+from services.common.driver import Run
 from services.common.errors import AlreadyExists
 from services.inference.rows import Job, Submission
+from services.inference.table import JOB
 
 LIFETIME = timedelta(hours=24)
+
+_SUBMISSION: Table = Submission.__table__  # type: ignore[attr-defined]
+_ADD = insert(_SUBMISSION)
+_REMEMBER = _ADD.on_conflict_do_update(
+    index_elements=["owner", "key"],
+    set_={column.name: column for column in _ADD.excluded},
+    where=_SUBMISSION.c.create_time < func.now() - LIFETIME,
+).returning(_SUBMISSION.c.job_id)
+_FIND = (
+    select(JOB, _SUBMISSION.c.body_sha256)
+    .join(JOB, JOB.c.id == _SUBMISSION.c.job_id)
+    .where(
+        _SUBMISSION.c.owner == bindparam("submitter"),
+        _SUBMISSION.c.key == bindparam("key"),
+        _SUBMISSION.c.create_time >= func.now() - LIFETIME,
+    )
+)
 
 
 class SubmittedBefore(AlreadyExists):
     """Another request with the same key was quicker."""
 
 
-async def remember(session: AsyncSession, submission: Submission) -> None:
+async def remember(run: Run, submission: Submission) -> None:
     """Notes a submission; one that is older than a day makes room for it.
 
     Raises:
         SubmittedBefore: there is one under the key.
     """
-    fields = submission.model_dump()
-    upsert = insert(Submission).values(fields)
-    upsert = upsert.on_conflict_do_update(
-        index_elements=["owner", "key"], set_=fields, where=col(Submission.create_time) < func.now() - LIFETIME
-    )
-    if await session.scalar(upsert.returning(col(Submission.job_id))) is None:
+    if not await run(_REMEMBER, **submission.model_dump()):
         raise SubmittedBefore(f'Idempotency-Key "{submission.key}" was used a moment ago')
 
 
-async def find_submission(session: AsyncSession, owner: str, key: str) -> tuple[Submission, Job] | None:
-    """What the owner created under the key within the last day."""
-    query = select(Submission, Job).join(Job, col(Job.id) == col(Submission.job_id))
-    query = query.where(col(Submission.owner) == owner, col(Submission.key) == key)
-    row = (await session.execute(query.where(col(Submission.create_time) >= func.now() - LIFETIME))).first()
-    return None if row is None else (row[0], row[1])
+async def find_submission(run: Run, owner: str, key: str) -> tuple[str, Job] | None:
+    """What the owner created under the key within the last day: the SHA-256 of the request, and the job."""
+    found: list[dict[str, Any]] = await run(_FIND, submitter=owner, key=key)
+    return (found[0].pop("body_sha256"), Job(**found[0])) if found else None

@@ -8,20 +8,102 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import (
+    ARRAY,
+    Integer,
+    Interval,
+    LargeBinary,
+    Select,
+    Table,
+    Uuid,
+    any_,
+    bindparam,
+    delete,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col
 
-from services.common.database import Database, notify
-from services.inference.queue.claim import QUEUED
-from services.inference.rows import Job, JobProgress, Worker, now
-from services.inference.signals import JOBS_MOVED, JOBS_WATCHED
+from services.common.database import Database
+from services.common.driver import Run
+from services.inference.rows import JobProgress, Worker, now
+from services.inference.signals import JOBS_MOVED, JOBS_WATCHED, notify
+from services.inference.table import JOB, QUEUED
 
 _NUM_IDS = 200  # in a notification, which ends at 8,000 bytes
 _NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
+
+_PROGRESS: Table = JobProgress.__table__  # type: ignore[attr-defined]
+_WORKER: Table = Worker.__table__  # type: ignore[attr-defined]
+_IDS: Any = any_(bindparam("ids", type_=ARRAY(Uuid)))
+_JOBS_OF = select(JOB.c.lease_id, JOB.c.id).where(JOB.c.lease_id == _IDS)
+_FETCH = select(_PROGRESS).where(_PROGRESS.c.job_id == _IDS)
+_SWEEP = delete(_PROGRESS).where(_PROGRESS.c.update_time < func.clock_timestamp() - bindparam("age", type_=Interval))
+_COLUMNS = {
+    "job_id": Uuid,
+    "lease_id": Uuid,
+    "step": Integer,
+    "num_steps": Integer,
+    "preview": LargeBinary,
+    "num_previews": Integer,
+}
+_TOLD = [name for name in _COLUMNS if name != "job_id"]  # fields of Progress too
+_PUBLISH = insert(_PROGRESS).from_select(
+    [*_COLUMNS, "update_time"],
+    select(
+        *(func.unnest(bindparam(name, type_=ARRAY(kind))) for name, kind in _COLUMNS.items()),
+        func.clock_timestamp(),
+    ),
+)
+_PUBLISH = _PUBLISH.on_conflict_do_update(
+    index_elements=["job_id"],
+    set_={name: _PUBLISH.excluded[name] for name in [*_TOLD, "update_time"]},
+)
+
+
+def _standings() -> Select[Any]:
+    """How jobs stand, with their place in the queue of their endpoint and the cost that is before them."""
+    endpoints = select(JOB.c.endpoint_id).where(JOB.c.id == _IDS, QUEUED)
+    places: Any = {
+        "partition_by": JOB.c.endpoint_id,
+        "order_by": [JOB.c.priority_class, JOB.c.priority.desc(), JOB.c.virtual_start, JOB.c.id],
+    }
+    queue = (
+        select(
+            JOB.c.id,
+            func.row_number().over(**places).label("position"),
+            func.sum(JOB.c.cost_seconds).over(**places, rows=(None, -1)).label("cost_ahead"),
+        )
+        .where(QUEUED, JOB.c.endpoint_id.in_(endpoints))
+        .subquery()
+    )
+    shown = (JOB.c.id, JOB.c.endpoint_id, JOB.c.status, JOB.c.lease_id, JOB.c.is_running)
+    return (
+        select(*shown, queue.c.position, queue.c.cost_ahead)
+        .outerjoin(queue, queue.c.id == JOB.c.id)
+        .where(JOB.c.id == _IDS)
+    )
+
+
+_STANDINGS = _standings()
+_HERE: Any = JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid)
+_RECENT = (
+    select(func.extract("epoch", JOB.c.complete_time - JOB.c.start_time).label("seconds"), JOB.c.cost_seconds)
+    .where(_HERE, JOB.c.status == "succeed")
+    .order_by(JOB.c.complete_time.desc())
+    .limit(_NUM_RECENT)
+)
+_NUM_WORKERS = (
+    select(func.count().label("number"))
+    .select_from(_WORKER)
+    .where(_WORKER.c.endpoint_id == bindparam("endpoint", type_=Uuid))
+)
+_UNDER_LEASE = select(
+    func.count().label("number"), func.coalesce(func.sum(JOB.c.cost_seconds), 0.0).label("cost")
+).where(_HERE, JOB.c.lease_id.is_not(None))
 
 
 @dataclass(frozen=True)
@@ -73,118 +155,64 @@ class BoardStore:
 
     async def jobs_of(self, leases: list[UUID]) -> dict[UUID, UUID]:
         """From each lease that is held to its job."""
-        query = select(col(Job.lease_id), col(Job.id)).where(col(Job.lease_id).in_(leases))
-        async with self._database.transaction() as session:
-            return {lease_id: job_id for lease_id, job_id in await session.execute(query) if lease_id is not None}
+        return {row["lease_id"]: row["id"] for row in await self._database.run(_JOBS_OF, ids=leases)}
 
     async def announce(self, replica: str, job_ids: Collection[UUID]) -> None:
         """Tells all replicas that these jobs are watched on this one."""
-        async with self._database.transaction() as session:
-            await _notify_ids(session, JOBS_WATCHED, replica, job_ids)
+        await _notify_ids(self._database.run, JOBS_WATCHED, replica, job_ids)
 
     async def publish(self, replica: str, progresses: dict[UUID, Progress]) -> None:
         """Writes how far jobs are, and tells all replicas of it."""
-        rows = [
-            {
-                "job_id": job_id,
-                "lease_id": progress.lease_id,
-                "step": progress.step,
-                "num_steps": progress.num_steps,
-                "preview": progress.preview,
-                "num_previews": progress.num_previews,
-                "update_time": func.clock_timestamp(),
-            }
-            for job_id, progress in sorted(progresses.items())
-        ]
-        if not rows:
+        if not progresses:
             return
-        added = insert(JobProgress).values(rows)
-        new = {name: added.excluded[name] for name in rows[0] if name != "job_id"}
-        async with self._database.transaction() as session:
-            await session.execute(added.on_conflict_do_update(index_elements=["job_id"], set_=new))
-            await _notify_ids(session, JOBS_MOVED, replica, progresses)
+        rows = sorted(progresses.items())
+        columns: dict[str, list[Any]] = {name: [getattr(told, name) for _, told in rows] for name in _TOLD}
+        async with self._database.atomic() as run:
+            await run(_PUBLISH, job_id=[job_id for job_id, _ in rows], **columns)
+            await _notify_ids(run, JOBS_MOVED, replica, progresses)
 
     async def fetch(self, job_ids: Collection[UUID]) -> dict[UUID, Progress]:
         """How far jobs are that other replicas have written of."""
-        query = select(JobProgress).where(col(JobProgress.job_id).in_(job_ids))
-        async with self._database.transaction() as session:
-            return {
-                row.job_id: Progress(row.lease_id, True, row.step, row.num_steps, row.preview, row.num_previews)
-                for row in await session.scalars(query)
-            }
+        rows = await self._database.run(_FETCH, ids=list(job_ids))
+        return {row["job_id"]: Progress(has_started=True, **{name: row[name] for name in _TOLD}) for row in rows}
 
     async def sweep(self, age_seconds: float) -> None:
         """Removes what was written so long ago."""
-        old = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, age_seconds)
-        async with self._database.transaction() as session:
-            await session.execute(delete(JobProgress).where(col(JobProgress.update_time) < old))
+        await self._database.run(_SWEEP, age=timedelta(seconds=age_seconds))
 
     async def standings(self, job_ids: Collection[UUID]) -> dict[UUID, Standing]:
         """How those of the jobs stand that exist."""
-        endpoints = select(col(Job.endpoint_id)).where(col(Job.id).in_(job_ids), QUEUED)
-        places = {
-            "partition_by": col(Job.endpoint_id),
-            "order_by": [col(Job.priority_class), col(Job.priority).desc(), col(Job.virtual_start), col(Job.id)],
-        }
-        queue = (
-            select(
-                col(Job.id),
-                func.row_number().over(**places).label("position"),  # type: ignore[arg-type]
-                func.sum(col(Job.cost_seconds)).over(**places, rows=(None, -1)).label("cost_ahead"),  # type: ignore[arg-type]
-            )
-            .where(QUEUED, col(Job.endpoint_id).in_(endpoints))
-            .subquery()
-        )
-        query = select(
-            col(Job.id),
-            col(Job.endpoint_id),
-            col(Job.status),
-            col(Job.lease_id),
-            col(Job.is_running),
-            queue.c.position,
-            queue.c.cost_ahead,
-        ).outerjoin(queue, queue.c.id == col(Job.id))
-        async with self._database.transaction() as session:
-            rows = (await session.execute(query.where(col(Job.id).in_(job_ids)))).all()
-            queued_at = {row.endpoint_id for row in rows if row.position is not None}
-            paces = {endpoint_id: await _pace(session, endpoint_id) for endpoint_id in queued_at}
+        async with self._database.atomic() as run:
+            rows = await run(_STANDINGS, ids=list(job_ids))
+            queued_at = {row["endpoint_id"] for row in rows if row["position"] is not None}
+            paces = {endpoint_id: await _pace(run, endpoint_id) for endpoint_id in queued_at}
         found = {}
         for row in rows:
-            pace = paces.get(row.endpoint_id) if row.position is not None else None
-            estimate = pace.start(row.cost_ahead or 0.0) if pace is not None else None
-            found[row.id] = Standing(
-                row.endpoint_id, row.status, row.lease_id, row.is_running, row.position or 0, estimate
+            pace = paces.get(row["endpoint_id"]) if row["position"] is not None else None
+            estimate = pace.start(row["cost_ahead"] or 0.0) if pace is not None else None
+            found[row["id"]] = Standing(
+                row["endpoint_id"], row["status"], row["lease_id"], row["is_running"], row["position"] or 0, estimate
             )
         return found
 
 
-async def _pace(session: AsyncSession, endpoint_id: UUID) -> _Pace | None:
+async def _pace(run: Run, endpoint_id: UUID) -> _Pace | None:
     """How fast an endpoint is now; None where no worker is, or none has finished a job."""
-    here = col(Job.endpoint_id) == endpoint_id
-    recent = (
-        select(func.extract("epoch", col(Job.complete_time) - col(Job.start_time)), col(Job.cost_seconds))
-        .where(here, col(Job.status) == "succeed")
-        .order_by(col(Job.complete_time).desc())
-        .limit(_NUM_RECENT)
-    )
-    finished = [(float(taken), cost) for taken, cost in await session.execute(recent) if taken is not None]
+    recent = await run(_RECENT, endpoint=endpoint_id)
+    finished = [(float(row["seconds"]), row["cost_seconds"]) for row in recent if row["seconds"] is not None]
     cost = sum(cost for _, cost in finished)
-    workers = select(func.count()).select_from(Worker).where(col(Worker.endpoint_id) == endpoint_id)
-    num_workers = await session.scalar(workers) or 0
-    if not num_workers or cost <= 0:
+    (workers,) = await run(_NUM_WORKERS, endpoint=endpoint_id)
+    if not workers["number"] or cost <= 0:
         return None
-    held = select(func.count(), func.coalesce(func.sum(col(Job.cost_seconds)), 0.0)).where(
-        here, col(Job.lease_id).is_not(None)
-    )
-    num_held, held_cost = (await session.execute(held)).one()
+    (held,) = await run(_UNDER_LEASE, endpoint=endpoint_id)
     # With a queue behind them the workers do as many jobs at once as they ever do.
-    at_once = max(num_held, num_workers)
-    return _Pace(sum(seconds for seconds, _ in finished) / cost / at_once, held_cost)
+    at_once = max(held["number"], workers["number"])
+    return _Pace(sum(seconds for seconds, _ in finished) / cost / at_once, held["cost"])
 
 
-async def _notify_ids(session: AsyncSession, channel: str, replica: str, job_ids: Iterable[UUID]) -> None:
+async def _notify_ids(run: Run, channel: str, replica: str, job_ids: Iterable[UUID]) -> None:
     for some in _bundles(sorted(job_ids)):
-        await notify(session, channel, " ".join([replica, *map(str, some)]))
+        await notify(run, channel, " ".join([replica, *map(str, some)]))
 
 
 def _bundles(job_ids: list[UUID]) -> Iterator[list[UUID]]:

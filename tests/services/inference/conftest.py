@@ -338,7 +338,7 @@ async def service(
         webhooks = Webhooks(WebhookStore(database), here, signals, first_wait_seconds=0.01, try_seconds=webhook_seconds)
 
         def add_servicers(server: grpc.aio.Server) -> None:
-            jobs = Inference(store, blobs, peers, signals, cleaner, Priorities(DEFAULT_RANGES))
+            jobs = Inference(store, blobs, peers, signals, cleaner, Priorities(DEFAULT_RANGES), stopping)
             servicer = InferenceServicer(jobs, views, Events(jobs, views, board), webhooks)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
             workers = QueueServicer(queue, pools, rehoming, Pins(pools, peers, blobs), signals, board, stopping)
@@ -347,7 +347,7 @@ async def service(
         channel = await serve(add_servicers, audience="inference")
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
         chores = (queue.run(), cleaner.run(), Deadlines(store, signals).run(), board.run(stopping), webhooks.run())
-        running = asyncio.gather(*chores)
+        running = asyncio.gather(*chores, signals.wake_all(at=stopping))
         http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),

@@ -74,8 +74,8 @@ async def another_replica(service: Service, database_url: str) -> AsyncIterator[
     """The replica, running."""
     database, signals = Database(database_url), Signals()
     stopping = asyncio.Event()
-    board = Board(BoardStore(database), signals)
-    jobs = Inference(JobStore(database), service.blobs, None, signals, None, Priorities({}))  # type: ignore[arg-type]
+    board, store = Board(BoardStore(database), signals), JobStore(database)
+    jobs = Inference(store, service.blobs, None, signals, None, Priorities({}), stopping)  # type: ignore[arg-type]
     views = Views(service.blobs)
     tasks = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),

@@ -140,6 +140,19 @@ async def test_who_stops_waiting_does_not_stop_the_job(service: Service) -> None
     assert (await service.get(assign.spec.job_id)).status == "succeed"
 
 
+async def test_who_waits_at_a_service_that_stops_is_told_that_the_job_goes_on(
+    service: Service, stopping: asyncio.Event
+) -> None:
+    endpoint = service.world.add_endpoint("Real-time")
+    async with service.worker(endpoint_id=endpoint) as worker:
+        call = create(service, inference_type="Real-time", payload_string='{"prompt": "x"}')
+        job_id = (await worker.take()).spec.job_id
+        stopping.set()
+        told = f"inference {job_id} goes on, but who waited for it stops: ask for it by its id"
+        assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, told)
+    assert (await service.get(job_id)).status == "inprogress"
+
+
 async def test_a_payload_string_starts_the_job_at_once(service: Service) -> None:
     call = create(service, payload_string='{"prompt": "inline", "seed": 3, "s_tmax": Infinity}')
     started = (await call).inference

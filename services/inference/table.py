@@ -1,0 +1,50 @@
+"""The table of jobs as the stores speak to it: rows in and out, and the conditions that its partial indices know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Executable, Select, Table, bindparam, insert, literal_column, update
+
+from services.common.driver import Run
+from services.inference.rows import Job
+
+JOB: Table = Job.__table__  # type: ignore[attr-defined]
+# Literal, because the planner uses a partial index only where it sees the index's own condition.
+QUEUED: ColumnElement[bool] = literal_column("job.status = 'inprogress' AND job.lease_id IS NULL")
+UNDER_WAY: ColumnElement[bool] = literal_column("job.status = 'inprogress'")
+NOT_UNDER_WAY: ColumnElement[bool] = literal_column("job.status <> 'inprogress'")
+
+_ADD = insert(JOB)
+_SAVE = update(JOB).where(JOB.c.id == bindparam("this"))
+
+
+def locked(query: Select[Any]) -> Select[Any]:
+    """The same rows of jobs, locked until the transaction ends."""
+    return query.with_for_update(of=JOB)
+
+
+async def read_jobs(run: Run, query: Executable, **values: Any) -> list[Job]:
+    """The jobs whose rows the query gives."""
+    return [Job(**row) for row in await run(query, **values)]
+
+
+async def read_job(run: Run, query: Executable, **values: Any) -> Job | None:
+    """The job whose row the query gives, if it gives one."""
+    jobs = await read_jobs(run, query, **values)
+    return jobs[0] if jobs else None
+
+
+async def add_job(run: Run, job: Job) -> None:
+    """Writes a new row."""
+    await run(_ADD, **columns(job))
+
+
+async def save_job(run: Run, job: Job) -> None:
+    """Writes the row anew; it must be locked."""
+    await run(_SAVE, this=job.id, **columns(job))
+
+
+def columns(job: Job) -> dict[str, Any]:
+    """The values of a job's row."""
+    return {name: getattr(job, name) for name in JOB.c.keys()}  # noqa: SIM118 - iterating gives the columns themselves

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Through the environment, so that a prompt may contain any character.
 export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Bytecode is kept, whatever the caller's environment says: else each worker compiles torch anew, for 20 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install check fix test test-slow test-k8s up demo bench chaos
 

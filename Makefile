@@ -56,6 +56,7 @@ bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench.throughput
 	$(BIN)/python -m tests.bench.table_size
 	$(BIN)/python -m tests.bench.checkpoints
+	$(BIN)/python -m tests.bench.training
 	$(BIN)/python -m tests.bench.revocation
 	$(BIN)/python -m tests.bench.scaling
 

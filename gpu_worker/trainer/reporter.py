@@ -112,7 +112,8 @@ class Reporter:
                 return  # a later one was uploaded
             latest, latest_epoch = self._state
             self._state = None
-            file = await self._upload(latest, "state.pt")
+            # A name of its own: the state that is on record stays as it is until this one is.
+            file = await self._upload(latest, f"state-{latest_epoch:06}.pt")
             self._stream.tell(state=pb.KeptState(file=file, epoch=latest_epoch))
             latest.unlink()
             await self._upload_boards()

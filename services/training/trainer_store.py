@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.common.leftovers import leave_behind
 from services.training import facts, rows
 from services.training.rows import Event, Metric, Training
 from services.training.signals import TRAINING_MOVED, TRAININGS_DUE
@@ -106,6 +107,8 @@ async def _keep(session: AsyncSession, training: Training, fact: facts.Fact) -> 
         case facts.Removed(name):
             training.forget(name)
         case facts.Kept(file, epoch):
+            if training.state:
+                await leave_behind(session, [training.state["key"]])
             key = training.session_prefix(training.session) + file.name if training.session else file.name
             training.state = {"key": key, "size_bytes": file.size_bytes, "sha256": file.sha256, "epoch": epoch}
         case facts.Done():

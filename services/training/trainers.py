@@ -22,7 +22,7 @@ BASE, PICTURE, REGULARISATION, STATE, UPLOAD = "base", "picture", "regularisatio
 _CHUNK_BYTES = 1 << 20
 _MAX_FILES = 100_000  # of a dataset
 # What a trainer may upload, below its folder.
-_UPLOADS = re.compile(r"[^/]+\.safetensors|state\.pt|sample/[^/]+\.png|logs/[^/]+/[^/]+|logs/[^/]+")
+_UPLOADS = re.compile(r"[^/]+\.safetensors|state-\d+\.pt|sample/[^/]+\.png|logs/[^/]+/[^/]+|logs/[^/]+")
 
 
 @dataclass(frozen=True)

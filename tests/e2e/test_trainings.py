@@ -229,11 +229,9 @@ def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
 
 @pytest.mark.slow
 def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(stack: Stack, school: School) -> None:
-    training_id = school.begin(
-        output_name="tough", max_train_epochs=100, save_every_n_epochs=10, sample_every_n_epochs=0
-    )
+    training_id = school.begin(output_name="tough", max_train_epochs=40, save_every_n_epochs=4, sample_every_n_epochs=0)
     told = school.events(training_id)
-    while saved(told) != "tough-000020.safetensors":
+    while saved(told) != "tough-000008.safetensors":
         pass  # the state after an earlier epoch is kept before that
     for process in trainers(stack):
         process.kill()
@@ -245,7 +243,7 @@ def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(s
     ended = school.until(training_id)
     assert ended["job_status"] == "Completed", ended
     points = school.api.ok("GET", f"/trainings/{training_id}/metrics")["points"]
-    assert [point["step"] for point in points] == list(range(1, 801)), "no step is missing or told twice"
+    assert [point["step"] for point in points] == list(range(1, 321)), "no step is missing or told twice"
     row = school.checkpoint(training_id)
     assert row is not None
     assert (row["name"][0], len(row["name"])) == ("tough.safetensors", 10)

@@ -144,8 +144,10 @@ async def test_what_is_told_twice_counts_once(service: Service) -> None:
 async def test_a_later_trainer_goes_on_from_the_last_state_and_the_earlier_one_is_not_heard(service: Service) -> None:
     created = await service.create()
     async with service.trainer(created.id) as first:
-        state = await first.upload("state.pt", b"after epoch 2")
-        await first.tell(state=pb.KeptState(file=state, epoch=2))
+        for epoch in (1, 2):
+            state = await first.upload(f"state-{epoch:06}.pt", f"after epoch {epoch}".encode())
+            await first.tell(state=pb.KeptState(file=state, epoch=epoch))
+        await first.upload("state-000003.pt", b"after epoch 3")  # it ends before it has told
         async with service.trainer(created.id) as second:
             assert second.welcome.state.size_bytes == len(b"after epoch 2")
             [url] = await second.urls(pb.URL_KIND_STATE, "state.pt")

@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bytecode is kept, whatever the caller's environment says: else each worker compiles torch anew, for 20 s of a core.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install check fix test test-slow test-k8s up demo bench chaos
+.PHONY: help install check fix test test-slow test-k8s test-images up demo bench chaos
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +36,7 @@ fix: install  ## Format and mend what can be mended
 
 test: install  ## All tests, with the real parts on free ports
 	@# One thread each: threads of torch spin while they wait for a core that another test has.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s" --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s and not images" --numprocesses 2
 
 test-slow: install  ## The tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2
@@ -44,6 +44,9 @@ test-slow: install  ## The tests that take minutes each
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built in .cache (minutes; as root, Debian)
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \
 	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s tests/services/endpoints tests/e2e/test_kubernetes.py
+
+test-images: install  ## Build the images line by line, without Docker (half an hour; as root)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m images
 
 up: install  ## The one-machine stack in the foreground
 	$(BIN)/esd up

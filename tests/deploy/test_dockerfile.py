@@ -21,7 +21,7 @@ import pytest
 from tests.processes import ROOT
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.images,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as a build of images does"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,8 +47,10 @@ def param_json(provenance: Provenance, endpoint_name: str, **told: Any) -> bytes
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def info(request: Generation, makings: list[Made], infotexts: list[str]) -> dict[str, Any]:
-    """A1111's `info` of a job, with the names of what was ignored."""
+def info(
+    request: Generation, makings: list[Made], infotexts: list[str], hypernetworks: Sequence[str]
+) -> dict[str, Any]:
+    """A1111's `info` of a job, with the names of what was ignored; hypernetworks always are."""
     files = makings[0].files
     base, vae = named(files, BASE), named(files, VAE)
     assert base is not None
@@ -85,5 +88,5 @@ def info(request: Generation, makings: list[Made], infotexts: list[str]) -> dict
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
         "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": False,
-        "ignored": request.ignored,
+        "ignored": request.ignored + [f"hypernetwork {name}" for name in hypernetworks],
     }

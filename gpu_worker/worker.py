@@ -26,6 +26,7 @@ from gpu_worker.transfer import Transfer
 from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
+from services.common.payloads.models import HYPERNETWORK
 
 log = structlog.get_logger()
 
@@ -189,7 +190,8 @@ class Worker:
         pictures, makings = await asyncio.to_thread(painting.pictures, request, files, canvas, made)
         infotexts = [infotext(making) for making in makings]
         images = await _encoded(pictures, provenance, infotexts)
-        info = results.info(request, makings, infotexts)
+        hypernetworks = [model.name for model in job.spec.models if model.type == HYPERNETWORK]
+        info = results.info(request, makings, infotexts, hypernetworks)
         param = results.param_json(provenance, job.spec.endpoint_name, info=info)
         timings = worker_pb2.Timings(
             load_seconds=max(run.load_seconds for run in made),

@@ -164,6 +164,7 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     hashes["lora:style.v2"] = add_model(spec, store, "Lora", "style.v2.safetensors", state)
     hashes["embed:amypt"] = add_model(spec, store, "embeddings", "amypt.safetensors", {"emb_params": torch.ones(2, 32)})
     add_model(spec, store, "Lora", "unused.safetensors", state)
+    add_model(spec, store, "hypernetworks", "mood.pt", state)
     for each in (plain, spec):
         assert (await generate(each))[-1].HasField("done")
     one, other = (Image.open(io.BytesIO(store.objects[f"{each.job_id}/image_0.png"])) for each in (plain, spec))
@@ -172,6 +173,7 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert ("GET", "unused.safetensors") not in store.requests
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert json.loads(param["info"])["hashes"] == hashes
+    assert json.loads(param["info"])["ignored"] == ["hypernetwork mood.pt"]
     spec.models[1].name = "other.safetensors"
     reason = (await generate(spec))[-1].failed.reason
     assert reason.startswith(

@@ -34,9 +34,10 @@ _REFUSED = {
 _WITHOUT_EFFECT = {
     "alwayson_scripts", "comments", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
-    "override_settings_restore_afterwards", "s_noise", "s_tmax", "s_tmin", "sampler_index",
+    "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "script_args", "script_name", "send_images",
 }  # fmt: skip
+_DEFAULTS = {"s_noise": 1}
 _SETTINGS = {
     "CLIP_stop_at_last_layers": "clip_skip",
     "hires_fix_refiner_pass": "refiner_pass",
@@ -293,6 +294,7 @@ def _unused(given: dict[str, Any], cls: type[Generation]) -> list[str]:
         name
         for name, value in given.items()
         if name not in cls.model_fields and name not in cls.without_effect and value not in (*_OFF, [], {})
+        if value != _DEFAULTS.get(name)
     ]
     settings = given.get("override_settings")
     if isinstance(settings, dict):

@@ -13,6 +13,7 @@ from services.common.payloads.generation import Generation
 from services.common.payloads.upscalers import PIXEL_UPSCALERS
 
 BASE, VAE, LORA, EMBEDDING, CONTROLNET = "Stable-diffusion", "VAE", "Lora", "embeddings", "ControlNet"
+HYPERNETWORK = "hypernetworks"  # which nothing here runs
 # Not the original's: types of models that change pictures without a checkpoint, named as A1111's folders for them.
 UPSCALER, REMBG = "ESRGAN", "rembg"
 PSEUDO_VAES = ("Automatic", "None")

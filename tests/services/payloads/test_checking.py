@@ -211,7 +211,13 @@ def test_what_is_off_changes_nothing() -> None:
         "not even a script": 3,
     }
     off = {"restore_faces": False, "tiling": None, "s_churn": 0, "s_tmax": 1e30, "styles": [], "script_name": None}
-    off |= {"send_images": True, "override_settings_restore_afterwards": True, "comments": {}, "enable_hr": False}
+    off |= {
+        "s_noise": 1.0,
+        "send_images": True,
+        "override_settings_restore_afterwards": True,
+        "comments": {},
+        "enable_hr": False,
+    }
     assert check(alwayson_scripts=scripts, override_settings={}, script_args=[], **off) == plain
     assert plain["ignored"] == []
 
@@ -219,12 +225,14 @@ def test_what_is_off_changes_nothing() -> None:
 def test_what_is_ignored_is_named() -> None:
     fields = check(
         styles=["noir"],
+        s_noise=1.01,
         script_name="sd upscale",
         override_settings={"samples_format": "jpg", "CLIP_stop_at_last_layers": 2},
         alwayson_scripts={"dynamic prompts": {"args": [True]}},
     )
     assert fields["ignored"] == [
         "styles",
+        "s_noise",
         "override_settings.samples_format",
         "script dynamic prompts",
         "script sd upscale",

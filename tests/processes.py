@@ -28,7 +28,7 @@ class running:  # noqa: N801 - read as a phrase: with running(command)
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(self._signum)
         try:
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

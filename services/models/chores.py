@@ -106,6 +106,9 @@ class Chores:
             except* ConnectorException as errors:
                 log.warning("chores wait for the database", error=str(errors.exceptions[0]))
                 await asyncio.sleep(0.5)  # nothing tells when a database that is down comes back
+            finally:
+                # Of an opening that was cancelled the pool would stay, and hold up the process at its end.
+                await self._app.close_async()
 
     async def _work(self, queue: str) -> None:
         await self._app.run_worker_async(

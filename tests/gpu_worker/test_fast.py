@@ -13,7 +13,7 @@ from tests.gpu_worker.test_graphs import inputs
 
 @pytest.fixture(scope="module")
 def models(tiny_checkpoint: Path) -> weights.Models:
-    return weights.load(as_cached(tiny_checkpoint), None, "cpu", "bfloat16")
+    return weights.load(as_cached(tiny_checkpoint), None, "cpu", torch.bfloat16)
 
 
 def in_bf16(num_rows: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -62,6 +62,7 @@ def test_a_unet_in_fp8_predicts_about_the_same(models: weights.Models) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # what compiles uses it
 @torch.inference_mode()
 def test_the_compiled_form_predicts_the_same(tiny_checkpoint: Path) -> None:
     models = weights.load(as_cached(tiny_checkpoint), None, "cpu")

@@ -57,7 +57,7 @@ async def test_the_process_migrates_and_serves(environment: dict[str, str]) -> N
         async with grpc.aio.insecure_channel(environment["ESD_LISTEN"]) as channel:
             await _wait_until_serving(channel)
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
 
 
 @pytest.mark.parametrize("end", ["kill", "terminate"])
@@ -86,7 +86,7 @@ async def test_an_import_goes_on_after_the_process_has_ended(
                     while str(10 * MIB) not in str(await show(stub)):  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
             getattr(process, end)()
-            assert process.wait(20) == (-9 if end == "kill" else 0)
+            assert process.wait(120) == (-9 if end == "kill" else 0)
         with running(COMMAND, environment | {"PYTHONDONTWRITEBYTECODE": "1"}) as process:
             async with grpc.aio.insecure_channel(environment["ESD_LISTEN"]) as channel:
                 await _wait_until_serving(channel)

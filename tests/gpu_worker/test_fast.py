@@ -62,7 +62,9 @@ def test_a_unet_in_fp8_predicts_about_the_same(models: weights.Models) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # what compiles uses it
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # what compiles uses it
 @torch.inference_mode()
 def test_the_compiled_form_predicts_the_same(tiny_checkpoint: Path) -> None:
     models = weights.load(as_cached(tiny_checkpoint), None, "cpu")

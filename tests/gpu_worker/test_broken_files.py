@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker import hints, tiny
 from gpu_worker.core import Core
+from gpu_worker.devices import Cpu
 from gpu_worker.run import Produced, Run
+from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation, check
 from tests.gpu_worker import tiny_controlnet, tiny_esrgan
 from tests.gpu_worker.conftest import as_cached
@@ -39,12 +41,12 @@ def outcome(files: list[Any], **fields: Any) -> Any:
     request = check("txt2img", SMALL | fields, "job")
     assert isinstance(request, Generation)
     loaded, outcomes = threading.Semaphore(0), []
-    core = Core("cpu", 2, loaded.release)
+    core = Core(Cpu(), EngineSettings(), loaded.release)
     core.add(Run("job", request, files, lambda: None, lambda _: None, outcomes.append, hints.prepared(request)))
     while not outcomes:
         core.work()
         if core.is_idle and not outcomes:
-            assert loaded.acquire(timeout=60)
+            assert loaded.acquire(timeout=120)
     core.close()
     return outcomes[0]
 

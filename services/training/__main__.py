@@ -55,6 +55,7 @@ async def main() -> None:
     rpc.add_TrainerServiceServicer_to_server(trainers, server.grpc)
     chores = [
         asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
+        asyncio.create_task(signals.wake_all(at=server.stopping)),
         asyncio.create_task(settler.run()),
     ]
     # A chore that dies takes the service with it, which its supervisor starts again.

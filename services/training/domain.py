@@ -12,7 +12,7 @@ from services.common.errors import EsdError, InvalidArgument, NotFound, Permissi
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.training.configuration import Wish, check_type, configured, read_wish, shown_params, template_name
 from services.training.peers import Model, Models, User
-from services.training.rows import Metric, Training
+from services.training.rows import STOPPED, Metric, Training
 from services.training.settling import Settler
 from services.training.store import TrainingStore
 
@@ -150,7 +150,7 @@ class Trainings:
         if training is None:
             raise NotFound(f"no such train job with id({job_id})")
         _check_owner(training, user)
-        await self._store.stop(training.id, STOPPED_BY.format(user.name))
+        await self._store.end(training.id, STOPPED, STOPPED_BY.format(user.name))
 
     async def delete_jobs(self, job_ids: list[str], user: User) -> None:
         """Stops and deletes trainings; unknown ids are skipped. What they saved stays where a checkpoint has it.

@@ -117,9 +117,9 @@ class Settler:
             case TaskState.RUNNING:
                 await self._trainers.wait(training.id, "")
             case TaskState.FAILED | TaskState.STOPPED:
-                await self._trainers.end(training.id, rows.FAILED, f"the trainer failed: {task.reason}")
+                await self._store.end(training.id, rows.FAILED, f"the trainer failed: {task.reason}")
             case TaskState.SUCCEEDED:
-                await self._trainers.end(training.id, rows.FAILED, _LEFT)
+                await self._store.end(training.id, rows.FAILED, _LEFT)
 
     async def _settle(self, training: Training) -> None:
         """Fills the checkpoint, lets the task go, removes what only trainers need; then the end may be shown."""

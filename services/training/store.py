@@ -14,7 +14,7 @@ from sqlmodel import col
 
 from services.common.database import Database, notify
 from services.common.leftovers import leave_behind
-from services.training.rows import STOPPED, Event, Metric, Training
+from services.training.rows import Event, Metric, Training
 from services.training.signals import TRAINING_MOVED, TRAININGS_DUE
 
 _MAX_EVENTS = 500  # that are read at once
@@ -48,15 +48,14 @@ class TrainingStore:
         async with self._database.transaction() as session:
             return list(await session.scalars(query))
 
-    async def stop(self, training_id: UUID, reason: str) -> Training | None:
-        """Ends a training that has not ended; None: there is none."""
+    async def end(self, training_id: UUID, outcome: str, reason: str) -> None:
+        """Ends a training that has not ended, if it is still there."""
         async with self._database.transaction() as session:
             training = await session.get(Training, training_id, with_for_update=True)
             if training is not None and not training.is_ended:
-                training.end(STOPPED, reason)
+                training.end(outcome, reason)
                 await notify(session, TRAINING_MOVED, str(training_id))
                 await notify(session, TRAININGS_DUE, str(training_id))
-            return training
 
     async def delete(self, training_ids: list[UUID], prefixes_of: Any) -> list[Training]:
         """Deletes trainings; `prefixes_of(training)` are left to the sweeper. Answers those it found."""

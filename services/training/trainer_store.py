@@ -73,15 +73,6 @@ class TrainerStore:
             training.waits_for = waits_for
             await notify(session, TRAINING_MOVED, str(training_id))
 
-    async def end(self, training_id: UUID, outcome: str, reason: str) -> None:
-        """Ends a training that has not ended, if it is still there."""
-        async with self._database.transaction() as session:
-            training = await session.get(Training, training_id, with_for_update=True)
-            if training is not None and not training.is_ended:
-                training.end(outcome, reason)
-                await notify(session, TRAINING_MOVED, str(training_id))
-                await notify(session, TRAININGS_DUE, str(training_id))
-
     async def settle(self, training_id: UUID, outcome: str, reason: str) -> None:
         """Everything that follows the end of the training was done."""
         async with self._database.transaction() as session:

@@ -63,7 +63,8 @@ News = Status | Step | Noted | Ended | Ping
 
 
 class Watching:
-    """The events of trainings, for those who may see them. `stopping` sends every watcher away."""
+    """The events of trainings, for those who may see them. `stopping` sends every watcher away, whom
+    `signals` wakes then."""
 
     def __init__(self, trainings: Trainings, store: TrainingStore, signals: Signals, stopping: asyncio.Event) -> None:
         self._trainings = trainings
@@ -80,29 +81,25 @@ class Watching:
         training = await self._trainings.get_job(job_id, user)
         told = _Told()
         with self._signals.subscribed((TRAINING_MOVED, str(training.id))) as moved:
-            closing = asyncio.create_task(_set_after(self._stopping, moved))
-            try:
-                while True:
-                    if self._stopping.is_set():
-                        raise Unavailable(_CLOSED)
-                    try:
-                        training = await self._trainings.get_job(job_id, user)
-                    except NotFound:
-                        yield Ended("Stopped", f"training {job_id} was deleted")
-                        return
-                    while events := await self._store.events(training.id, told.last_event):
-                        for event in events:
-                            told.last_event = event.id or 0
-                            yield self._noted(training, event)
-                    for news in told.news(training):
-                        yield news
-                    if training.is_settled:
-                        yield Ended(training.status, training.reason)
-                        return
-                    if not await heard(moved, _PING_SECONDS):
-                        yield Ping()
-            finally:
-                closing.cancel()
+            while True:
+                if self._stopping.is_set():
+                    raise Unavailable(_CLOSED)
+                try:
+                    training = await self._trainings.get_job(job_id, user)
+                except NotFound:
+                    yield Ended("Stopped", f"training {job_id} was deleted")
+                    return
+                while events := await self._store.events(training.id, told.last_event):
+                    for event in events:
+                        told.last_event = event.id or 0
+                        yield self._noted(training, event)
+                for news in told.news(training):
+                    yield news
+                if training.is_settled:
+                    yield Ended(training.status, training.reason)
+                    return
+                if not await heard(moved, _PING_SECONDS):
+                    yield Ping()
 
     def _noted(self, training: Training, event: Event) -> Noted:
         if event.kind != "preview":
@@ -128,8 +125,3 @@ class _Told:
         if progress is not None and progress["step"] != self._step:
             self._step = progress["step"]
             yield Step(progress)
-
-
-async def _set_after(first: asyncio.Event, then: asyncio.Event) -> None:
-    await first.wait()
-    then.set()

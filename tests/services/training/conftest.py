@@ -307,6 +307,7 @@ async def service(
         channel = await serve(add_servicers, audience="training")
         chores = [
             asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
+            asyncio.create_task(signals.wake_all(at=stopping)),
             asyncio.create_task(settler.run()),
         ]
         http = await stack.enter_async_context(httpx.AsyncClient())

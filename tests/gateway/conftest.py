@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +20,7 @@ import pytest
 from google.protobuf import json_format, struct_pb2
 from google.rpc import code_pb2, status_pb2
 
+from deploy.local.ports import free_port
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.identity.v1 import ext_authz_pb2, ext_authz_pb2_grpc, identity_pb2, identity_pb2_grpc
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -30,13 +30,6 @@ KEY = "09876543210987654321"
 SECRET = "the gateway's 100% secret"
 ROOT = Path(__file__).parents[2]
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def send_reply(context: Context, status: int, message: str = "", *flags: str) -> None:

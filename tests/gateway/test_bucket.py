@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy.local.ports import free_port
 from tests.conftest import S3Access
-from tests.gateway.conftest import Gateway, Seen, Store, free_port, running_gateway
+from tests.gateway.conftest import Gateway, Seen, Store, running_gateway
 
 ODD_PATHS = [
     "/esd-bucket",

@@ -7,7 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.gateway.conftest import SECRET, Gateway, Seen, free_port, running_gateway
+from deploy.local.ports import free_port
+from tests.gateway.conftest import SECRET, Gateway, Seen, running_gateway
 
 ROLE = {"role_name": "Zoë", "permissions": ["role:all"]}
 

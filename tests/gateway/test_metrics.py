@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from deploy.kubernetes.certificates import Certificates, make_certificates
-from tests.gateway.conftest import Seen, free_port, running_gateway
+from deploy.local.ports import free_port
+from tests.gateway.conftest import Seen, running_gateway
 from tests.gateway.test_start import refusal
 
 

@@ -38,6 +38,13 @@ _OTHERS = {
     "control_add_embedding": "a ControlNet Union",
     "task_embedding": "a ControlNet Union",
 }
+# SDXL's embedding of the pooled text and the sizes: diffusers' names and the original's.
+_ADDED = {
+    "linear_1.weight": "0.weight",
+    "linear_1.bias": "0.bias",
+    "linear_2.weight": "2.weight",
+    "linear_2.bias": "2.bias",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +100,17 @@ def load(file: CachedModel, models: Models, base_name: str) -> ControlNet:
 
 def _converted(weights: Weights, config: dict[str, Any]) -> Weights:
     """By diffusers' names; nothing where they have none."""
+    # diffusers' own conversion forgets these, and takes weights out of what it is given.
+    added = {f"add_embedding.{ours}": _of_control(weights, f"label_emb.0.{theirs}") for ours, theirs in _ADDED.items()}
     try:
         found = _convert.convert_controlnet_checkpoint(weights, config)
     except (KeyError, IndexError):
         return {}
-    return {key: tensor for key, tensor in found.items() if tensor is not None}
+    return {key: tensor for key, tensor in (added | found).items() if tensor is not None}
+
+
+def _of_control(weights: Weights, name: str) -> torch.Tensor | None:
+    return weights.get(f"control_model.{name}", weights.get(name))
 
 
 def scales(model: Any, weight: float, mode: str, is_soft: bool) -> tuple[float, ...]:

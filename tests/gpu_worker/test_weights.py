@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gpu_worker import ldm, tiny, weights
+from gpu_worker import controlnet, ldm, tiny, weights
 from gpu_worker.job import JobError
+from tests.gpu_worker import tiny_controlnet
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.tiny_sdxl import open_clip
 
 
 @pytest.fixture
@@ -58,6 +61,39 @@ def test_every_name_and_shape_of_the_full_size_models_survives_the_original_layo
     ):
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         assert {name: tensor.shape for name, tensor in converted.items()} == shapes
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
+def test_every_weight_of_the_full_size_text_encoders_is_found_under_its_original_name(family: str) -> None:
+    config = weights.family_config(family)
+    state: dict[str, torch.Tensor] = {}
+    with init_empty_weights():
+        if "text_encoder" in config:
+            first = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
+            assert sum(tensor.numel() for tensor in first.parameters()) == 123_060_480  # OpenAI's CLIP ViT-L/14
+            prefix = "conditioner.embedders.0.transformer." if family == "sdxl" else "cond_stage_model.transformer."
+            state |= {f"{prefix}text_model.{name}": tensor for name, tensor in first.state_dict().items()}
+        if "text_encoder_2" in config:
+            second = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"]))
+            assert sum(tensor.numel() for tensor in second.parameters()) == 694_659_840  # OpenCLIP's ViT-bigG/14
+            state |= open_clip(second, f"conditioner.embedders.{1 if family == 'sdxl' else 0}.model.")
+        # Which refuses a weight that is missing or of another shape.
+        found = weights._load_text_encoders(state, config, weights._Filler("full.safetensors", torch.float16))
+    assert len(found) == len([part for part in config if part.startswith("text_encoder")])
+
+
+@pytest.mark.parametrize(("family", "num_weights"), [("sd15", 361_279_120), ("sdxl", 1_251_014_160)])
+def test_every_name_and_shape_of_a_full_size_controlnet_survives_the_original_layout(
+    family: str, num_weights: int
+) -> None:
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**weights.family_config(family)["unet"])
+        net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    assert sum(tensor.numel() for tensor in net.parameters()) == num_weights
+    found = controlnet._converted(tiny_controlnet.original(net), dict(net.config))
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in net.state_dict().items()
+    }
 
 
 def test_a_truncated_file_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:

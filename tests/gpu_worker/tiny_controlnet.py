@@ -28,11 +28,14 @@ def make(unet: Any, seed: int, **config: Any) -> Any:
 
 def save(model: Any, path: Path, is_original: bool = True) -> Path:
     """As the original's files have it, or as diffusers' do."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    if is_original:
-        state = {f"control_model.{_original(key, model.config)}": value for key, value in state.items()}
-    save_file(state, path)
+    state = original(model) if is_original else model.state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
     return path
+
+
+def original(model: Any) -> dict[str, torch.Tensor]:
+    """The weights by the original's names."""
+    return {f"control_model.{_original(key, model.config)}": value for key, value in model.state_dict().items()}
 
 
 def _original(name: str, config: Any) -> str:

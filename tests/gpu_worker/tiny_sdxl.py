@@ -100,13 +100,13 @@ def make(path: Path, is_refiner: bool = False, seed: int = 0) -> TinySdxl:
     prefix = "conditioner.embedders.0.transformer.text_model."
     if not is_refiner:
         state |= {prefix + key: value for key, value in parts["text_encoder"].state_dict().items()}
-    state |= _open_clip(parts["text_encoder_2"], f"conditioner.embedders.{0 if is_refiner else 1}.model.")
+    state |= open_clip(parts["text_encoder_2"], f"conditioner.embedders.{0 if is_refiner else 1}.model.")
     tensors = {key: value.contiguous() for key, value in state.items()}
     save_file(tensors, path, metadata={"esd_config": json.dumps(config)})
     return TinySdxl(path, parts, config)
 
 
-def _open_clip(model: CLIPTextModelWithProjection, prefix: str) -> dict[str, torch.Tensor]:
+def open_clip(model: CLIPTextModelWithProjection, prefix: str) -> dict[str, torch.Tensor]:
     """The model's weights as open_clip names them: q, k and v in one matrix."""
     state = {key: value for key, value in model.state_dict().items() if "position_ids" not in key}
     found = {}

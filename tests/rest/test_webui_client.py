@@ -41,6 +41,32 @@ class Extension:
             assert answer.json()["message"]
         return answer
 
+    def dataset(self, name: str, picture: bytes) -> dict[str, str]:
+        """Makes a dataset of one picture; answers the URLs it was told to send to."""
+        content = [{"filename": "a.png", "name": "a.png", "type": "image", "params": {}}]
+        params = {"description": "cats"}
+        body = {"dataset_name": name, "content": content, "prefix": "10_cat", "params": params, "creator": self.user}
+        created = self.call("POST", "datasets", body)
+        assert created.status_code == 201
+        urls: dict[str, str] = created.json()["data"]["s3PresignUrl"]
+        for url in urls.values():
+            requests.put(url, data=picture, timeout=60).raise_for_status()
+        self.call("PUT", f"datasets/{name}", {"status": "Enabled"}).raise_for_status()
+        return urls
+
+    def model(self, name: str) -> str:
+        """Uploads a small model; answers its id."""
+        params = {"message": "", "creator": self.user}
+        files = [{"filename": name, "parts_number": 1}]
+        body = {"checkpoint_type": "Stable-diffusion", "filenames": files, "params": params}
+        data = self.call("POST", "checkpoints", body).json()["data"]
+        stored = requests.put(data["s3PresignUrl"][name][0], data=safetensors(), timeout=60)
+        tags = {name: [{"ETag": stored.headers["ETag"], "PartNumber": 1}]}
+        finish = {"status": "Active", "multi_parts_tags": tags}
+        found: str = data["checkpoint"]["id"]
+        assert self.call("PUT", f"checkpoints/{found}", finish, named=False).status_code == 200
+        return found
+
     def models(self, query: str) -> list[dict[str, Any]]:
         """The table of models."""
         answer = self.call("GET", f"checkpoints?{query}")
@@ -170,18 +196,7 @@ def test_it_imports_models_by_url(extension: Extension) -> None:
 
 def test_it_makes_shows_and_deletes_a_dataset(extension: Extension) -> None:
     name, picture = fresh("d"), b"\x89PNG\r\n\x1a\n"
-    body = {
-        "dataset_name": name,
-        "content": [{"filename": "a.png", "name": "a.png", "type": "image", "params": {}}],
-        "prefix": "10_cat",
-        "params": {"description": "cats"},
-        "creator": extension.user,
-    }
-    created = extension.call("POST", "datasets", body)
-    assert created.status_code == 201
-    for url in created.json()["data"]["s3PresignUrl"].values():
-        requests.put(url, data=picture, timeout=60).raise_for_status()
-    extension.call("PUT", f"datasets/{name}", {"status": "Enabled"}).raise_for_status()
+    extension.dataset(name, picture)
     enabled = extension.call("GET", "datasets?dataset_status=Enabled").json()["data"]["datasets"]
     (listed,) = [dataset for dataset in enabled if dataset["datasetName"] == name]
     assert math.isfinite(float(listed["timestamp"]))
@@ -193,3 +208,73 @@ def test_it_makes_shows_and_deletes_a_dataset(extension: Extension) -> None:
     assert extension.call("DELETE", "datasets", {"dataset_name_list": [name]}, named=False).status_code == 204
     gone = extension.call("GET", f"datasets/{name}")
     assert (gone.status_code, gone.json()["message"]) == (404, f"dataset {name} is not found")
+
+
+def test_it_trains_a_lora_of_its_model_and_its_dataset_and_shows_and_deletes_it(extension: Extension) -> None:
+    name, model = fresh("d"), f"{fresh()}.safetensors"
+    extension.dataset(name, b"no picture at all")
+    extension.model(model)
+    settings = {
+        "saving_arguments": {"output_name": "lora", "save_every_n_epochs": 1000},
+        "training_arguments": {"max_train_epochs": 100},
+    }
+    wanted = {"training_instance_type": "ml.g4dn.2xlarge", "model": model, "dataset": name, "fm_type": "sd_1_5"}
+    body = {"lora_train_type": "kohya", "params": {"training_params": wanted, "config_params": settings}}
+    begun = extension.call("POST", "trainings", body)
+    assert begun.json()["message"] in {"OK", "Created"}
+    training_id = begun.json()["data"]["id"]
+
+    listed = extension.call("GET", f"trainings?username={extension.user}").json()
+    assert listed["statusCode"] == 200
+    for training in listed["data"]["trainings"]:
+        assert training.keys() >= {"id", "sagemakerTrainName", "modelName", "status", "trainType"}
+        assert training["params"]["config_params"]["saving_arguments"]["output_name"], "else its page breaks"
+    (shown,) = [training for training in listed["data"]["trainings"] if training["id"] == training_id]
+    arguments = shown["params"]["config_params"]
+    assert arguments["saving_arguments"] == {"output_name": "lora", "save_every_n_epochs": 1000}
+    assert arguments["training_arguments"] == {"max_train_epochs": 100}
+    told = shown["params"]["training_params"]
+    assert (told["fm_type"], told["s3_data_path"][-len(f"/dataset/{name}") :]) == ("sd_1_5", f"/dataset/{name}")
+    assert told["s3_model_path"].endswith(f"/{model}")
+
+    for changed, sentence in (
+        ({"model": "no such model"}, "Model not found"),
+        ({"dataset": "no such dataset"}, "Dataset not found"),
+        ({"fm_type": "sd_3"}, "Invalid fm_type sd_3, the valid values are sd_1_5 and sd_xl"),
+    ):
+        params = {"training_params": wanted | changed, "config_params": settings}
+        refused = extension.call("POST", "trainings", {"lora_train_type": "kohya", "params": params})
+        assert (refused.status_code, refused.json()["message"][: len(sentence)]) == (400, sentence)
+
+    assert extension.call("DELETE", "trainings", {"training_id_list": [training_id]}).status_code == 204
+    left = extension.call("GET", f"trainings?username={extension.user}").json()["data"]["trainings"]
+    assert not [training for training in left if training["id"] == training_id]
+    assert extension.models(f"types=Stable-diffusion&per_page=100&username={extension.user}"), "its model stays"
+
+
+def test_it_deploys_shows_and_deletes_an_endpoint(extension: Extension) -> None:
+    name = fresh("e")
+    body = {
+        "endpoint_name": name,
+        "endpoint_type": "Async",
+        "instance_type": "ml.g5.2xlarge",
+        "initial_instance_count": "1",
+        "min_instance_number": "0",
+        "max_instance_number": "1",
+        "autoscaling_enabled": True,
+        "custom_docker_image_uri": "",
+        "custom_extensions": "",
+        "assign_to_roles": ["IT Operator"],
+        "creator": extension.user,
+    }
+    answer = extension.call("POST", "endpoints", body)
+    assert answer.status_code in {200, 201, 202}, answer.json()
+    listed = extension.call("GET", f"endpoints?username={extension.user}").json()["data"]["endpoints"]
+    (shown,) = [endpoint for endpoint in listed if endpoint["endpoint_name"] == f"esd-async-{name}"]
+    assert (shown["endpoint_type"], shown["instance_type"]) == ("Async", "ml.g5.2xlarge")
+    assert (shown["owner_group_or_role"], shown["autoscaling"]) == (["IT Operator"], True)
+    assert shown["endpoint_status"] in {"Creating", "InService"}
+    assert {str(shown["min_instance_number"]), str(shown["max_instance_number"])} == {"0", "1"}
+    assert len(shown["startTime"].split(" ")) == 2
+    deleted = extension.call("DELETE", "endpoints", {"endpoint_name_list": [shown["endpoint_name"]]})
+    assert deleted.status_code == 204

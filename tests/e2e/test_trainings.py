@@ -47,7 +47,9 @@ class School:
     model_path: str
     data_path: str
 
-    def post(self, training_params: dict[str, Any] | None = None, **keys: Any) -> Answer:
+    def post(
+        self, training_params: dict[str, Any] | None = None, deadline_seconds: int | None = None, **keys: Any
+    ) -> Answer:
         """Asks for a training in the document's shape."""
         given = {
             "training_instance_type": "local",
@@ -56,7 +58,8 @@ class School:
             "fm_type": "sd_1_5",
         }
         params = {"training_params": given | (training_params or {}), "config_params": {"training": KEYS | keys}}
-        return self.api.call("POST", "/trainings", {"lora_train_type": "kohya", "params": params})
+        deadline = {} if deadline_seconds is None else {"deadline_seconds": deadline_seconds}
+        return self.api.call("POST", "/trainings", {"lora_train_type": "kohya", "params": params} | deadline)
 
     def begin(self, **keys: Any) -> str:
         """Begins a training; answers its id."""
@@ -269,3 +272,17 @@ def test_a_stop_acts_within_a_step_or_while_it_waits_and_what_was_saved_stays(st
     assert school.api.call("DELETE", "/trainings", {"training_id_list": [first, waiting]}).status == 204
     assert school.api.call("GET", f"/trainings/{first}").status == 404
     assert draw(school, "a zog <lora:endless-000001:1>", ["endless-000001.safetensors"]), "a checkpoint has it"
+
+
+@pytest.mark.slow
+def test_a_deadline_ends_a_training_and_says_so(stack: Stack, school: School) -> None:
+    answer = school.post(
+        deadline_seconds=30,
+        output_name="late",
+        max_train_epochs=100_000,
+        sample_every_n_epochs=0,
+    )
+    ended = school.until(answer.data["id"])
+    assert ended["job_status"] == "Failed"
+    assert "longer than its 30 seconds" in ended["params"]["resp"]["error_msg"]
+    wait_for(lambda: not trainers(stack))

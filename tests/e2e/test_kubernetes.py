@@ -28,6 +28,7 @@ from services.endpoints.cluster.pods import OWNER
 from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare
 from tests.deploy.process_kubelet import ProcessKubelet
 from tests.e2e.conftest import Api, create_job, finished, new_user, upload, wait_for
+from tests.e2e.school import open_school
 
 pytestmark = [pytest.mark.k8s, pytest.mark.timeout(600)]
 
@@ -85,6 +86,7 @@ class Site:
             "Deployment": apps.list_namespaced_deployment,
             "ReplicaSet": apps.list_namespaced_replica_set,
             "Pod": core.list_namespaced_pod,
+            "Job": client.BatchV1Api(self.api).list_namespaced_job,
             "Secret": core.list_namespaced_secret,
         }
         found = {kind: self.do(list_(NAMESPACE, label_selector=OWNER)).items for kind, list_ in lists.items()}
@@ -131,7 +133,7 @@ def painter(site: Site, checkpoint: Path) -> Iterator[Api]:
         Path(folder).chmod(0o711)  # PostgreSQL's user must get through, when root runs this
         with Stack(Path(folder) / "home", address, env_overrides=settings) as stack:
             admin = Api(stack.url, stack.api_key)
-            api = new_user(admin, "painter", ["checkpoint:all", "sagemaker_endpoint:all", "inference:all"])
+            api = new_user(admin, "painter", ["checkpoint:all", "sagemaker_endpoint:all", "inference:all", "train:all"])
             assert upload(api, checkpoint).status == 200
             yield api
             api.close()
@@ -196,6 +198,18 @@ def pool(painter: Api, site: Site) -> Iterator[Pool]:
 
 def test_a_worker_in_a_pod_makes_a_picture(pool: Pool) -> None:
     pool.draws()
+
+
+def test_a_training_is_a_job_of_the_cluster_whose_lora_is_kept(pool: Pool, site: Site) -> None:
+    school = open_school(pool.api, "tiny.safetensors")
+    training_id = school.begin(output_name="zog", sample_every_n_epochs=0)
+    wait_for(lambda: f"Job esd-{training_id}" in site.objects(), PATIENCE)
+    ended = school.until(training_id)
+    assert ended["job_status"] == "Completed", ended
+    row = school.checkpoint(training_id)
+    assert row is not None
+    assert (row["status"], row["name"]) == ("Active", ["zog.safetensors", "zog-000001.safetensors"])
+    wait_for(lambda: not [name for name in site.objects() if training_id in name], PATIENCE)
 
 
 def test_a_pool_grows_under_load_and_shrinks_to_nothing_when_it_is_idle(pool: Pool) -> None:

@@ -5,122 +5,28 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from deploy.local.stack import Stack
-from tests.e2e.conftest import PICTURE, Answer, Api, Studio, finished, upload, wait_for
+from tests.e2e.conftest import PICTURE, Api, Studio, finished, upload, wait_for
+from tests.e2e.school import School, add_dataset, open_school, picture
 from tests.services.models.files import safetensors
 
 pytestmark = pytest.mark.timeout(900)  # several processes start one after the other, each of which imports torch
 
-# A training of seconds on one thread: 64 pixels, two steps for each of four pictures.
-KEYS: dict[str, Any] = {
-    "resolution": "64,64", "max_train_epochs": 2, "save_every_n_epochs": 1, "network_dim": 4, "network_alpha": 4,
-    "unet_lr": 0.01, "text_encoder_lr": 0.001, "optimizer_type": "AdamW", "mixed_precision": "no",
-    "sample_prompts": "a zog --s 2",
-}  # fmt: skip
-ENDS = {"Completed", "Failed", "Stopped"}
-
-
-def picture(shade: int) -> bytes:
-    """A circle on a coloured ground, as PNG."""
-    image = Image.new("RGB", (64, 64), (200, shade, 40))
-    ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=(0, 255, shade))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-@dataclass(frozen=True)
-class School:
-    """A user who can train and draw, the S3 paths of a base model and of a dataset, and the painter's studio."""
-
-    api: Api
-    studio: Studio
-    model_path: str
-    data_path: str
-
-    def post(
-        self, training_params: dict[str, Any] | None = None, deadline_seconds: int | None = None, **keys: Any
-    ) -> Answer:
-        """Asks for a training in the document's shape."""
-        given = {
-            "training_instance_type": "local",
-            "s3_model_path": self.model_path,
-            "s3_data_path": self.data_path,
-            "fm_type": "sd_1_5",
-        }
-        params = {"training_params": given | (training_params or {}), "config_params": {"training": KEYS | keys}}
-        deadline = {} if deadline_seconds is None else {"deadline_seconds": deadline_seconds}
-        return self.api.call("POST", "/trainings", {"lora_train_type": "kohya", "params": params} | deadline)
-
-    def begin(self, **keys: Any) -> str:
-        """Begins a training; answers its id."""
-        answer = self.post(**keys)
-        assert answer.status == 200, answer.body
-        training_id: str = answer.data["id"]
-        return training_id
-
-    def get(self, training_id: str) -> dict[str, Any]:
-        """The training."""
-        found: dict[str, Any] = self.api.ok("GET", f"/trainings/{training_id}")
-        return found
-
-    def until(self, training_id: str, *statuses: str) -> dict[str, Any]:
-        """Waits until the training has one of the statuses, or has ended."""
-
-        def reached() -> dict[str, Any] | None:
-            found = self.get(training_id)
-            return found if found["job_status"] in {*statuses, *ENDS} else None
-
-        found: dict[str, Any] = wait_for(reached, 300)
-        return found
-
-    def events(self, training_id: str) -> Iterator[dict[str, Any]]:
-        """What a watcher of the training is told, to its end."""
-        url, headers = f"{self.api.url}/trainings/{training_id}/events", {"x-api-key": self.api.key}
-        with httpx.stream("GET", url, headers=headers, timeout=300) as answer:
-            assert answer.headers["content-type"] == "text/event-stream"
-            for line in answer.iter_lines():
-                if line:
-                    yield json.loads(line.removeprefix("data: "))
-
-    def checkpoint(self, training_id: str) -> dict[str, Any] | None:
-        """The training's row in the list of checkpoints."""
-        listed = self.api.ok("GET", "/checkpoints?types=Lora&per_page=100")["checkpoints"]
-        return next((row for row in listed if row["id"] == training_id), None)
-
-
-def add_dataset(api: Api, name: str, files: dict[str, bytes]) -> str:
-    """Uploads a dataset of the concept `2_zog`; answers its S3 path."""
-    content = [{"filename": file, "name": file, "type": "image", "params": {}} for file in files]
-    body = {"dataset_name": name, "content": content, "prefix": "2_zog", "params": {"description": "zogs"}}
-    urls = api.ok("POST", "/datasets", body, 201)["s3PresignUrl"]
-    for file, url in urls.items():
-        assert api.put(url, files[file]).status_code == 200
-    api.ok("PUT", f"/datasets/{name}", {"status": "Enabled"})
-    path: str = api.ok("GET", f"/datasets/{name}")["s3"]
-    return path.removesuffix("/2_zog")
-
 
 @pytest.fixture(scope="session")
 def school(admin: Api, studio: Studio) -> Iterator[School]:
-    """Four pictures with captions, and a user who shares the painter's role."""
+    """A user who shares the painter's role."""
     admin.ok("POST", "/roles", {"role_name": "tutor", "permissions": ["train:all"]}, 201)
     admin.ok("POST", "/users", {"username": "tutor", "password": "secret", "roles": ["tutor", "painter"]}, 201)
     api = Api(admin.url, admin.ok("POST", "/keys", {"username": "tutor"}, 201)["key"])
-    files = {f"{number}.png": picture(60 * number) for number in range(4)}
-    data_path = add_dataset(api, "zogs", files | {f"{number}.txt": b"a zog, green" for number in range(4)})
-    models = api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
-    (model,) = [row for row in models if row["name"] == [studio.model]]
-    yield School(api, studio, f"{model['s3Location']}/{studio.model}", data_path)
+    yield open_school(api, studio.model)
     api.close()
 
 
@@ -129,7 +35,7 @@ def draw(school: School, prompt: str, loras: list[str]) -> bytes:
     body = {
         "task_type": "txt2img",
         "inference_type": "Async",
-        "models": {"Stable-diffusion": [school.studio.model], "Lora": loras},
+        "models": {"Stable-diffusion": [school.model], "Lora": loras},
     }
     created = school.api.ok("POST", "/inferences", body, 201)["inference"]
     payload = json.dumps(PICTURE | {"prompt": prompt}).encode()
@@ -208,7 +114,7 @@ def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
     school: School, admin: Api, tmp_path: Path
 ) -> None:
     (tmp_path / "odd.safetensors").write_bytes(safetensors())
-    assert upload(school.studio.api, tmp_path / "odd.safetensors").status == 200
+    assert upload(school.api, tmp_path / "odd.safetensors").status == 200
     models = school.api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
     (odd,) = [f"{row['s3Location']}/{row['name'][0]}" for row in models if row["name"] == ["odd.safetensors"]]
     broken = add_dataset(school.api, "broken", {"0.png": b"no picture", "1.txt": b"a zog"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
@@ -145,14 +145,23 @@ class Server:
         self._reviewing.cancel()
         await asyncio.wait([self._reviewing])
 
-    async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then drains."""
+    async def run(self, *chores: Coroutine[Any, Any, object]) -> None:
+        """Serves until SIGTERM or SIGINT, then drains. The chores run beside it; one that fails or ends takes the
+        server with it, so that the process is started again."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        tasks = [asyncio.create_task(chore) for chore in chores]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._stopping.set())
         await self.start()
         await self._stopping.wait()
         await self.stop()
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
 
 
 class _Rules:
@@ -385,10 +394,3 @@ def mutual_tls(folder: Path) -> grpc.ServerCredentials:
     except OSError as error:
         raise SystemExit(f"the certificate file {error.filename} cannot be read: {error.strerror}") from None
     return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
-
-
-async def serve(listen: str, verifier: Verifier, add_servicers: Callable[[grpc.aio.Server], None]) -> None:
-    """Runs a server with these servicers until it is told to stop."""
-    server = Server(listen, verifier)
-    add_servicers(server.grpc)
-    await server.run()

@@ -133,15 +133,11 @@ async def main(settings: EndpointsSettings) -> None:
         EndpointsServicer(Endpoints(store, EventStore(database), identity, models, settings.max_instances)), server.grpc
     )
     rpc.add_TaskServiceServicer_to_server(TaskServicer(Tasks(tasks)), server.grpc)
-    async with running_cluster(settings, store, tasks, wake.set) as cluster, asyncio.TaskGroup() as group:
+    async with running_cluster(settings, store, tasks, wake.set) as cluster:
         task_control = TaskControl(tasks, identity, cluster, wake)
         scaling, by_cluster = settings.scaling(), settings.autoscaler == "keda"
         control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, scaling, by_cluster)
-        loop = group.create_task(control.run())
-        auditing = group.create_task(audit.log_heads(database))
-        await server.run()
-        loop.cancel()
-        auditing.cancel()
+        await server.run(control.run(), audit.log_heads(database))
     await database.dispose()
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
-
 from esd.identity.v1 import ext_authz_pb2_grpc, identity_pb2_grpc
 from services.common import logs
 from services.common.audit import Audit
 from services.common.auth import Signer, Verifier
 from services.common.database import Database
-from services.common.server import serve
+from services.common.server import Server
 from services.common.settings import load, read_secret
 from services.identity.authz import AuthorizationServicer
 from services.identity.domain import Identity
@@ -40,22 +38,14 @@ async def run(settings: IdentitySettings) -> None:
     async def on_notify(channel: str, payload: str) -> None:
         tokens.forget()
 
-    def add_servicers(server: grpc.aio.Server) -> None:
-        servicer = IdentityServicer(identity, tokens, settings.allow_initial_users)
-        identity_pb2_grpc.add_IdentityServiceServicer_to_server(servicer, server)
-        authorization = AuthorizationServicer(tokens, hashes.gateway)
-        ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server)
-
+    server = Server(settings.listen, verifier)
+    servicer = IdentityServicer(identity, tokens, settings.allow_initial_users)
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(servicer, server.grpc)
+    authorization = AuthorizationServicer(tokens, hashes.gateway)
+    ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server.grpc)
     await database.migrate("identity")
     await identity.bootstrap(first_key)
-    async with asyncio.TaskGroup() as group:  # should listening fail, serving ends, and the process is started again
-        listening = group.create_task(database.listen([CHANGED], on_notify))
-        writing = group.create_task(uses.write())
-        auditing = group.create_task(audit.log_heads(database))
-        await serve(settings.listen, verifier, add_servicers)
-        listening.cancel()
-        writing.cancel()
-        auditing.cancel()
+    await server.run(database.listen([CHANGED], on_notify), uses.write(), audit.log_heads(database))
     await database.dispose()
 
 

@@ -130,29 +130,19 @@ async def main() -> None:
     pins = Pins(pools, peers, blobs)
     workers = QueueServicer(queue, pools, rehoming, pins, signals, board, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
-    chores = [
-        asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
-        asyncio.create_task(signals.wake_all(at=server.stopping)),
-        asyncio.create_task(queue.run()),
-        asyncio.create_task(cleaner.run()),
-        asyncio.create_task(outputs.run()),
-        asyncio.create_task(board.run(server.stopping)),
-        asyncio.create_task(Deadlines(jobs, signals).run()),
-        asyncio.create_task(webhooks.run()),
-    ]
-    # A chore that dies takes the service with it, which its supervisor starts again.
-    for chore in chores:
-        chore.add_done_callback(lambda _: server.stopping.set())
     async with keda_door(settings, verifier, ScalerServicer(pools, signals, server.stopping)):
-        await server.run()
-    for chore in chores:
-        chore.cancel()
-    ended = await asyncio.gather(*chores, return_exceptions=True)
+        await server.run(
+            database.listen(CHANNELS, signals.on_notify),
+            signals.wake_all(at=server.stopping),
+            queue.run(),
+            cleaner.run(),
+            outputs.run(),
+            board.run(server.stopping),
+            Deadlines(jobs, signals).run(),
+            webhooks.run(),
+        )
     await background.stop()
     await database.dispose()
-    for failure in ended:
-        if isinstance(failure, Exception):
-            raise failure
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.logs import configure
 from services.common.outbound import Outbound
-from services.common.server import serve
+from services.common.server import Server
 from services.common.settings import BlobSettings, load, read_secret
 from services.common.users import Users
 from services.models.background import Background
@@ -55,15 +55,10 @@ async def main() -> None:
     chores.add(IMPORT, imports.run, queue=LONG)
     datasets = Datasets(DatasetStore(database, audit), blobs)
     servicer = ModelsServicer(models, imports, datasets, Trained(models, store, blobs))
-    try:
-        async with asyncio.TaskGroup() as group:  # should the chores fail, serving ends, and the process starts again
-            doing = group.create_task(chores.run())
-            auditing = group.create_task(audit.log_heads(database))
-            await serve(settings.listen, verifier, lambda server: add_ModelsServiceServicer_to_server(servicer, server))
-            doing.cancel()
-            auditing.cancel()
-    finally:
-        await database.dispose()
+    server = Server(settings.listen, verifier)
+    add_ModelsServiceServicer_to_server(servicer, server.grpc)
+    await server.run(chores.run(), audit.log_heads(database))
+    await database.dispose()
 
 
 if __name__ == "__main__":

@@ -53,22 +53,8 @@ async def main() -> None:
     rpc.add_TrainingServiceServicer_to_server(TrainingServicer(trainings, watching), server.grpc)
     trainers = TrainerServicer(Trainers(trainer_store, blobs), store, signals, server.stopping)
     rpc.add_TrainerServiceServicer_to_server(trainers, server.grpc)
-    chores = [
-        asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
-        asyncio.create_task(signals.wake_all(at=server.stopping)),
-        asyncio.create_task(settler.run()),
-    ]
-    # A chore that dies takes the service with it, which its supervisor starts again.
-    for chore in chores:
-        chore.add_done_callback(lambda _: server.stopping.set())
-    await server.run()
-    for chore in chores:
-        chore.cancel()
-    ended = await asyncio.gather(*chores, return_exceptions=True)
+    await server.run(database.listen(CHANNELS, signals.on_notify), signals.wake_all(at=server.stopping), settler.run())
     await database.dispose()
-    for failure in ended:
-        if isinstance(failure, Exception):
-            raise failure
 
 
 if __name__ == "__main__":

@@ -387,3 +387,22 @@ async def test_nothing_is_unpacked(stub: Any, user_token: Any) -> None:
         code, sentence = await _failure(stub.Ping(pb.PingRequest(), metadata=metadata, compression=algorithm))
         assert code == grpc.StatusCode.UNIMPLEMENTED, sentence
     assert await stub.Ping(pb.PingRequest(), metadata=metadata) == pb.PingResponse()
+
+
+async def test_a_chore_that_fails_takes_the_server_with_it_and_the_others_are_ended(tokens: Tokens) -> None:
+    ended = asyncio.Event()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def failing() -> None:
+        raise OSError("the disk is full")
+
+    server = Server("127.0.0.1:0", tokens.verifier())
+    with pytest.raises(OSError, match="the disk is full"):
+        await server.run(endless(), failing())
+    assert ended.is_set()
+    assert server.stopping.is_set()

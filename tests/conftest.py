@@ -3,6 +3,7 @@
 database_url   postgresql+psycopg://… of an empty database of this test's own
 make_database  the same as a function, for tests that want several
 s3             S3Access: endpoint, keys and a bucket of this test module's own
+blobs          the same as services use it
 """
 
 import shutil
@@ -22,6 +23,8 @@ from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
 from deploy.local.ports import free_port
 from deploy.local.postgres import Postgres
 from deploy.local.store import Store, process_environment
+from services.common.blobs import Blobs
+from services.common.settings import BlobSettings
 from tests.processes import running
 
 _ROLE = "tests"
@@ -46,6 +49,11 @@ class S3Access:
     access_key: str
     secret_key_file: Path
     store: Store
+
+    def settings(self, **changed: Any) -> BlobSettings:
+        """What a service is told about it."""
+        names = ("bucket", "region", "endpoint_url", "access_key", "secret_key_file")
+        return BlobSettings(**{name: getattr(self, name) for name in names} | changed)
 
     def client(self, endpoint_url: str | None = None) -> object:
         """Returns a boto3 client."""
@@ -105,6 +113,12 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     swift.bootstrap(bucket)
     return S3Access(swift.url, bucket, S3_REGION, S3_ACCESS_KEY, esd_home.s3_secret_key_file, swift)
+
+
+@pytest.fixture(scope="module")
+def blobs(s3: S3Access) -> Blobs:
+    """That bucket as services use it. A client of boto3 takes half a second to make."""
+    return Blobs(s3.settings())
 
 
 class _BySharedParts(LoadScopeScheduling):

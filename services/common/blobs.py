@@ -51,11 +51,12 @@ class Blobs:
 
     def __init__(self, settings: BlobSettings) -> None:
         self.bucket = settings.bucket
-        self._client = _client(settings, settings.endpoint_url)
+        session = _session(settings)
+        self._client = _client(session, settings.endpoint_url)
         # The client knows how buckets are addressed there.
-        signer = _client(settings, settings.public_url or settings.endpoint_url)
+        signer = _client(session, settings.public_url) if settings.public_url else self._client
         probe: str = signer.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "-"})
-        credentials = _session(settings).get_credentials()
+        credentials = session.get_credentials()
         self._presigner = Presigner(probe.partition("/-?")[0], settings.region, credentials.get_frozen_credentials)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="blobs")
 
@@ -227,8 +228,8 @@ def _session(settings: BlobSettings) -> boto3.Session:
     return boto3.Session(settings.access_key, secret, region_name=settings.region)
 
 
-def _client(settings: BlobSettings, endpoint_url: str | None) -> Any:
-    return _session(settings).client(
+def _client(session: boto3.Session, endpoint_url: str | None) -> Any:
+    return session.client(
         "s3",
         endpoint_url=endpoint_url,
         config=Config(

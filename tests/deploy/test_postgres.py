@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 
@@ -51,8 +52,10 @@ def test_committed_rows_survive_a_kill(database_home: Home) -> None:
         server.bootstrap(["models"])
         with psycopg.connect(server.url("models").replace("+psycopg", "")) as connection:
             connection.execute("CREATE TABLE kept AS SELECT 1 AS number")
+        below = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
+        psutil.wait_procs(below)  # while one of them is there, the next server does not start
     again = Postgres(database_home, free_port())
     again.prepare()
     with running(again.command(), process_environment()):

@@ -85,6 +85,7 @@ def test_a_second_start_on_the_same_home_says_so(stack: Stack) -> None:
     assert f"is running already (pid {stack.launcher_pid}, {stack.url})" in second.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_database_comes_back_and_is_used_again(stack: Stack) -> None:
     pid = stack.processes()["postgres"]
     os.kill(pid, signal.SIGKILL)
@@ -97,6 +98,7 @@ def test_a_killed_database_comes_back_and_is_used_again(stack: Stack) -> None:
     wait_for(works)
 
 
+@pytest.mark.slow
 def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: Path) -> None:
     first = Stack(home / "other")
     first.start()

@@ -61,6 +61,7 @@ def assert_pictures(home: Path, prompt: str) -> None:
         assert prompt in json.dumps(json.loads(described.read_text()), ensure_ascii=False)
 
 
+@pytest.mark.slow
 def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_running(home: Path) -> None:
     port = free_port()
     demo = make_demo(home, port)

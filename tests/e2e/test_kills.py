@@ -36,6 +36,7 @@ def test_a_job_whose_worker_is_killed_finishes_once(stack: Stack, studio: Studio
     studio.api.get(job["img_presigned_urls"][0])
 
 
+@pytest.mark.slow
 def test_a_job_whose_worker_falls_silent_is_taken_from_it_and_finishes_once(stack: Stack, studio: Studio) -> None:
     def count() -> str:
         endpoints = studio.api.ok("GET", "/endpoints")["endpoints"]
@@ -63,6 +64,7 @@ def test_a_job_whose_worker_falls_silent_is_taken_from_it_and_finishes_once(stac
 PROCESSES = ["postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_killed_process_comes_back_and_a_job_under_way_ends_well(stack: Stack, studio: Studio, name: str) -> None:
     job_id = create_job(studio.api, studio.model, payload=SLOW)
@@ -87,6 +89,7 @@ def is_up(api: Api) -> bool:
     return {answer.status for answer in answers} == {200} and training.status == 403
 
 
+@pytest.mark.slow
 def test_after_everything_was_killed_at_once_the_demo_can_be_repeated(stack: Stack, studio: Studio) -> None:
     before = stack.processes()
     for process in [psutil.Process(pid) for pid in before.values()]:

@@ -17,7 +17,8 @@ from tests.e2e.conftest import PICTURE, Api, Studio, finished, upload, wait_for
 from tests.e2e.school import School, add_dataset, open_school, picture
 from tests.services.models.files import safetensors
 
-pytestmark = pytest.mark.timeout(900)  # several processes start one after the other, each of which imports torch
+# Several processes start one after the other, each of which imports torch.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +110,6 @@ def test_what_cannot_be_had_is_refused_before_anything_begins(school: School, ad
                 if row["name"] == ["never.safetensors"]]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
     school: School, admin: Api, tmp_path: Path
 ) -> None:
@@ -136,7 +136,6 @@ def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
         assert "Traceback" not in ended["params"]["resp"]["error_msg"]
 
 
-@pytest.mark.slow
 def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(stack: Stack, school: School) -> None:
     training_id = school.begin(output_name="tough", max_train_epochs=40, save_every_n_epochs=4, sample_every_n_epochs=0)
     told = school.events(training_id)
@@ -158,7 +157,6 @@ def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(s
     assert (row["name"][0], len(row["name"])) == ("tough.safetensors", 10)
 
 
-@pytest.mark.slow
 def test_a_stop_acts_within_a_step_or_while_it_waits_and_what_was_saved_stays(stack: Stack, school: School) -> None:
     first = school.begin(output_name="endless", max_train_epochs=100_000, sample_every_n_epochs=0)
     waiting = school.begin(output_name="waiting")

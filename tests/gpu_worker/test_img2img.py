@@ -17,6 +17,7 @@ from services.common.payloads import Img2Img, samplers
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, img2img_latents, img2img_of, steps_of
 from tests.gpu_worker.reference import BETAS, pipeline_of, scheduler_of
+from tests.gpu_worker.tables import in_companies, slow
 from tests.pictures import encoded, mask, noise
 
 REQUEST = img2img_of(
@@ -35,7 +36,8 @@ MASKED = changed(
 )
 # Its pipeline begins PLMS in the middle of a step; there is a formula for it below.
 NAMES = [name for name in (*samplers.SAMPLERS, "DPM++ 2M Karras", "DPM++ SDE Karras") if name != "PLMS"]
-COMPANY = 6
+FIRST, *OTHERS = in_companies(NAMES)
+COMPANIES = [FIRST, *slow(OTHERS)]
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +102,10 @@ def of_inpainting(parts: dict[str, Any], request: Img2Img, **options: Any) -> to
     return of_pipeline(StableDiffusionInpaintPipeline, parts, request, **given | options)
 
 
-@pytest.mark.parametrize("first", range(0, len(NAMES), COMPANY))
+@pytest.mark.parametrize("names", COMPANIES, ids=", ".join)
 def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(
-    parts: dict[str, Any], models: weights.Models, first: int
+    parts: dict[str, Any], models: weights.Models, names: list[str]
 ) -> None:
-    names = [NAMES[(first + index) % len(NAMES)] for index in range(COMPANY)]
     requests = [
         changed(
             REQUEST,
@@ -122,11 +123,10 @@ def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(
         assert_close(found, of_pipeline(StableDiffusionImg2ImgPipeline, parts, request))
 
 
-@pytest.mark.parametrize("first", range(0, len(NAMES), COMPANY))
+@pytest.mark.parametrize("names", COMPANIES, ids=", ".join)
 def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(
-    parts: dict[str, Any], models: weights.Models, first: int
+    parts: dict[str, Any], models: weights.Models, names: list[str]
 ) -> None:
-    names = [NAMES[(first + index) % len(NAMES)] for index in range(COMPANY)]
     requests = [
         changed(MASKED, sampler_name=name, seed=index, steps=4 + index % 3, denoising_strength=(0.3, 0.6)[index % 2])
         for index, name in enumerate(names)

@@ -9,6 +9,7 @@ from gpu_worker import samplers
 from services.common.payloads import samplers as names
 from tests.gpu_worker import reference
 from tests.gpu_worker.driving import assert_close
+from tests.gpu_worker.tables import SAMPLER_NAMES
 
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -19,7 +20,7 @@ def test_every_sampler_that_a_payload_may_name_is_there() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 60])
-@pytest.mark.parametrize("name", names.names())
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_every_sampler_stays_finite_in_any_number_of_steps(name: str, num_steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sampling = samplers.create(name, MODEL, num_steps, [generator])
@@ -31,7 +32,7 @@ def test_every_sampler_stays_finite_in_any_number_of_steps(name: str, num_steps:
     assert torch.isfinite(latents).all()
 
 
-@pytest.mark.parametrize("name", names.names())
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_steps_are_those_of_the_scheduler_itself(name: str) -> None:
     """Two rows, through more steps than any sampler looks back."""
     seeds, num_steps = [5, 6], 8

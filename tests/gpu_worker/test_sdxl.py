@@ -28,6 +28,7 @@ from tests.gpu_worker.driving import (
     txt2img_of,
 )
 from tests.gpu_worker.reference import pipeline_latents, scheduler_of
+from tests.gpu_worker.tables import in_companies, slow
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make
 from tests.pictures import encoded, mask, noise
 
@@ -49,7 +50,7 @@ def pipeline(sdxl: TinySdxl) -> Any:
 
 REQUEST = txt2img_of(prompt="a red circle", steps=3, width=64, height=64, seed=3, batch_size=2)
 NAMES = [*samplers.SAMPLERS, "DPM++ 2M Karras"]
-COMPANY = 6
+FIRST, *OTHERS = in_companies(NAMES)
 
 
 def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pipeline: Any) -> None:
@@ -68,11 +69,10 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(models: weights.Models, pi
     assert np.abs(pixels / 255 - expected).max() <= 0.5 / 255 + 1e-5
 
 
-@pytest.mark.parametrize("first", range(0, len(NAMES), COMPANY))
+@pytest.mark.parametrize("names", [FIRST, *slow(OTHERS)], ids=", ".join)
 def test_a_job_in_company_has_the_latents_of_the_diffusers_pipeline(
-    models: weights.Models, pipeline: Any, first: int
+    models: weights.Models, pipeline: Any, names: list[str]
 ) -> None:
-    names = [NAMES[(first + index) % len(NAMES)] for index in range(COMPANY)]
     requests = [
         changed(
             REQUEST,

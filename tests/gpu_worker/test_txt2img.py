@@ -13,14 +13,13 @@ from gpu_worker import weights
 from gpu_worker.canvas import Canvas
 from gpu_worker.job import JobError
 from gpu_worker.tasks import txt2img
-from services.common.payloads import Generation, samplers
+from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of
+from tests.gpu_worker.tables import COMPANIES, SAMPLER_NAMES
 
 REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
-COMPANY = 6
-NAMES = samplers.names()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def expected_latents(pipeline: Any, request: Generation) -> torch.Tensor:
     return pipeline_latents(pipeline, request.sampler_name, request)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_a_job_alone_has_the_latents_of_the_diffusers_pipeline(
     pipeline: Any, models: weights.Models, name: str
 ) -> None:
@@ -58,12 +57,11 @@ def test_a_job_alone_has_the_latents_of_the_diffusers_pipeline(
     assert_close(drive([(0, latents(request, models))])[0], expected_latents(pipeline, request))
 
 
-@pytest.mark.parametrize("first", range(0, len(NAMES), COMPANY))
+@pytest.mark.parametrize("names", COMPANIES, ids=", ".join)
 def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diffusers_pipeline(
-    pipeline: Any, models: weights.Models, first: int
+    pipeline: Any, models: weights.Models, names: list[str]
 ) -> None:
     """Every sampler of the table is once in such a company, with guidance and without, of one row or two."""
-    names = [NAMES[(first + index) % len(NAMES)] for index in range(COMPANY)]
     requests = [
         changed(
             REQUEST,

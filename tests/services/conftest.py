@@ -4,6 +4,7 @@ tokens         the session's key pair: private_key_pem, public_key_pem, signer, 
 user_token     user_token("ann", ["role:all"], roles=…, profile=…, impersonate=…) → metadata of a call
 service_token  service_token("endpoints") → metadata
 worker_token   worker_token(endpoint_id) → metadata, accepted by servers with audience "inference"
+http           an HTTP client for presigned URLs
 serve          await serve(lambda server: add_X_to_server(servicer, server)) → grpc.aio.Channel for the test
 """
 
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import grpc
+import httpx
 import pytest
 
 from services.common.auth import AUDIENCE_SERVICES
@@ -39,6 +41,13 @@ def service_token(tokens: Tokens) -> Callable[[str], Metadata]:
 def worker_token(tokens: Tokens) -> Callable[[str], Metadata]:
     """Makes the metadata of a worker's call."""
     return tokens.worker
+
+
+@pytest.fixture(scope="session")
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client for presigned URLs."""
+    async with httpx.AsyncClient() as client:
+        yield client
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def environment(tmp_path: Path, tokens: Tokens, make_database: Callable[[], str]
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(SERVICES) - {"identity"}))
 async def test_replicas_start_at_once_on_an_empty_database_and_drain_on_sigterm(
     environment: dict[str, str], name: str

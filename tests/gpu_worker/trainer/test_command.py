@@ -39,6 +39,7 @@ def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 
 
+@pytest.mark.slow
 def test_a_training_by_hand_needs_no_service_and_shows_how_far_it_is(
     config: dict[str, object], trainings: Trainings
 ) -> None:

@@ -17,6 +17,7 @@ from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close
 from tests.gpu_worker.reference import pipeline_of
+from tests.gpu_worker.tables import slow
 
 LOCON: dict[str, Any] = {"network_dim": 4, "network_alpha": 2, "network_args": ["conv_dim=3", "conv_alpha=2"]}
 LYCORIS = {"network_module": "lycoris.kohya", "network_dim": 4, "network_alpha": 2}
@@ -75,7 +76,14 @@ def outputs(models: Models, changes: lora.Network | None = None) -> list[torch.T
     return found
 
 
-@pytest.mark.parametrize(("family", "kind"), [*(("sd15", kind) for kind in KINDS), ("sdxl", "locon"), ("sdxl", "loha")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("sd15", "lora"),
+        ("sdxl", "locon"),
+        *slow([*(("sd15", kind) for kind in KINDS if kind != "lora"), ("sdxl", "loha")]),
+    ],
+)
 def test_the_engine_computes_with_the_file_what_the_trainer_computes_with_the_network(
     family: str, kind: str, plain: dict[str, Models], tmp_path: Path
 ) -> None:
@@ -110,7 +118,7 @@ def test_diffusers_loads_the_file_with_equal_results(
         assert_close(ours, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", *slow([kind for kind in KINDS if kind != "lora"])])
 def test_a_fresh_network_adds_nothing(kind: str, plain: dict[str, Models]) -> None:
     models = copy.deepcopy(plain["sd15"])
     networks.create(models, check_training(KINDS[kind]))
@@ -118,7 +126,7 @@ def test_a_fresh_network_adds_nothing(kind: str, plain: dict[str, Models]) -> No
         assert_close(with_network, without)
 
 
-@pytest.mark.parametrize("kind", ["locon", "loha", "lokr"])
+@pytest.mark.parametrize("kind", ["locon", *slow(["loha", "lokr"])])
 def test_a_network_takes_back_what_it_gave(kind: str, plain: dict[str, Models], tmp_path: Path) -> None:
     config = check_training(KINDS[kind])
     first, second = copy.deepcopy(plain["sd15"]), copy.deepcopy(plain["sd15"])

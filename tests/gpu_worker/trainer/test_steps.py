@@ -17,6 +17,7 @@ from gpu_worker.weights import Models
 from services.common.payloads.training import Training, check_training
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.tables import slow
 
 NUM_STEPS = 3
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -136,7 +137,10 @@ def read(models: Models, batch: Batch, config: Training) -> tuple[torch.Tensor, 
     return torch.cat(hidden, -1), added
 
 
-@pytest.mark.parametrize(("family", "name"), [*(("sd15", name) for name in KEYS), ("sdxl", "plain")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("sd15", "plain"), ("sdxl", "plain"), *slow([("sd15", name) for name in KEYS if name != "plain"])],
+)
 def test_the_losses_are_those_of_a_plain_loop(plain: dict[str, Models], family: str, name: str) -> None:
     config = check_training(RATES | KEYS[name])
     ours = our_losses(copy.deepcopy(plain[family]), config)

@@ -26,7 +26,6 @@ from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
 from services.common.outbound import Outbound
-from services.common.settings import BlobSettings
 from services.common.signals import Signals
 from services.inference.domain import Inference
 from services.inference.peers import Peers
@@ -50,7 +49,6 @@ from services.inference.watching.events import Events
 from services.inference.watching.store import BoardStore
 from services.inference.webhooks.domain import Webhooks
 from services.inference.webhooks.store import WebhookStore
-from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens
 
 PNG = b"\x89PNG\r\n\x1a\n not really"
@@ -298,7 +296,8 @@ def stopping() -> asyncio.Event:
 @pytest.fixture
 async def service(
     database_url: str,
-    s3: S3Access,
+    blobs: Blobs,
+    http: httpx.AsyncClient,
     tokens: Tokens,
     limits: Limits,
     quotas: Quotas,
@@ -307,15 +306,6 @@ async def service(
     serve: Callable[..., Awaitable[grpc.aio.Channel]],
 ) -> AsyncIterator[Service]:
     """The running service with one Async endpoint. No sweep helps it: what works, works by notification."""
-    blobs = Blobs(
-        BlobSettings(
-            bucket=s3.bucket,
-            region=s3.region,
-            endpoint_url=s3.endpoint_url,
-            access_key=s3.access_key,
-            secret_key_file=s3.secret_key_file,
-        )
-    )
     database = Database(database_url)
     await database.migrate("inference")
     world = World()
@@ -348,7 +338,6 @@ async def service(
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
         chores = (queue.run(), cleaner.run(), Deadlines(store, signals).run(), board.run(stopping), webhooks.run())
         running = asyncio.gather(*chores, signals.wake_all(at=stopping))
-        http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),
             inference_pb2_grpc.QueueServiceStub(channel),

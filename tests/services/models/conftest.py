@@ -26,7 +26,6 @@ from services.common.clients import channel as channel_to
 from services.common.database import Database
 from services.common.outbound import Outbound
 from services.common.server import Server
-from services.common.settings import BlobSettings
 from services.common.users import Users
 from services.identity.domain import Identity as IdentityDomain
 from services.identity.key_uses import KeyUses
@@ -48,7 +47,6 @@ from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
 from services.models.trained import Trained
-from tests.conftest import S3Access
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
 UPLOAD_MAX_HOURS = 48
@@ -175,7 +173,7 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
 
 @pytest.fixture(scope="module")
 async def service(
-    postgres: Postgres, s3: S3Access, tokens: Tokens, identity_address: str
+    postgres: Postgres, blobs: Blobs, tokens: Tokens, identity_address: str
 ) -> AsyncIterator[tuple[Running, Database]]:
     """The service for the tests of a module."""
     url = new_database(postgres)
@@ -185,8 +183,6 @@ async def service(
     await chores.prepare()
     audit = Audit("models", AUDIT_KEY)
     store = ModelStore(database, chores, audit)
-    names = ("bucket", "region", "endpoint_url", "access_key", "secret_key_file")
-    blobs = Blobs(BlobSettings(**{name: getattr(s3, name) for name in names}))
     async with AsyncExitStack() as stack:
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
         domain = Models(store, blobs, Users(identity), LOOK_MAX_BYTES)

@@ -20,7 +20,6 @@ from esd.training.v1 import training_pb2_grpc
 from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
-from services.common.settings import BlobSettings
 from services.common.signals import Signals
 from services.training.domain import Trainings
 from services.training.peers import Models, Tasks
@@ -32,7 +31,6 @@ from services.training.trainer_servicer import TrainerServicer
 from services.training.trainer_store import TrainerStore
 from services.training.trainers import Trainers
 from services.training.watching import Watching
-from tests.conftest import S3Access
 from tests.serving import Metadata, Tokens
 
 MODEL = "v1-5.safetensors"
@@ -264,24 +262,16 @@ def stopping() -> asyncio.Event:
 @pytest.fixture
 async def service(
     database_url: str,
-    s3: S3Access,
+    blobs: Blobs,
+    http: httpx.AsyncClient,
     tokens: Tokens,
     stopping: asyncio.Event,
     serve: Callable[..., Awaitable[grpc.aio.Channel]],
 ) -> AsyncIterator[Service]:
     """The running service; its datasets and its model are in the store."""
-    blobs = Blobs(
-        BlobSettings(
-            bucket=s3.bucket,
-            region=s3.region,
-            endpoint_url=s3.endpoint_url,
-            access_key=s3.access_key,
-            secret_key_file=s3.secret_key_file,
-        )
-    )
     database = Database(database_url)
     await database.migrate("training")
-    world = World(s3.bucket)
+    world = World(blobs.bucket)
     for key in ("dataset/lego/10_lego/a.png", "dataset/lego/10_lego/a.txt", "dataset/others/1_brick/b.png"):
         await blobs.put(key, key.encode())
     await blobs.put(f"Stable-diffusion/checkpoint/custom/{CHECKPOINT}/{MODEL}", b"seventeen bytes !")
@@ -310,7 +300,6 @@ async def service(
             asyncio.create_task(signals.wake_all(at=stopping)),
             asyncio.create_task(settler.run()),
         ]
-        http = await stack.enter_async_context(httpx.AsyncClient())
         yield Service(
             training_pb2_grpc.TrainingServiceStub(channel),
             training_pb2_grpc.TrainerServiceStub(channel),

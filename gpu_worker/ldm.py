@@ -1,4 +1,4 @@
-"""Names of weights in the original single-file (LDM) layout, from diffusers' names.
+"""Weights in the original single-file (LDM) layout, and their names there, from diffusers' models.
 
 The other way is diffusers' own converter (loaders/single_file_utils.py); tests hold the two against each other.
 """
@@ -32,6 +32,16 @@ _UNET_RESNET = {
 _VAE_ATTENTION = {"group_norm.": "norm.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out."}
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _MID = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+
+def checkpoint(config: dict[str, Any], unet: Any, vae: Any, text_encoder: Any) -> dict[str, Any]:
+    """The weights of a Stable Diffusion 1.5, whatever its size, as its single file has them: fp16."""
+    named = {unet_name(name, config["unet"]): tensor for name, tensor in unet.state_dict().items()}
+    for name, tensor in vae.state_dict().items():
+        original = vae_name(name, config["vae"])
+        named[original] = tensor[:, :, None, None] if is_vae_attention_matrix(original) else tensor
+    named |= {clip_name(name): tensor for name, tensor in text_encoder.state_dict().items()}
+    return {name: tensor.half().cpu().contiguous() for name, tensor in named.items()}
 
 
 def unet_name(name: str, config: dict[str, Any]) -> str:

@@ -58,17 +58,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
         clip = CLIPTextModel(CLIPTextConfig(**parts["text_encoder"]))
     # Texts as the UNet reads them have a mean that is not 0, which weights in prompts keep.
     torch.nn.init.constant_(clip.final_layer_norm.bias, 0.1)
-    return original(unet, vae, clip, parts)
-
-
-def original(unet: Any, vae: Any, clip: Any, parts: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The weights of SD1.5's networks in the original layout, fp16."""
-    named = {ldm.unet_name(name, parts["unet"]): tensor for name, tensor in unet.state_dict().items()}
-    for name, tensor in vae.state_dict().items():
-        known = ldm.vae_name(name, parts["vae"])
-        named[known] = tensor[:, :, None, None] if ldm.is_vae_attention_matrix(known) else tensor
-    named |= {ldm.clip_name(name): tensor for name, tensor in clip.state_dict().items()}
-    return {name: tensor.to(torch.float16).contiguous() for name, tensor in named.items()}
+    return ldm.checkpoint(parts, unet, vae, clip)
 
 
 def write(path: Path, seed: int = 0) -> None:

@@ -244,6 +244,7 @@ def _own_config(text: str, name: str) -> Config:
 
 @cache
 def family_config(family: str) -> Config:
+    """The configuration of a family by its file's name: `sd15`, `sdxl` or `sdxl_refiner`."""
     config: Config = json.loads((resources.files("gpu_worker") / "configs" / f"{family}.json").read_text())
     return config
 

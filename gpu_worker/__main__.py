@@ -23,6 +23,7 @@ from esd.worker.v1 import worker_pb2_grpc
 from gpu_worker.addresses import gateway
 from gpu_worker.cache import ModelCache
 from gpu_worker.engine import Engine
+from gpu_worker.importing import uncollected
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.stream import Refused, WorkStream
 from gpu_worker.transfer import Transfer
@@ -184,7 +185,8 @@ def main() -> None:
 
 def _train(arguments: list[str]) -> int:
     """A training by hand; without arguments, in a task of the endpoints service, one of the training service."""
-    from gpu_worker.trainer import command, session  # noqa: PLC0415 - the worker does without them
+    with uncollected():
+        from gpu_worker.trainer import command, session  # noqa: PLC0415 - the worker does without them
 
     if arguments or "ESD_TASK_ID" not in os.environ:
         return command.main(arguments)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_worker.audience import Audience
 from gpu_worker.cache import CachedModel
 from gpu_worker.canvas import Canvas
+from gpu_worker.importing import uncollected
 from gpu_worker.run import Produced, Run
 from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Payload
@@ -133,7 +134,8 @@ class Engine:
         core.close()
 
     def _begin(self) -> Core:
-        from gpu_worker import core, devices, weights  # noqa: PLC0415 - import torch, which takes seconds
+        with uncollected():
+            from gpu_worker import core, devices, weights  # noqa: PLC0415 - import torch, which takes seconds
 
         settings = self._settings
         device, self.device = weights.use_device(settings.device, settings.num_threads)

@@ -145,6 +145,7 @@ def made(studio: Studio, folder: Path, task: str = "txt2img", **payload: Any) ->
     return path
 
 
+@pytest.mark.slow
 def test_a_picture_is_made_again_from_what_it_says_of_its_making(esd: Esd, studio: Studio, tmp_path: Path) -> None:
     picture = made(studio, tmp_path, **PICTURE, exclusive=True)
     again = esd("verify", picture, "--user", "painter")
@@ -178,6 +179,7 @@ def test_a_picture_is_made_again_from_what_it_says_of_its_making(esd: Esd, studi
     assert bare.stderr.endswith("it does not say how it was made: the PNG chunk `esd` is missing\n")
 
 
+@pytest.mark.slow
 def test_a_picture_from_a_picture_is_made_again_with_its_payload(esd: Esd, studio: Studio, tmp_path: Path) -> None:
     payload = PICTURE | {"init_images": [encoded(noise())], "denoising_strength": 0.5, "seed": 11}
     picture = made(studio, tmp_path, "img2img", **payload)

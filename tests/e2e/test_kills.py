@@ -23,6 +23,7 @@ def workers(stack: Stack) -> list[psutil.Process]:
     return [process for process in below if "gpu_worker" in process.cmdline()]
 
 
+@pytest.mark.slow
 def test_a_job_whose_worker_is_killed_finishes_once(stack: Stack, studio: Studio) -> None:
     job_id = create_job(studio.api, studio.model, payload=SLOW)
     studio.api.ok("PUT", f"/inferences/{job_id}/start", status=202)

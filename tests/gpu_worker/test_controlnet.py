@@ -128,6 +128,7 @@ def expected(kind: Any, parts: dict[str, Any], nets: list[ControlNet], request: 
     ).images
 
 
+@pytest.mark.slow
 def test_jobs_in_company_have_the_latents_of_the_diffusers_pipeline(
     parts: dict[str, Any], models: weights.Models, nets: list[ControlNet]
 ) -> None:

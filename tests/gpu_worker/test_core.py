@@ -194,6 +194,7 @@ def test_a_call_that_does_not_fit_the_memory_is_halved_and_no_job_fails(driven: 
     assert np.abs(driven.pixels("batch")[:1] - driven.pixels("first")).max() <= 1
 
 
+@pytest.mark.slow
 def test_after_memory_was_short_calls_grow_again(driven: Driven) -> None:
     memory = [2]
 
@@ -319,6 +320,7 @@ def test_a_second_pass_goes_on_among_runs_of_its_own_size(driven: Driven) -> Non
     assert np.abs(driven.pixels("in company").astype(int) - driven.pixels("alone")).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_refined_job_goes_on_among_runs_of_the_refiner(driven: Driven, others: list[Path]) -> None:
     """With one place for models: what a job needs beside its checkpoint waits for none."""
     driven.core.close()
@@ -340,6 +342,7 @@ def test_a_refined_job_goes_on_among_runs_of_the_refiner(driven: Driven, others:
     driven.core.close()
 
 
+@pytest.mark.slow
 def test_a_second_pass_may_have_a_checkpoint_of_its_own(driven: Driven, others: list[Path]) -> None:
     request = changed(REQUEST, enable_hr=True, denoising_strength=0.5, hr_checkpoint_name=others[0].name)
     driven.add("both", request, None, others[0])
@@ -349,6 +352,7 @@ def test_a_second_pass_may_have_a_checkpoint_of_its_own(driven: Driven, others: 
     assert np.abs(driven.pixels("both") - driven.pixels("one")).max() > 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_family_cannot_go_on_with_the_latents(driven: Driven, tmp_path: Path) -> None:
     sdxl = make(tmp_path / "xl.safetensors").path
     driven.add("refined", changed(REQUEST, refiner_checkpoint="xl"), None, sdxl)
@@ -382,6 +386,7 @@ def test_jobs_that_somebody_waits_for_go_first(driven: Driven) -> None:
     driven.until_ended("size", "long")
 
 
+@pytest.mark.slow
 def test_more_checkpoints_than_places_are_run_in_order_of_arrival(driven: Driven, others: list[Path]) -> None:
     driven.add("long", changed(REQUEST, steps=40))
     driven.add("second", changed(REQUEST, steps=20), others[0])

@@ -27,6 +27,7 @@ main()
 """
 
 
+@pytest.mark.slow
 async def test_a_worker_whose_gpu_fails_ends_and_leaves_its_job_to_another(tmp_path: Path, make_spec: Any) -> None:
     (tmp_path / "secret").write_text(SECRET)
     async with services() as peers:

@@ -46,6 +46,7 @@ async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peer
     assert process.returncode == 0, log.decode()
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_told_to_stop_leaves_without_draining(tmp_path: Path, peers: Services) -> None:
     process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="3600")
     connection = await peers.queue.connection()
@@ -58,6 +59,7 @@ async def test_an_idle_worker_told_to_stop_leaves_without_draining(tmp_path: Pat
     assert process.returncode == 0, log.decode()
 
 
+@pytest.mark.slow
 async def test_a_worker_whose_secret_is_not_known_leaves_with_its_own_code(tmp_path: Path, peers: Services) -> None:
     peers.identity.knows = False
     process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}")

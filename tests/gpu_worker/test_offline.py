@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gpu_worker.__main__ import OFFLINE
 from tests.gpu_worker.conftest import ObjectStore
 from tests.gpu_worker.doors import SECRET, services
+
+pytestmark = pytest.mark.slow
 
 ATTEMPT = "connection attempt to"
 # Wraps what opens connections; an attempt is also printed, as a library may swallow the error.

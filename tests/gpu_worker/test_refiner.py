@@ -79,6 +79,7 @@ def expected(pipelines: Any, request: Txt2Img, switch_step: int) -> torch.Tensor
     return found
 
 
+@pytest.mark.slow
 def test_jobs_in_company_go_on_with_the_refiner_from_their_own_steps_on(
     models: list[weights.Models], pipelines: Any
 ) -> None:

@@ -80,6 +80,7 @@ def test_pixels_have_no_edge_either(models: weights.Models, pipeline: Any) -> No
     assert all(layer.padding_mode == "zeros" for layer in models.vae.modules() if isinstance(layer, Conv2d))
 
 
+@pytest.mark.slow
 def test_sdxl_tiles_too(tmp_path: Path) -> None:
     sdxl = make(tmp_path / "xl.safetensors")
     found = drive([(0, latents(REQUEST, sdxl.models))])[0]

@@ -134,6 +134,7 @@ def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_sto
     assert not (tmp_path / "halves" / STATE).exists()
 
 
+@pytest.mark.slow
 def test_a_state_of_another_configuration_or_a_damaged_one_is_refused(trainings: Trainings, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         trainings.run(Notes(stop_after=5), max_train_epochs=3)
@@ -153,6 +154,7 @@ def test_a_stop_ends_within_one_step_and_keeps_what_was_saved(trainings: Trainin
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["last-000001.safetensors"]
 
 
+@pytest.mark.slow
 def test_only_the_last_files_are_kept_where_that_is_asked_for(trainings: Trainings, tmp_path: Path) -> None:
     notes = trainings.run(max_train_epochs=5, save_every_n_epochs=1, save_last_n_epochs=2, max_train_steps=1)
     assert notes.gone == ["last-000001.safetensors", "last-000002.safetensors"]
@@ -160,6 +162,7 @@ def test_only_the_last_files_are_kept_where_that_is_asked_for(trainings: Trainin
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
 
 
+@pytest.mark.slow
 def test_steps_may_be_asked_for_instead_of_epochs(trainings: Trainings) -> None:
     notes = trainings.run(max_train_epochs=None, max_train_steps=6, save_n_epoch_ratio=2)
     assert (notes.plans[0].num_epochs, notes.plans[0].num_steps, len(notes.steps)) == (2, 6, 6)
@@ -186,6 +189,7 @@ def test_an_impossible_preview_is_refused_before_the_first_step(trainings: Train
         trainings.loop(Notes(), sample_every_n_epochs=1, sample_prompts=[prompt])
 
 
+@pytest.mark.slow
 def test_sdxl_is_trained_in_buckets_beside_regularisation_pictures(trainings: Trainings, tmp_path: Path) -> None:
     trainings.checkpoint = tmp_path / "tiny-xl.safetensors"
     tiny_sdxl.make(trainings.checkpoint)
@@ -213,6 +217,7 @@ def test_sdxl_is_trained_in_buckets_beside_regularisation_pictures(trainings: Tr
     assert "lora_unet_middle_block_1_proj_in.lora_down.weight" in names
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_use_is_no_base_model(trainings: Trainings, tmp_path: Path) -> None:
     trainings.checkpoint = tiny_sdxl.make(tmp_path / "refiner.safetensors", is_refiner=True).path
     with pytest.raises(JobError, match=r"refiner\.safetensors is an SDXL refiner, which cannot be trained on"):

@@ -243,6 +243,7 @@ async def test_a_worker_does_not_outlive_the_launcher(
     await until(lambda: not is_alive(worker.pid))
 
 
+@pytest.mark.slow
 async def test_workers_survive_the_service_that_started_them_and_are_adopted_by_the_next(
     service_environment: dict[str, str], store: EndpointStore, create: Create, endpoint_in: Any
 ) -> None:

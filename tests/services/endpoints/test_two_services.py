@@ -37,6 +37,7 @@ async def start_service(service_environment: dict[str, str]) -> AsyncIterator[St
             await process.wait()
 
 
+@pytest.mark.slow
 async def test_the_leader_is_killed_while_it_starts_and_while_it_ends_workers(
     start_service: StartService,
     domain: Endpoints,

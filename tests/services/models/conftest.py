@@ -66,6 +66,7 @@ class Running:
 
     stub: Any
     blobs: Blobs
+    http: httpx.AsyncClient
     tokens: Tokens
     admin: Metadata = field(init=False)
     ann: Metadata = field(init=False)
@@ -92,12 +93,11 @@ class Running:
     async def put(self, created: pb.CreateCheckpointResponse, name: str, *contents: bytes) -> list[dict[str, Any]]:
         """Uploads the parts through the presigned URLs and answers their tags."""
         tags = []
-        async with httpx.AsyncClient() as client:
-            urls = created.s3_presign_url[name]
-            for number, (url, content) in enumerate(zip(urls, contents, strict=True), 1):
-                response = await client.put(url, content=content)
-                assert response.status_code == 200
-                tags.append(tag(number, response.headers["ETag"]))
+        urls = created.s3_presign_url[name]
+        for number, (url, content) in enumerate(zip(urls, contents, strict=True), 1):
+            response = await self.http.put(url, content=content)
+            assert response.status_code == 200
+            tags.append(tag(number, response.headers["ETag"]))
         return tags
 
     async def update(
@@ -173,7 +173,7 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
 
 @pytest.fixture(scope="module")
 async def service(
-    postgres: Postgres, blobs: Blobs, tokens: Tokens, identity_address: str
+    postgres: Postgres, blobs: Blobs, http: httpx.AsyncClient, tokens: Tokens, identity_address: str
 ) -> AsyncIterator[tuple[Running, Database]]:
     """The service for the tests of a module."""
     url = new_database(postgres)
@@ -204,7 +204,7 @@ async def service(
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
         chores.add(IMPORT, imports.run, queue=LONG)
         doing = asyncio.create_task(chores.run())
-        yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, tokens), database
+        yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens), database
         doing.cancel()
         await asyncio.wait([doing])
     await database.dispose()

@@ -60,7 +60,8 @@ async def test_the_process_migrates_and_serves(environment: dict[str, str]) -> N
         assert process.wait(120) == 0
 
 
-@pytest.mark.parametrize("end", ["kill", pytest.param("terminate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["kill", "terminate"])
 async def test_an_import_goes_on_after_the_process_has_ended(
     environment: dict[str, str], tokens: Tokens, end: str
 ) -> None:

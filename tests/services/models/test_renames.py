@@ -116,6 +116,7 @@ async def test_of_two_who_take_the_same_name_at_once_one_gets_it(models: Running
     assert sum(isinstance(result, Exception) for result in results) == 1
 
 
+@pytest.mark.slow
 async def test_renaming_there_and_back_ends_where_it_began(models: Running, service: tuple[Running, Database]) -> None:
     content = safetensors()
     checkpoint_id = await models.upload("a.safetensors", content)

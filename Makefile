@@ -34,11 +34,11 @@ fix: install  ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: install  ## All tests, with the real parts on free ports
+test: install  ## What a change needs, with the real parts on free ports
 	@# One thread each: threads of torch spin while they wait for a core that another test has.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s and not images" --numprocesses 2
 
-test-slow: install  ## The tests that take minutes each
+test-slow: install  ## The rest: chaos, kills, demos, trainings, and the whole of long tables of cases
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2
 
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built in .cache (minutes; as root, Debian)

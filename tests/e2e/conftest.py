@@ -201,7 +201,7 @@ def create_job(api: Api, model: str, kind: str = "Async", payload: Any = PICTURE
     return job_id
 
 
-def finished(api: Api, job_id: str, seconds: float = 90) -> Any:
+def finished(api: Api, job_id: str, seconds: float = 300) -> Any:
     """Waits for the end of a job and answers it."""
 
     def ended() -> Any:

@@ -202,13 +202,13 @@ def task_store(database: Database) -> TaskStore:
 
 
 @pytest.fixture
-def clients(peers: Peers) -> tuple[Identity, Queue]:
+async def clients(peers: Peers) -> tuple[Identity, Queue]:
     own = channel(peers.address, TokenSource(peers.address, OWN_SECRET))
     return Identity(own), Queue(own)
 
 
 @pytest.fixture
-def domain(store: EndpointStore, database: Database, clients: tuple[Identity, Queue], peers: Peers) -> Endpoints:
+async def domain(store: EndpointStore, database: Database, clients: tuple[Identity, Queue], peers: Peers) -> Endpoints:
     models = Models(channel(peers.address, TokenSource(peers.address, OWN_SECRET)))
     return Endpoints(store, EventStore(database), clients[0], models, max_workers=8)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +28,7 @@ WebuiOption = Annotated[int | None, typer.Option(envvar="ESD_WEBUI_PORT", help="
 ReplicasOption = Annotated[int, typer.Option(envvar="ESD_REPLICAS", min=1, max=8, help="Processes of each service.")]
 InsecureOption = Annotated[bool, typer.Option(envvar="ESD_INSECURE", help="Listen beyond loopback without TLS.")]
 
-TINY_PART_BYTES = 5 * 2**20  # the smallest that S3 takes, so that the tiny checkpoint needs two
+SMALL_PART_BYTES = 5 * 2**20  # the smallest that S3 takes, so that the demo's own checkpoint needs several
 
 
 def main() -> None:
@@ -90,9 +88,9 @@ def status(home: HomeOption = None) -> None:
 @app.command()
 def demo(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A .safetensors file; a tiny one is made if not given.")
+        Path | None, typer.Option(help="A .safetensors file; default: a tiny one, which draws coloured shapes.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a lighthouse at dusk, oil painting",
+    prompt: Annotated[str | None, typer.Option(help="What to draw; there is one for either checkpoint.")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels; default: 512, or 64 for the tiny checkpoint.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the pictures go; default: demo/ in the home.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the stack running afterwards, until Ctrl-C.")] = False,
@@ -108,13 +106,13 @@ def demo(
     output = output or path / "demo"
     state = read_state(path)
     if state is not None:
-        _draw(state.url, Path(state.api_key_file).read_text(), path, checkpoint, prompt, size, output)
+        _draw(state.url, Path(state.api_key_file).read_text(), checkpoint, prompt, size, output)
         return
     stack = Stack(path, listen)
     typer.echo(f"starting the stack in {path} (log: {stack.log_file})")
     try:
         with stack:
-            _draw(stack.url, stack.api_key, path, checkpoint, prompt, size, output)
+            _draw(stack.url, stack.api_key, checkpoint, prompt, size, output)
             if keep:
                 typer.echo(f"the stack keeps running at {stack.url} until Ctrl-C")
                 signal.pause()
@@ -124,22 +122,20 @@ def demo(
         typer.echo("stopped")
 
 
-def _draw(
-    url: str, api_key: str, home: Path, checkpoint: Path | None, prompt: str, size: int | None, output: Path
-) -> None:
+def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, size: int | None, output: Path) -> None:
     """The demo proper, and how to go on."""
     from rich.console import Console  # noqa: PLC0415
 
     from deploy.local.demo import PART_BYTES, DemoFailed, Picture, run  # noqa: PLC0415
+    from gpu_worker import demo_model  # noqa: PLC0415
 
     console = Console()
-    part_bytes, usual_size = PART_BYTES, 512
+    part_bytes, usual_prompt, usual_size = PART_BYTES, "a lighthouse at dusk, oil painting", 512
     if checkpoint is None:
-        checkpoint, part_bytes, usual_size = home / "tiny-sd15.safetensors", TINY_PART_BYTES, 64
-        if not checkpoint.exists():
-            subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+        checkpoint, part_bytes = demo_model.CHECKPOINT, SMALL_PART_BYTES
+        usual_prompt, usual_size = demo_model.PROMPT, demo_model.SIDE
     size = size or usual_size
-    picture = Picture(prompt, size, size)
+    picture = Picture(prompt or usual_prompt, size, size)
     try:
         files = run(url, api_key, checkpoint, picture, output, console, part_bytes)
     except DemoFailed as error:

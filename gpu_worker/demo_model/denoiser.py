@@ -17,8 +17,8 @@ from gpu_worker.demo_model.training import Batch, Plan, Studio, chance, train
 from gpu_worker.demo_model.vae import Drawn, tensor
 from gpu_worker.weights import tokenizer
 
-PLAN = Plan("denoiser", num_steps=6000, learning_rate=1e-3, flat=0.35, num_warmup=100, decay=0.999)
-_BATCH = 256
+PLAN = Plan("denoiser", num_steps=14500, learning_rate=1e-3, flat=0.35, num_warmup=100, decay=0.999)
+_BATCH = 128
 _NUM_PICTURES = 256  # times 256
 _NO_SCENE = 0.1  # of the captions, for guidance
 _STRANGE = 0.2  # of the captions have words that mean nothing here
@@ -65,16 +65,11 @@ def trained(config: dict[str, Any], vae: Any, plan: Plan, studio: Studio) -> Den
     denoiser = Denoiser(config).to(studio.device)
     signal = _signal(config["scheduler"]).to(studio.device)
 
-    def loss(step: int, batch: list[torch.Tensor]) -> torch.Tensor:
+    def loss(_: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
         rows, tokens = batch
-        chosen = studio.generator(plan.name, step)
-
-        def noise_like(latents: torch.Tensor) -> torch.Tensor:
-            return torch.randn(latents.shape, generator=chosen, device=latents.device)
-
-        clean = means[rows] + deviations[rows] * noise_like(means[rows])
-        timesteps = torch.randint(len(signal), rows.shape, generator=chosen, device=rows.device)
-        noise, share = noise_like(clean), signal[timesteps][:, None, None, None]
+        clean = means[rows] + deviations[rows] * torch.randn_like(means[rows])
+        timesteps = torch.randint(len(signal), rows.shape, device=rows.device)
+        noise, share = torch.randn_like(clean), signal[timesteps][:, None, None, None]
         prediction = denoiser(share.sqrt() * clean + (1 - share).sqrt() * noise, timesteps, tokens)
         snr = share / (1 - share)
         error: torch.Tensor = (snr.clamp(max=_MAX_SNR) / snr * (prediction - noise) ** 2).mean()

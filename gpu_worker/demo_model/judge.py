@@ -16,7 +16,8 @@ Mask = NDArray[np.bool_]
 _EDGE = 2  # pixels along the border, which are ground
 _MIN_PIXELS = 60  # of a figure: half a small triangle
 _MAX_STRAYS = 0.15  # pixels of other figures, in parts of the largest; pixels of the border that are not ground
-_MIN_OVERLAP = 0.75  # intersection over union with a shape for a figure to be one
+_MAX_HOLES = 0.05  # in parts of the figure
+_MIN_OVERLAP = 0.72  # intersection over union with a shape for a figure to be one; the points of small stars are soft
 _CENTRED = 4.0  # pixels from the middle
 _MIN_CONTRAST = 40.0  # between figure and ground, as a distance of RGB
 
@@ -74,7 +75,8 @@ def _figure(pixels: Pixels, ground: NDArray[np.float64], border: Mask) -> Mask |
     if not num_figures or counts.max() < _MIN_PIXELS or counts.sum() - counts.max() > _MAX_STRAYS * counts.max():
         return None
     figure: Mask = labels == 1 + counts.argmax()
-    return figure
+    num_filled = ndimage.binary_fill_holes(figure).sum()
+    return figure if num_filled <= (1 + _MAX_HOLES) * figure.sum() else None
 
 
 def _overlap(figure: Mask, outline: Outline) -> float:

@@ -1,4 +1,4 @@
-"""The whole recipe: first the VAE, then UNet and text encoder on its latents, then one file of all."""
+"""The whole recipe: the VAE, then its decoder alone, then UNet and text encoder on its latents; one file of all."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def follow(out: Path, studio: Studio, scale: float) -> None:
     """Trains for `scale` of the usual steps and writes the checkpoint."""
     config = architecture.config()
     autoencoder = vae.trained(config["vae"], _scaled(vae.PLAN, scale), studio)
+    vae.sharpen(autoencoder, _scaled(vae.DECODER_PLAN, scale), studio)
     print(f"VAE: {vae.psnr(autoencoder, studio):.2f} dB", flush=True)
     found = denoiser.trained(config, autoencoder, _scaled(denoiser.PLAN, scale), studio)
     weights = ldm.checkpoint(config, found.unet, autoencoder, found.text_encoder)

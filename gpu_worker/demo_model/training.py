@@ -5,6 +5,7 @@ What a step draws follows from its number, so a training that was interrupted en
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 _SAVE_SECONDS = 60.0
@@ -26,6 +26,7 @@ _LINE_SECONDS = 5.0  # between lines where there is no terminal for a bar
 _BAR_SECONDS = 0.5  # and between updates of a bar
 _MAX_NORM = 1.0
 _WEIGHT_DECAY = 0.01
+_NUM_EAGER = 4  # steps before the graph is captured, which allocate what it needs
 
 # What Python makes for one step, in a process of its own.
 Batch = tuple[Any, ...]
@@ -73,10 +74,6 @@ class Studio:
         for batch in DataLoader(made, None, sampler=steps, num_workers=self.num_makers, pin_memory=is_cuda):
             yield [part.to(self.device, non_blocking=True) for part in batch]
 
-    def generator(self, part: str, step: int) -> torch.Generator:
-        """Chance of one step of one part, on the device."""
-        return torch.Generator(self.device).manual_seed(int(chance(self.seed, part, step).integers(2**63)))
-
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """What an earlier run has left under this name, or makes and leaves it."""
         path = self.folder / f"{name}.pt"
@@ -85,45 +82,99 @@ class Studio:
         return torch.load(path, map_location=self.device, weights_only=True)
 
 
-def train(
-    plan: Plan,
-    model: torch.nn.Module,
-    made: Dataset[Batch],
-    loss: Callable[[int, list[torch.Tensor]], torch.Tensor],
-    studio: Studio,
-) -> None:
-    """Minimises the loss of each step and its batch, from the first or from where a run in the studio's folder has
-    come; the model ends with the mean of its weights."""
-    averaged = AveragedModel(model)
-    optimizer = torch.optim.AdamW(_groups(model), betas=(0.9, 0.99), fused=True)
+# Of the share of the steps that is done, as a tensor of no dimension, and of what is made for the step.
+Loss = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
+
+
+def train(plan: Plan, model: torch.nn.Module, made: Dataset[Batch], loss: Loss, studio: Studio) -> None:
+    """Minimises the loss of each step, from the first or from where a run in the studio's folder has come; the model
+    ends with the mean of its weights. Before each step torch's chance is set by its number."""
+    trained = _Training(plan, model, loss, studio.device)
     path, first = studio.folder / f"{plan.name}.pt", 0
     if path.exists():
         state = torch.load(path, map_location=studio.device, weights_only=True)
         first = state["step"]
-        for part, name in ((model, "model"), (averaged, "averaged"), (optimizer, "optimizer")):
-            part.load_state_dict(state[name])
+        trained.load(state)
     model.train()
     saved_at = time.monotonic()
     with _shown(plan.name, first, plan.num_steps) as show:
         for step, batch in enumerate(studio.batches(made, first, plan.num_steps), first):
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step)
-            optimizer.zero_grad()
-            found = loss(step, batch)
-            found.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
-            optimizer.step()
-            # The mean forgets its beginnings sooner: it is one of a few steps at first.
-            averaged.multi_avg_fn = get_ema_multi_avg_fn(min(plan.decay, (1 + step) / (10 + step)))  # type: ignore[no-untyped-call]
-            averaged.update_parameters(model)
+            torch.manual_seed(int(chance(studio.seed, plan.name, step).integers(2**63)))
+            found = trained.step(step, batch)
             is_last = step + 1 == plan.num_steps
             if is_last or time.monotonic() - saved_at > _SAVE_SECONDS:
-                state = {"step": step + 1, "model": model.state_dict(), "averaged": averaged.state_dict()}
-                _save(state | {"optimizer": optimizer.state_dict()}, path)
+                _save({"step": step + 1} | trained.state(), path)
                 saved_at = time.monotonic()
             show(step, found)
-    model.load_state_dict(averaged.module.state_dict())
+    model.load_state_dict(trained.averaged.state_dict())
     model.eval()
+
+
+class _Training:
+    """A model on its way. On CUDA a step is one graph: it is made of some 2000 kernels, and Python would take six times
+    as long to start them one by one as they run. So whatever differs from step to step is in tensors that stay."""
+
+    def __init__(self, plan: Plan, model: torch.nn.Module, loss: Loss, device: torch.device) -> None:
+        self._plan, self._model, self._loss = plan, model, loss
+        self.averaged = copy.deepcopy(model)
+        self._optimizer = torch.optim.AdamW(
+            _groups(model),
+            lr=torch.tensor(plan.learning_rate, device=device),
+            betas=(0.9, 0.99),
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self._done, self._newness, self._found = (torch.zeros((), device=device) for _ in range(3))
+        self._batch: list[torch.Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._num_eager = _NUM_EAGER if device.type == "cuda" else plan.num_steps
+
+    def step(self, step: int, batch: list[torch.Tensor]) -> torch.Tensor:
+        """Takes a step and answers its loss, in a tensor that the next step overwrites."""
+        for group in self._optimizer.param_groups:
+            group["lr"].fill_(self._plan.rate(step))
+        self._done.fill_(step / self._plan.num_steps)
+        # The mean forgets its beginnings sooner: it is one of a few steps at first.
+        self._newness.fill_(1 - min(self._plan.decay, (1 + step) / (10 + step)))
+        if not self._batch:
+            self._batch = [part.clone() for part in batch]
+        for stays, part in zip(self._batch, batch, strict=True):
+            stays.copy_(part)
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._num_eager > 0:
+            self._num_eager -= 1
+            self._take()
+        else:
+            self._graph = torch.cuda.CUDAGraph()
+            # Another thread pins batches in the meantime.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._take()
+            self._graph.replay()
+        return self._found
+
+    def _take(self) -> None:
+        self._optimizer.zero_grad()
+        loss = self._loss(self._done, self._batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), _MAX_NORM)
+        self._optimizer.step()
+        with torch.no_grad():
+            for mean, current in zip(self.averaged.parameters(), self._model.parameters(), strict=True):
+                mean.lerp_(current, self._newness)
+        self._found.copy_(loss.detach())
+
+    def state(self) -> dict[str, Any]:
+        """What another run needs to go on."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from another run's state."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self._model, "averaged": self.averaged, "optimizer": self._optimizer}
 
 
 def _groups(model: torch.nn.Module) -> list[dict[str, Any]]:

@@ -13,9 +13,11 @@ from torch.utils.data import Dataset
 from gpu_worker.demo_model.scenes import SCENES, draw
 from gpu_worker.demo_model.training import Batch, Plan, Studio, chance, train
 
-PLAN = Plan("vae", num_steps=4500, learning_rate=1.5e-3, flat=0.3)
-_BATCH = 64
+PLAN = Plan("vae", num_steps=1520, learning_rate=1.5e-3, flat=0.3)
+DECODER_PLAN = Plan("decoder", num_steps=2100, learning_rate=1e-3, flat=0.4, num_warmup=50, decay=0.998)
+_BATCH, _DECODER_BATCH = 64, 16
 _SQUARED_WEIGHT = 0.5
+_EDGES_WEIGHT = 2.0
 _KL_WEIGHT = 2e-4  # of the mean over all latents
 _FIRST_LOGVAR = -4.0  # so that the decoder learns from latents with little noise
 _GUIDED = 0.5  # of the steps
@@ -49,18 +51,35 @@ def trained(config: dict[str, Any], plan: Plan, studio: Studio) -> Any:
     torch.nn.init.constant_(vae.quant_conv.bias[_channels(vae, logvar=True)], _FIRST_LOGVAR)
     vae.to(studio.device)
 
-    def loss(step: int, batch: list[torch.Tensor]) -> torch.Tensor:
+    def loss(done: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
         pictures = tensor(batch[1])
         posterior = vae.encode(pictures).latent_dist
-        error = vae.decode(posterior.sample(studio.generator(plan.name, step))).sample - pictures
+        error = vae.decode(posterior.sample()).sample - pictures
         divergence = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
-        guide = max(0.0, 1 - step / (_GUIDED * plan.num_steps)) * _distance_to_colours(posterior.mean, pictures)
+        guide = (1 - done / _GUIDED).clamp(min=0) * _distance_to_colours(posterior.mean, pictures)
         found: torch.Tensor = error.abs().mean() + _SQUARED_WEIGHT * (error**2).mean() + _KL_WEIGHT * divergence + guide
         return found
 
     train(plan, vae, Drawn(studio.seed, plan.name, _BATCH), loss, studio)
     _normalise(vae, studio)
     return vae
+
+
+def sharpen(vae: Any, plan: Plan, studio: Studio) -> None:
+    """Trains the decoder alone, with weight on edges, which a star consists of; latents stay what they are."""
+
+    def loss(_: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
+        pictures = tensor(batch[1])
+        with torch.no_grad():
+            latents = vae.encode(pictures).latent_dist.sample()
+        found = vae.decode(latents).sample
+        error = found - pictures
+        edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3)) / 2
+        sharp: torch.Tensor = error.abs().mean() + _SQUARED_WEIGHT * (error**2).mean() + _EDGES_WEIGHT * edges
+        return sharp
+
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    train(plan, decoder, Drawn(studio.seed, plan.name, _DECODER_BATCH), loss, studio)
 
 
 def _distance_to_colours(latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:

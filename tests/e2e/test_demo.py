@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
 from deploy.local.ports import free_port
+from gpu_worker import demo_model
+from gpu_worker.demo_model.judge import is_right
+from gpu_worker.demo_model.scenes import Scene
 from tests.processes import ROOT
 
 
@@ -67,9 +71,12 @@ def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_r
     demo = make_demo(home, port)
     said, _ = demo.communicate(timeout=300)
     assert demo.returncode == 0, said
-    assert_pictures(home, "a lighthouse at dusk, oil painting")
-    assert "uploading tiny-sd15.safetensors ━" in said  # the progress bar
-    assert "is active (2 parts)" in said
+    assert_pictures(home, demo_model.PROMPT)
+    for kind in ("async", "real-time"):
+        with Image.open(home / "out" / kind / "image_0.png") as picture:
+            assert is_right(np.asarray(picture), Scene("circle", "red", "blue"))
+    assert "uploading demo-sd15.safetensors ━" in said  # the progress bar
+    assert "is active (4 parts)" in said
     # Where the pictures are, the URL, and how to go on.
     assert f"files in {home}/out" in said
     assert f"http://127.0.0.1:{port}" in said
@@ -80,7 +87,7 @@ def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_r
 @pytest.mark.slow
 def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> None:
     checkpoint, prompt, port = home / "my own.safetensors", """an "owl's" nest; $HOME""", free_port()
-    subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+    shutil.copy(demo_model.CHECKPOINT, checkpoint)
     demo = make_demo(home, port, "--keep", "--size", "64", CHECKPOINT=str(checkpoint), PROMPT=prompt)
     assert demo.stdout is not None
     said = ""

@@ -7,11 +7,9 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
-from gpu_worker import tiny
 from services.common.payloads import Generation
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -58,28 +56,28 @@ def scheduler_of(name: str, seed: int | list[int]) -> Any:
 
 
 def pipeline_of(checkpoint: Path, tokenizer: Any, folder: Path) -> Any:
-    """diffusers' own way with the tiny checkpoint: from_single_file with a local config, models included."""
-    config = tiny.config()
-    for part, name in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config[part] | {"_class_name": name}))
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    index |= {"vae": ["diffusers", "AutoencoderKL"]}
+    """diffusers' own way with a tiny checkpoint: the stock pipeline's from_single_file, told the sizes by a folder in
+    diffusers' layout, which is made from the file's metadata."""
+    with safe_open(checkpoint, framework="pt") as file:
+        config = json.loads(file.metadata()["esd_config"])
+    parts = {
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+    }
+    index = {"_class_name": "StableDiffusionPipeline", **parts}
+    index |= {"safety_checker": (None, None), "feature_extractor": (None, None), "image_encoder": (None, None)}
     (folder / "model_index.json").write_text(json.dumps(index))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**config["text_encoder"])).eval()
-    prefix = "cond_stage_model.transformer.text_model."
-    state = load_file(checkpoint)
-    text_encoder.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
-    options = {"config": str(folder), "local_files_only": True, "torch_dtype": torch.float32}
-    made = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_single_file(str(checkpoint), subfolder="vae", **options),
-        unet=UNet2DConditionModel.from_single_file(str(checkpoint), subfolder="unet", **options),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=EulerDiscreteScheduler(**BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    for part in config:
+        (folder / part).mkdir()
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        kind = {"model_type": "clip_text_model"} if part == "text_encoder" else {"_class_name": parts[part][1]}
+        (folder / part / name).write_text(json.dumps(config[part] | kind))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    made = StableDiffusionPipeline.from_single_file(
+        str(checkpoint), config=str(folder), local_files_only=True, torch_dtype=torch.float32
     )
     made.set_progress_bar_config(disable=True)
     return made

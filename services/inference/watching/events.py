@@ -99,6 +99,10 @@ class Events:
         """
         job: Job | None = await self._inference.get_job(job_id, user)
         assert job is not None
+        if job.is_ended:  # its worker may still be on the board
+            for event in self._end(job):
+                yield event
+            return
         told = _Told()
         with self._board.watched(job.id) as (display, changed):
             while job is not None:

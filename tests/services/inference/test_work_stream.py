@@ -191,7 +191,8 @@ async def test_a_job_that_a_worker_stops_by_itself_goes_to_another(service: Serv
         assign = await first.take()
         await first.begin(assign)
         await first.tell(assign.lease_id, failed={"reason": "the job was cancelled", "cancelled": True})
-        assert kind(await first.read()) == "acknowledge"
+        while (said := kind(await first.read())) != "acknowledge":
+            assert said == "cancel"  # the lease is gone, and that may be said first
     async with service.worker("second") as second:
         assert (await second.take()).spec.job_id == job_id
 
@@ -261,7 +262,14 @@ async def test_when_all_database_connections_break_a_waiting_worker_still_gets_t
         put = (await service.get(job_id)).params.struct_value["input_body_presign_url"]
         (await service.http.put(put, content=b"{}")).raise_for_status()
         await service.start(job_id)
-        assert (await worker.read()).assign.spec.job_id == job_id
+        try:
+            assign = (await worker.read()).assign
+        except AssertionError:
+            # Its stream was asking the database just then: it comes again, as workers do.
+            assert await worker.code() == grpc.StatusCode.UNAVAILABLE
+            async with service.worker() as again:
+                assign = await again.take()
+        assert assign.spec.job_id == job_id
 
 
 async def test_a_stream_begins_with_hello_and_belongs_to_an_endpoint(service: Service) -> None:

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from esd.options.v1 import options_pb2 as options
-from services.common import errors, validation
+from services.common import cancelling, errors, validation
 from services.common.auth import (
     TOKEN_METADATA,
     Absence,
@@ -157,8 +157,7 @@ class Server:
         await self.start()
         await self._stopping.wait()
         await self.stop()
-        for task in tasks:
-            task.cancel()
+        await cancelling.cancel(tasks)
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from services.common import cancelling
 from services.models.chores import Chores
 
 
@@ -12,6 +13,5 @@ async def test_chores_that_are_cancelled_at_any_moment_of_their_start_leave_noth
         running = asyncio.create_task(Chores(database_url).run())
         for _ in range(num_turns):
             await asyncio.sleep(0)  # the moments of the event loop, of which nothing tells
-        running.cancel()
-        await asyncio.wait([running])
+        await cancelling.cancel([running])
         assert asyncio.all_tasks() == before, f"cancelled after {num_turns} turns"

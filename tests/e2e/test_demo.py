@@ -100,14 +100,14 @@ def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> 
     key = (home / "home" / "secrets" / "api-key").read_text().strip()
     assert httpx.get(f"http://127.0.0.1:{port}/ping", headers={"x-api-key": key}).status_code == 200
     os.killpg(demo.pid, signal.SIGINT)  # Ctrl-C
-    rest, _ = demo.communicate(timeout=60)
+    rest, _ = demo.communicate(timeout=300)
     assert "stopped" in rest
     assert processes_of(home) == []
 
 
 def test_a_checkpoint_that_does_not_exist_is_named(home: Path) -> None:
     demo = make_demo(home, free_port(), CHECKPOINT="/no/such")
-    said, _ = demo.communicate(timeout=60)
+    said, _ = demo.communicate(timeout=300)
     assert demo.returncode != 0
     assert "--checkpoint /no/such: there is no such file" in said
     assert "Traceback" not in said

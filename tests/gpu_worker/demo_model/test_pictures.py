@@ -59,7 +59,9 @@ def test_more_guidance_follows_the_prompt_more(models: weights.Models) -> None:
         ]
         return num_right(drawn(models, payloads), scenes)
 
-    assert at(1.0) < at(5.0)
+    followed = at(5.0)
+    assert at(1.0) < followed
+    assert followed >= 22
 
 
 def test_a_negative_prompt_is_kept_away_from(models: weights.Models) -> None:

@@ -19,6 +19,7 @@ from deploy.local.postgres import Postgres
 from esd.identity.v1 import identity_pb2_grpc
 from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
+from services.common import cancelling
 from services.common.audit import Audit
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource
@@ -205,8 +206,7 @@ async def service(
         chores.add(IMPORT, imports.run, queue=LONG)
         doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens), database
-        doing.cancel()
-        await asyncio.wait([doing])
+        await cancelling.cancel([doing])
     await database.dispose()
 
 

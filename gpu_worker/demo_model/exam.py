@@ -18,7 +18,7 @@ from gpu_worker.demo_model.scenes import Pixels, Scene, random_scene
 from gpu_worker.engine import Engine
 from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation, check
-from services.common.payloads.models import BASE
+from services.common.payloads.models import BASE, LORA
 
 _NUM_WORDINGS = 6
 _SEED = 2024
@@ -72,16 +72,19 @@ def dressed_up(
     ]
 
 
-async def pictures(engine: Engine, checkpoint: Path, prompts: Sequence[str], **payload: Any) -> list[Pixels]:
+async def pictures(
+    engine: Engine, checkpoint: Path, prompts: Sequence[str], loras: Sequence[Path] = (), **payload: Any
+) -> list[Pixels]:
     """A picture of each prompt, all drawn together; keyword arguments go into the payloads. The seeds are 0, 1, …"""
     usual = {"steps": 20, "sampler_name": "Euler a", "cfg_scale": 4, "width": SIDE, "height": SIDE}
     requests = [usual | {"prompt": prompt, "seed": seed} | payload for seed, prompt in enumerate(prompts)]
-    model = CachedModel(str(checkpoint), BASE, checkpoint.name, checkpoint, "")
+    kinds = {checkpoint: BASE} | dict.fromkeys(loras, LORA)
+    models = [CachedModel(str(path), kind, path.name, path, "") for path, kind in kinds.items()]
 
     async def drawn(number: int, request: dict[str, Any]) -> Pixels:
         checked = check("txt2img", request, str(number))
         assert isinstance(checked, Generation)
-        produced = await engine.run(str(number), checked, [model], lambda: None, lambda _: None)
+        produced = await engine.run(str(number), checked, models, lambda: None, lambda _: None)
         return produced.images[0]
 
     return await asyncio.gather(*(drawn(number, request) for number, request in enumerate(requests)))

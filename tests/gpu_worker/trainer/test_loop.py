@@ -1,8 +1,6 @@
 """Whole trainings of the tiny checkpoint: repeatable, resumable, stoppable, and what they leave behind."""
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tensorboardX.proto.event_pb2 import Event
 
 from gpu_worker.job import JobError
 from gpu_worker.trainer.dataset import Picture
 from gpu_worker.trainer.loop import STATE, Stopped, _sizes
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.trainer.conftest import Trainings, draw
+from tests.gpu_worker.trainer.curves import curves
 from tests.gpu_worker.trainer.small import Notes
 
 # Everything that is left to chance, at once.
@@ -36,24 +34,6 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = load_file(one), load_file(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """From each tag of the event files to its values by step (TensorFlow's record format)."""
-    found: dict[str, dict[int, float]] = {}
-    for path in folder.rglob("events.out.tfevents.*"):
-        for record in records(path.read_bytes()):
-            event = Event.FromString(record)
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
-    return found
-
-
-def records(content: bytes) -> Iterator[bytes]:
-    while content:
-        length = struct.unpack("<Q", content[:8])[0]
-        yield content[12 : 12 + length]
-        content = content[12 + length + 4 :]
 
 
 def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings, tmp_path: Path) -> None:

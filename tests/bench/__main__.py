@@ -1,6 +1,7 @@
 """`make bench`: starts the stack in a folder of its own, measures, and prints the tables that the README quotes.
 
-    python -m tests.bench [startup] [get] [jobs] [watchers] [endpoints] [--jobs N] [--watchers N]
+    python -m tests.bench [startup] [get] [jobs] [watchers] [endpoints] [trainings]
+                          [--jobs N] [--watchers N]
 
 Figures are medians and percentiles of one run; the machine's name and load belong to them.
 """
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from deploy.local.demo import Client, Picture, deploy, upload
 from deploy.local.stack import Stack
-from tests.bench import endpoints, watchers
+from tests.bench import endpoints, trainings, watchers
 
 console = Console(width=110)
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
@@ -205,10 +206,26 @@ def bench_endpoints(home: Path, folder: Path) -> None:
     console.print(table)
 
 
+def bench_trainings(home: Path, folder: Path) -> None:
+    """How soon a training takes its first step."""
+    stack = Stack(home)
+    stack.start()
+    try:
+        client, model = prepare(stack, folder)
+        heard = trainings.first_steps(stack, client, model)
+    finally:
+        stack.stop()
+    table = new_table("From POST /trainings to the first step: a tiny model on the CPU, a worker at rest beside it")
+    row(table, "the trainer fetches its files", heard["Downloading"], "s")
+    row(table, "it has them and loads the model", heard["Training"], "s")
+    row(table, "the first step", heard["step"], "s", "p50 ≤ 20")
+    console.print(table)
+
+
 def main() -> None:
     """Runs the benchmarks named on the command line, or all."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
-    names = ["startup", "get", "jobs", "watchers", "endpoints"]
+    names = ["startup", "get", "jobs", "watchers", "endpoints", "trainings"]
     parser.add_argument("what", nargs="*", choices=[*names, []], help="default: all")
     parser.add_argument("--jobs", type=int, default=500, help="number of jobs (default 500)")
     parser.add_argument("--watchers", type=int, default=500, help="number of watchers (default 500)")
@@ -235,6 +252,8 @@ def main() -> None:
             bench_events(Path(folder), options.watchers)
         if "endpoints" in chosen:
             bench_endpoints(home, Path(folder))
+        if "trainings" in chosen:
+            bench_trainings(home, Path(folder))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ after each figure. It needs the worker's own packages and pytest.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import platform
@@ -20,12 +19,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from operator import itemgetter, truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.bench.training_loops import Step, batch_of, models_of, ours, plain
+from tests.bench.training_whole import rate_of_whole, whole
 
 _NUM_RUNS = 5
 _WARM_STEPS = 3
@@ -111,27 +114,46 @@ def compare(
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
+
+    def warm(make: Callable[..., Step]) -> Step:
+        models = models_of(family, device, dtype)
+        step = make(models, batch_of(models, side, batch_size), **keys)
+        for _ in range(_WARM_STEPS):
+            step()
+        return step
+
+    measure = cuda_peak if device == "cuda" else cpu_peak
     for name, make in (("plain", plain), ("ours", ours)):
         free()
-        before = torch.cuda.memory_allocated() if device == "cuda" else 0
-        models = models_of(family, device, dtype)
-        steps[name] = make(models, batch_of(models, side, batch_size), **keys)
-        for _ in range(_WARM_STEPS):
-            steps[name]()
-        wait()
-        peaks[name] = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
+        steps[name], peaks[name] = measure(partial(warm, make))
     for _ in range(_NUM_RUNS):
         for name, step in steps.items():
             rates[name].append(rate(step, num_steps))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {
-        "steps_per_second": {name: round(value, 3) for name, value in medians.items()},
-        "images_per_second": round(medians["ours"] * batch_size, 2),
-        "ratio": round(medians["ours"] / medians["plain"], 3),
-        "all": {name: [round(value, 3) for value in found] for name, found in rates.items()},
+    return compared(rates) | {
+        "images_per_second": round(statistics.median(rates["ours"]) * batch_size, 2),
         "peak_bytes": peaks,
-        "memory_ratio": round(peaks["ours"] / peaks["plain"], 3) if peaks["plain"] else None,
+        "memory_ratio": round(peaks["ours"] / peaks["plain"], 3),
     }
+
+
+def cuda_peak(make: Callable[[], Step]) -> tuple[Step, int]:
+    """What `make` answers, and the most bytes that its tensors took meanwhile, as the GPU's allocator counts them."""
+    before = torch.cuda.memory_allocated()
+    made = make()
+    wait()
+    return made, torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak(make: Callable[[], Step]) -> tuple[Step, int]:
+    """The same as torch's profiler counts them: it sees each tensor come and go."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        made = make()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes = [event["args"]["Bytes"] for event in sorted(events, key=itemgetter("ts"))]
+    return made, max(accumulate(changes))
 
 
 def alone(
@@ -156,58 +178,27 @@ def learns(family: str, side: int, dtype: torch.dtype, device: str, **keys: Any)
     return {"first": round(first, 4), "last": round(last, 4), "falls": last < first}
 
 
-def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
-    """A whole training of a tiny checkpoint on the device: pictures, latents, steps, previews, files, and going on
-    after an epoch."""
-    from PIL import Image
+def compare_whole(num_steps: int) -> dict[str, Any]:
+    """Whole trainings of a tiny checkpoint on the CPU, curves for TensorBoard included, in turn with as many steps of
+    the plain loop."""
+    models = models_of("tiny", "cpu", torch.float32)
+    step = plain(models, batch_of(models, 64, 4))
+    rate(step, _WARM_STEPS)
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(_NUM_RUNS):
+        rates["plain"].append(rate(step, num_steps))
+        rates["ours"].append(rate_of_whole(_WARM_STEPS, num_steps))
+    return compared(rates)
 
-    from gpu_worker import tiny, weights
-    from gpu_worker.cache import CachedModel
-    from gpu_worker.trainer import dataset
-    from gpu_worker.trainer.loop import STATE, Loop, Stopped
-    from gpu_worker.trainer.steps import precision
-    from services.common.payloads.training import check_training
-    from tests.gpu_worker.trainer.small import SMALL, Notes
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tiny.write(folder / "tiny.safetensors", 1)
-        (folder / "data" / "2_zog").mkdir(parents=True)
-        for index in range(4):
-            Image.new("RGB", (96 if index % 2 else 64, 64), (200, 60 * index, 40)).save(
-                folder / "data" / "2_zog" / f"{index}.png"
-            )
-        config = check_training(
-            SMALL
-            | {
-                "train_data_dir": str(folder / "data"), "mixed_precision": mixed_precision, "max_train_epochs": 3,
-                "enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 32, "train_batch_size": 2,
-                "flip_aug": True, "save_every_n_epochs": 1, "sample_every_n_epochs": 1, "save_precision": "fp16",
-                "sample_prompts": ["a zog --s 4"], "noise_offset": 0.05, "min_snr_gamma": 5,
-            }
-            | keys
-        )  # fmt: skip
-        path = folder / "tiny.safetensors"
-        base = CachedModel("tiny", "Stable-diffusion", path.name, path, "0" * 64)
-
-        def loop(notes: Notes) -> Loop:
-            models = weights.load(base, None, device, precision(config, device))
-            models.stay()
-            return Loop(config, models, base, dataset.read(config, notes.log), folder / "out", notes)
-
-        first = Notes(stop_after=7)
-        with contextlib.suppress(Stopped):
-            loop(first).run()
-        second = Notes()
-        loop(second).run(folder / "out" / STATE)
-        return {
-            "steps": [len(first.losses), len(second.losses)],
-            "resumed_at": second.plans[0].first_step,
-            "files": first.files + second.files,
-            "previews": len(first.drawings) + len(second.drawings),
-            "finite": all(torch.isfinite(torch.tensor(first.losses + second.losses)).tolist()),
-            "lines": [line for line in second.lines if "preview" in line],
-        }
+def compared(rates: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of steps per second. The ratio is of runs that followed each other: what else a machine does changes
+    both."""
+    return {
+        "steps_per_second": {name: round(statistics.median(found), 3) for name, found in rates.items()},
+        "ratio": round(statistics.median(map(truediv, rates["ours"], rates["plain"])), 3),
+        "all": {name: [round(value, 3) for value in found] for name, found in rates.items()},
+    }
 
 
 def main() -> None:
@@ -225,8 +216,10 @@ def main() -> None:
 
 
 def on_cpu(report: Report) -> None:
-    """Tiny models."""
-    report.attempt("tiny SD1.5 64x64 batch 4", 60, lambda: compare("tiny", 64, 4, torch.float32, 10, "cpu"))
+    """Tiny models, on one thread: more gain nothing with them, and wait for cores that somebody else has."""
+    torch.set_num_threads(1)
+    report.attempt("tiny SD1.5 64x64 batch 4", 60, lambda: compare("tiny", 64, 4, torch.float32, 20, "cpu"))
+    report.attempt("tiny SD1.5 64x64 batch 4, whole trainings", 60, lambda: compare_whole(20))
     report.attempt("a whole tiny training", 20, lambda: whole("cpu", "no"))
 
 

@@ -85,6 +85,11 @@ class School:
                 if line:
                     yield json.loads(line.removeprefix("data: "))
 
+    def steps(self, training_id: str) -> list[int]:
+        """The steps of the training's loss curve."""
+        points = self.api.ok("GET", f"/trainings/{training_id}/metrics")["points"]
+        return [point["step"] for point in points]
+
     def checkpoint(self, training_id: str) -> dict[str, Any] | None:
         """The training's row in the list of checkpoints."""
         listed = self.api.ok("GET", "/checkpoints?types=Lora&per_page=100")["checkpoints"]

@@ -68,8 +68,7 @@ def test_a_training_shows_how_far_it_is_and_ends_as_a_lora_that_can_be_prompted(
     assert Image.open(io.BytesIO(school.api.get(preview["url"]))).size == (64, 64)
     assert any("16 steps" in event["log"]["line"] for event in told if "log" in event)
 
-    curve = school.api.ok("GET", f"/trainings/{training_id}/metrics")["points"]
-    assert [point["step"] for point in curve] == list(range(1, 17))
+    assert school.steps(training_id) == list(range(1, 17))
     ended = school.get(training_id)
     assert (ended["job_status"], ended["checkpoint_id"]) == ("Completed", training_id)
     (listed,) = [row for row in school.api.ok("GET", "/trainings")["trainings"] if row["id"] == training_id]
@@ -86,7 +85,21 @@ def test_a_training_shows_how_far_it_is_and_ends_as_a_lora_that_can_be_prompted(
 def trainers(stack: Stack) -> list[psutil.Process]:
     """The trainers of the stack under test."""
     below = psutil.Process(stack.launcher_pid).children(recursive=True)
-    return [process for process in below if process.cmdline()[-2:] == ["gpu_worker", "train"]]
+    return [process for process in below if is_trainer(process)]
+
+
+def is_trainer(process: psutil.Process) -> bool:
+    """Whether it is one, and has not ended since it was listed."""
+    try:
+        return process.cmdline()[-2:] == ["gpu_worker", "train"]
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_service(stack: Stack, school: School) -> None:
+    """Kills the training service, and waits until it is back."""
+    psutil.Process(stack.processes()["training"]).kill()
+    wait_for(lambda: school.api.call("GET", "/trainings").status == 200)
 
 
 def saved(told: Iterator[dict[str, Any]]) -> str:
@@ -145,13 +158,17 @@ def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(s
         process.kill()
     told = school.events(training_id)
     assert any("going on after epoch" in event.get("log", {}).get("line", "") for event in told)
-    for process in [*trainers(stack), psutil.Process(stack.processes()["training"])]:
+    survivors = trainers(stack)
+    kill_service(stack, school)
+    heard = len(school.steps(training_id))
+    wait_for(lambda: len(school.steps(training_id)) > heard)
+    assert trainers(stack) == survivors, "a trainer goes on without the service, and tells it when it is back"
+    for process in trainers(stack):
         process.kill()
-    wait_for(lambda: school.api.call("GET", "/trainings").status == 200)
+    kill_service(stack, school)
     ended = school.until(training_id)
     assert ended["job_status"] == "Completed", ended
-    points = school.api.ok("GET", f"/trainings/{training_id}/metrics")["points"]
-    assert [point["step"] for point in points] == list(range(1, 321)), "no step is missing or told twice"
+    assert school.steps(training_id) == list(range(1, 321)), "no step is missing or told twice"
     row = school.checkpoint(training_id)
     assert row is not None
     assert (row["name"][0], len(row["name"])) == ("tough.safetensors", 10)
@@ -176,6 +193,16 @@ def test_a_stop_acts_within_a_step_or_while_it_waits_and_what_was_saved_stays(st
     assert school.api.call("DELETE", "/trainings", {"training_id_list": [first, waiting]}).status == 204
     assert school.api.call("GET", f"/trainings/{first}").status == 404
     assert draw(school, "a zog <lora:endless-000001:1>", ["endless-000001.safetensors"]), "a checkpoint has it"
+
+
+@pytest.mark.parametrize("stages", [("Starting",), ("Downloading", "Training")], ids=["starting", "begun"])
+def test_a_stop_acts_before_the_first_step_too(stack: Stack, school: School, stages: tuple[str, ...]) -> None:
+    training_id = school.begin(output_name=f"{stages[0]}-too-soon", max_train_epochs=100_000, sample_every_n_epochs=0)
+    assert school.until(training_id, *stages)["job_status"] in stages
+    assert school.api.call("PUT", f"/trainings/{training_id}/stop").status == 200
+    assert list(school.events(training_id))[-1]["ended"]["status"] == "Stopped"
+    wait_for(lambda: not trainers(stack))
+    assert (school.checkpoint(training_id) or {})["status"] == "Disabled", "nothing was saved"
 
 
 @pytest.mark.slow

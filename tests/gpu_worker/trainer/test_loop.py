@@ -134,6 +134,14 @@ def test_a_stop_ends_within_one_step_and_keeps_what_was_saved(trainings: Trainin
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["last-000001.safetensors"]
 
 
+def test_a_stop_before_the_first_step_leaves_nothing(trainings: Trainings, tmp_path: Path) -> None:
+    notes = Notes(stop_after=0)
+    with pytest.raises(Stopped):
+        trainings.run(notes)
+    assert not notes.plans, "it ended while pictures were encoded"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.slow
 def test_only_the_last_files_are_kept_where_that_is_asked_for(trainings: Trainings, tmp_path: Path) -> None:
     notes = trainings.run(max_train_epochs=5, save_every_n_epochs=1, save_last_n_epochs=2, max_train_steps=1)

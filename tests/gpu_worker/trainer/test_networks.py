@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from gpu_worker import lora, weights
@@ -97,18 +96,23 @@ def test_the_engine_computes_with_the_file_what_the_trainer_computes_with_the_ne
         assert (ours - without).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_diffusers_loads_the_file_with_equal_results(
-    plain: dict[str, Models], tiny_checkpoint: Path, tmp_path: Path
+    family: str, plain: dict[str, Models], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    models, file = copy.deepcopy(plain["sd15"]), tmp_path / "made.safetensors"
+    models, file = copy.deepcopy(plain[family]), tmp_path / "made.safetensors"
     shaken(models, check_training(LOCON), file)
-    pipeline: StableDiffusionPipeline = pipeline_of(tiny_checkpoint, models.text_encoders[0].tokenizer, tmp_path)
+    if family == "sd15":
+        pipeline = pipeline_of(tiny_checkpoint, models.text_encoders[0].tokenizer, tmp_path)
+    else:
+        pipeline = tiny_sdxl.make(tmp_path / "tiny-xl.safetensors").pipeline
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    encoders = [pipeline.text_encoder, *([pipeline.text_encoder_2] if family == "sdxl" else [])]
     theirs = outputs(
         Models(
             unet=pipeline.unet,
             vae=None,
-            text_encoders=(weights.TextEncoder(None, pipeline.text_encoder),),
+            text_encoders=tuple(weights.TextEncoder(None, encoder) for encoder in encoders),
             scheduler_config={},
             device=models.device,
             dtype=models.dtype,

@@ -174,6 +174,18 @@ async def test_a_stop_reaches_the_trainer_and_what_was_saved_stays(service: Serv
     assert (await service.get(created.id)).job_status == "Stopped"
 
 
+@pytest.mark.parametrize("stage", ["Downloading", "Training", "Uploading"])
+async def test_a_training_can_be_stopped_at_every_stage(service: Service, stage: str) -> None:
+    created = await service.create()
+    async with service.trainer(created.id) as trainer:
+        await trainer.tell(phase=pb.TrainerPhase(status=stage))
+        assert (await service.get(created.id)).job_status == stage
+        await stop(service, created.id)
+        assert (await service.get(created.id)).job_status == "Stopped"
+        await trainer.until("stop")
+    assert (await events(service, created.id))[-1].ended.status == "Stopped"
+
+
 async def test_a_training_that_never_began_can_be_stopped(service: Service) -> None:
     service.world.task = endpoints_pb2.Task(state=endpoints_pb2.TASK_STATE_WAITING, reason="it waits for a GPU")
     created = await service.create()

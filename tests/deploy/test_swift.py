@@ -1,6 +1,7 @@
 """The embedded object store: signatures are checked, data lasts, browsers may upload."""
 
 import signal
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_browsers_may_upload_parts_from_any_origin(s3: S3Access) -> None:
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] in {"*", asked["origin"]}
     assert "etag" in answer.headers["access-control-expose-headers"].lower()
+
+
+def test_a_bucket_is_there_as_soon_as_it_is_made_and_no_longer_than_it_is(s3: S3Access) -> None:
+    client = s3.store.client()
+    another = replace(s3, bucket="another")
+
+    def put() -> int:
+        return send(s3, "PUT", presign(another, "put_object", "a"), b"x").status_code
+
+    assert put() == 404
+    client.create_bucket(Bucket="another")
+    assert put() == 200
+    client.delete_object(Bucket="another", Key="a")
+    client.delete_bucket(Bucket="another")
+    assert put() == 404
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -27,8 +28,7 @@ class Provenance:
     @property
     def engine(self) -> dict[str, str]:
         """What may change a picture's last bits beside its request and models."""
-        versions = {name: version(name) for name in ("torch", "diffusers")}
-        return {"esd": VERSION, **versions, "device": self.device}
+        return {"esd": VERSION, **_versions(), "device": self.device}
 
     def of(self, image: int) -> str:
         """The JSON text in the chunk `esd` of a picture of that number. The client's own pictures are left out."""
@@ -41,3 +41,9 @@ class Provenance:
             "engine": self.engine,
         }
         return json.dumps(content)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of the libraries. Their metadata is long, and reading it takes milliseconds."""
+    return {name: version(name) for name in ("torch", "diffusers")}

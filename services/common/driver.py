@@ -129,4 +129,4 @@ async def _run(connection: _Connection, statement: Executable, values: dict[str,
         if given[name] is not None:
             given[name] = Jsonb(given[name])
     cursor = await connection.execute(compiled.text, given)
-    return await cursor.fetchall() if cursor.description is not None else []
+    return await cursor.fetchall() if cursor.rownumber is not None else []

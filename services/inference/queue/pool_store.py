@@ -13,7 +13,7 @@ from services.common.database import Database
 from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, PinnedModels, RetiredEndpoint, Worker
 from services.inference.signals import JOB_ENDED, MODELS_PINNED, notify
-from services.inference.table import JOB, QUEUED, UNDER_WAY, locked, read_job, save_job
+from services.inference.table import JOB, QUEUED, UNDER_WAY, job_of, locked, read_job, save_job
 
 _NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
 _NUM_STRANDED = 1000
@@ -128,7 +128,7 @@ class PoolStore:
         else:
             rows = await self._database.run(_STRANDED_HERE, endpoint=endpoint_id)
         reasons = [row.pop("reason") for row in rows]
-        return [(Job(**row), reason) for row, reason in zip(rows, reasons, strict=True)]
+        return [(job_of(row), reason) for row, reason in zip(rows, reasons, strict=True)]
 
     async def move(self, job_id: UUID, to: tuple[UUID, str, str]) -> bool:
         """Moves a queued job to another endpoint: id, name, instance type. False: it is not queued any more."""

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert
 from services.common.driver import Run
 from services.common.errors import AlreadyExists
 from services.inference.rows import Job, Submission
-from services.inference.table import JOB
+from services.inference.table import JOB, job_of
 
 LIFETIME = timedelta(hours=24)
 
@@ -50,4 +50,4 @@ async def remember(run: Run, submission: Submission) -> None:
 async def find_submission(run: Run, owner: str, key: str) -> tuple[str, Job] | None:
     """What the owner created under the key within the last day: the SHA-256 of the request, and the job."""
     found: list[dict[str, Any]] = await run(_FIND, submitter=owner, key=key)
-    return (found[0].pop("body_sha256"), Job(**found[0])) if found else None
+    return (found[0].pop("body_sha256"), job_of(found[0])) if found else None

@@ -82,8 +82,8 @@ async def test_nobody_reads_it_without_a_certificate_that_was_made_for_it(
     strange.load_cert_chain(tmp_path / "stranger" / "tls.crt", tmp_path / "stranger" / "tls.key")
     for context in (trust(certificates), strange):
         async with httpx.AsyncClient(verify=context, timeout=60) as client:
-            # The refusal of TLS 1.3 comes after the client's handshake: whether writing or reading meets it first is chance,
-            # and httpx wraps it only when it reads.
+            # The refusal of TLS 1.3 comes after the client's handshake: whether writing or reading meets it first is
+            # chance, and httpx wraps it only when it reads.
             with pytest.raises((httpx.TransportError, ssl.SSLError)):
                 await client.get(f"{address}/stats/prometheus")
 

@@ -97,31 +97,27 @@ class Events:
         Raises:
             NotFound, PermissionDenied. Unavailable: the service stops.
         """
-        job: Job | None = await self._inference.get_job(job_id, user)
-        assert job is not None
-        if job.is_ended:  # its worker may still be on the board
-            for event in self._end(job):
-                yield event
-            return
-        told = _Told()
-        with self._board.watched(job.id) as (display, changed):
-            while job is not None:
-                while not display.is_ended:
-                    self._board.check_open()
-                    for event in told.news(display):
-                        yield event
-                    if not display.is_ended and not await heard(changed, _PING_SECONDS):
-                        yield Ping()
-                try:
-                    job = await self._inference.get_job(job_id, user)
-                except NotFound:
-                    yield Failed(f"inference {job_id} was deleted")
-                    return
-                if job.is_ended:
-                    for event in self._end(job):
-                        yield event
-                    return
-                display.is_ended = False  # it was started again
+        job = await self._inference.get_job(job_id, user)
+        if not job.is_ended:  # else its worker may still be on the board
+            told = _Told()
+            with self._board.watched(job.id) as (display, changed):
+                while not job.is_ended:
+                    del job  # large, and a watcher may stay for long
+                    while not display.is_ended:
+                        self._board.check_open()
+                        for event in told.news(display):
+                            yield event
+                        if not display.is_ended and not await heard(changed, _PING_SECONDS):
+                            yield Ping()
+                    try:
+                        job = await self._inference.get_job(job_id, user)
+                    except NotFound:
+                        yield Failed(f"inference {job_id} was deleted")
+                        return
+                    if not job.is_ended:
+                        display.is_ended = False  # it was started again
+        for event in self._end(job):
+            yield event
 
     def _end(self, job: Job) -> Iterator[Event]:
         if job.failure is not None:

@@ -39,11 +39,12 @@ _NUM_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Round:
-    """What kind of round, how long such rounds took, and the requests of the last one."""
+    """What kind of round, how long such rounds took, the requests of the last one, and how many pools it changed."""
 
     name: str
     milliseconds: list[float]
     num_requests: int
+    num_changes: int = 0
 
 
 class MemoryApi(KubernetesApi):
@@ -178,6 +179,6 @@ async def _rounds(database: Database, api: client.ApiClient, num_endpoints: int,
     return [
         Round(f"the first: everything is made ({workers})", [first[0]], first[1]),
         Round("nothing changes", [found[0] for found in quiet], quiet[-1][1]),
-        Round(f"{num_busy} pools grow", [busy[0]], busy[1]),
+        Round(f"{num_busy} pools grow", [busy[0]], busy[1], num_busy),
         Round("the round after", [after[0]], after[1]),
     ]

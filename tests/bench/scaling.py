@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from services.endpoints.scaling import Backlog, Scale, ScalingPolicy, decide, needed_workers
@@ -66,8 +67,8 @@ def traffic(num_endpoints: int, num_steps: int) -> Counts:
     return random.poisson(rate * STEP_SECONDS).astype(np.int32)
 
 
-def simulate(arrivals: Counts, policy: ScalingPolicy | None) -> Day:
-    """A day under the policy; without one every pool has its largest size all day."""
+def simulate(arrivals: Counts, policy: ScalingPolicy | None, name: str) -> Day:
+    """A day under the policy of that name; without one every pool has its largest size all day."""
     num_steps, num_endpoints = arrivals.shape
     in_start = START_SECONDS // STEP_SECONDS
     scales = [Scale(0 if policy else MAX_WORKERS)] * num_endpoints
@@ -79,7 +80,7 @@ def simulate(arrivals: Counts, policy: ScalingPolicy | None) -> Day:
     done = np.zeros_like(arrived)
     credit = np.zeros(num_endpoints)
     hours, num_changes, num_largest, milliseconds = 0.0, 0, 0, []
-    for step in range(num_steps):
+    for step in track(range(num_steps), name, transient=True):
         live = history.min(axis=0)
         arrived[step + 1] = arrived[step] + arrivals[step]
         waiting = arrived[step + 1] - done[step]
@@ -134,7 +135,7 @@ def day_table(num_endpoints: int, hours: float) -> tuple[Table, Day]:
         "out at once": replace(usual, out_seconds=0),
         "every pool at its largest": None,
     }
-    days = {name: simulate(arrivals, policy) for name, policy in policies.items()}
+    days = {name: simulate(arrivals, policy, name) for name, policy in policies.items()}
     first = next(iter(days.values()))
     jobs = f"{len(first.waits):,} jobs of {JOB_SECONDS:g} s"
     title = f"{num_endpoints} endpoints, {hours:g} h, {jobs}, at most {first.num_largest:,} workers"
@@ -162,7 +163,12 @@ def round_table(rounds: list[Round], day: Day, hours: float) -> Table:
             found.name, f"{statistics.median(found.milliseconds):.0f}", f"{worst:.0f}", f"{found.num_requests}"
         )
     deciding = f"{statistics.median(day.round_milliseconds):.1f}"
-    table.add_row("  of which deciding", deciding, f"{max(day.round_milliseconds):.1f}", "")
+    table.add_row("  of which deciding", deciding, f"{max(day.round_milliseconds):.1f}", "", end_section=True)
+    requests_of_change = sum(found.num_requests for found in rounds if found.num_changes) / sum(
+        found.num_changes for found in rounds
+    )
+    requests = day.num_changes * requests_of_change / (60 * hours)
+    table.add_row("a minute of that day, on average", "", "", f"{requests:.1f}")
     return table
 
 

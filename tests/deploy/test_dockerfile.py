@@ -172,3 +172,29 @@ def test_every_line_builds_and_an_image_has_nothing_to_build_with(images: dict[s
     assert (image.root / "data").stat().st_uid == uid
     assert image.command[:2] == ["python", "-m"]
     assert image.command[2] in PROGRAMS[target]
+
+
+@pytest.mark.parametrize("target", PROGRAMS)
+def test_an_image_runs_its_programs_as_its_user_and_only_the_worker_has_torch(
+    images: dict[str, Image], target: str
+) -> None:
+    image = images[target]
+    uid = int(image.user.partition(":")[0])
+    imports = "; ".join(
+        f"import {program}.__main__" if _is_package(program) else f"import {program}" for program in PROGRAMS[target]
+    )
+    has_torch = "import importlib.util as util; print(util.find_spec('torch') is not None)"
+    python = str(image.here("/esd/.venv/bin/python"))
+    done = image.run([python, "-I", "-c", f"{imports}; {has_torch}"], user=uid)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(target == "gpu-worker")
+
+
+def test_the_service_image_brings_every_migration(images: dict[str, Image]) -> None:
+    (installed,) = (images["service"].root / "esd/.venv/lib").glob("python*/site-packages/services")
+    for migration in (ROOT / "services").rglob("migrations/versions/*.py"):
+        assert (installed / migration.relative_to(ROOT / "services")).is_file(), migration
+
+
+def _is_package(module: str) -> bool:
+    return (ROOT / module.replace(".", "/")).is_dir()

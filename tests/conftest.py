@@ -1,7 +1,8 @@
 """Owns the real parts that tests share: one PostgreSQL and one object store per session, fresh databases.
 
-database_url   postgresql+psycopg://… of an empty database of this test's own
-make_database  the same as a function, for tests that want several
+lend_database  from the name of a service to the URL of a database with its tables, for the time of this test
+make_database  to the URL of a new database without any
+database_url   what `make_database` makes; a folder whose tests are about one service has its tables in it
 s3             S3Access: endpoint, keys and a bucket of this test module's own
 blobs          the same as services use it
 """
@@ -25,9 +26,8 @@ from deploy.local.postgres import Postgres
 from deploy.local.store import Store, process_environment
 from services.common.blobs import Blobs
 from services.common.settings import BlobSettings
+from tests.databases import ROLE, Databases
 from tests.processes import running
-
-_ROLE = "tests"
 
 # Plain tracebacks, as the services and the worker have: drawing tensors prettily takes half a minute.
 structlog.configure(
@@ -76,20 +76,27 @@ def postgres(esd_home: Home) -> Iterator[Postgres]:
     server.prepare()
     with running([*server.command(), "--fsync=off"], process_environment(), signum=signal.SIGQUIT):
         server.wait_until_up()
-        server.bootstrap([_ROLE])
+        server.bootstrap([ROLE])
         yield server
 
 
+@pytest.fixture(scope="session")
+def databases(postgres: Postgres, esd_home: Home) -> Databases:
+    """The databases of that PostgreSQL."""
+    return Databases(postgres, esd_home)
+
+
 @pytest.fixture
-def make_database(postgres: Postgres) -> Callable[[], str]:
+def make_database(databases: Databases) -> Callable[[], str]:
     """Makes a fresh database at each call and returns its URL."""
+    return databases.make
 
-    def make() -> str:
-        name = f"test_{uuid.uuid4().hex}"
-        postgres.create_database(name, owner=_ROLE)
-        return postgres.url(_ROLE, name)
 
-    return make
+@pytest.fixture
+def lend_database(databases: Databases) -> Iterator[Callable[[str], str]]:
+    """Lends a database with the tables of a service, all of them empty, and returns its URL."""
+    yield databases.lend
+    databases.take_back()
 
 
 @pytest.fixture

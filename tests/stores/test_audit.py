@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,9 +22,13 @@ AUDIT = Audit("endpoints", AUDIT_KEY)
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    return lend_database("endpoints")
+
+
+@pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
-    await database.migrate("endpoints")
     yield database
     await database.dispose()
 

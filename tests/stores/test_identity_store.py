@@ -1,7 +1,7 @@
 """What only SQL can show of identity's store: what is stored, kept and made twice at once."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import sqlalchemy as sa
@@ -30,9 +30,13 @@ async def use(store: IdentityStore, key_hash: str, username: str | None) -> tupl
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    return lend_database("identity")
+
+
+@pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
-    await database.migrate("identity")
     yield database
     await database.dispose()
 

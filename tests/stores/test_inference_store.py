@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
@@ -101,9 +101,13 @@ class Pool:
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    return lend_database("inference")
+
+
+@pytest.fixture
 async def pool(database_url: str) -> AsyncIterator[Pool]:
     database = Database(database_url)
-    await database.migrate("inference")
     pool = Pool(JobStore(database), LeaseStore(database), PoolStore(database), database)
     await pool.welcome()
     yield pool

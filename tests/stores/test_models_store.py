@@ -1,7 +1,7 @@
 """The tables of the models service: names, pages, resolving, and what happens to rows that are deleted meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -35,9 +35,13 @@ BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    return lend_database("models")
+
+
+@pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url, pool_size=4)
-    await database.migrate("models")
     yield database
     await database.dispose()
 

@@ -1,6 +1,6 @@
 """Webhooks as rows: every way to end a job makes one, and a call whose process died is made again."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,9 +13,13 @@ from services.inference.webhooks.store import WebhookStore
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    return lend_database("inference")
+
+
+@pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     found = Database(database_url)
-    await found.migrate("inference")
     yield found
     await found.dispose()
 

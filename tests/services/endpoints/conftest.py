@@ -172,6 +172,12 @@ class Peers:
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    """The URL of a database with the service's tables."""
+    return lend_database("endpoints")
+
+
+@pytest.fixture
 async def peers(tokens: Tokens) -> AsyncIterator[Peers]:
     server = Server("127.0.0.1:0", tokens.verifier("inference"))
     stand_ins = StandInIdentity(tokens), StandInQueue()
@@ -186,7 +192,6 @@ async def peers(tokens: Tokens) -> AsyncIterator[Peers]:
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
-    await database.migrate("endpoints")
     yield database
     await database.dispose()
 

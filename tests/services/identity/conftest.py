@@ -83,6 +83,12 @@ class Running:
         return (await self.stub.CreateApiKey(pb.CreateApiKeyRequest(username=name), metadata=self.admin)).key
 
 
+@pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    """The URL of a database with the service's tables."""
+    return lend_database("identity")
+
+
 @pytest.fixture(scope="session")
 def password_key() -> str:
     return Fernet.generate_key().decode()
@@ -103,7 +109,6 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
                 store, tokens.signer, tokens.verifier(), {sha256(MODELS_SECRET): "models"}, uses.note
             )
             identity = Identity(store, Passwords(password_key), issued.forget)
-            await database.migrate("identity")
             await identity.bootstrap(first_key)
             notified = asyncio.Event()
 

@@ -108,11 +108,16 @@ async def test_a_kept_token_needs_no_database_and_any_other_says_that_it_is_down
     url, other_url = make_url(database_url), make_url(make_database()).set(drivername="postgresql")
     with psycopg.connect(other_url.render_as_string(hide_password=False), autocommit=True) as connection:
         connection.execute(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS false')
-        ends = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
-        connection.execute(ends, [url.database])  # dropping it would wait for the disk, longer than a token is kept
-    assert await identity.check(x_api_key=identity.first_key) == kept
-    details = await fails(identity.check(x_api_key=identity.first_key, username="x"), grpc.StatusCode.UNAVAILABLE)
-    assert "database" in details
+        try:
+            ends = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
+            connection.execute(ends, [url.database])
+            assert await identity.check(x_api_key=identity.first_key) == kept
+            details = await fails(
+                identity.check(x_api_key=identity.first_key, username="x"), grpc.StatusCode.UNAVAILABLE
+            )
+            assert "database" in details
+        finally:
+            connection.execute(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS true')
 
 
 async def test_a_key_is_shown_once_and_works(identity: Any) -> None:

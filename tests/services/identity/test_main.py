@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-m", "services.identity"]
 
 
 @pytest.fixture
-def environment(tmp_path: Path, tokens: Tokens, password_key: str, database_url: str) -> dict[str, str]:
+def environment(tmp_path: Path, tokens: Tokens, password_key: str, make_database: Callable[[], str]) -> dict[str, str]:
     """The settings of an identity process, but for its address."""
     files = {
         "secret": "identity's",
@@ -42,7 +42,7 @@ def environment(tmp_path: Path, tokens: Tokens, password_key: str, database_url:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     settings = {f"ESD_{name.upper()}_FILE": str(tmp_path / name) for name in files}
-    return {"PATH": os.environ["PATH"], "ESD_DATABASE_URL": database_url, **settings}
+    return {"PATH": os.environ["PATH"], "ESD_DATABASE_URL": make_database(), **settings}
 
 
 def _key(environment: dict[str, str], new: str | None = None) -> str:

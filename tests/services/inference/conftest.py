@@ -270,6 +270,12 @@ async def peer(add: Callable[[grpc.aio.Server], None]) -> AsyncIterator[grpc.aio
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    """The URL of a database with the service's tables."""
+    return lend_database("inference")
+
+
+@pytest.fixture
 def limits() -> Limits:
     """How patient the service is; a test module may have its own."""
     return Limits(lease_seconds=30.0, renew_seconds=0.5, grace_seconds=0.1, sweep_seconds=60.0)
@@ -307,7 +313,6 @@ async def service(
 ) -> AsyncIterator[Service]:
     """The running service with one Async endpoint. No sweep helps it: what works, works by notification."""
     database = Database(database_url)
-    await database.migrate("inference")
     world = World()
     async with AsyncExitStack() as stack:
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import ipaddress
-import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ import sqlalchemy as sa
 from cryptography.fernet import Fernet
 from google.protobuf.json_format import MessageToDict
 
-from deploy.local.postgres import Postgres
 from esd.identity.v1 import identity_pb2_grpc
 from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
@@ -48,6 +46,7 @@ from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
 from services.models.trained import Trained
+from tests.databases import Databases
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
 
 UPLOAD_MAX_HOURS = 48
@@ -144,17 +143,10 @@ async def refused(code: str, *words: str) -> AsyncIterator[None]:
         assert word in (caught.value.details() or "")
 
 
-def new_database(postgres: Postgres) -> str:
-    """The URL of a database of its own, for what lives longer than one test."""
-    name = f"test_{uuid.uuid4().hex}"
-    postgres.create_database(name, owner="tests")
-    return postgres.url("tests", name)
-
-
 @pytest.fixture(scope="module")
-async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[str]:
+async def identity_address(databases: Databases, tokens: Tokens) -> AsyncIterator[str]:
     """The address of an identity service that knows ann, bob, root (user:all) and the models service's secret."""
-    database = Database(new_database(postgres), pool_size=2)
+    database = Database(databases.make(), pool_size=2)
     await database.migrate("identity")
     store = IdentityStore(database, Audit("identity", AUDIT_KEY))
     issued = IdentityTokens(store, tokens.signer, tokens.verifier(), {sha256(SECRET): "models"}, KeyUses(store).note)
@@ -174,10 +166,10 @@ async def identity_address(postgres: Postgres, tokens: Tokens) -> AsyncIterator[
 
 @pytest.fixture(scope="module")
 async def service(
-    postgres: Postgres, blobs: Blobs, http: httpx.AsyncClient, tokens: Tokens, identity_address: str
+    databases: Databases, blobs: Blobs, http: httpx.AsyncClient, tokens: Tokens, identity_address: str
 ) -> AsyncIterator[tuple[Running, Database]]:
     """The service for the tests of a module."""
-    url = new_database(postgres)
+    url = databases.make()
     database = Database(url, pool_size=4)
     await database.migrate("models")
     chores = Chores(url, first_wait_seconds=0.1)

@@ -254,6 +254,12 @@ class Service:
 
 
 @pytest.fixture
+def database_url(lend_database: Callable[[str], str]) -> str:
+    """The URL of a database with the service's tables."""
+    return lend_database("training")
+
+
+@pytest.fixture
 def stopping() -> asyncio.Event:
     """Set by a test that stops the service."""
     return asyncio.Event()
@@ -270,7 +276,6 @@ async def service(
 ) -> AsyncIterator[Service]:
     """The running service; its datasets and its model are in the store."""
     database = Database(database_url)
-    await database.migrate("training")
     world = World(blobs.bucket)
     for key in ("dataset/lego/10_lego/a.png", "dataset/lego/10_lego/a.txt", "dataset/others/1_brick/b.png"):
         await blobs.put(key, key.encode())

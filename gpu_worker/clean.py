@@ -1,8 +1,9 @@
-"""From a prediction to the clean latents that it means, and back."""
+"""From a prediction to the clean latents that it means, and back; from a noise level to its timestep."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from functools import lru_cache
 
 import torch
@@ -27,6 +28,16 @@ def prediction_of(x: torch.Tensor, timestep: float, clean: torch.Tensor, config:
     if config["prediction_type"] == "v_prediction":
         return (signal * x - clean) / noise
     return (x - signal * clean) / noise
+
+
+def timestep_of(noise_level: float, config: Config) -> int:
+    """The first timestep with so much noise for one of signal (k-diffusion's sigma), or the schedule's end."""
+
+    def level(timestep: int) -> float:
+        signal, noise = _parts(timestep, config)
+        return noise / signal
+
+    return bisect_left(range(config["num_train_timesteps"]), noise_level, key=level)
 
 
 def _parts(timestep: float, config: Config) -> tuple[float, float]:

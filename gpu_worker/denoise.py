@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -49,12 +49,17 @@ class Conditioning:
 @dataclass(frozen=True, eq=False)
 class Guidance:
     """What steers a prediction: texts with weights, the text to lead away from, and networks for the UNet with their
-    scales. Without a negative text there is no guidance, and no row for it."""
+    scales. Without a negative text there is no row for it, and of several texts the first is in its place."""
 
     positives: tuple[tuple[Conditioning, float], ...]
     negative: Conditioning | None
     cfg_scale: float
     networks: tuple[tuple[Network, float], ...] = ()
+
+    @property
+    def without_negative(self) -> Guidance:
+        """The same, without the text to lead away from."""
+        return replace(self, negative=None)
 
     @property
     def texts(self) -> list[Conditioning]:
@@ -65,11 +70,14 @@ class Guidance:
     def guided(self, outputs: list[torch.Tensor]) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, equation 6) over the outputs for `texts`; of several texts the
         differences add up (Liu et al. 2022, equation 11)."""
-        if self.negative is None:
+        if len(outputs) == 1:
             return outputs[0]
-        negative, *positives = outputs
+        if self.negative is None:
+            negative, positives, cfg_scale = outputs[0], outputs, 1.0
+        else:
+            (negative, *positives), cfg_scale = outputs, self.cfg_scale
         weighted = zip(positives, self.positives, strict=True)
-        return negative + sum(self.cfg_scale * weight * (output - negative) for output, (_, weight) in weighted)
+        return negative + sum(cfg_scale * weight * (output - negative) for output, (_, weight) in weighted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,13 @@ class Step:
     tiling: bool = False
     # What is changed of a prediction, given the scaled latents and the timestep.
     corrections: tuple[Correction, ...] = ()
+    # Below this timestep every other evaluation goes without the negative text.
+    unguided_below: float = 0.0
+
+    @property
+    def without_negative(self) -> Step:
+        """The same, without the text to lead away from."""
+        return replace(self, guidance=self.guidance.without_negative)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +169,11 @@ def denoise(
     """
     for index, timestep in enumerate(sampling.timesteps):
         x = sampling.scaled(latents, index)
-        step = min(sampling.step_of(index), len(steps) - 1)
-        prediction = yield Evaluation(x, timestep, steps[step])
-        for correct in steps[step].corrections:
+        step = steps[min(sampling.step_of(index), len(steps) - 1)]
+        if index % 2 and timestep < step.unguided_below:
+            step = step.without_negative
+        prediction = yield Evaluation(x, timestep, step)
+        for correct in step.corrections:
             prediction = correct(x, timestep, prediction)
         latents = sampling.step(prediction, index, latents)
         if keep is not None:

@@ -11,7 +11,7 @@ import torch
 from gpu_worker import controlnet, prompt
 from gpu_worker.adapters import Equipped
 from gpu_worker.canvas import Canvas
-from gpu_worker.clean import clean_latents, prediction_of
+from gpu_worker.clean import clean_latents, prediction_of, timestep_of
 from gpu_worker.controlnet import Control
 from gpu_worker.denoise import Conditioning, Correction, Guidance, Step
 from gpu_worker.hints import Hint, Map
@@ -66,7 +66,11 @@ def _steps(request: Generation, equipped: Equipped, canvas: Canvas, numbers: ran
         found = [control for unit, control in controls if unit.acts_in(step, request.num_steps)]
         return tuple(sorted(found, key=lambda control: id(control.net)))
 
-    return [Step(models.unet, guidance(step), context, acting(step), models.tiling, corrections) for step in numbers]
+    unguided_below = timestep_of(request.s_min_uncond, models.scheduler_config)
+    return [
+        Step(models.unet, guidance(step), context, acting(step), models.tiling, corrections, unguided_below)
+        for step in numbers
+    ]
 
 
 def _guidance(request: Generation, equipped: Equipped) -> Callable[[int], Guidance]:

@@ -16,7 +16,7 @@ from gpu_worker.tasks import txt2img
 from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
-from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of
+from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of, scheduler_of
 from tests.gpu_worker.tables import COMPANIES, SAMPLER_NAMES
 
 REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
@@ -93,6 +93,39 @@ def test_ddim_takes_eta(pipeline: Any, models: weights.Models) -> None:
     found = drive([(0, latents(request, models))])[0]
     assert_close(found, pipeline_latents(pipeline, "DDIM", request))
     assert not torch.allclose(found, expected_latents(pipeline, changed(request, eta=0.0)))
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM2", "DDIM"])
+def test_below_a_noise_level_every_other_evaluation_goes_without_the_negative_prompt(
+    pipeline: Any, models: weights.Models, sampler: str
+) -> None:
+    """The pipeline does so when it is told, between its evaluations, to take one text or both."""
+    request = changed(REQUEST, sampler_name=sampler, steps=6, s_min_uncond=3.0)
+    scheduler = scheduler_of(sampler, request.seed)
+    scheduler.set_timesteps(request.steps)
+    alphas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square().neg().add(1).cumprod(0)
+    levels = [float((1 / alphas[round(float(time))] - 1).sqrt()) for time in scheduler.timesteps]
+    assert levels[-1] < request.s_min_uncond < levels[0]
+    skipped = [index for index, level in enumerate(levels) if index % 2 and level < request.s_min_uncond]
+    assert 0 < len(skipped) < len(levels) // 2
+    positive, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
+
+    def before_the_next(pipe: Any, index: int, *_: Any) -> dict[str, Any]:
+        is_skipped = index + 1 in skipped
+        pipe._guidance_scale = 1.0 if is_skipped else request.cfg_scale
+        return {"prompt_embeds": positive if is_skipped else torch.cat([negative, positive])}
+
+    expected = pipeline_latents(
+        pipeline,
+        sampler,
+        request,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        callback_on_step_end=before_the_next,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    assert_close(drive([(0, latents(request, models))])[0], expected)
+    assert not torch.allclose(expected, expected_latents(pipeline, changed(request, s_min_uncond=0.0)))
 
 
 def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: weights.Models) -> None:

@@ -74,6 +74,8 @@ class Generation(Payload):
     # The picture can be laid beside itself.
     tiling: bool = False
     eta: float = Field(0.0, ge=0, le=1)
+    # Below this noise level every other evaluation goes without the negative prompt.
+    s_min_uncond: float = Field(0.0, ge=0, le=1000)
     # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
     clip_skip: int = Field(1, ge=1, le=12)
     # Which of the job's models are used, where not the first: `override_settings.sd_model_checkpoint` and `.sd_vae`.

@@ -7,6 +7,7 @@ s3             S3Access: endpoint, keys and a bucket of this test module's own
 blobs          the same as services use it
 """
 
+import gc
 import shutil
 import signal
 import tempfile
@@ -126,6 +127,16 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
 def blobs(s3: S3Access) -> Blobs:
     """That bucket as services use it. A client of boto3 takes half a second to make."""
     return Blobs(s3.settings())
+
+
+# While it imports and collects, pytest makes millions of objects that stay: the collector goes through none of them.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What pytest calls before the first test."""
+    gc.freeze()
+    gc.enable()
 
 
 class _BySharedParts(LoadScopeScheduling):

@@ -12,7 +12,8 @@ import structlog
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition
 from services.models.domain import Models
-from services.models.store import INITIAL, CheckpointNotFound, ModelStore
+from services.models.rows import INITIAL
+from services.models.store import CheckpointNotFound, ModelStore
 
 log = structlog.get_logger()
 

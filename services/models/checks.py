@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import InvalidArgument
-from services.models.store import CheckpointFile
+from services.models.rows import CheckpointFile
 
 MAX_PARAMS_BYTES = 64 * 1024
 MAX_NAME_BYTES = 255  # of a file on the worker's disk

@@ -15,7 +15,7 @@ from services.common.structs import json_value, plain, struct
 from services.models.dataset_store import Dataset, DatasetItem
 from services.models.datasets import Datasets, NewItem
 from services.models.messages import numbers_as_text, viewer
-from services.models.store import Viewer
+from services.models.rows import Viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

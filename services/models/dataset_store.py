@@ -14,7 +14,7 @@ from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, NotFound, PermissionDenied
 from services.common.times import time_text
-from services.models.store import Viewer
+from services.models.rows import Viewer
 
 INITIALED = "Initialed"
 

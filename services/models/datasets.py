@@ -19,7 +19,7 @@ from services.common.blobs import DAY, Blobs
 from services.common.errors import InvalidArgument
 from services.models.checks import check_params, file_name, folder
 from services.models.dataset_store import Dataset, DatasetHidden, DatasetItem, DatasetNotFound, DatasetStore, Place
-from services.models.store import Viewer
+from services.models.rows import Viewer
 
 UPLOAD_URL_SECONDS = 7 * DAY
 PREVIEW_URL_SECONDS = DAY

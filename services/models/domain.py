@@ -22,19 +22,8 @@ from services.common.users import Users
 from services.models.checks import Tag, check_params, complete_parts, file_name
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
-from services.models.store import (
-    ACTIVE,
-    STATUSES,
-    Checkpoint,
-    CheckpointFile,
-    CheckpointNotFound,
-    Filters,
-    Inspected,
-    ModelStore,
-    NameInUse,
-    UsableFile,
-    Viewer,
-)
+from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile, Viewer
+from services.models.store import CheckpointNotFound, Filters, Inspected, ModelStore, NameInUse, UsableFile
 
 log = structlog.get_logger()
 

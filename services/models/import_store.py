@@ -18,7 +18,8 @@ from sqlmodel import Field, SQLModel
 from services.common.audit import Audit
 from services.common.database import Database
 from services.models.chores import Chores
-from services.models.store import Checkpoint, CheckpointFile, NameInUse
+from services.models.rows import Checkpoint, CheckpointFile
+from services.models.store import NameInUse
 
 IMPORT = "import"  # a chore, and the word of params that shows how far it is
 

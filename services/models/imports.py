@@ -23,8 +23,9 @@ from services.models.checks import check_params
 from services.models.domain import Models, prefix_of, sha256_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts
+from services.models.rows import ACTIVE, Checkpoint, CheckpointFile, Viewer
 from services.models.sources import check_status, first_byte, name_in, name_of, validator_of
-from services.models.store import ACTIVE, Checkpoint, CheckpointFile, ModelStore, NameInUse, Viewer
+from services.models.store import ModelStore, NameInUse
 
 log = structlog.get_logger()
 

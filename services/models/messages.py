@@ -6,7 +6,7 @@ from typing import Any
 
 from services.common.auth import current_caller
 from services.models.domain import EVERYTHING
-from services.models.store import Viewer
+from services.models.rows import Viewer
 
 
 def viewer() -> Viewer:

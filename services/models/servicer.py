@@ -20,7 +20,8 @@ from services.models.datasets import Datasets
 from services.models.domain import Models, NewFile, Resolved
 from services.models.imports import Imports
 from services.models.messages import numbers_as_text, viewer
-from services.models.store import Checkpoint, Filters, Viewer
+from services.models.rows import Checkpoint, Viewer
+from services.models.store import Filters
 from services.models.trained import Trained, TrainedFile
 
 Context = grpc.aio.ServicerContext[Any, Any]

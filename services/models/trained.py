@@ -14,15 +14,8 @@ from services.common.errors import FailedPrecondition
 from services.common.times import time_text
 from services.models.checks import file_name
 from services.models.domain import Models
-from services.models.store import (
-    ACTIVE,
-    INITIAL,
-    Checkpoint,
-    CheckpointFile,
-    ModelStore,
-    NameInUse,
-    Viewer,
-)
+from services.models.rows import ACTIVE, INITIAL, Checkpoint, CheckpointFile, Viewer
+from services.models.store import ModelStore, NameInUse
 
 LORA = "Lora"
 

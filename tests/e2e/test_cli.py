@@ -94,6 +94,7 @@ def test_what_goes_wrong_with_keys_is_said_in_one_sentence(esd: Esd, stack: Stac
         assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_audit_of_the_stack_is_whole_and_an_altered_row_is_named(esd: Esd, stack: Stack, admin: Api) -> None:
     lies = {"x-forwarded-for": "10.9.9.9", "x-request-id": "mine"}
     body = {"role_name": "cli-bob", "permissions": ["train:all"]}

@@ -182,6 +182,12 @@ async def test_each_listener_tells_identity_its_profile(gateway: Gateway, seen: 
     assert (response.status_code, response.content) == (204, b"")
 
 
+async def test_identity_is_told_only_what_it_judges_by(gateway: Gateway, seen: Seen) -> None:
+    told = {"username": "api", "authorization": "Bearer 61"}
+    await gateway.client.get("/ping", headers=told | {"cookie": "private=1", "x-more": "private"})
+    assert set(seen.checks[0].attributes.request.http.headers) == {"x-api-key", *told}
+
+
 async def test_a_client_cannot_bring_an_identity(gateway: Gateway, seen: Seen) -> None:
     forged = {"x-esd-token": "forged", "x-esd-secret": "forged", "x-esd-other": "forged"}
     await gateway.client.get("/ping", headers=forged)

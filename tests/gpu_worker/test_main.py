@@ -32,6 +32,7 @@ async def start(folder: Path, **settings: str) -> asyncio.subprocess.Process:
     )
 
 
+@pytest.mark.slow
 async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peers: Services, make_spec: Any) -> None:
     process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}")
     connection = await peers.queue.connection()

@@ -13,18 +13,13 @@ from services.common.audit import Audit
 from services.common.database import Database
 from services.models.chores import Chores
 from services.models.import_store import Import, ImportStore
+from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointFile, Viewer
 from services.models.store import (
-    ACTIVE,
-    DISABLED,
-    INITIAL,
-    Checkpoint,
-    CheckpointFile,
     CheckpointNotFound,
     Filters,
     Inspected,
     ModelStore,
     NameInUse,
-    Viewer,
     count_statement,
     page_statement,
 )

@@ -49,6 +49,7 @@ def position(pixels: Pixels) -> str | None:
     return None if sight is None else sight.scene.position
 
 
+@pytest.mark.slow
 def test_more_guidance_follows_the_prompt_more(models: weights.Models) -> None:
     rng = np.random.default_rng(1)
     scenes = [random_scene(rng) for _ in range(24)]

@@ -120,6 +120,7 @@ async def test_a_new_endpoint_starts_with_its_initial_count_within_its_bounds(
     await settled(2)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_is_too_many_is_asked_to_leave(
     run_loop: RunLoop, create: Create, settled: Settled, database: Any
 ) -> None:

@@ -10,7 +10,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
-from services.endpoints.event_store import MAX_EVENTS
+from services.endpoints import event_store
 from services.endpoints.store import EndpointStore
 from tests.serving import Metadata, Tokens
 
@@ -359,8 +359,9 @@ async def test_a_drained_endpoint_takes_no_jobs_and_is_as_before_when_brought_ba
 
 
 async def test_events_tell_what_was_done_newest_first_in_pages_and_are_bounded(
-    stub: Any, admin: Metadata, store: EndpointStore
+    stub: Any, admin: Metadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(event_store, "MAX_EVENTS", 20)
     endpoint_id = (await create(stub, admin))["EndpointDeploymentJobId"]
     await update(stub, admin, endpoint_id, max_instance_number=4, drain=True)
     first = await events(stub, admin, endpoint_id, limit="1")
@@ -371,10 +372,10 @@ async def test_events_tell_what_was_done_newest_first_in_pages_and_are_bounded(
     ]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", first["events"][0]["time"])
     assert second["last_evaluated_key"] is None
-    for number in range(MAX_EVENTS):
+    for number in range(event_store.MAX_EVENTS):
         await update(stub, admin, endpoint_id, max_instance_number=number % 2 + 1)
     kept = (await events(stub, admin, endpoint_id, limit="0"))["events"]
-    assert len(kept) == MAX_EVENTS
+    assert len(kept) == event_store.MAX_EVENTS
     assert {event["type"] for event in kept} == {"Updated"}
 
 

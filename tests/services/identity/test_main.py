@@ -83,6 +83,7 @@ async def test_replicas_start_at_once_on_an_empty_database_and_drain_on_sigterm(
         assert [await asyncio.to_thread(process.wait, 20) for process in processes] == [0, 0]
 
 
+@pytest.mark.slow
 async def test_a_new_first_key_is_added_at_the_next_start_and_the_old_one_stays(environment: dict[str, str]) -> None:
     keys = [_key(environment), new_api_key()]
     for key in keys:

@@ -35,6 +35,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "n_iter": 1,
         "tiling": False,
         "eta": 0.0,
+        "s_min_uncond": 0.0,
         "clip_skip": 1,
         "exclusive": False,
         "enable_hr": False,

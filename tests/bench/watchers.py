@@ -7,9 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from itertools import cycle
 
-import aiohttp
+import httpx
 from rich.table import Table
 
 from deploy.local.demo import Client
@@ -22,6 +24,7 @@ SETTINGS = {
 }
 _WARM_SECONDS = 10.0
 _MEASURED_SECONDS = 20.0
+_PER_CLIENT = 50  # watchers; over HTTP/2 they share a connection, of which the gateway takes 100 streams
 _AT_ONCE = 25  # so many watchers come at once: memory that only a crowd at the door needs is not theirs
 
 
@@ -44,24 +47,36 @@ def start_jobs(client: Client, model: str, number: int) -> list[str]:
 
 
 def bench_watchers(
-    stack: Stack, key: str, job_ids: list[str], measure_memory: Callable[[], dict[str, float]]
+    stack: Stack, key: str, job_ids: list[str], measure_memory: Callable[[], dict[str, float]], http2: bool
 ) -> tuple[list[float], Table]:
-    """Milliseconds from the worker's word to the watcher's ear, and a table of the memory of a watcher."""
-    return asyncio.run(_measure(stack.url, key, job_ids, measure_memory))
+    """Milliseconds from the worker's word to the watcher's ear, and a table of the memory of a watcher.
+
+    Over HTTP/1.1 each has a connection; over HTTP/2 they share some, as the tabs of a browser do.
+    """
+    headers, limits = {"x-api-key": key}, httpx.Limits(max_connections=None)
+    clients = [
+        httpx.AsyncClient(
+            base_url=stack.url, headers=headers, timeout=None, limits=limits, http1=not http2, http2=http2
+        )
+        for _ in range(len(job_ids) // _PER_CLIENT + 1)
+    ]
+    return asyncio.run(_measure(clients, job_ids, measure_memory, "HTTP/2" if http2 else "HTTP/1.1"))
 
 
 async def _measure(
-    url: str, key: str, job_ids: list[str], measure_memory: Callable[[], dict[str, float]]
+    clients: list[httpx.AsyncClient], job_ids: list[str], measure_memory: Callable[[], dict[str, float]], protocol: str
 ) -> tuple[list[float], Table]:
     heard = _Heard()
     # The first watchers pay for what all share: connections, caches, grown heaps.
     warm, others = job_ids[: len(job_ids) // 10], job_ids[len(job_ids) // 10 :]
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers={"x-api-key": key}) as http:
-        watchers = await _begin(http, url, warm, heard)
+    async with AsyncExitStack() as stack:
+        for client in clients:
+            await stack.enter_async_context(client)
+        watchers = await _begin(clients, warm, heard)
         await asyncio.sleep(_WARM_SECONDS)
         before = await asyncio.to_thread(measure_memory)
         for first in range(0, len(others), _AT_ONCE):
-            watchers += await _begin(http, url, others[first : first + _AT_ONCE], heard)
+            watchers += await _begin(clients, others[first : first + _AT_ONCE], heard)
         await asyncio.sleep(2 * TICK_SECONDS)  # what waited while they came is told
         heard.is_measured = True
         began = time.monotonic()
@@ -73,7 +88,7 @@ async def _measure(
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
     expected = len(job_ids) * seconds / TICK_SECONDS
-    table = Table(title=f"Memory of a watcher ({len(job_ids)} of them)", title_justify="left")
+    table = Table(title=f"Memory of a watcher ({len(job_ids)} of them, {protocol})", title_justify="left")
     for column in ("what", "value", "unit", "target"):
         table.add_column(column, justify="right" if column == "value" else "left")
     total = 0.0
@@ -87,11 +102,12 @@ async def _measure(
     return heard.milliseconds, table
 
 
-async def _begin(http: aiohttp.ClientSession, url: str, job_ids: list[str], heard: _Heard) -> list[asyncio.Task[None]]:
+async def _begin(clients: list[httpx.AsyncClient], job_ids: list[str], heard: _Heard) -> list[asyncio.Task[None]]:
     """Watchers of these jobs, all of whom have heard something."""
     heard.num_ready, heard.all_ready = 0, asyncio.Event()
     watchers = [
-        asyncio.create_task(_watch(http, f"{url}/inferences/{id_}/events", heard, len(job_ids))) for id_ in job_ids
+        asyncio.create_task(_watch(http, f"/inferences/{id_}/events", heard, len(job_ids)))
+        for http, id_ in zip(cycle(clients), job_ids, strict=False)
     ]
     ready = asyncio.create_task(heard.all_ready.wait())
     done, _ = await asyncio.wait([ready, *watchers], return_when=asyncio.FIRST_COMPLETED)
@@ -100,15 +116,15 @@ async def _begin(http: aiohttp.ClientSession, url: str, job_ids: list[str], hear
     return watchers
 
 
-async def _watch(http: aiohttp.ClientSession, url: str, heard: _Heard, num_all: int) -> None:
+async def _watch(http: httpx.AsyncClient, url: str, heard: _Heard, num_all: int) -> None:
     is_ready = False
-    async with http.get(url, timeout=aiohttp.ClientTimeout(total=None)) as answer:
+    async with http.stream("GET", url) as answer:
         answer.raise_for_status()
-        async for line in answer.content:
-            if not line.startswith(b'data: {"step"'):
+        async for line in answer.aiter_lines():
+            if not line.startswith('data: {"step"'):
                 continue
             if heard.is_measured:
-                step = json.loads(line.removeprefix(b"data: "))["step"]["step"]
+                step = json.loads(line.removeprefix("data: "))["step"]["step"]
                 heard.milliseconds.append(now_milliseconds() - step)
             if not is_ready:
                 is_ready = True

@@ -64,6 +64,7 @@ def infotext(made: Made) -> str:
         **_plot_fields(made.plot),
         "Tiling": True if request.tiling else None,
         "NGMS": request.s_min_uncond or None,
+        "ENSD": request.noise_seed_delta or None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "Hashes": json.dumps(hashes(files)),
         "Version": f"esd {VERSION}",

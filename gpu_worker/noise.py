@@ -25,6 +25,16 @@ def first(request: Generation, images: Sequence[int], rows: Sequence[torch.Gener
     return torch.stack([_image(request, image, row) for image, row in zip(images, rows, strict=True)])
 
 
+def reseed(request: Generation, images: Sequence[int], rows: Sequence[torch.Generator]) -> None:
+    """Makes the generators those of the sampler's steps, where A1111's "eta noise seed delta" gives these other seeds.
+
+    The Brownian trees of SDE samplers keep the pictures' own, as in A1111: those are read when the sampler is made.
+    """
+    if request.noise_seed_delta:
+        for image, row in zip(images, rows, strict=True):
+            row.manual_seed(request.seed_of(image) + request.noise_seed_delta)
+
+
 def _image(request: Generation, image: int, row: torch.Generator) -> torch.Tensor:
     shape = (_CHANNELS, request.height // _LATENT_SCALE, request.width // _LATENT_SCALE)
     small = (_CHANNELS, request.seed_resize_from_h // _LATENT_SCALE, request.seed_resize_from_w // _LATENT_SCALE)

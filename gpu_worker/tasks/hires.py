@@ -66,6 +66,7 @@ def denoised(
     sampling = samplers.create(
         request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
     )
+    noise.reseed(request, images, generators)
     on_evaluation = counted(first, batch, request, len(sampling.timesteps), on_step)
     noised = on_device(sampling.noised(scaled, drawn, 0), models.device)
     return (yield from denoise(sampling, noised, second.steps, on_evaluation))

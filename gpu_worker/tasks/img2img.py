@@ -67,6 +67,7 @@ def denoised(
     sampling = samplers.create(
         request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
     )
+    noise.reseed(request, images, generators)
     mask = None if canvas.mask is None else torch.from_numpy(canvas.latent_mask)
     if mask is not None and request.inpainting_fill in {LATENT_NOISE, LATENT_NOTHING}:
         originals = originals * (1 - mask) + first * mask * (request.inpainting_fill == LATENT_NOISE)

@@ -60,5 +60,6 @@ def denoised(
     generators = noise.generators([request.seed_of(image) for image in images])
     sampling = samplers.create(request.sampler_name, models.scheduler_config, request.steps, generators, request.eta)
     latents = on_device(sampling.latents(noise.first(request, images, generators)), models.device)
+    noise.reseed(request, images, generators)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     return (yield from denoise(sampling, latents, steps, on_evaluation))

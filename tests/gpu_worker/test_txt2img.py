@@ -135,6 +135,22 @@ def test_below_a_noise_level_every_other_evaluation_goes_without_the_negative_pr
     assert not torch.allclose(expected, expected_latents(pipeline, changed(request, s_min_uncond=0.0)))
 
 
+def test_a_seed_delta_is_that_of_the_steps_noise_alone(pipeline: Any, models: weights.Models) -> None:
+    request = changed(REQUEST, sampler_name="Euler a", batch_size=2, noise_seed_delta=31337)
+    first = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(REQUEST.seed + row)) for row in range(2)]
+    expected = pipeline_latents(
+        pipeline,
+        "Euler a",
+        changed(request, seed=request.seed + 31337),
+        prompt=[request.prompt] * 2,
+        negative_prompt=[request.negative_prompt] * 2,
+        latents=torch.cat(first),
+    )
+    assert_close(drive([(0, latents(request, models))])[0], expected)
+    brownian = changed(request, sampler_name="DPM++ SDE")
+    assert_close(drive([(0, latents(brownian, models))])[0], expected_latents(pipeline, brownian))
+
+
 def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: weights.Models) -> None:
     pipeline.scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
     expected = pipeline(

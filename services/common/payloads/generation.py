@@ -40,6 +40,7 @@ _WITHOUT_EFFECT = {
 _DEFAULTS = {"s_noise": 1}
 _SETTINGS = {
     "CLIP_stop_at_last_layers": "clip_skip",
+    "eta_noise_seed_delta": "noise_seed_delta",
     "hires_fix_refiner_pass": "refiner_pass",
     "sd_model_checkpoint": "model_name",
     "sd_vae": "vae_name",
@@ -76,6 +77,8 @@ class Generation(Payload):
     eta: float = Field(0.0, ge=0, le=1)
     # Below this noise level every other evaluation goes without the negative prompt.
     s_min_uncond: float = Field(0.0, ge=0, le=1000)
+    # What is added to the seed for the noise of the sampler's steps: `override_settings.eta_noise_seed_delta`.
+    noise_seed_delta: int = Field(0, ge=0, lt=2**32)
     # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
     clip_skip: int = Field(1, ge=1, le=12)
     # Which of the job's models are used, where not the first: `override_settings.sd_model_checkpoint` and `.sd_vae`.

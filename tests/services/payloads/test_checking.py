@@ -36,6 +36,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "tiling": False,
         "eta": 0.0,
         "s_min_uncond": 0.0,
+        "noise_seed_delta": 0,
         "clip_skip": 1,
         "exclusive": False,
         "enable_hr": False,

@@ -2,7 +2,7 @@
 
 lend_database  from the name of a service to the URL of a database with its tables, for the time of this test
 make_database  to the URL of a new database without any
-database_url   what `make_database` makes; a folder whose tests are about one service has its tables in it
+database_url   what `make_database` makes; some services' tests have one that is lent
 s3             S3Access: endpoint, keys and a bucket of this test module's own
 blobs          the same as services use it
 """

@@ -17,7 +17,7 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class ProcessCache:
-    """Values by key, for some seconds. The methods have the names, arguments and copies of `MemcacheRing`."""
+    """Values by key, for some seconds, as the proxy asks a `MemcacheRing` for them."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[str, float]] = {}  # JSON and its end on the monotonic clock

@@ -129,4 +129,5 @@ async def _run(connection: _Connection, statement: Executable, values: dict[str,
         if given[name] is not None:
             given[name] = Jsonb(given[name])
     cursor = await connection.execute(compiled.text, given)
+    # None where there are no rows to fetch; `description` would tell too, and make an object of each column.
     return await cursor.fetchall() if cursor.rownumber is not None else []

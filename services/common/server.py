@@ -131,9 +131,6 @@ class Server:
                 port = self.grpc.add_secure_port(self._listen, self._credentials)
         except RuntimeError:
             raise SystemExit(f"{self._setting}={self._listen} cannot be bound: is the port in use?") from None
-        # What was imported stays: without this the collector goes through all of it again and again.
-        gc.collect()
-        gc.freeze()
         await self.grpc.start()
         self._reviewing = asyncio.create_task(self._streams.run())
         self._reviewing.add_done_callback(lambda _: self._stopping.set())  # never serve without it
@@ -158,6 +155,9 @@ class Server:
         tasks = [asyncio.create_task(chore) for chore in chores]
         for task in tasks:
             task.add_done_callback(lambda _: self._stopping.set())
+        # What was imported stays: without this the collector goes through all of it again and again.
+        gc.collect()
+        gc.freeze()
         await self.start()
         await self._stopping.wait()
         await self.stop()
@@ -266,7 +266,7 @@ def _reading(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Messa
             request = deserialize(data)
         except DecodeError:
             return _Unreadable()
-        request.DiscardUnknownFields()  # nobody reads them, and checking a request would
+        request.DiscardUnknownFields()  # nobody reads them, and the checks would go through them
         return request
 
     return read

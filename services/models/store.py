@@ -21,15 +21,7 @@ from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, NotFound
 from services.models.chores import Chores
-from services.models.rows import (
-    ACTIVE,
-    DISABLED,
-    INITIAL,
-    Checkpoint,
-    CheckpointCount,
-    CheckpointFile,
-    Viewer,
-)
+from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointCount, CheckpointFile, Viewer
 
 MOVE_OBJECTS = "move_objects"  # a chore
 LOOK = "look_at_object"  # a chore

@@ -4,7 +4,7 @@
 
 On the CPU with tiny models. On a GPU models have the full size of Stable Diffusion 1.5 and SDXL, and random weights:
 nothing comes from the network. Each part has a limit on its time and is guarded by itself; DIR/training.json is written
-after each figure. It needs the worker's own packages and pytest.
+after each figure. It needs the worker's own packages.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _heard(stack: Stack, training_id: str) -> Iterator[str]:
                 return
             if "ended" in event:
                 break
-    raise SystemExit(f"the training ended before its first step: {line}")
+    raise SystemExit("the training ended before its first step")
 
 
 def _picture(shade: int) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -72,11 +72,12 @@ async def _measure(
     async with AsyncExitStack() as stack:
         for client in clients:
             await stack.enter_async_context(client)
-        watchers = await _begin(clients, warm, heard)
+        in_turn = cycle(clients)
+        watchers = await _begin(in_turn, warm, heard)
         await asyncio.sleep(_WARM_SECONDS)
         before = await asyncio.to_thread(measure_memory)
         for first in range(0, len(others), _AT_ONCE):
-            watchers += await _begin(clients, others[first : first + _AT_ONCE], heard)
+            watchers += await _begin(in_turn, others[first : first + _AT_ONCE], heard)
         await asyncio.sleep(2 * TICK_SECONDS)  # what waited while they came is told
         heard.is_measured = True
         began = time.monotonic()
@@ -102,12 +103,12 @@ async def _measure(
     return heard.milliseconds, table
 
 
-async def _begin(clients: list[httpx.AsyncClient], job_ids: list[str], heard: _Heard) -> list[asyncio.Task[None]]:
+async def _begin(clients: Iterator[httpx.AsyncClient], job_ids: list[str], heard: _Heard) -> list[asyncio.Task[None]]:
     """Watchers of these jobs, all of whom have heard something."""
     heard.num_ready, heard.all_ready = 0, asyncio.Event()
     watchers = [
         asyncio.create_task(_watch(http, f"/inferences/{id_}/events", heard, len(job_ids)))
-        for http, id_ in zip(cycle(clients), job_ids, strict=False)
+        for http, id_ in zip(clients, job_ids, strict=False)
     ]
     ready = asyncio.create_task(heard.all_ready.wait())
     done, _ = await asyncio.wait([ready, *watchers], return_when=asyncio.FIRST_COMPLETED)

@@ -175,7 +175,7 @@ def test_every_line_builds_and_an_image_has_nothing_to_build_with(images: dict[s
 
 
 @pytest.mark.parametrize("target", PROGRAMS)
-def test_an_image_runs_its_programs_as_its_user_and_only_the_worker_has_torch(
+def test_an_image_has_what_its_programs_import_and_only_the_worker_has_torch(
     images: dict[str, Image], target: str
 ) -> None:
     image = images[target]

@@ -34,7 +34,8 @@ def wish(
 
 
 def alone(models: weights.Models, wish: Evaluation) -> torch.Tensor:
-    """Guidance as in the papers, with one UNet call for each row and text."""
+    """Guidance as in the papers, with one UNet call for each row and text. Without a negative text there is no scale,
+    and further texts lead away from the first."""
     rows = []
     for row in wish.x:
 
@@ -43,12 +44,10 @@ def alone(models: weights.Models, wish: Evaluation) -> torch.Tensor:
             return result
 
         steering = wish.guidance
-        if steering.negative is None:
-            rows.append(output(steering.positives[0][0]))
-            continue
-        negative = output(steering.negative)
-        led = [weight * (output(positive) - negative) for positive, weight in steering.positives]
-        rows.append(negative + steering.cfg_scale * torch.stack(led).sum(0))
+        scale = 1.0 if steering.negative is None else steering.cfg_scale
+        start = output(steering.negative or steering.positives[0][0])
+        led = [weight * (output(positive) - start) for positive, weight in steering.positives]
+        rows.append(start + scale * torch.stack(led).sum(0))
     return torch.cat(rows)
 
 
@@ -65,6 +64,7 @@ def test_rows_of_any_guidance_prompt_length_and_timestep_have_the_predictions_of
         wish(models, 5, (7, 7), cfg_scale=0.0),
         wish(models, 6, (14, 1), num_rows=2),
         wish(models, 7, (1, 1, 2, 1), num_rows=2),
+        wish(models, 8, (1, 1, 2), cfg_scale=1.0),
     ]
     with torch.inference_mode():
         for found, one in zip(predict(wishes, max_rows), wishes, strict=True):

@@ -98,7 +98,7 @@ class Events:
             NotFound, PermissionDenied. Unavailable: the service stops.
         """
         job = await self._inference.get_job(job_id, user)
-        if not job.is_ended:  # else its worker may still be on the board
+        if not job.is_ended:  # once it has, the board counts no more: its worker may still be on it
             told = _Told()
             with self._board.watched(job.id) as (display, changed):
                 while not job.is_ended:

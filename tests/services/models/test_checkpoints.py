@@ -1,6 +1,7 @@
 """Creating, listing, resolving and deleting checkpoints."""
 
 import asyncio
+import struct
 from typing import Any
 
 import grpc
@@ -51,11 +52,12 @@ async def test_a_bad_request_is_refused_in_words(models: Running, changes: dict[
     assert (await models.list()).total == 0
 
 
-async def test_numbers_that_json_cannot_hold_are_refused(models: Running) -> None:
+@pytest.mark.parametrize("bits", ["7ff8000000000000", "7ff8010101010101", "fff8010101010101", "fff0000000000000"])
+async def test_numbers_that_json_cannot_hold_are_refused(models: Running, bits: str) -> None:
     request = pb.CreateCheckpointRequest(
         checkpoint_type="Lora", filenames=[pb.CheckpointFile(filename="a", parts_number=1)]
     )
-    request.params.fields["n"].CopyFrom(struct_pb2.Value(number_value=float("nan")))
+    request.params.fields["n"].CopyFrom(struct_pb2.Value(number_value=struct.unpack(">d", bytes.fromhex(bits))[0]))
     async with refused("INVALID_ARGUMENT", "not finite"):
         await models.stub.CreateCheckpoint(request, metadata=models.ann)
 

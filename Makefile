@@ -45,7 +45,7 @@ test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS,
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \
 	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s tests/services/endpoints tests/e2e/test_kubernetes.py
 
-test-images: install  ## Build the images line by line, without Docker (half an hour; as root)
+test-images: install  ## Build the images line by line, without Docker (five minutes; as root)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m images
 
 up: install  ## The one-machine stack in the foreground

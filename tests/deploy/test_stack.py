@@ -50,18 +50,21 @@ def stack(home: Path) -> Iterator[Stack]:
         yield stack
 
 
+@pytest.mark.slow
 def test_the_ready_stack_answers_its_first_key_on_both_ports(stack: Stack) -> None:
     for url in (stack.url, stack.webui_url):
         assert httpx.get(f"{url}/ping", headers={"x-api-key": stack.api_key}).status_code == 200
         assert httpx.get(f"{url}/ping", headers={"x-api-key": "esd_wrong"}).status_code == 403
 
 
+@pytest.mark.slow
 def test_no_secret_is_printed(stack: Stack) -> None:
     log = stack.log_file.read_text()
     for file in (stack.home / "secrets").iterdir():
         assert file.read_text().strip() not in log, file
 
 
+@pytest.mark.slow
 def test_everything_listens_on_this_machine_only(stack: Stack) -> None:
     listening = set()
     for pid in [stack.launcher_pid, *stack.processes().values()]:
@@ -72,6 +75,7 @@ def test_everything_listens_on_this_machine_only(stack: Stack) -> None:
     assert listening == {"127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
     shown = esd("status", "--home", stack.home)
     assert shown.returncode == 0, shown.stdout + shown.stderr
@@ -79,6 +83,7 @@ def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
         assert re.search(rf"{name} .*{pid} .*RUNNING .*ok", shown.stdout), shown.stdout
 
 
+@pytest.mark.slow
 def test_a_second_start_on_the_same_home_says_so(stack: Stack) -> None:
     second = esd("up", "--home", stack.home, "--listen", "127.0.0.1:0")
     assert second.returncode == 1

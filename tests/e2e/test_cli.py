@@ -73,6 +73,7 @@ def test_a_key_is_made_shown_listed_and_revoked(esd: Esd, stack: Stack, admin: A
     assert not opens(stack, key)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_with_keys_is_said_in_one_sentence(esd: Esd, stack: Stack, tmp_path: Path) -> None:
     wrong, binary = tmp_path / "wrong", tmp_path / "binary"
     wrong.write_text("esd_wrong")

@@ -149,6 +149,7 @@ def test_the_losses_are_those_of_a_plain_loop(plain: dict[str, Models], family: 
     assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_every_optimizer_and_schedule_changes_the_weights(plain: dict[str, Models]) -> None:
     models = copy.deepcopy(plain["sd15"])
     config = check_training(RATES | {"network_train_text_encoder_only": True})

@@ -17,6 +17,8 @@ import pytest
 
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 LAUNCHER = """
 import json, os, sys
 from pathlib import Path

@@ -175,6 +175,7 @@ def test_img2img_and_inpainting_have_the_latents_of_the_diffusers_pipelines(
     assert_close(both[1], expected(kind, parts, nets, masked, **options, mask_image=painted))
 
 
+@pytest.mark.slow
 def test_sdxl_has_the_latents_of_the_diffusers_pipeline(tmp_path: Path) -> None:
     sdxl = make(tmp_path / "xl.safetensors")
     nets = [ControlNet(f"net{seed}", tiny_controlnet.make(sdxl.models.unet, seed)) for seed in (0, 1)]

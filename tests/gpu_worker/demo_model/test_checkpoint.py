@@ -52,6 +52,7 @@ async def test_of_a_hundred_pictures_95_are_right_and_90_with_words_around_the_p
         assert marks(asked, await answers(engine, asked)).right >= 90
 
 
+@pytest.mark.slow
 async def test_the_stock_pipeline_draws_the_same_pictures(models: weights.Models, tmp_path: Path) -> None:
     stock = pipeline_of(demo_model.CHECKPOINT, models.text_encoders[0].tokenizer, tmp_path)
     request = txt2img_of(prompt=demo_model.PROMPT, negative_prompt="blurry", steps=12, width=64, height=64, seed=3)

@@ -96,7 +96,7 @@ def test_the_engine_computes_with_the_file_what_the_trainer_computes_with_the_ne
         assert (ours - without).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", *slow(["sdxl"])])
 def test_diffusers_loads_the_file_with_equal_results(
     family: str, plain: dict[str, Models], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

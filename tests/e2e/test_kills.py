@@ -106,6 +106,7 @@ def test_after_everything_was_killed_at_once_the_demo_can_be_repeated(stack: Sta
     ("name", "path"),
     [("identity", "/roles"), ("models", "/checkpoints"), ("endpoints", "/endpoints"), ("inference", "/inferences")],
 )
+@pytest.mark.slow
 def test_a_service_that_is_down_is_503_in_the_envelope(stack: Stack, admin: Api, name: str, path: str) -> None:
     process = psutil.Process(stack.processes()[name])
     process.kill()

@@ -49,6 +49,7 @@ async def test_jobs_at_once_leave_each_its_own_results(worker: Worker, store: Ob
     assert store.requests.count(("GET", "tiny.safetensors")) == 1
 
 
+@pytest.mark.slow
 async def test_a_short_job_does_not_wait_for_a_long_one_and_cancelling_one_leaves_the_other(
     worker: Worker, make_spec: Any
 ) -> None:

@@ -75,6 +75,7 @@ async def transfer() -> AsyncIterator[Transfer]:
         yield client
 
 
+@pytest.mark.slow
 async def test_a_download_that_breaks_late_is_tried_again_and_comes_whole(
     serve: Serve, transfer: Transfer, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ async def test_a_download_that_breaks_late_is_tried_again_and_comes_whole(
     assert store.requests == 3
 
 
+@pytest.mark.slow
 async def test_a_download_that_always_breaks_at_the_same_place_is_given_up(
     serve: Serve, transfer: Transfer, tmp_path: Path
 ) -> None:

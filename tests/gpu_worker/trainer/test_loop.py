@@ -95,6 +95,7 @@ def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
     assert len(metadata["ss_new_sd_model_hash"]) == 64
 
 
+@pytest.mark.slow
 def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_stopped(
     trainings: Trainings, tmp_path: Path
 ) -> None:

@@ -5,17 +5,16 @@ python -m tests.bench trainings
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
-from PIL import Image, ImageDraw
 
 from deploy.local.demo import Client
 from deploy.local.stack import Stack
+from tests.pictures import circle
 
 _NUM_TRAININGS = 3
 _NUM_PICTURES = 4
@@ -52,7 +51,7 @@ def _request(client: Client, model: str) -> dict[str, Any]:
     dataset = {"dataset_name": "bench", "content": content, "prefix": "1_zog", "params": {"description": "circles"}}
     urls = client.call("POST", "/datasets", dataset)["s3PresignUrl"]
     for number, name in enumerate(names):
-        picture = _picture(60 * number)
+        picture = circle(60 * number)
         client.put(urls[name], picture, len(picture))
     client.call("PUT", "/datasets/bench", {"status": "Enabled"})
     rows = client.call("GET", "/checkpoints", types="Stable-diffusion", per_page="100")["checkpoints"]
@@ -83,12 +82,3 @@ def _heard(stack: Stack, training_id: str) -> Iterator[str]:
             if "ended" in event:
                 break
     raise SystemExit("the training ended before its first step")
-
-
-def _picture(shade: int) -> bytes:
-    """A circle on a coloured ground, as PNG."""
-    image = Image.new("RGB", (64, 64), (200, shade, 40))
-    ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=(0, 255, shade))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

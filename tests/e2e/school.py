@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from PIL import Image, ImageDraw
 
 from tests.e2e.conftest import Answer, Api, wait_for
+from tests.pictures import circle
 
 # A training of seconds on one thread: 64 pixels, two steps for each of four pictures.
 KEYS: dict[str, Any] = {
@@ -20,15 +19,6 @@ KEYS: dict[str, Any] = {
     "sample_prompts": "a zog --s 2",
 }  # fmt: skip
 ENDS = {"Completed", "Failed", "Stopped"}
-
-
-def picture(shade: int) -> bytes:
-    """A circle on a coloured ground, as PNG."""
-    image = Image.new("RGB", (64, 64), (200, shade, 40))
-    ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=(0, 255, shade))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def add_dataset(api: Api, name: str, files: dict[str, bytes]) -> str:
 
 def open_school(api: Api, model: str) -> School:
     """Uploads four pictures with captions for a user who may train on the model."""
-    files = {f"{number}.png": picture(60 * number) for number in range(4)}
+    files = {f"{number}.png": circle(60 * number) for number in range(4)}
     data_path = add_dataset(api, "zogs", files | {f"{number}.txt": b"a zog, green" for number in range(4)})
     models = api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
     (found,) = [row for row in models if row["name"] == [model]]

@@ -14,7 +14,8 @@ from PIL import Image
 
 from deploy.local.stack import Stack
 from tests.e2e.conftest import PICTURE, Api, Studio, finished, upload, wait_for
-from tests.e2e.school import School, add_dataset, open_school, picture
+from tests.e2e.school import School, add_dataset, open_school
+from tests.pictures import circle
 from tests.services.models.files import safetensors
 
 # Several processes start one after the other, each of which imports torch.
@@ -109,7 +110,7 @@ def saved(told: Iterator[dict[str, Any]]) -> str:
 
 
 def test_what_cannot_be_had_is_refused_before_anything_begins(school: School, admin: Api) -> None:
-    add_dataset(admin, "secret", {"0.png": picture(0)})
+    add_dataset(admin, "secret", {"0.png": circle(0)})
     others = school.data_path.replace("/zogs", "/secret")
     for given, keys, sentence in (
         ({"fm_type": "sd_2"}, {}, "Invalid fm_type sd_2, the valid values are sd_1_5 and sd_xl"),

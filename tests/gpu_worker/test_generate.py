@@ -56,7 +56,9 @@ def generate(stub: Any, tokens: Tokens) -> Any:
 async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
     generate: Any, store: ObjectStore, make_spec: Any
 ) -> None:
-    spec = make_spec(negative_prompt="dull", sampler_name="Euler a", batch_size=2, cfg_scale=7.5)
+    settings = {"eta_noise_seed_delta": 31337}
+    asked = {"negative_prompt": "dull", "sampler_name": "Euler a", "batch_size": 2, "cfg_scale": 7.5}
+    spec = make_spec(**asked, s_min_uncond=1.5, override_settings=settings)
     events = await generate(spec)
     kinds = [event.WhichOneof("event") for event in events]
     assert kinds[0] == "started"
@@ -72,6 +74,7 @@ async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
     assert image.size == (64, 64)
     assert image.text["parameters"].startswith("a cat\nNegative prompt: dull\nSteps: 2, Sampler: Euler a, ")
     assert f"CFG scale: 7.5, Seed: 8, Size: 64x64, Model hash: {model_hash}, Model: tiny" in image.text["parameters"]
+    assert "NGMS: 1.5, ENSD: 31337" in image.text["parameters"]
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert param.keys() == {"parameters", "info", "endpoint_name", "inference_id"}
     assert param["parameters"] == check("txt2img", to_python(spec.payload), spec.job_id).model_dump()

@@ -64,6 +64,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
 
 def test_clip_skip_comes_from_the_overridden_setting() -> None:
     assert check(override_settings={"CLIP_stop_at_last_layers": 2, "sd_vae": None})["clip_skip"] == 2
+    assert check(override_settings={"eta_noise_seed_delta": 31337})["noise_seed_delta"] == 31337
     assert check(override_settings=None)["clip_skip"] == 1
 
 

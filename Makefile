@@ -18,6 +18,8 @@ install: $(VENV)/.installed  ## Make .venv with the pinned dependencies and gene
 $(VENV)/.installed: pyproject.toml constraints.txt protos/generate.py $(shell find protos -name '*.proto')
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# The pip that Python brings takes twice as long to read the package index.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
 	@# Bytecode is made of what gets imported, when it is: all of it would take a third of the installation.
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@# Alone, without the torchvision that it declares: gpu_worker/upscaling.py says why.

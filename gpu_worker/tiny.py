@@ -28,6 +28,7 @@ _TINY = {
         "cross_attention_dim": _TEXT_WIDTH,
         "attention_head_dim": 4,
         "block_out_channels": [16, 32, 32, 32],
+        "layers_per_block": 1,
         "norm_num_groups": 8,
     },
     "vae": {"sample_size": 64, "block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8},

@@ -240,12 +240,12 @@ def test_a_second_pass_looks_at_a_hint_of_its_size_softly_where_it_is_of_lines(
         first = steering.steps_of(request, having_nets, canvas)
         second = hires.begin(request, canvas, having_nets, having_nets).steps
     assert [control.net for control in first[0].controls] == [nets[0].model]
-    assert first[0].controls[0].scales == (0.8,) * 13
+    assert first[0].controls[0].scales == (0.8,) * 9
     controls = {id(control.net): control for control in second[0].controls}
     assert controls[id(nets[0].model)].hint.shape == (1, 3, 96, 96)
     assert controls[id(nets[0].model)].scales[0] == pytest.approx(0.8 * 0.825**12)
-    assert controls[id(nets[0].model)].scales[-1] == pytest.approx(0.8)
-    assert controls[id(nets[1].model)].scales == (0.8,) * 13
+    assert controls[id(nets[0].model)].scales[8] == pytest.approx(0.8 * 0.825**4)
+    assert controls[id(nets[1].model)].scales == (0.8,) * 9
 
 
 def test_what_inpaint_only_does_not_paint_stays(models: weights.Models, nets: list[ControlNet]) -> None:

@@ -18,6 +18,12 @@ from tests.e2e.conftest import Api
 SETTINGS = {"ESD_BASE_PATH": "/prod", "ESD_REPLICAS": "2", "ESD_IMPORT_ALLOWED_NETWORKS": '["127.0.0.0/8"]'}
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What pytest asks before it imports a file. Where schemathesis is in use, collecting makes all of its cases, which
+    takes as long as importing torch: a run without slow tests goes without."""
+    return (collection_path.name == "test_openapi.py" and "not slow" in config.option.markexpr) or None
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """Two of everything, both listeners, a base path."""

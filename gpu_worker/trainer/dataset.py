@@ -5,6 +5,7 @@ A picture without a caption file has its folder's concept as caption. What canno
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -158,9 +159,16 @@ def _caption(path: Path, extension: str) -> str | None:
     for ending in dict.fromkeys((extension, ".caption", ".txt")):
         file = path.with_suffix(ending)
         if file.is_file():
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                return lines.readline(_MAX_CAPTION).strip()
+            with file.open("rb") as content:
+                return _first_line(content.read(4 * _MAX_CAPTION))
     return None
+
+
+def _first_line(content: bytes) -> str:
+    """The first line of a text in UTF-8, or in UTF-16 as Windows writes it, without what no text has."""
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_wide else "utf-8-sig", errors="replace").replace("\0", "")
+    return text.partition("\n")[0][:_MAX_CAPTION].strip()
 
 
 def _nothing(folder: Path, rejected: list[str]) -> str:

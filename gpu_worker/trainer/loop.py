@@ -173,15 +173,17 @@ class Loop:
         if told is None:
             return
         loss = float(told.loss)
-        self._num_broken = 0 if math.isfinite(loss) else self._num_broken + 1
+        is_number = all(map(math.isfinite, (loss, *told.rates.values())))
+        self._num_broken = 0 if is_number else self._num_broken + 1
         if self._num_broken and (self._num_broken >= _MAX_BROKEN_STEPS or not self._is_cuda):
             raise JobError(
                 f"the loss is not a number any more, at step {told.step}; a lower learning rate, or mixed_precision "
                 "bf16 or no, may help"
             )
-        if not self._num_broken:
-            self._losses.append(loss)
-        average = sum(self._losses) / max(1, len(self._losses))
+        if self._num_broken:
+            return  # the scaler has left the weights as they were: there is nothing to tell
+        self._losses.append(loss)
+        average = sum(self._losses) / len(self._losses)
         per_step = (time.monotonic() - self._began) / (told.step - self._first_step)
         left = per_step * (self._num_steps - told.step)
         progress = Progress(told.step, told.epoch, loss, average, told.rates, left)

@@ -29,6 +29,9 @@ def create_optimizer(config: Training, network: Network, device: torch.device, l
     groups = [
         {"params": parameters, "lr": rate, "name": name} for name, parameters, rate in parts if parameters and rate
     ]
+    for _, parameters, rate in parts:
+        for parameter in parameters:
+            parameter.requires_grad_(rate > 0)  # else gradients pile up that nobody clears, and clipping counts them
     if not groups:
         raise JobError("nothing would be trained: the learning rate of every part of the network is 0")
     kind, options = _kind(config.optimizer_type, device, log)

@@ -55,9 +55,10 @@ class Steps:
         self._is_velocity = config.v_parameterization or models.scheduler_config["prediction_type"] == "v_prediction"
         self._optimizer = optimizers.create_optimizer(config, network, models.device, log)
         self._schedule = optimizers.create_schedule(config, self._optimizer, num_steps)
+        self._learns_text = any(parameter.requires_grad for parameter in network.texts)
         self._autocast = models.dtype != torch.float32
         self._scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-        _prepare(models, config)
+        _prepare(models, config, self._learns_text)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -118,7 +119,7 @@ class Steps:
         """The UNet's output."""
         config, models = self._config, self._models
         with self._precision():
-            with torch.set_grad_enabled(config.trains_text):
+            with torch.set_grad_enabled(self._learns_text):
                 hidden, pooled = texts.encode(models, batch.captions, config.clip_skip, config.max_token_length)
             added = None if pooled is None else {"text_embeds": pooled, "time_ids": batch.sizes}
             guess: torch.Tensor = models.unet(noisy, timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
@@ -134,14 +135,14 @@ class Steps:
         return weights
 
 
-def _prepare(models: Models, config: Training) -> None:
+def _prepare(models: Models, config: Training, learns_text: bool) -> None:
     """Sets what the models do beside computing."""
-    trained = [models.unet, *(encoder.model for encoder in models.text_encoders if config.trains_text)]
+    trained = [models.unet, *(encoder.model for encoder in models.text_encoders if learns_text)]
     for model in trained:
         model.train()  # for dropout in the network; the models have none of their own
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
-        if config.trains_text:
+        if learns_text:
             for encoder in models.text_encoders:
                 encoder.model.activation_checkpointing_enable()
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import UUID
@@ -189,12 +190,22 @@ def _phase(told: pb.TrainerPhase) -> facts.Fact:
 def _progress(told: pb.TrainerProgress) -> facts.Fact:
     if len(told.points) > _MAX_POINTS:
         raise InvalidArgument(f"a progress has {len(told.points)} points; at most {_MAX_POINTS} are possible")
+    if not math.isfinite(told.seconds_left):
+        raise InvalidArgument("the time that is left is no number")
     points = [_point(point) for point in told.points]
     return facts.Progress(points, told.num_steps, told.num_epochs, told.seconds_left)
 
 
 def _point(point: pb.MetricPoint) -> facts.Point:
-    return facts.Point(point.step, point.epoch, point.loss, point.average_loss, dict(point.learning_rates))
+    rates = {_text(part): rate for part, rate in point.learning_rates.items()}
+    if point.step < 1 or not all(map(math.isfinite, (point.loss, point.average_loss, *rates.values()))):
+        raise InvalidArgument(f"step {point.step} has a loss or a learning rate that is no number, or does not exist")
+    return facts.Point(point.step, point.epoch, point.loss, point.average_loss, rates)
+
+
+def _text(told: str) -> str:
+    """What can be kept of a text: PostgreSQL takes no NUL, and a training shall not end for one."""
+    return told.replace("\0", "")
 
 
 def _uploaded(file: pb.UploadedFile) -> facts.Uploaded:
@@ -204,12 +215,12 @@ def _uploaded(file: pb.UploadedFile) -> facts.Uploaded:
 _FACTS: dict[str, Callable[[Any], facts.Fact]] = {
     "phase": _phase,
     "progress": _progress,
-    "log": lambda told: facts.Log(told.line),
+    "log": lambda told: facts.Log(_text(told.line)),
     "saved": lambda told: facts.Saved(_uploaded(told.file), told.epoch),
-    "preview": lambda told: facts.Preview(_uploaded(told.file), told.epoch, told.prompt),
+    "preview": lambda told: facts.Preview(_uploaded(told.file), told.epoch, _text(told.prompt)),
     "removed": lambda told: facts.Removed(told.name),
     "board": lambda told: facts.Board(_uploaded(told)),
     "state": lambda told: facts.Kept(_uploaded(told.file), told.epoch),
     "done": lambda _: facts.Done(),
-    "failed": lambda told: facts.Failed(told.reason or "the trainer failed"),
+    "failed": lambda told: facts.Failed(_text(told.reason) or "the trainer failed"),
 }

@@ -75,7 +75,7 @@ class Trainers:
         if isinstance(fact, facts.Saved | facts.Preview | facts.Board):
             await self._keep(training, session, fact.file)
         elif isinstance(fact, facts.Kept):
-            await self._check(training.session_prefix(session) + fact.file.name, fact.file)
+            await self._check(training, session, fact.file)
         kept = await self._store.record(training.id, session, sequence, fact)
         if kept is None:
             raise FailedPrecondition(f"training {training.id} has ended, or another trainer has taken it over")
@@ -108,15 +108,14 @@ class Trainers:
 
     async def _keep(self, training: Training, session: UUID, file: facts.Uploaded) -> None:
         """Copies a file that was uploaded to the output, if it is what was told."""
+        await self._check(training, session, file)
+        await self._blobs.copy(training.session_prefix(session) + file.name, training.output_prefix + file.name)
+
+    async def _check(self, training: Training, session: UUID, file: facts.Uploaded) -> None:
         if not _is_plain(file.name):
             raise FailedPrecondition(f"{file.name!r} cannot be the name of a file")
-        key = training.session_prefix(session) + file.name
-        await self._check(key, file)
-        await self._blobs.copy(key, training.output_prefix + file.name)
-
-    async def _check(self, key: str, file: facts.Uploaded) -> None:
         try:
-            size_bytes, sha256 = await self._blobs.read(key, _read)
+            size_bytes, sha256 = await self._blobs.read(training.session_prefix(session) + file.name, _read)
         except BlobNotFound:
             raise FailedPrecondition(f"{file.name} was not uploaded") from None
         if (size_bytes, sha256) != (file.size_bytes, file.sha256):
@@ -124,7 +123,7 @@ class Trainers:
 
 
 def _is_network(name: str) -> bool:
-    return "/" not in name and name.endswith(".safetensors")
+    return _is_plain(name) and "/" not in name and name.endswith(".safetensors")
 
 
 def _is_plain(name: str) -> bool:

@@ -88,7 +88,7 @@ class Training(BaseModel):
     output_dir: str = "output"
     output_name: str = Field("last", min_length=1, max_length=100)
     logging_dir: str = ""
-    log_prefix: str = ""
+    log_prefix: str = Field("", max_length=100)
 
     # --- the pictures and their captions ---
     resolution: tuple[int, int] = (512, 512)  # width, height
@@ -212,11 +212,11 @@ class Training(BaseModel):
         listed = value.splitlines() if isinstance(value, str) else value
         return [line.strip() for line in listed if line.strip() and not line.strip().startswith("#")]
 
-    @field_validator("output_name")
+    @field_validator("output_name", "log_prefix")
     @classmethod
-    def _file_name(cls, name: str) -> str:
+    def _file_name(cls, name: str, info: Any) -> str:
         if name.startswith(".") or any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in name):
-            raise ValueError(f"output_name {shown(name)} cannot be the name of a file")
+            raise ValueError(f"{info.field_name} {shown(name)} cannot be the name of a file")
         return name
 
     @field_validator("sample_sampler")

@@ -40,6 +40,13 @@ def test_a_caption_is_the_first_line_beside_the_picture_or_the_concept(tmp_path:
     assert [picture.caption for picture in found.pictures] == ["a red cat", "another cat", "sks cat"]
 
 
+def test_captions_may_be_utf_16_and_never_have_nul(tmp_path: Path) -> None:
+    for name, content in (("a", "é zog\nmore".encode("utf-16")), ("b", b"z\0og"), ("c", "\ufeffé zog".encode())):
+        draw(tmp_path / "1_zog" / f"{name}.png")
+        (tmp_path / "1_zog" / f"{name}.txt").write_bytes(content)
+    assert [picture.caption for picture in read(tmp_path).pictures] == ["é zog", "zog", "é zog"]
+
+
 def test_the_configured_ending_of_captions_goes_first(tmp_path: Path) -> None:
     draw(tmp_path / "1_cat" / "a.png")
     (tmp_path / "1_cat" / "a.txt").write_text("by txt")

@@ -1,6 +1,7 @@
 """Whole trainings of the tiny checkpoint: repeatable, resumable, stoppable, and what they leave behind."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,17 @@ def test_a_loss_that_is_no_number_ends_the_training(trainings: Trainings) -> Non
     loop._models.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(JobError, match="the loss is not a number any more, at step 1"):
         loop.run()
+
+
+def test_a_step_whose_loss_is_no_number_is_not_told_where_a_few_are_usual(trainings: Trainings) -> None:
+    notes = Notes()
+    loop = trainings.loop(notes)
+    loop._is_cuda = True  # of which only the tolerance is on trial
+    step, lost = loop._steps.step, iter([False, True, False, False])
+    loop._steps.step = lambda *given: step(*given) * (torch.nan if next(lost) else 1)  # type: ignore[method-assign]
+    loop.run()
+    assert [progress.step for progress in notes.steps] == [1, 3, 4]
+    assert all(math.isfinite(progress.average_loss) for progress in notes.steps)
 
 
 def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainings: Trainings) -> None:

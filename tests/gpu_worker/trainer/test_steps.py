@@ -35,6 +35,9 @@ KEYS: dict[str, dict[str, Any]] = {
                                  "max_timestep": 600, "lr_scheduler": "linear", "lr_warmup_steps": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
     "the UNet alone": {"network_train_unet_only": True},
+    "the UNet alone, by the other's rate": {"text_encoder_lr": 0, "max_grad_norm": 1e-4},
+    "the text encoder alone, by the other's rate": {"unet_lr": 0, "max_grad_norm": 1e-4,
+                                                    "gradient_checkpointing": True},
 }  # fmt: skip
 
 
@@ -73,11 +76,14 @@ def reference_losses(models: Models, config: Training) -> list[float]:
     torch.manual_seed(config.seed)
     unet, encoders = models.unet, [encoder.model for encoder in models.text_encoders]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=UNET_TARGETS))
-    groups = [{"params": [p for p in unet.parameters() if p.requires_grad], "lr": 1e-2}]
+    groups = [{"params": [p for p in unet.parameters() if p.requires_grad], "lr": config.unet_rate}]
     if not config.network_train_unet_only:
         for encoder in encoders:
             encoder.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=TEXT_TARGETS))
-        groups.append({"params": [p for e in encoders for p in e.parameters() if p.requires_grad], "lr": 1e-3})
+        groups.append(
+            {"params": [p for e in encoders for p in e.parameters() if p.requires_grad], "lr": config.text_rate}
+        )
+    groups = [group for group in groups if group["lr"]]
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups)
     schedule = get_scheduler(

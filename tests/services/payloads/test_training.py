@@ -142,6 +142,8 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         ({"network_module": "networks.oft"}, "network_module \"networks.oft\": input should be 'networks.lora' or"),
         ({"save_model_as": "ckpt"}, 'save_model_as "ckpt" is not possible; possible: safetensors'),
         ({"output_name": "../x"}, 'output_name "../x" cannot be the name of a file'),
+        ({"log_prefix": "/tmp/x"}, 'log_prefix "/tmp/x" cannot be the name of a file'),
+        ({"log_prefix": "../../x"}, 'log_prefix "../../x" cannot be the name of a file'),
         ({"output_name": ""}, 'output_name "": string should have at least 1 character'),
         ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "nothing would be trained"),
         ({"min_timestep": 500, "max_timestep": 500}, "min_timestep 500 is not below max_timestep 500"),

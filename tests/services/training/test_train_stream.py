@@ -254,6 +254,35 @@ async def test_a_file_that_is_not_what_was_told_ends_the_stream(service: Service
     assert await service.keys(f"kohya/train/{created.id}/output/") == []
 
 
+BAD_POINTS = [
+    pb.MetricPoint(step=1, loss=float("nan")),
+    pb.MetricPoint(step=1, average_loss=float("inf")),
+    pb.MetricPoint(step=1, learning_rates={"unet": float("-inf")}),
+    pb.MetricPoint(step=0),
+]
+
+
+async def test_steps_that_cannot_be_kept_end_the_stream_so_that_they_are_not_told_again(service: Service) -> None:
+    created = await service.create()
+    for point in BAD_POINTS:
+        async with service.trainer(created.id) as trainer:
+            await trainer.send(1, progress=pb.TrainerProgress(points=[point], num_steps=9, num_epochs=3))
+            assert await trainer.end() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_texts_with_nul_are_kept_without_it(service: Service) -> None:
+    created = await service.create()
+    async with service.trainer(created.id) as trainer:
+        await trainer.tell(log=pb.TrainerLog(line="z\0og"))
+        drawn = await trainer.upload("sample/a.png", b"picture")
+        await trainer.tell(preview=pb.DrawnPreview(file=drawn, epoch=1, prompt="a\0 zog"))
+        await trainer.tell(failed=pb.TrainerFailed(reason="no\0 more"))
+    told = await events(service, created.id)
+    assert [event.log.line for event in told if event.HasField("log")] == ["zog"]
+    assert [event.preview.prompt for event in told if event.HasField("preview")] == ["a zog"]
+    assert told[-1].ended.reason == "no more"
+
+
 NOT_THEIRS = [
     (pb.URL_KIND_UPLOAD, "../../other/output/x.safetensors"),
     (pb.URL_KIND_UPLOAD, "sample/../x.png"),

@@ -12,9 +12,6 @@ class Payload(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    # Names of what the payload has and nothing here uses; goes into the result's `info`.
-    ignored: list[str] = []
-
     @property
     def num_images(self) -> int:
         """How many pictures the job makes."""

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from services.common.payloads import pictures
 from services.common.payloads.showing import shown
 
-RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
+ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
+ControlMode = Literal["Balanced", "My prompt is more important", "ControlNet is more important"]
+Passes = Literal["Both", "Low res only", "High res only"]
+RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 STRETCHED, CROPPED, FILLED = RESIZE_MODES
-CONTROL_MODES = ("Balanced", "My prompt is more important", "ControlNet is more important")
+CONTROL_MODES: tuple[ControlMode, ...] = get_args(ControlMode)
 BALANCED, PROMPT, CONTROL = CONTROL_MODES
-PASSES = ("Both", "Low res only", "High res only")
+PASSES: tuple[Passes, ...] = get_args(Passes)
 BOTH, LOW_RES, HIGH_RES = PASSES
 INPAINT_ONLY = "inpaint_only"
 INPAINT = ("inpaint", INPAINT_ONLY)
-_MAX_UNITS = 10
+MAX_UNITS = 10
 _NOTHING = (None, "", "None", "none")
 _IN_PARENTHESES = re.compile(r"\s*\(.*\)$")
 # Older spellings of the extension's API.
@@ -76,8 +79,8 @@ class Unit(BaseModel):
     model: str
     # What prepares the picture, and its thresholds.
     module: str = "none"
-    threshold_a: float = 0
-    threshold_b: float = 0
+    threshold_a: float = Field(-1, validate_default=True)
+    threshold_b: float = Field(-1, validate_default=True)
     # Pixels of the shorter side at which the module looks at the picture; 0: as many as the job has.
     processor_res: int = Field(512, ge=0, le=2048)
     image: str | None = None
@@ -86,12 +89,34 @@ class Unit(BaseModel):
     # The part of the steps in which it has a say.
     guidance_start: float = Field(0.0, ge=0, le=1)
     guidance_end: float = Field(1.0, ge=0, le=1)
-    resize_mode: str = CROPPED
-    control_mode: str = BALANCED
+    resize_mode: ResizeMode = CROPPED
+    control_mode: ControlMode = BALANCED
     # In which of two passes.
-    hr_option: str = BOTH
+    hr_option: Passes = BOTH
     # What it looks at is a picture of the result.
     save_detected_map: bool = True
+
+    @field_validator("module")
+    @classmethod
+    def _known(cls, module: str) -> str:
+        if module not in PREPROCESSORS:
+            possible = ", ".join(PREPROCESSORS)
+            raise ValueError(f"the module {shown(module)} needs weights that are not here; possible: {possible}")
+        return module
+
+    @field_validator("image", "mask")
+    @classmethod
+    def _readable(cls, picture: str | None, info: Any) -> str | None:
+        if picture is not None:
+            pictures.check(picture, info.field_name)
+        return picture
+
+    @field_validator("threshold_a", "threshold_b", mode="before")
+    @classmethod
+    def _within_bounds(cls, given: Any, info: Any) -> float:
+        module = PREPROCESSORS.get(info.data.get("module"), Preprocessor())  # that of none where it is wrong
+        index = int(info.field_name == "threshold_b")
+        return module.value(index, given if isinstance(given, int | float) else None)
 
     def acts_in(self, step: int, num_steps: int) -> bool:
         """Whether it has a say in that step, counted from 0."""
@@ -111,8 +136,6 @@ def units(arguments: list[Any]) -> list[dict[str, Any]]:
                 f"controlnet unit {index}", {_FIELDS.get(name) or name: value for name, value in given.items()}
             )
             found += [unit] if unit else []
-    if len(found) > _MAX_UNITS:
-        raise ValueError(f"{len(found)} controlnet units are enabled; at most {_MAX_UNITS} are possible")
     return found
 
 
@@ -125,15 +148,9 @@ def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"{name}: {shown(module)} is no ControlNet, and cannot be run here; disable the unit")
     if model in _NOTHING:
         return None
-    if module not in PREPROCESSORS:
-        possible = ", ".join(PREPROCESSORS)
-        raise ValueError(f"{name}: the module {shown(module)} needs weights that are not here; possible: {possible}")
     for field, choices in (("resize_mode", RESIZE_MODES), ("control_mode", CONTROL_MODES), ("hr_option", PASSES)):
         if field in fields:
             fields[field] = _choice(f"{name}: {field}", fields[field], choices)
-    for index, field in enumerate(("threshold_a", "threshold_b")):
-        value = fields.get(field)
-        fields[field] = PREPROCESSORS[module].value(index, value if isinstance(value, int | float) else None)
     if given.get("pixel_perfect") is True or fields.get("processor_res", 0) == -1:
         fields["processor_res"] = 0 if given.get("pixel_perfect") is True else 512
     return fields | {"module": module, "model": model} | _pictures(name, given)
@@ -154,7 +171,7 @@ def _pictures(name: str, given: dict[str, Any]) -> dict[str, str | None]:
     """The picture and the mask, which a client may send as one object.
 
     Raises:
-        ValueError: one cannot be read.
+        ValueError: one is no text.
     """
     image: Any = given.get("image")
     mask: Any = given.get("mask")
@@ -164,8 +181,6 @@ def _pictures(name: str, given: dict[str, Any]) -> dict[str, str | None]:
         image, mask = image.get("image"), image.get("mask", mask)
     found = {"image": image or None, "mask": mask or None}
     for field, text in found.items():
-        if text is not None:
-            if not isinstance(text, str):
-                raise ValueError(f"{name}: {field} is no picture in base64")
-            pictures.check(text, f"{name}: {field}")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name}: {field} is no picture in base64")
     return found

@@ -6,13 +6,14 @@ picture in a way that cannot be had is refused, unless it is switched off.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from services.common.payloads import plots, prompts, samplers
 from services.common.payloads.base import Payload
-from services.common.payloads.controlnet import Unit
+from services.common.payloads.controlnet import MAX_UNITS, Unit
 from services.common.payloads.scripts import as_fields, check_scripts
 from services.common.payloads.showing import shown
 
@@ -46,6 +47,11 @@ _SETTINGS = {
     "sd_vae": "vae_name",
     "tiling": "tiling",
 }
+# Fields that no client's payload has: what they hold comes from settings and scripts.
+_OWN = frozenset({
+    "clip_skip", "controlnet", "form", "ignored", "model_name", "noise_seed_delta", "plot", "refiner_pass", "vae_name",
+})  # fmt: skip
+CHECKED: Final = "checked"
 REFINE_FIRST: Final = "first pass"
 REFINE_SECOND: Final = "second pass"
 
@@ -57,6 +63,10 @@ class Generation(Payload):
     # Whether the job paints on a picture.
     has_picture: ClassVar[bool] = False
 
+    # Marks the form that was checked. Without it a payload is a client's, which has none of the fields in `_OWN`.
+    form: Literal["checked"] = CHECKED
+    # Names of what the payload has and nothing here uses; goes into the result's `info`.
+    ignored: list[str] = Field(default=[])
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = Field(-1, ge=-1, le=_LARGEST_EXACT_INTEGER)
@@ -101,10 +111,13 @@ class Generation(Payload):
     @classmethod
     def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in fields.items() if value is not None}
+        own = frozenset[str]() if given.get("form") == CHECKED else _OWN
+        unused = _unused(given, (cls.model_fields.keys() | cls.without_effect) - own)
+        given = {name: value for name, value in given.items() if name not in own}
         for name, instead in _REFUSED.items():
             if given.get(name) not in (None, *_OFF):
                 raise ValueError(f"{name} {shown(given[name])}: {instead}")
-        ignored = _unused(given, cls) + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
+        ignored = unused + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
         script = str(given.get("script_name") or "None")
         if script.lower() == plots.SCRIPT:
             given["plot"] = plots.plot_of(given.get("script_args"), given, cls.has_picture)
@@ -149,6 +162,8 @@ class Generation(Payload):
             )
         if self.plot is not None:
             self._check_plot(self.plot)
+        if len(self.controlnet) > MAX_UNITS:
+            raise ValueError(f"{len(self.controlnet)} controlnet units are enabled; at most {MAX_UNITS} are possible")
         for index, unit in enumerate(self.controlnet):
             if unit.image is None and not self.has_picture:
                 raise ValueError(f"controlnet unit {index} is enabled, but has no image")
@@ -173,7 +188,12 @@ class Generation(Payload):
         """
         if self.plot is None:
             return [self]
-        return [type(self).model_validate(fields) for _, fields in self.plot.cells(self.model_dump())]
+        return [type(self).model_validate(fields) for _, fields in self.cell_fields()]
+
+    def cell_fields(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What tells each cell of the plot from the others, and its fields, not yet checked."""
+        if self.plot is not None:  # the units are checked already, and their pictures large
+            yield from self.plot.cells(self.model_dump() | {"controlnet": self.controlnet})
 
     @property
     def final_size(self) -> tuple[int, int]:
@@ -293,12 +313,12 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
     return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
 
 
-def _unused(given: dict[str, Any], cls: type[Generation]) -> list[str]:
-    """Names of fields and settings that say something and are not used."""
+def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
+    """Names of fields and settings that say something and are not known."""
     fields = [
         name
         for name, value in given.items()
-        if name not in cls.model_fields and name not in cls.without_effect and value not in (*_OFF, [], {})
+        if name not in known and value not in (*_OFF, [], {})
         if value != _DEFAULTS.get(name)
     ]
     settings = given.get("override_settings")

@@ -10,7 +10,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -63,13 +63,24 @@ class Axis(BaseModel):
     """What changes along one direction of the grid."""
 
     name: str = NOTHING
-    values: list[int | float | str] = Field(default=[""])
+    values: list[int | float | str] = Field(default=[""], min_length=1, max_length=_MAX_VALUES)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in _AXES:
+            raise ValueError(f"name {shown(name)} cannot be varied here; possible: {', '.join(_AXES)}")
+        return name
 
     @field_validator("values")
     @classmethod
     def _of_its_type(cls, values: list[int | float | str], info: Any) -> list[Any]:
         """JSON's numbers know no types."""
-        return [_AXES[info.data["name"]].type(value) for value in values]
+        axis = _AXES.get(info.data.get("name"))  # none where the name is wrong
+        try:
+            return [axis.type(value) for value in values] if axis else values
+        except (ValueError, OverflowError):
+            raise ValueError(f"values {shown(values)} cannot be read as those of {info.data['name']}") from None
 
     @property
     def labels(self) -> list[str]:
@@ -103,7 +114,7 @@ class Plot(BaseModel):
     include_lone_images: bool = False
     include_sub_grids: bool = False
     # Which directions have seeds of their own for each place.
-    vary_seeds: list[str] = Field(default=[])
+    vary_seeds: list[Literal["x", "y", "z"]] = Field(default=[])
     margin_size: int = Field(0, ge=0, le=500)
 
     @property

@@ -47,7 +47,8 @@ def parse(content: bytes | str) -> dict[str, Any]:
 
 def check(task_type: str, fields: dict[str, Any], job_id: str) -> Payload:
     """The request in a payload. Null means absent, and a seed of -1 becomes a number that only depends on the job's id.
-    The checked form, `model_dump()` of the answer, gives the same answer again.
+    The checked form, `model_dump()` of the answer, gives the same answer again. It is checked as strictly: a client
+    may send one too, as `esd verify` does.
 
     Raises:
         InvalidArgument: the message names each wrong field with its value and what is possible.
@@ -61,7 +62,7 @@ def check(task_type: str, fields: dict[str, Any], job_id: str) -> Payload:
     texts = {"seed": job_id, "subseed": f"{job_id} subseed"}
     seeds = {name: seed_of(text) for name, text in texts.items() if getattr(request, name) == -1}
     request = request.model_copy(update=seeds)
-    for name, cell in request.plot.cells(request.model_dump()) if request.plot else ():
+    for name, cell in request.cell_fields():
         try:
             _validated(task, cell)
         except InvalidArgument as error:

@@ -19,18 +19,23 @@ def shown(value: Any) -> str:
 
 def sentence(problem: Any, model: type[BaseModel]) -> str:
     """What is wrong with a field, of which value, and what is possible; `problem` is one of a ValidationError."""
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    first, *inner = problem["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
-    name, value = f"{first}{path}", shown(problem["input"])
+    location = problem["loc"]
+    if problem["type"] == "value_error":  # it names its field, but not the object that this lies in
+        outer = location[:-1] if location and isinstance(location[-1], str) else location
+        return f"{_path(outer)}: {problem['ctx']['error']}" if outer else str(problem["ctx"]["error"])
+    name, value = _path(location), shown(problem["input"])
     if problem["type"] == "missing":
         return f"{name} is missing"
-    if problem["type"] in {"greater_than_equal", "less_than_equal"} and (possible := _range(model, problem["loc"])):
+    if problem["type"] in {"greater_than_equal", "less_than_equal"} and (possible := _range(model, location)):
         return f"{name} {value} is out of range: {possible} is possible"
     if problem["type"] == "multiple_of":
         return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
     return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _path(location: Sequence[str | int]) -> str:
+    first, *inner = location
+    return f"{first}{''.join(f'[{part}]' if isinstance(part, int) else f'.{part}' for part in inner)}"
 
 
 def _range(model: type[BaseModel], path: Sequence[str | int]) -> str:

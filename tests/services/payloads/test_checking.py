@@ -39,6 +39,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "noise_seed_delta": 0,
         "clip_skip": 1,
         "exclusive": False,
+        "form": "checked",
         "enable_hr": False,
         "denoising_strength": 0.75,
         "hr_scale": 2.0,
@@ -223,6 +224,21 @@ def test_what_is_off_changes_nothing() -> None:
     }
     assert check(alwayson_scripts=scripts, override_settings={}, script_args=[], **off) == plain
     assert plain["ignored"] == []
+
+
+def test_names_of_the_checked_form_are_unknown_names_in_a_clients_payload() -> None:
+    own: dict[str, object] = {
+        "controlnet": [{"module": "openpose", "model": "x"}],
+        "plot": {"x": {"name": "Nothing at all"}},
+        "ignored": [{"steps": 1}],
+        "model_name": "other",
+        "vae_name": "other",
+        "refiner_pass": "third",
+        "clip_skip": 99,
+        "noise_seed_delta": 1,
+        "form": "mine",
+    }
+    assert check(**own) == check() | {"ignored": list(own)}
 
 
 def test_what_is_ignored_is_named() -> None:

@@ -135,9 +135,9 @@ def test_img2imgs_own_picture_is_looked_at_where_a_unit_has_none() -> None:
     [
         (
             {"module": "openpose_full"},
-            'controlnet unit 0: the module "openpose_full" needs weights that are not here; p',
+            'controlnet[0]: the module "openpose_full" needs weights that are not here; possible: none, canny, ',
         ),
-        ({"module": "depth_leres"}, 'controlnet unit 0: the module "depth_leres" needs weights'),
+        ({"module": "depth_leres"}, 'controlnet[0]: the module "depth_leres" needs weights'),
         ({"module": "inpaint_only+lama"}, 'the module "inpaint_only+lama" needs weights'),
         (
             {"module": "reference_only", "model": "None"},
@@ -146,8 +146,8 @@ def test_img2imgs_own_picture_is_looked_at_where_a_unit_has_none() -> None:
         ({"module": "ip-adapter_clip_sd15"}, '"ip-adapter_clip_sd15" is no ControlNet'),
         ({"model": "ip-adapter_sd15 [abc]"}, "is no ControlNet, and cannot be run here"),
         ({"image": None}, "controlnet unit 0 is enabled, but has no image"),
-        ({"image": "%"}, "controlnet unit 0: image is not base64"),
-        ({"mask": "aGVsbG8="}, "controlnet unit 0: mask is no picture"),
+        ({"image": "%"}, "controlnet[0]: image is not base64"),
+        ({"mask": "aGVsbG8="}, "controlnet[0]: mask is no picture"),
         ({"image": [1]}, "controlnet unit 0: image is no picture in base64"),
         (
             {"resize_mode": "Stretch"},
@@ -164,6 +164,30 @@ def test_what_cannot_be_had_is_refused_by_name(given: dict[str, Any], sentence: 
     with pytest.raises(InvalidArgument) as refused:
         unit_of(**given)
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"module": "openpose"}, 'controlnet[0]: the module "openpose" needs weights that are not here'),
+        ({"image": "%"}, "controlnet[0]: image is not base64"),
+        ({"image": None}, "controlnet unit 0 is enabled, but has no image"),
+        ({"control_mode": "Both"}, """controlnet[0].control_mode "Both": input should be 'Balanced', """),
+    ],
+)
+def test_units_of_the_checked_form_are_checked_as_strictly(changes: dict[str, Any], sentence: str) -> None:
+    """A client can send it too."""
+    fields = request_of({"model": "x", "image": IMAGE}).model_dump()
+    with pytest.raises(InvalidArgument) as refused:
+        check("txt2img", fields | {"controlnet": [fields["controlnet"][0] | changes]}, "job")
+    assert sentence in str(refused.value)
+
+
+def test_a_threshold_out_of_bounds_is_the_default_in_the_checked_form_too() -> None:
+    fields = request_of({"model": "x", "image": IMAGE, "module": "canny"}).model_dump()
+    changed = check("txt2img", fields | {"controlnet": [fields["controlnet"][0] | {"threshold_a": 1e9}]}, "job")
+    assert isinstance(changed, Generation)
+    assert changed.controlnet[0].threshold_a == 100
 
 
 def test_too_many_units_are_refused() -> None:

@@ -132,6 +132,21 @@ def test_a_grid_of_too_many_pixels_is_refused() -> None:
         plotted((1, "1-20"), fields={"width": 2048, "height": 2048})
 
 
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [
+        ({"name": "Magic", "values": [1]}, 'plot.x: name "Magic" cannot be varied here; possible: Nothing, Seed'),
+        ({"name": "Steps", "values": ["many"]}, "plot.x: values "),
+        ({"name": "Steps", "values": []}, "plot.x.values []: list should have at least 1 item"),
+    ],
+)
+def test_a_plot_of_the_checked_form_is_checked_as_strictly(x: dict[str, Any], sentence: str) -> None:
+    fields = plotted(("Steps", "1,2")).model_dump()
+    with pytest.raises(InvalidArgument) as refused:
+        check("txt2img", fields | {"plot": fields["plot"] | {"x": x}}, "job")
+    assert sentence in str(refused.value)
+
+
 def test_an_unknown_script_is_named_and_changes_nothing() -> None:
     request = check("txt2img", SMALL | {"script_name": "Outpainting mk2", "script_args": [1, 2]}, "job")
     assert request.ignored == ["script Outpainting mk2"]

@@ -121,10 +121,10 @@ def test_both_passes_count_as_steps_and_make_the_larger_picture(models: weights.
 
 def test_parts_of_a_changing_prompt_go_on_counting_in_the_second_pass(models: weights.Models) -> None:
     """As A1111 counts since 1.6: 1.5 is the middle of the second pass, 4 its first step after three."""
-    request = changed(REQUEST, prompt="[a:b:1.5] [c:d:4] [e:f:0.5]")
+    request = changed(REQUEST, prompt="[a:b:1.5] [c:d:4] [e:f:0.5]", hr_second_pass_steps=3)
     second = request.second_pass
     assert second is not None
     found = [step.guidance for step in steps_of(second, models)]
-    for step, text in enumerate(("a c f", "b d f")):
+    for step, text in enumerate(("a c f", "a c f", "b d f")):
         same = steps_of(txt2img_of(prompt=text, width=96, height=96), models)[0].guidance
         assert torch.equal(found[step].positives[0][0].text, same.positives[0][0].text)

@@ -65,9 +65,14 @@ def joined_by_and(text: str) -> list[tuple[str, float]]:
 
 
 def at_step(text: str, step: int, num_steps: int, steps_before: int = 0) -> str:
-    """The text that is read in a step, counted from 0. `[a:b:0.5]` is a for that part of the steps, or with a whole
-    number for so many, and b from there on; `[a|b]` alternates. Other brackets stay. In a second pass, after
-    `steps_before`, parts count from 1 to 2."""
+    """The text that is read in a step, counted from 0. `[a:b:0.5]` is a up to the step that this part of all makes, or
+    with a whole number up to that one, and b behind it; `[a|b]` alternates. Other brackets stay. In a second pass,
+    after `steps_before`, parts count from 1 to 2.
+
+    A1111 (modules/prompt_parser.py) counts texts from 1 and looks them up by the sampler's step, which it counts from
+    0: a text that ends at n holds for the steps 0 to n, one more than it says, and the first step of an alternation
+    comes twice. Of samplers with two evaluations in a step it counts the evaluations; here it is always steps.
+    """
     resolved, position = [], 0
     while position < len(text):
         letter = text[position]
@@ -103,7 +108,7 @@ def _chosen(inner: str, step: int, num_steps: int, steps_before: int) -> str | N
     """What stands for the inside of square brackets in that step; None: they only weigh."""
     alternatives = _split(inner, "|")
     if len(alternatives) > 1:
-        return alternatives[step % len(alternatives)]
+        return alternatives[max(step - 1, 0) % len(alternatives)]
     parts = _split(inner, ":")
     if len(parts) not in {2, 3} or not re.fullmatch(rf"\s*{_NUMBER}\s*", parts[-1]):
         return None
@@ -111,7 +116,7 @@ def _chosen(inner: str, step: int, num_steps: int, steps_before: int) -> str | N
     part_before = 1 if steps_before else 0
     until = int((when - part_before) * num_steps if "." in parts[-1] else when - steps_before)
     before, after = parts[:2] if len(parts) == 3 else ("", parts[0])
-    return before if step < min(until, num_steps) else after
+    return before if until >= 1 and step <= until else after
 
 
 def _closing(text: str, start: int) -> int | None:

@@ -40,23 +40,35 @@ def test_a_tag_names_a_lora_and_its_scales(tag: str, lora: Lora) -> None:
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
-        ("a [cat:dog:0.5]", ["a cat", "a cat", "a dog", "a dog"]),
-        ("a [cat:dog:3]", ["a cat", "a cat", "a cat", "a dog"]),
+        ("a [cat:dog:0.5]", ["a cat", "a cat", "a cat", "a dog"]),
+        ("a [cat:dog:1]", ["a cat", "a cat", "a dog", "a dog"]),
         ("a [cat:dog:0.0]", ["a dog"] * 4),
+        ("a [cat:dog:0.2]", ["a dog"] * 4),
         ("a [cat:dog:1.0]", ["a cat"] * 4),
-        ("a [in:2]", ["a ", "a ", "a in", "a in"]),
-        ("a [out::0.25]", ["a out", "a ", "a ", "a "]),
-        ("[cow|horse]", ["cow", "horse", "cow", "horse"]),
-        ("[a|b|]", ["a", "b", "", "a"]),
-        ("[[a:b:1]:[c|d]:2]", ["a", "b", "c", "d"]),
-        ("[(a:1.2):b:2]", ["(a:1.2)", "(a:1.2)", "b", "b"]),
+        ("a [in:2]", ["a ", "a ", "a ", "a in"]),
+        ("a [out::0.25]", ["a out", "a out", "a ", "a "]),
+        ("[cow|horse]", ["cow", "cow", "horse", "cow"]),
+        ("[a|b|]", ["a", "a", "b", ""]),
+        ("[[a:b:1]:[c|d]:2]", ["a", "a", "b", "c"]),
+        ("[(a:1.2):b:2]", ["(a:1.2)", "(a:1.2)", "(a:1.2)", "b"]),
         ("[a] (b:1.3) [c:d] \\[e:f:1]", ["[a] (b:1.3) [c:d] \\[e:f:1]"] * 4),
         ("[a:b:1", ["[a:b:1"] * 4),
-        ("a] [b:1]", ["a] ", "a] b", "a] b", "a] b"]),
+        ("a] [b:1]", ["a] ", "a] ", "a] b", "a] b"]),
     ],
 )
 def test_a_text_changes_on_the_way(text: str, steps: list[str]) -> None:
     assert [at_step(text, step, 4) for step in range(4)] == steps
+
+
+def test_steps_count_as_in_a1111() -> None:
+    """Its entries are (last step, text); the first whose last step is not before the sampler's, from 0, is read."""
+    entries = [(10, "cat"), (20, "dog")]
+    expected = [next(text for end, text in entries if step <= end) for step in range(20)]
+    assert expected.count("cat") == 11
+    assert [at_step("[cat:dog:0.5]", step, 20) for step in range(20)] == expected
+    alternating = [(end, "ab"[(end - 1) % 2]) for end in range(1, 21)]
+    expected = [next(text for end, text in alternating if step <= end) for step in range(20)]
+    assert [at_step("[a|b]", step, 20) for step in range(20)] == expected
 
 
 def test_texts_are_joined_by_and_with_weights() -> None:

@@ -58,6 +58,7 @@ demo: install  ## A picture through the REST API: make demo CHECKPOINT=model.saf
 
 bench: install  ## Measure speed and memory, side by side, and print the tables
 	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench.batching
 	$(BIN)/python -m tests.bench.throughput
 	$(BIN)/python -m tests.bench.table_size
 	$(BIN)/python -m tests.bench.checkpoints

@@ -1,6 +1,7 @@
-"""Throughput of jobs at once in the engine's core against the same jobs one by one in a diffusers pipeline.
+"""Jobs at once in the engine's core against the same jobs one by one in a diffusers pipeline: throughput, and latency
+under a load that one by one cannot bear.
 
-    python -m tests.bench.batching [--steps N] [--repeats N]
+    python -m tests.bench.batching [--steps N] [--repeats N] [--arrivals N]
 
 Both run a tiny Stable Diffusion 1.5 with random weights in the same process on one thread of the CPU, from prompt to
 pixels. Figures are the medians of alternating repeats. The last table says which part of a tick is not the UNet.
@@ -9,11 +10,13 @@ pixels. Figures are the medians of alternating repeats. The last table says whic
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import tempfile
 import threading
 import time
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,12 @@ from tests.gpu_worker.reference import pipeline_of, scheduler_of
 
 SAMPLERS = ("Euler", "Euler a", "DPM++ 2M Karras", "DDIM")
 # Pixels of a side, jobs, and the ratio that the project wants.
-CASES = ((64, 1, 0.0), (64, 4, 0.0), (64, 8, 0.0), (64, 16, 3.5), (128, 8, 2.0))
+CASES = ((64, 1, 0.0), (64, 2, 0.0), (64, 4, 0.0), (64, 8, 0.0), (64, 16, 3.5), (128, 8, 2.0))
+# Jobs come in two lengths, so much faster than they can be done one by one.
+MIXED_STEPS = (12, 24)
+LOAD = 1.2
+# What the project wants of the engine's mean latency, of that one by one.
+LATENCY_RATIO = 0.3
 console = Console(width=110)
 
 
@@ -83,18 +91,23 @@ def one_by_one(pipeline: Any, requests: list[Generation]) -> float:
     """Seconds of the same jobs in the pipeline."""
     began = time.perf_counter()
     for request in requests:
-        pipeline.scheduler = scheduler_of(request.sampler_name, request.seed)
-        pipeline(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_inference_steps=request.steps,
-            guidance_scale=request.cfg_scale,
-            width=request.width,
-            height=request.height,
-            generator=torch.Generator().manual_seed(request.seed),
-            output_type="np",
-        )
+        draw(pipeline, request)
     return time.perf_counter() - began
+
+
+def draw(pipeline: Any, request: Generation) -> None:
+    """A job in the pipeline."""
+    pipeline.scheduler = scheduler_of(request.sampler_name, request.seed)
+    pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.steps,
+        guidance_scale=request.cfg_scale,
+        width=request.width,
+        height=request.height,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+    )
 
 
 def jobs(size: int, num_jobs: int, steps: int) -> list[Generation]:
@@ -137,8 +150,61 @@ def throughput(core: Core, model: CachedModel, pipeline: Any, steps: int, repeat
     return table
 
 
+def in_order_of_arrival(pipeline: Any, arrivals: list[tuple[float, Generation]]) -> list[float]:
+    """Seconds of each job from its arrival to its pixels: first come, first served."""
+    began, found = time.perf_counter(), []
+    for arrival, request in arrivals:
+        time.sleep(max(0.0, began + arrival - time.perf_counter()))
+        draw(pipeline, request)
+        found.append(time.perf_counter() - began - arrival)
+    return found
+
+
+def as_they_come(core: Core, model: CachedModel, arrivals: list[tuple[float, Generation]]) -> list[float]:
+    """The same in the engine, where they join those that are there."""
+    began, found, coming = time.perf_counter(), [], deque(arrivals)
+
+    def come(arrival: float, request: Generation) -> None:
+        def end(outcome: Any) -> None:
+            if not isinstance(outcome, Produced):
+                raise outcome
+            found.append(time.perf_counter() - began - arrival)
+
+        core.add(Run(f"at {arrival}", request, [model], lambda: None, lambda _: None, end))
+
+    while len(found) < len(arrivals):
+        if core.is_idle and coming and len(found) + len(coming) == len(arrivals):
+            time.sleep(max(0.0, began + coming[0][0] - time.perf_counter()))
+        while coming and began + coming[0][0] <= time.perf_counter():
+            come(*coming.popleft())
+        core.work()
+    return found
+
+
+def latency(core: Core, model: CachedModel, pipeline: Any, num_jobs: int) -> Table:
+    """The second table. What one by one can do is measured first; jobs arrive as a Poisson process."""
+    requests = [
+        changed(request, steps=MIXED_STEPS[index // len(SAMPLERS) % 2])
+        for index, request in enumerate(jobs(64, num_jobs, MIXED_STEPS[0]))
+    ]
+    seconds_each = one_by_one(pipeline, requests[:16]) / 16
+    chance, arrival, arrivals = random.Random(0), 0.0, []
+    for request in requests:
+        arrivals.append((arrival, request))
+        arrival += chance.expovariate(LOAD / seconds_each)
+    single, together = in_order_of_arrival(pipeline, arrivals), as_they_come(core, model, arrivals)
+    steps = " and ".join(map(str, MIXED_STEPS))
+    title = f"{num_jobs} jobs of {steps} steps, 64x64, arriving at {LOAD} times what one by one can do"
+    table = Table("seconds from arrival", "mean", "longest", "target", title=title)
+    table.add_row("first come, first served", f"{statistics.mean(single):.2f}", f"{max(single):.2f}", "")
+    table.add_row("in the engine", f"{statistics.mean(together):.2f}", f"{max(together):.2f}", "")
+    ratio = statistics.mean(together) / statistics.mean(single)
+    table.add_row("ratio", f"{ratio:.2f}", "", f"<= {LATENCY_RATIO}")
+    return table
+
+
 def overhead(core: TimedCore, model: CachedModel, steps: int) -> Table:
-    """The second table."""
+    """The last table."""
     table = Table("sampler", "tick", "outside the UNet", "share", "target", title="A tick of 8 guided jobs, 64x64")
     core.watch(core._resident.here[0].models.unet)
     for sampler in ("Euler", "Euler a", "DPM++ 2M Karras", "UniPC"):
@@ -160,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--arrivals", type=int, default=100, help="jobs whose latency is measured")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of diffusers, about NumPy 2
     torch.set_num_threads(1)
@@ -171,6 +238,7 @@ def main() -> None:
         pipeline = pipeline_of(path, weights.tokenizer("<|endoftext|>"), Path(folder))
         one_by_one(pipeline, jobs(64, 1, 2))
         console.print(throughput(core, model, pipeline, arguments.steps, arguments.repeats))
+        console.print(latency(core, model, pipeline, arguments.arrivals))
         console.print(overhead(core, model, arguments.steps))
         core.close()
 

@@ -256,19 +256,40 @@ class Core:
             return predict(wishes, wishes[0].num_rows // len(wishes[0].x))
 
     def _shrink(self, placed: Placed, runs: list[Run], wishes: list[Evaluation]) -> None:
-        """After a call that did not fit the memory: the next tick is half of it."""
-        devices.make_memory()
+        """After a call that did not fit the memory: the next tick is half of it. A single row has what others can do
+        without."""
         num_rows = sum(wish.num_rows for wish in wishes)
-        if not placed.bound.shrink(num_rows, wishes[0].row_pixels):
+        if not placed.bound.shrink(num_rows, wishes[0].row_pixels) and not self._evict_unused():
             self._fail(runs[0], JobError(NO_MEMORY))
+        devices.make_memory()
         log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=placed.bound.pixels)
+
+    def _evict_unused(self) -> bool:
+        """Frees what nobody uses now; False: there was nothing."""
+        return any([self._resident.evict_unused(), self._additions.evict_unused()])
+
+    def _begin_again(self, run: Run) -> None:
+        """After a stage that did not fit the memory, with which its task has ended: once more, with all the memory
+        that there is to be had. What is random in it comes out the same."""
+        self._evict_unused()
+        devices.make_memory()
+        log.warning("out of memory in a stage: the job begins again", job_id=run.job_id)
+        self._batch.remove(run)
+        run.is_second_try = True
+        run.task, run.wish = tasks.begin(run), None
+        self._stages.append(run)
 
     def _advance(self, run: Run, prediction: torch.Tensor | None = None) -> None:
         """Takes a task to its next wish or its end."""
         assert run.task is not None
+        has_room = True
         try:
             with torch.inference_mode():
                 run.wish = run.task.send(prediction)
+        except torch.OutOfMemoryError as error:
+            if run.is_second_try:
+                return self._fail(run, error)
+            has_room = False
         except StopIteration as end:
             self._end(run, Produced(end.value, run.load_seconds, run.lap()))
         except Exception as error:
@@ -280,6 +301,9 @@ class Core:
             else:
                 pixels, bound = run.wish.num_rows * run.wish.row_pixels, run.placed.bound
                 self._batch.place(run, run.wish.group, pixels, bound, run.is_exclusive, run.is_urgent)
+        if not has_room:  # here, where no traceback holds tensors any more
+            self._begin_again(run)
+        return None
 
     def _fail(self, run: Run, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):

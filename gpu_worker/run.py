@@ -79,6 +79,8 @@ class Run:
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None
     is_started: bool = False
+    # It did not fit the memory once.
+    is_second_try: bool = False
     load_seconds: float = 0.0
     # One for each checkpoint; the job begins with the first.
     equipment: list[Equipment] = field(init=False)

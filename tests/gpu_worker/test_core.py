@@ -276,6 +276,38 @@ def test_a_single_row_that_does_not_fit_fails_its_job_only(driven: Driven) -> No
     assert np.array_equal(driven.pixels("small"), driven.pixels("first"))
 
 
+def test_a_single_row_has_the_memory_of_checkpoints_that_nobody_uses(driven: Driven, others: list[Path]) -> None:
+    def before(rows: torch.Tensor) -> None:
+        if len(driven.core._resident.here) > 1:
+            raise torch.OutOfMemoryError
+
+    driven.add("other", REQUEST, others[0])
+    driven.until_ended("other")
+    driven.before = before
+    driven.add("large", changed(REQUEST, exclusive=True))
+    driven.until_ended("large")
+    assert driven.pixels("large").shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_job_of_which_a_stage_does_not_fit_begins_once_more(driven: Driven, times: int) -> None:
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    left = [torch.OutOfMemoryError] * times
+
+    def before(*_: Any) -> None:
+        if left:
+            raise left.pop()
+
+    driven.core._resident.here[0].models.text_encoders[0].model.register_forward_pre_hook(before)
+    driven.add("short", REQUEST)
+    driven.until_ended("short")
+    if times == 1:
+        assert np.array_equal(driven.pixels("short"), driven.pixels("first"))
+    else:
+        assert str(driven.outcomes["short"]) == NO_MEMORY
+
+
 def test_a_call_that_breaks_fails_only_the_job_that_breaks_it(driven: Driven) -> None:
     def before(rows: torch.Tensor) -> None:
         if bool((rows.abs() > 50).any()):

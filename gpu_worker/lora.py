@@ -1,4 +1,5 @@
-"""LoRA files in kohya's layout: LoRA, LoCon, LoHa and LoKr, added to the layers of a model for some rows of a call.
+"""LoRA files in kohya's layout: LoRA, LoCon, LoHa, LoKr, and DoRA of these, added to the layers of a model for some
+rows of a call.
 
 The weights of the model stay as they are, so that the rows of one UNet call can have different networks. What a row
 gets equals a merge into the weights up to the last bits.
@@ -31,6 +32,12 @@ Change = tuple[slice, float, Deltas]
 Layers = dict[str, tuple[str, Module]]
 
 _UNET, _TEXT = "lora_unet_", "lora_te"
+_KINDS = "LoRA, LoCon, LoHa and LoKr"
+_LOW_RANK = {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}
+_HADAMARD = {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+_KRONECKER = {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+_MAGNITUDE = "dora_scale"
+_PARTS = _LOW_RANK | _HADAMARD | _KRONECKER | {"diff", "alpha", _MAGNITUDE}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +126,18 @@ def _text_layers(models: Models) -> list[Layers]:
 def _delta(name: str, base_name: str, layer: str, parts: Weights, module: Any) -> Delta:
     """What the file adds to a layer."""
     weight = module.weight
+    unknown = sorted(parts.keys() - _PARTS)
+    if unknown:
+        raise JobError(f"{name} has {unknown[0]!r} for its layer {layer}, which nothing reads; possible: {_KINDS}")
     parts = {part: tensor.to(weight.device, weight.dtype) for part, tensor in parts.items()}
     try:
-        if "lora_down.weight" in parts:
+        if "lora_down.weight" in parts and _MAGNITUDE not in parts:
             return _low_rank(parts, module)
         full = _full(parts)
+        if _MAGNITUDE in parts:
+            full = _decomposed(full.reshape(weight.shape).float(), weight.float(), parts[_MAGNITUDE]).to(weight.dtype)
     except KeyError as error:
-        kinds = "LoRA, LoCon, LoHa and LoKr"
-        raise JobError(f"{name} lacks {error} for its layer {layer}; possible: {kinds}") from None
+        raise JobError(f"{name} lacks {error} for its layer {layer}; possible: {_KINDS}") from None
     except (RuntimeError, ValueError):
         full = None
     if full is None or full.numel() != weight.numel() or full.shape[0] != weight.shape[0]:
@@ -154,7 +165,14 @@ def _low_rank(parts: Weights, module: Any) -> Delta:
 
 
 def _full(parts: Weights) -> torch.Tensor:
-    """The whole difference of a layer's weights: LoHa (Hyeon-Woo et al. 2022) and LoKr as LyCORIS writes them."""
+    """The whole difference of a layer's weights: LoHa (Hyeon-Woo et al. 2022) and LoKr as LyCORIS writes them, and the
+    product of a LoRA's factors."""
+    if "lora_down.weight" in parts:
+        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+        scale = _scale(parts, len(down))
+        if "lora_mid.weight" not in parts:
+            return up.flatten(1) @ down.flatten(1) * scale
+        return torch.einsum("or,rskl,si->oikl", up.flatten(1), parts["lora_mid.weight"], down.flatten(1)) * scale
     if "hada_w1_a" in parts:
         one, other = (_product(parts, f"hada_w{index}", f"hada_t{index}") for index in (1, 2))
         return one * other * _scale(parts, len(parts["hada_w1_b"]))
@@ -165,6 +183,16 @@ def _full(parts: Weights) -> torch.Tensor:
         one = one.reshape(*one.shape, *(1 for _ in range(other.ndim - one.ndim)))
         return torch.kron(one, other.contiguous()) * (_scale(parts, ranks[-1]) if ranks else 1.0)
     return parts["diff"]
+
+
+def _decomposed(change: torch.Tensor, weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """The difference that DoRA makes of one (Liu et al. 2024): the changed weights have this magnitude, for each output
+    or, as older files of LyCORIS have it, for each input."""
+    of_output = len(magnitude) == len(weight)
+    changed = weight + change
+    dimensions = [i for i in range(weight.ndim) if i != (0 if of_output else 1)]
+    norm: torch.Tensor = torch.linalg.vector_norm(changed, dim=dimensions, keepdim=True)
+    return changed * (magnitude.float() / norm) - weight
 
 
 def _product(parts: Weights, name: str, core: str) -> torch.Tensor:

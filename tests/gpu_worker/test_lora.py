@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lycoris.functional.general import weight_decompose
 from safetensors.torch import save_file
 
 from gpu_worker import ldm, lora, weights
@@ -114,6 +115,23 @@ def test_a_network_of_each_kind_equals_its_merge(models: weights.Models, tmp_pat
     assert (found - without).abs().max() > 1e-4 * without.abs().max()
 
 
+@pytest.mark.parametrize("of_output", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "mid", "loha", "lokr"])
+def test_a_dora_changes_what_lycoris_changes(
+    models: weights.Models, tmp_path: Path, kind: str, of_output: bool
+) -> None:
+    layer = models.unet.get_submodule(CONVOLUTION)
+    tensors, change = parts(kind, layer.weight.shape, 0)
+    shape = (len(layer.weight), 1, 1, 1) if of_output else (1, layer.weight.shape[1], 1, 1)
+    tensors["dora_scale"] = random(9, *shape).abs() + 0.5
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_{CONVOLUTION.replace('.', '_')}.{part}": tensor for part, tensor in tensors.items()}, path)
+    delta = lora.load(as_cached(path, "Lora"), models, "tiny").unet[CONVOLUTION]
+    expected = weight_decompose(layer.weight + change, tensors["dora_scale"], 1, of_output) - layer.weight
+    x = random(3, 1, layer.weight.shape[1], 8, 8)
+    assert_close(delta(layer, x), torch.nn.functional.conv2d(x, expected, padding=1))
+
+
 def test_jobs_with_different_networks_in_one_call_equal_each_its_merge(models: weights.Models, tmp_path: Path) -> None:
     files = [
         {ATTENTION: "lora", TEXT: "lora", CONVOLUTION: "loha"},
@@ -168,6 +186,10 @@ def test_sdxls_files_name_layers_as_the_original_layout_does(models: weights.Mod
         (
             {f"lora_unet_{ATTENTION.replace('.', '_')}.dora_scale": torch.zeros(4)},
             "possible: LoRA, LoCon, LoHa and LoKr",
+        ),
+        (
+            {f"lora_unet_{ATTENTION.replace('.', '_')}.diff_b": torch.zeros(4)},
+            "x.safetensors has 'diff_b' for its layer lora_unet_",
         ),
         ({"unet.down_blocks.lora_A.weight": torch.zeros(4, 4)}, "x.safetensors is no LoRA in kohya's layout"),
     ],

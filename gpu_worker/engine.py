@@ -50,7 +50,8 @@ class Engine:
         self._core: Core | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-        # Such as `cpu` or `cuda: NVIDIA H100`; what was asked for until the engine is ready.
+        # Such as `cuda: NVIDIA H100, float16`: all that may change a picture's last bits. What was asked for until the
+        # engine is ready.
         self.device = settings.device
         # As of the last work of the thread: cache keys of the models in memory, and the bound of a UNet call.
         self.warm_models: tuple[str, ...] = ()
@@ -138,7 +139,10 @@ class Engine:
             from gpu_worker import core, devices, weights  # noqa: PLC0415 - import torch, which takes seconds
 
         settings = self._settings
-        device, self.device = weights.use_device(settings.device, settings.num_threads)
+        device, description = weights.use_device(settings.device, settings.num_threads)
+        precision = str(weights.dtype_of(settings.precision, device)).removeprefix("torch.")
+        forms = [form for form in ("compiled", "fp8") if getattr(settings, form)]
+        self.device = ", ".join([description, precision, *forms])
         found = core.Core(devices.of(device), settings, lambda: self._commands.put(_Signal.LOADED))
         self.max_pixels = found.max_pixels
         return found

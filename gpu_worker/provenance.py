@@ -17,7 +17,7 @@ CHUNK = "esd"  # of a PNG
 
 @dataclass(frozen=True)
 class Provenance:
-    """The making of a job's pictures. `device` is the engine's, such as `cpu` or `cuda: NVIDIA H100`."""
+    """The making of a job's pictures. `device` is the engine's, such as `cuda: NVIDIA H100, float16`."""
 
     job_id: str
     task_type: str

@@ -113,7 +113,7 @@ def use_device(wanted: str, num_threads: int) -> tuple[str, str]:
     if wanted == "cuda" and not has_cuda:
         raise RuntimeError("ESD_DEVICE=cuda, but torch finds no CUDA device on this machine")
     if wanted == "cpu" or not has_cuda:
-        return "cpu", "cpu"
+        return "cpu", f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return "cuda", f"cuda: {torch.cuda.get_device_name()}"
 
 

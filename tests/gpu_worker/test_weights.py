@@ -175,6 +175,21 @@ def test_a_checkpoint_without_vae_says_so_and_takes_one_from_another_file(
     assert torch.equal(models.vae.decoder.conv_in.weight, state["first_stage_model.decoder.conv_in.weight"].float())
 
 
+def test_what_training_left_in_a_file_changes_nothing(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Averages of the weights, the schedule's numbers, and positions that older transformers saved."""
+    left = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": torch.zeros_like(state[key]) for key in state}
+    left |= {
+        name: torch.zeros(1000) for name in ("betas", "alphas_cumprod", "model_ema.decay", "model_ema.num_updates")
+    }
+    left["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    models, expected = (
+        load(save(tmp_path / "left.safetensors", state | left)),
+        load(save(tmp_path / "x.safetensors", state)),
+    )
+    for part, other in ((models.unet, expected.unet), (models.vae, expected.vae)):
+        assert all(torch.equal(one, two) for one, two in zip(part.parameters(), other.parameters(), strict=True))
+
+
 def test_what_is_no_known_checkpoint_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     unet_in = "model.diffusion_model.input_blocks.0.0.weight"

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from gpu_worker import weights
+from gpu_worker import decoding, weights
 from gpu_worker.demo_model.captions import worded
 from gpu_worker.demo_model.judge import is_right, see
 from gpu_worker.demo_model.scenes import COLOURS, DIRECTIONS, OUTLINES, Pixels, Scene, draw, random_scene
 from gpu_worker.hints import prepared
-from gpu_worker.tasks import img2img, txt2img
+from gpu_worker.tasks import img2img, stages, txt2img
 from tests.gpu_worker.driving import crew, drive, img2img_of, txt2img_of
+from tests.gpu_worker.test_decoding import memory_for
 from tests.pictures import encoded, mask
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 20, "sampler_name": "Euler a", "cfg_scale": 4}
@@ -150,3 +152,18 @@ def test_inpainting_only_the_masked_part_paints_it_small(models: weights.Models)
         ],
     )
     assert is_right(np.asarray(Image.fromarray(found).crop(hole)), Scene("circle", "purple", "yellow"))
+
+
+@torch.inference_mode()
+def test_a_picture_decoded_in_tiles_is_as_close_to_the_original(models: weights.Models) -> None:
+    """Sixteen scenes in one picture, in tiles of four."""
+    rng = np.random.default_rng(0)
+    rows = [np.concatenate([draw(random_scene(rng)) for _ in range(4)], 1) for _ in range(4)]
+    original = np.concatenate(rows)
+    latents = stages.latents_of(models, stages.as_tensor(original)) / models.vae.config.scaling_factor
+    whole = decoding.decode(models.vae, latents)
+    with memory_for(models.vae.decoder, 20) as sides:
+        tiled = decoding.decode(models.vae, latents)
+    assert max(sides[2:]) == 16
+    errors = [float((found - stages.as_tensor(original)).abs().mean()) for found in (whole, tiled)]
+    assert errors[1] < 1.1 * errors[0]

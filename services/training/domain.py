@@ -66,7 +66,7 @@ class Trainings:
 
         Raises:
             InvalidArgument: something of the request is wrong. FailedPrecondition: the name is in use. Unavailable:
-            another service does not answer; nothing is left then.
+            another service does not answer. Nothing is left then, once the others answer again.
         """
         check_type(lora_train_type)
         wish = read_wish(params)
@@ -90,10 +90,11 @@ class Trainings:
         training.params = shown_params(
             wish, config, inputs.s3_model_path, inputs.s3_data_path, self._blobs.url(toml_key)
         )
-        await self._models.create_checkpoint(str(training_id), training.last_file, user)
+        await self._store.add(training)
         try:
+            await self._models.create_checkpoint(str(training_id), training.last_file, user)
             await self._blobs.put(toml_key, toml.encode())
-            await self._store.add(training)
+            await self._store.begin(training_id)
             await self._settler.start(training)
         except EsdError:
             await self._settler.discard(training)

@@ -1,6 +1,7 @@
 """The rows of the training service: a training with its state, what was noted of it, its loss curve.
 
-A training is Initial until its task was asked for, Starting until its trainer comes, then Downloading, Training and
+A training has begun when all is there that it needs: its checkpoint, its configuration. Before that nobody sees it.
+It is Initial until its task was asked for, Starting until its trainer comes, then Downloading, Training and
 Uploading as that says. It ends once: Completed, Failed or Stopped. A trainer that is lost changes nothing: the next one
 goes on from the last state. Completed is said when the checkpoint is Active, not before.
 """
@@ -37,6 +38,7 @@ class Training(SQLModel, table=True):
     id: UUID = Field(primary_key=True)
     owner: str
     status: str = INITIAL
+    is_begun: bool = False
     create_time: datetime = Field(default_factory=now, sa_type=_TIME)
     params: dict[str, Any] = Field(sa_type=_JSON)
     config: dict[str, Any] = Field(sa_type=_JSON)

@@ -5,6 +5,8 @@ Everything here may be done twice, or by two replicas at once, or be cut short a
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import structlog
 
 from services.common.blobs import Blobs
@@ -13,7 +15,7 @@ from services.common.leftovers import LeftoverStore, Sweeper
 from services.common.signals import Signals, wait
 from services.training import rows
 from services.training.peers import Models, Task, Tasks, TaskState
-from services.training.rows import Training
+from services.training.rows import Training, now
 from services.training.signals import TRAININGS_DUE
 from services.training.store import TrainingStore
 from services.training.trainer_store import TrainerStore
@@ -22,6 +24,7 @@ log = structlog.get_logger()
 
 ATTEMPTS = 3
 _ROUND_SECONDS = 3.0
+_MAX_PREPARATION = timedelta(minutes=2)  # that a request may take from its row to the beginning
 _SWEEP_ROUNDS = 20  # rounds between two looks at old objects
 _LEFT = "the trainer left without having told how the training ended"
 
@@ -86,19 +89,20 @@ class Settler:
         await self._sweeper.remove(prefixes)
 
     async def discard(self, training: Training) -> None:
-        """Removes what there is of a training that could not begin."""
+        """Removes what there is of a training that could not begin; what cannot be removed now is later."""
         try:
-            await self._store.delete([training.id], lambda found: [found.folder])
-            await self._tasks.stop(str(training.id))
-            await self._models.delete_checkpoint(str(training.id))
-            await self._sweeper.discard([training.folder])
+            await self._store.withdraw(training.id)
+            await self.delete(training)
         except EsdError as error:
             log.warning("a training that did not begin leaves something", training=str(training.id), reason=str(error))
 
     async def _look(self, training: Training) -> None:
         """Does what is due for one training; what fails is tried again in the next round."""
         try:
-            if training.is_ended:
+            if not training.is_begun:
+                if now() - training.create_time > _MAX_PREPARATION:
+                    await self.delete(training)
+            elif training.is_ended:
                 await self._settle(training)
             else:
                 await self._follow(training)

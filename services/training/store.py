@@ -13,6 +13,7 @@ from sqlalchemy import func, select, tuple_
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.common.errors import Unavailable
 from services.common.leftovers import leave_behind
 from services.training.rows import Event, Metric, Training
 from services.training.signals import TRAINING_MOVED, TRAININGS_DUE
@@ -27,19 +28,39 @@ class TrainingStore:
         self._database = database
 
     async def add(self, training: Training) -> None:
-        """Adds a training."""
+        """Adds a training that has not begun."""
         async with self._database.transaction() as session:
             session.add(training)
-            await notify(session, TRAININGS_DUE, str(training.id))
+
+    async def begin(self, training_id: UUID) -> None:
+        """The training has begun.
+
+        Raises:
+            Unavailable: that took so long that it was removed.
+        """
+        async with self._database.transaction() as session:
+            training = await session.get(Training, training_id, with_for_update=True)
+            if training is None:
+                raise Unavailable("the training took too long to begin; try again")
+            training.is_begun = True
+            await notify(session, TRAININGS_DUE, str(training_id))
+
+    async def withdraw(self, training_id: UUID) -> None:
+        """The training has not begun after all: nobody sees it any more."""
+        async with self._database.transaction() as session:
+            training = await session.get(Training, training_id, with_for_update=True)
+            if training is not None:
+                training.is_begun = False
 
     async def get(self, training_id: UUID) -> Training | None:
-        """The training, if there is one."""
+        """The training, if there is one that has begun."""
         async with self._database.transaction() as session:
-            return await session.get(Training, training_id)
+            training = await session.get(Training, training_id)
+            return training if training is not None and training.is_begun else None
 
     async def page(self, owner: str | None, limit: int, after: tuple[datetime, UUID] | None) -> list[Training]:
         """Trainings of an owner or (None) of all, newest first, after the position of another."""
-        query = select(Training)
+        query = select(Training).where(col(Training.is_begun))
         if owner is not None:
             query = query.where(col(Training.owner) == owner)
         if after is not None:

@@ -23,6 +23,7 @@ from services.inference.store import JobStore
 from services.inference.submitting.quotas import Quotas
 from services.models.chores import Chores
 from services.models.store import Filters, ModelStore
+from services.training.store import TrainingStore
 from tests.processes import ROOT
 from tests.serving import AUDIT_KEY
 
@@ -128,3 +129,10 @@ async def test_jobs_of_the_first_schema_are_in_their_states_and_go_on(begin: Upg
     (claimed,) = await leases.claim(UUID(ENDPOINT), "w", UUID("66666666-0000-4000-8000-000000000001"), 2, [])
     assert claimed.id == ids[1]
     assert await leases.fail(UUID(ENDPOINT), UUID("55555555-0000-4000-8000-000000000004"), "it broke") is not None
+
+
+async def test_trainings_of_the_first_schema_are_seen(begin: Upgrade) -> None:
+    database = await begin("training")
+    await database.migrate("training")
+    trainings = await TrainingStore(database).page(None, 10, None)
+    assert [(training.owner, training.status) for training in trainings] == [("ann", "Training"), ("bob", "Failed")]

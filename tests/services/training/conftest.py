@@ -12,6 +12,7 @@ from uuid import uuid4
 import grpc
 import httpx
 import pytest
+from sqlalchemy import text
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
@@ -44,6 +45,8 @@ class World(models_pb2_grpc.ModelsServiceServicer, endpoints_pb2_grpc.TaskServic
     bucket: str
     task: endpoints_pb2.Task = field(default_factory=lambda: endpoints_pb2.Task(state=endpoints_pb2.TASK_STATE_RUNNING))
     is_away: bool = False  # the endpoints service
+    is_stuck: bool = False  # the models service, after it has opened a checkpoint
+    stuck: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[Any] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)  # of open checkpoints, by training
@@ -73,6 +76,10 @@ class World(models_pb2_grpc.ModelsServiceServicer, endpoints_pb2_grpc.TaskServic
         return models_pb2.ResolveDatasetResponse(prefix=f"dataset/{request.dataset_name}/")
 
     async def CreateTrainedCheckpoint(self, request: Any, context: Any) -> Any:
+        if self.is_stuck:
+            self.names[request.checkpoint_id] = request.name
+            self.stuck.set()
+            await asyncio.Event().wait()
         if request.name in self.names.values():
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{request.name} already exists")
         self.names[request.checkpoint_id] = request.name
@@ -95,19 +102,24 @@ class World(models_pb2_grpc.ModelsServiceServicer, endpoints_pb2_grpc.TaskServic
         return models_pb2.DeleteTrainedCheckpointResponse(was_kept=was_kept)
 
     async def StartTask(self, request: Any, context: Any) -> Any:
-        if self.is_away:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        await self._unless_away(context)
         self.started.append(request)
         return endpoints_pb2.StartTaskResponse(task=self.task)
 
     async def GetTask(self, request: Any, context: Any) -> Any:
+        await self._unless_away(context)
         if not any(started.task_id == request.task_id for started in self.started):
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such task")
         return endpoints_pb2.GetTaskResponse(task=self.task)
 
     async def StopTask(self, request: Any, context: Any) -> Any:
+        await self._unless_away(context)
         self.stopped.append(request.task_id)
         return endpoints_pb2.StopTaskResponse()
+
+    async def _unless_away(self, context: Any) -> None:
+        if self.is_away:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
 
 
 async def next_of(call: Any) -> Any:
@@ -236,6 +248,15 @@ class Service:
                     await moved.wait()
                     moved.clear()
         return job
+
+    async def until_gone(self, job_id: str) -> None:
+        """Waits until nothing is left of a training that has not begun, which is as if it was asked for long ago."""
+        with self.signals.subscribed(("training_moved", job_id)) as moved:
+            async with self.database.transaction() as session:
+                await session.execute(text("UPDATE training SET create_time = create_time - interval '1 hour'"))
+                await session.execute(text("SELECT pg_notify('trainings_due', '')"))
+            async with asyncio.timeout(120):
+                await moved.wait()
 
     @asynccontextmanager
     async def trainer(self, job_id: str, session: str = "") -> AsyncIterator[ScriptedTrainer]:

@@ -1,5 +1,6 @@
 """Creating, showing, listing and deleting trainings, in both shapes, and everything that is refused."""
 
+import asyncio
 import tomllib
 from typing import Any
 from uuid import uuid4
@@ -7,6 +8,7 @@ from uuid import uuid4
 import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
+from sqlalchemy import text
 
 from esd.training.v1 import training_pb2 as pb
 from tests.services.training.conftest import CHECKPOINT, MODEL, Service
@@ -160,14 +162,35 @@ async def test_a_name_in_use_is_refused(service: Service) -> None:
     assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, "same.safetensors already exists")
 
 
-async def test_without_compute_nothing_is_left(service: Service) -> None:
-    service.world.is_away, before = True, await service.keys("kohya/train/")
+async def test_without_compute_nothing_is_left_once_it_is_back(service: Service) -> None:
+    service.world.is_away = True
     code, _ = await service.refused(service.document(output_name="gone"))
     assert code == grpc.StatusCode.UNAVAILABLE
+    await assert_unseen(service, *service.world.names)
+
+
+async def test_of_a_request_that_was_cut_short_nothing_is_left(service: Service) -> None:
+    service.world.is_stuck = True
+    asking = asyncio.create_task(service.create(service.document(output_name="gone")))
+    async with asyncio.timeout(60):
+        await service.world.stuck.wait()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await assert_unseen(service, *service.world.names)
+
+
+async def assert_unseen(service: Service, job_id: str) -> None:
+    """A training that has not begun is not there for anybody, and goes with its name and objects when it can."""
     listed = await service.stub.ListTrainingJobs(pb.ListTrainingJobsRequest(), metadata=service.user())
     assert list(listed.trainings) == []
+    with pytest.raises(grpc.aio.AioRpcError, match=f"Job with id {job_id} not found"):
+        await service.get(job_id)
+    service.world.is_away = service.world.is_stuck = False
+    await service.until_gone(job_id)
     assert service.world.names == {}
-    assert await service.keys("kohya/train/") == before
+    async with service.database.transaction() as session:
+        prefixes = set(await session.scalars(text("SELECT prefix FROM leftover")))
+    assert prefixes == {f"kohya/train/{job_id}/{part}/" for part in ("input", "work", "output")}
 
 
 async def test_a_deadline_goes_to_the_task_but_not_beyond_the_setting(service: Service) -> None:

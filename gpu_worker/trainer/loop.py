@@ -221,9 +221,10 @@ class Loop:
         saving.write(path, self._network.tensors(), self._origin, epoch, step)
         self._listener.saved(path, epoch, step, is_last=is_last)
         if self._every and self._config.save_last_n_epochs and not is_last:
-            old = self._folder / saving.file_name(self._config, epoch - self._every * self._config.save_last_n_epochs)
-            if old.exists():
-                old.unlink()
+            oldest = epoch - self._every * self._config.save_last_n_epochs
+            if oldest > 0:
+                old = self._folder / saving.file_name(self._config, oldest)
+                old.unlink(missing_ok=True)  # that of an earlier process may lie elsewhere
                 self._listener.removed(old)
 
     def _keep(self, epoch: int, step: int) -> None:

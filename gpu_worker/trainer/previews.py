@@ -50,7 +50,9 @@ class Previews:
         self._requests: list[Txt2Img] = []
         if config.sample_every_n_epochs != 0:
             first = next(picture for picture in dataset.pictures if not picture.is_regularisation)
-            self._requests = _requests(config, config.sample_prompts or [_escaped(first.caption)])
+            self._requests = (
+                _requests(config) if config.sample_prompts else _of_caption(first.caption, config, listener)
+            )
 
     def draw(self, epoch: int, *, is_saved: bool, is_last: bool) -> None:
         """Draws what is due after an epoch: after every n-th, else whenever a network was saved.
@@ -114,22 +116,34 @@ def _at_rest(models: Models) -> Iterator[None]:
             part.train()
 
 
-def _requests(config: Training, prompts: Sequence[str]) -> list[Txt2Img]:
-    """What these prompts ask for, each with options in kohya's way: `a cat --w 512 --h 512 --d 1`."""
+def _requests(config: Training) -> list[Txt2Img]:
+    """What the configuration's prompts ask for, each with options in kohya's way: `a cat --w 512 --h 512 --d 1`."""
     found = []
-    for line in prompts:
+    for line in config.sample_prompts:
+        prompt, *options = line.split(" --")
         try:
-            request = payloads.check("txt2img", _fields(line, config), "preview")
+            found.append(_request(prompt, config, _options(options)))
         except InvalidArgument as error:
             raise JobError(f"sample_prompts {line!r}: {error}") from None
-        assert isinstance(request, Txt2Img)
-        found.append(request)
     return found
 
 
-def _escaped(caption: str) -> str:
-    """A caption as a prompt, where brackets would be weights."""
-    return re.sub(r"[\\()\[\]]", r"\\\g<0>", caption)
+def _of_caption(caption: str, config: Training, listener: Listener) -> list[Txt2Img]:
+    """What a caption asks for as a prompt, where brackets would be weights; nobody has chosen it as one, so that it
+    cannot be one is no reason to end a training."""
+    try:
+        return [_request(re.sub(r"[\\()\[\]]", r"\\\g<0>", caption), config, {})]
+    except InvalidArgument as error:
+        listener.log(f"no preview of {caption!r}: {error}")
+        return []
+
+
+def _request(prompt: str, config: Training, options: dict[str, Any]) -> Txt2Img:
+    width, height = _size(config.resolution)
+    fields = {"prompt": prompt, "width": width, "height": height, "sampler_name": config.sample_sampler}
+    request = payloads.check("txt2img", _DEFAULTS | fields | options, "preview")
+    assert isinstance(request, Txt2Img)
+    return request
 
 
 def _file_name(config: Training, epoch: int, index: int, seed: int) -> str:
@@ -137,11 +151,9 @@ def _file_name(config: Training, epoch: int, index: int, seed: int) -> str:
     return f"{config.output_name}_e{epoch:06d}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
 
 
-def _fields(line: str, config: Training) -> dict[str, Any]:
-    width, height = _size(config.resolution)
-    prompt, *options = line.split(" --")
-    sampler = config.sample_sampler
-    fields: dict[str, Any] = _DEFAULTS | {"prompt": prompt, "width": width, "height": height, "sampler_name": sampler}
+def _options(options: Sequence[str]) -> dict[str, Any]:
+    """The payload's fields of what stands behind a prompt."""
+    fields: dict[str, Any] = {}
     for option in options:
         letter, _, value = option.partition(" ")
         if letter not in _OPTIONS:

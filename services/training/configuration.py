@@ -43,8 +43,10 @@ class Wish:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """kohya's keys, in one section."""
-        return flattened(self.config_params)
+        """kohya's keys, in one section. On the wire sections have no order: `training` comes first, so that those of
+        the client's shape win over it, then the others by their names."""
+        names = sorted(self.config_params, key=lambda name: (name != "training", name))
+        return flattened({name: self.config_params[name] for name in names})
 
     @property
     def instance_type(self) -> str:

@@ -152,6 +152,14 @@ def test_only_the_last_files_are_kept_where_that_is_asked_for(trainings: Trainin
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
 
 
+def test_files_of_an_earlier_process_are_not_wanted_any_more_either(trainings: Trainings, tmp_path: Path) -> None:
+    keys = {"max_train_epochs": 4, "save_every_n_epochs": 1, "save_last_n_epochs": 1}
+    with pytest.raises(Stopped):
+        trainings.run(Notes(stop_after=9), **keys)
+    notes = trainings.run(out="elsewhere", resumed=tmp_path / "out" / STATE, **keys)
+    assert notes.gone == ["last-000002.safetensors"]
+
+
 @pytest.mark.slow
 def test_steps_may_be_asked_for_instead_of_epochs(trainings: Trainings) -> None:
     notes = trainings.run(max_train_epochs=None, max_train_steps=6, save_n_epoch_ratio=2)
@@ -188,6 +196,18 @@ def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainin
 def test_an_impossible_preview_is_refused_before_the_first_step(trainings: Trainings, prompt: str) -> None:
     with pytest.raises(JobError, match=r"sample_prompts 'a cat --[zw] 1"):
         trainings.loop(Notes(), sample_every_n_epochs=1, sample_prompts=[prompt])
+
+
+def test_a_caption_becomes_a_preview_or_none_but_never_ends_a_training(trainings: Trainings, tmp_path: Path) -> None:
+    trainings.pictures = tmp_path / "own"
+    draw(trainings.pictures / "1_zog" / "a.png")
+    caption, notes = trainings.pictures / "1_zog" / "a.txt", Notes()
+    caption.write_text("a cat --x marks the (spot)")
+    [request] = trainings.loop(notes, sample_every_n_epochs=1)._previews._requests
+    assert request.prompt == r"a cat --x marks the \(spot\)"
+    caption.write_text("a cat <lora:zog:much>")
+    assert trainings.loop(notes, sample_every_n_epochs=1)._previews._requests == []
+    assert notes.lines[0].startswith("no preview of 'a cat <lora:zog:much>': ")
 
 
 @pytest.mark.slow

@@ -64,6 +64,15 @@ async def test_the_clients_shape_begins_a_training_too(service: Service) -> None
     assert tomllib.loads(toml.decode())["training"]["no_half_vae"] is True
 
 
+async def test_of_contradicting_sections_training_gives_way_and_the_last_by_name_wins(service: Service) -> None:
+    sections = {f"{letter}_arguments": {"seed": number} for number, letter in enumerate("ugczlvbx")}
+    config = client()["config_params"] | sections | {"training": {"seed": 99, "output_name": "other", "network_dim": 7}}
+    created = await service.create(client() | {"config_params": config})
+    shown = MessageToDict(created.params)["config_params"]["training"]
+    flat = {"output_name": "lego-lora", "save_every_n_epochs": 1000, "max_train_epochs": 100}
+    assert shown == flat | {"seed": 3, "network_dim": 7}  # the last by name is z
+
+
 async def test_without_a_configuration_it_is_the_template(service: Service) -> None:
     params = service.document()
     del params["config_params"]

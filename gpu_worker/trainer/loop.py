@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,8 @@ class Loop:
         self, config: Training, models: Models, base: CachedModel, dataset: Dataset, folder: Path, listener: Listener
     ) -> None:
         _check(models, base.name)
+        for line in _notes(models, config):
+            listener.log(line)
         self._config = config
         self._models = models
         self._dataset = dataset
@@ -239,6 +241,14 @@ def _check(models: Models, name: str) -> None:
     if models.is_inpainting or models.is_refiner:
         kind = "an SDXL refiner" if models.is_refiner else "an inpainting checkpoint"
         raise JobError(f"{name} is {kind}, which cannot be trained on; possible: Stable Diffusion 1.5, SDXL")
+
+
+def _notes(models: Models, config: Training) -> Iterator[str]:
+    """What the configuration says in vain, for these models on this device."""
+    if config.mixed_precision != "no" and models.dtype == torch.float32:
+        yield f"mixed_precision: it is CUDA's; here everything is computed in fp32, not in {config.mixed_precision}"
+    if config.clip_skip > 1 and models.is_sdxl:
+        yield "clip_skip: of SDXL's text encoders the last layer but one is read, whatever this says"
 
 
 def _groups(found: list[list[Picture]], config: Training) -> list[list[list[Picture]]]:

@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 
 from gpu_worker.trainer.layers import Layer, text_layers, unet_layers
 from gpu_worker.weights import Models
+from services.common.payloads.network_args import is_on
 from services.common.payloads.training import Training
 
 Tensors = dict[str, torch.Tensor]
@@ -123,9 +124,9 @@ class LycorisNetwork:
 
         kind = {"loha": LohaModule, "lokr": LokrModule}[config.algorithm]
         arguments = config.network_args
-        dropouts = {name: float(arguments.get(name, 0)) for name in ("dropout", "rank_dropout", "module_dropout")}
+        dropouts = {name: float(arguments.get(name, 0)) for name in ("rank_dropout", "module_dropout")}
         options: dict[str, Any] = {
-            name: _boolean(arguments[name]) if kind is bool else int(arguments[name])
+            name: is_on(arguments[name]) if kind is bool else int(arguments[name])
             for name, kind in _LYCORIS_OPTIONS.items()
             if name in arguments
         }
@@ -135,7 +136,7 @@ class LycorisNetwork:
                 layer.module,
                 lora_dim=layer.rank,
                 alpha=layer.alpha,
-                use_tucker=_boolean(arguments.get("use_tucker", "")),
+                use_tucker=is_on(arguments.get("use_tucker", "")),
                 **(dropouts | options),
             )
             module.to(device)
@@ -147,7 +148,3 @@ class LycorisNetwork:
 def _one_of(layers: Iterable[Layer]) -> str:
     """A pattern for the names of layers."""
     return f"^({'|'.join(re.escape(layer.name) for layer in layers)})$"
-
-
-def _boolean(text: str) -> bool:
-    return text.lower() in {"true", "1", "yes"}

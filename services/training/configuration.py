@@ -25,8 +25,14 @@ _CLIENT_CONFIG = (
     ("saving_arguments", "save_every_n_epochs"),
     ("training_arguments", "max_train_epochs"),
 )
-# What a trainer has of its own, whatever the keys say.
-_OWN = ("pretrained_model_name_or_path", "train_data_dir", "reg_data_dir", "output_dir", "logging_dir")
+# What a trainer has of its own, whatever the keys say, and what is taken instead.
+_INSTEAD = {
+    "pretrained_model_name_or_path": "the base model is the one that training_params name",
+    "train_data_dir": "the pictures are those of the dataset that training_params name",
+    "output_dir": "the results are in the training's output_location",
+    "logging_dir": "the curves are in the folder logs of the training's output_location",
+}
+_OWN = {*_INSTEAD, "reg_data_dir"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ def configured(wish: Wish) -> tuple[Training, str]:
         del template["max_train_epochs"]  # which would win
     merged = template | keys
     checked = check_training({key: value for key, value in merged.items() if key not in _OWN})
+    notes = [f"{key}: {_INSTEAD[key]}" for key in _INSTEAD if keys.get(key)]
+    checked = checked.model_copy(update={"notes": [*checked.notes, *notes]})
     return checked, tomli_w.dumps({"training": _writable(merged)})
 
 

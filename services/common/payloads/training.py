@@ -13,26 +13,19 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.common.errors import InvalidArgument
-from services.common.payloads import samplers
+from services.common.payloads import network_args, samplers
 from services.common.payloads.showing import sentence, shown
 
-LORA_MODULE, LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
+LORA_MODULE = "networks.lora"
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Lion", "Prodigy")
 SCHEDULERS = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "piecewise_constant", "polynomial",
-)  # fmt: skip
-ALGORITHMS = ("lora", "locon", "loha", "lokr")
-# LyCORIS' presets of layers.
-PRESETS = (
-    "full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only", "unet-convblock-only",
 )  # fmt: skip
 # kohya's names of samplers, with A1111's.
 _SAMPLERS = {
     "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
     "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2S a",
 }  # fmt: skip
-_NETWORK_ARGS = {"conv_dim", "conv_alpha", "algo", "preset", "factor", "dropout", "rank_dropout", "module_dropout"}
-_NETWORK_ARGS |= {"decompose_both", "full_matrix", "use_tucker"}
 _MAX_PIXELS = 2048 * 2048
 _ALIASES = {
     "caption_extention": "caption_extension",  # kohya spelled it so once
@@ -61,6 +54,7 @@ _WITHOUT_EFFECT = {
     "max_data_loader_n_workers", "metadata_author", "metadata_description", "metadata_license", "metadata_tags",
     "metadata_title", "no_metadata", "persistent_data_loader_workers", "vae_batch_size",
 }  # fmt: skip
+_ABOUT_KOHYA = "it only says how kohya's own process does its work, and does nothing here"
 _NOTES = {
     "xformers": "xformers: attention is computed by torch's scaled_dot_product_attention, which needs no xformers",
     "mem_eff_attn": "mem_eff_attn: attention is computed by torch's scaled_dot_product_attention",
@@ -101,7 +95,7 @@ class Training(BaseModel):
     cache_latents: bool = False
     no_half_vae: bool = False
     prior_loss_weight: float = Field(1.0, ge=0, le=100)
-    caption_extension: str = ".caption"
+    caption_extension: str = Field(".caption", max_length=100)
     caption_separator: str = Field(",", min_length=1, max_length=10)
     shuffle_caption: bool = False
     keep_tokens: int = Field(0, ge=0, le=1000)
@@ -173,7 +167,9 @@ class Training(BaseModel):
             name for name in given if name not in cls.model_fields and name not in _REFUSED.keys() | _NOTES.keys()
         ]
         given.setdefault("unknown", sorted(name for name in unknown if name not in _WITHOUT_EFFECT))
-        given.setdefault("notes", [note for name, note in _NOTES.items() if given.get(name)])
+        notes = [note for name, note in _NOTES.items() if given.get(name)]
+        notes += [f"{name}: {_ABOUT_KOHYA}" for name in sorted(_WITHOUT_EFFECT) if given.get(name)]
+        given.setdefault("notes", notes)
         if given.get("save_precision") == "fp32":
             given["save_precision"] = "float"
         return given
@@ -206,6 +202,18 @@ class Training(BaseModel):
             raise ValueError(f'{info.field_name} {shown(value)} is not a list of "name=value"')
         return {name.strip(): inner.strip() for name, _, inner in (pair.partition("=") for pair in listed)}
 
+    @field_validator("network_args")
+    @classmethod
+    def _arguments(cls, arguments: dict[str, str]) -> dict[str, str]:
+        return network_args.checked(arguments)
+
+    @field_validator("lr_scheduler_args")
+    @classmethod
+    def _rules(cls, arguments: dict[str, str]) -> dict[str, str]:
+        if others := sorted(arguments.keys() - {"step_rules"}):
+            raise ValueError(f"lr_scheduler_args {', '.join(others)} is not possible; possible: step_rules")
+        return arguments
+
     @field_validator("sample_prompts", mode="before")
     @classmethod
     def _lines(cls, value: Any) -> Any:
@@ -215,9 +223,18 @@ class Training(BaseModel):
     @field_validator("output_name", "log_prefix")
     @classmethod
     def _file_name(cls, name: str, info: Any) -> str:
-        if name.startswith(".") or any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in name):
+        if not _is_file_name(name):
             raise ValueError(f"{info.field_name} {shown(name)} cannot be the name of a file")
         return name
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _ending(cls, extension: str) -> str:
+        """With its dot, without which no caption would be found."""
+        ending = extension.removeprefix(".")
+        if not ending or not _is_file_name(ending):
+            raise ValueError(f"caption_extension {shown(extension)} cannot be the end of a file's name")
+        return f".{ending}"
 
     @field_validator("sample_sampler")
     @classmethod
@@ -259,32 +276,17 @@ class Training(BaseModel):
                 f"optimizer_type Prodigy finds the learning rate itself: unet_lr {self.unet_rate} and text_encoder_lr "
                 f"{self.text_rate} must be the same, or one of them 0; 1.0 is usual"
             )
-        self._check_network()
-        return self
-
-    def _check_network(self) -> None:
-        if unknown := sorted(self.network_args.keys() - _NETWORK_ARGS):
-            possible = ", ".join(sorted(_NETWORK_ARGS))
-            raise ValueError(f"network_args {', '.join(unknown)} is not possible; possible: {possible}")
-        for name in ("conv_dim", "conv_alpha", "factor", "rank_dropout", "module_dropout", "dropout"):
-            try:
-                float(self.network_args.get(name, "1"))
-            except ValueError:
-                raise ValueError(f"network_args {name}={self.network_args[name]} is no number") from None
         if self.network_module == LORA_MODULE and self.network_args.keys() - {"conv_dim", "conv_alpha"}:
             raise ValueError(
                 "network_args of networks.lora are conv_dim and conv_alpha; others need network_module lycoris.kohya"
             )
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"network_args algo={self.algorithm} is not possible; possible: {', '.join(ALGORITHMS)}")
-
-        if (preset := self.network_args.get("preset", "full")) not in PRESETS:
-            raise ValueError(f"network_args preset={preset} is not possible; possible: {', '.join(PRESETS)}")
+        network_args.check_dropout(self.network_dropout, self.algorithm)
+        return self
 
     @property
     def algorithm(self) -> str:
         """The kind of network."""
-        return self.network_args.get("algo", "lora").lower()
+        return network_args.kind_of(self.network_args)
 
     @property
     def unet_rate(self) -> float:
@@ -305,6 +307,11 @@ class Training(BaseModel):
     def trains_text(self) -> bool:
         """Whether the network has a part for the text encoders."""
         return not self.network_train_unet_only
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether it can be the name of a file, or a part of it, in every system."""
+    return not text.startswith(".") and not any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in text)
 
 
 def flattened(sections: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from gpu_worker import weights
 from gpu_worker.trainer.layers import PRESETS, Layer, text_layers, unet_layers
-from services.common.payloads import training
+from services.common.payloads import network_args
 from services.common.payloads.training import check_training
 from tests.gpu_worker.conftest import as_cached
 
@@ -161,4 +161,4 @@ def _lycoris_keys(network: Any, models: Any, preset: str) -> tuple[list[str], li
 
 
 def test_the_presets_of_the_configuration_are_those_of_the_trainer() -> None:
-    assert tuple(PRESETS) == training.PRESETS
+    assert tuple(PRESETS) == network_args.PRESETS

@@ -167,6 +167,15 @@ def test_steps_may_be_asked_for_instead_of_epochs(trainings: Trainings) -> None:
     assert notes.files == ["last-000001.safetensors", "last.safetensors"]
 
 
+def test_what_this_device_does_not_have_is_told(trainings: Trainings, tmp_path: Path) -> None:
+    notes = Notes()
+    trainings.loop(notes, mixed_precision="fp16", clip_skip=2)
+    assert notes.lines == ["mixed_precision: it is CUDA's; here everything is computed in fp32, not in fp16"]
+    trainings.checkpoint = tiny_sdxl.make(tmp_path / "tiny-xl.safetensors").path
+    trainings.loop(notes, clip_skip=2)
+    assert notes.lines[1].startswith("clip_skip: of SDXL's text encoders the last layer but one is read")
+
+
 def test_a_loss_that_is_no_number_ends_the_training(trainings: Trainings) -> None:
     loop = trainings.loop(Notes())
     loop._models.unet.conv_out.bias.fill_(torch.nan)

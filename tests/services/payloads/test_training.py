@@ -1,11 +1,15 @@
 """A training's keys: kohya's defaults and spellings, what is mapped, refused and unknown."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.common.errors import InvalidArgument
-from services.common.payloads.training import check_training, parse_toml
+from services.common.payloads import training
+from services.common.payloads.training import Training, check_training, parse_toml
+from tests.processes import ROOT
 
 # Contract 12.2, the template of both models.
 TEMPLATE = """
@@ -59,6 +63,9 @@ pretrained_model_name_or_path="./sd-models/v1-5-pruned-emaonly.safetensors"
 """
 
 
+LYCORIS = {"network_module": "lycoris.kohya"}
+
+
 def reason(**fields: Any) -> str:
     with pytest.raises(InvalidArgument) as caught:
         check_training(fields)
@@ -72,6 +79,35 @@ def test_every_key_of_the_template_is_known_and_xformers_is_mapped_with_a_note()
     assert (config.network_dim, config.network_alpha, config.max_token_length) == (32, 16.0, 225)
     assert config.lr_scheduler_num_cycles == 1
     assert config.resolution == (512, 512)
+
+
+def test_what_has_no_effect_is_noted_or_refused_where_it_is_on() -> None:
+    for name in parse_toml(TEMPLATE).keys() - Training.model_fields.keys() - {"lr_restart_cycles"}:
+        try:
+            said = check_training({name: True}).notes
+        except InvalidArgument as refusal:
+            said = [str(refusal)]
+        assert [sentence.split(":")[0].removesuffix(" true") for sentence in said] == [name]
+
+
+def test_every_key_that_is_known_is_read_somewhere() -> None:
+    sources = [*(ROOT / "gpu_worker" / "trainer").glob("*.py"), Path(training.__file__)]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    only_one_is_possible = {"save_model_as"}
+    assert Training.model_fields.keys() - read == only_one_is_possible
+
+
+def test_what_other_tools_write_for_every_kind_of_network_is_taken_where_it_is_off() -> None:
+    off = ["conv_dim=0", "conv_alpha=1.0", "factor=-1", "rank_dropout=0", "module_dropout=0.0", "use_tucker=False"]
+    config = check_training(LYCORIS | {"network_args": ["algo=locon", *off, "decompose_both=False"]})
+    assert (config.algorithm, "conv_dim" in config.network_args) == ("locon", False)
+    assert check_training(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("extension", ["txt", ".txt"])
+def test_the_ending_of_captions_may_come_without_its_dot(extension: str) -> None:
+    assert check_training({"caption_extension": extension}).caption_extension == ".txt"
 
 
 def test_what_is_not_given_has_kohyas_default() -> None:
@@ -110,6 +146,7 @@ def test_numbers_may_be_text_as_clients_send_them() -> None:
 def test_unknown_keys_are_listed_and_keys_of_kohyas_process_are_not() -> None:
     config = check_training({"max_data_loader_n_workers": 8, "dream_machine": 1, "color_aug": False})
     assert config.unknown == ["dream_machine"]
+    assert [note.split(":")[0] for note in config.notes] == ["max_data_loader_n_workers"]
 
 
 def test_a_checked_configuration_gives_itself_again() -> None:
@@ -132,7 +169,33 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         ({"optimizer_type": "SGD"}, 'optimizer_type "SGD" is not possible; possible: AdamW, AdamW8bit, Lion, Prodigy'),
         ({"lr_scheduler": "adafactor"}, 'lr_scheduler "adafactor" is not possible; possible: constant'),
         ({"network_args": ["conv_dim"]}, 'network_args ["conv_dim"] is not a list of "name=value"'),
-        ({"network_args": ["conv_dim=x"]}, "network_args conv_dim=x is no number"),
+        *(
+            ({"network_args": [wrong]}, f"network_args {wrong} is not possible; possible: a whole number from")
+            for wrong in ("conv_dim=x", "conv_dim=nan", "conv_dim=-1", "conv_dim=4.5", "factor=4.5", "factor=inf")
+        ),
+        ({"network_args": ["conv_alpha=nan"]}, "network_args conv_alpha=nan is not possible; possible: a number from"),
+        ({"network_args": ["module_dropout=1"]}, "network_args module_dropout=1 is not possible; possible: a number"),
+        ({"network_args": ["full_matrix=maybe"]}, "network_args full_matrix=maybe is not possible; possible: true"),
+        *(
+            (LYCORIS | {"network_args": [f"algo={kind}", wrong]}, f"network_args {wrong} is not possible with algo=")
+            for kind, wrong in (
+                ("locon", "rank_dropout=0.1"),
+                ("lora", "module_dropout=0.1"),
+                ("locon", "use_tucker=True"),
+                ("loha", "factor=8"),
+                ("loha", "dropout=0.1"),
+                ("loha", "decompose_both=1"),
+            )
+        ),
+        (
+            LYCORIS | {"network_dropout": 0.1, "network_args": ["algo=lokr"]},
+            "network_dropout 0.1 is not possible with algo=lokr; possible: rank_dropout or module_dropout",
+        ),
+        ({"lr_scheduler_args": ["T_max=1"]}, "lr_scheduler_args T_max is not possible; possible: step_rules"),
+        *(
+            ({"caption_extension": wrong}, "cannot be the end of a file's name")
+            for wrong in ("", ".", "..", "/../x", "a/b", "a\0")
+        ),
         ({"network_args": ["block_dims=1,2"]}, "network_args block_dims is not possible; possible: algo"),
         ({"network_args": ["algo=loha"]}, "others need network_module lycoris.kohya"),
         (

@@ -81,6 +81,13 @@ async def test_without_a_configuration_it_is_the_template(service: Service) -> N
     assert MessageToDict(created.params)["config_params"]["saving_arguments"]["output_name"] == "output_name"
 
 
+async def test_keys_of_places_that_a_trainer_has_of_its_own_are_noted(service: Service) -> None:
+    created = await service.create(service.document(train_data_dir="/data", output_dir="/out"))
+    async with service.trainer(created.id) as trainer:
+        notes = MessageToDict(trainer.welcome.config)["notes"]
+    assert [note.split(":")[0] for note in notes] == ["xformers", "train_data_dir", "output_dir"]
+
+
 async def test_steps_of_the_request_win_over_epochs_of_the_template(service: Service) -> None:
     params = service.document(max_train_steps=7)
     del params["config_params"]["training"]["max_train_epochs"]

@@ -40,7 +40,8 @@ SLOW_SECONDS = 60.0  # of waiting for a body, in which it must have brought SLOW
 SLOW_BYTES = 1_000_000
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*\.?")
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F))
 # Special networks that `is_global` of some Python versions lets pass, and the public address of a metadata server.
 _SPECIAL = [
@@ -169,7 +170,7 @@ class Outbound:
                 location = dict(_named(response)).get("location")
                 if not location:
                     raise UrlRefused(f"{at.shown} redirects to nowhere")
-                at = parse_url(urljoin(str(at), location))
+                at = _next(at, location)
                 hops.append(at)
             answer = Answer(response.status, dict(_named(response)), hops, response)
             if answer.headers.get("content-encoding", "identity").lower() != "identity":
@@ -278,12 +279,26 @@ def _named(response: httpcore.Response) -> list[tuple[str, str]]:
     return [(name.decode("ascii").lower(), value.decode("latin-1")) for name, value in response.headers]
 
 
+def _next(at: Url, location: str) -> Url:
+    """Where a redirect leads.
+
+    Raises:
+        UrlRefused: to nothing that is a URL.
+    """
+    try:
+        return parse_url(urljoin(str(at), location))
+    except ValueError:
+        raise UrlRefused(f"{at.shown} redirects to what is no URL") from None
+
+
 async def _look_up(host: str, port: int) -> list[str]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno == socket.EAI_AGAIN:
             raise
+        raise UrlRefused(f"there is no host {host}") from None
+    except UnicodeError:  # of Python's own reading of names
         raise UrlRefused(f"there is no host {host}") from None
     return [str(address[0]) for *_, address in found]
 

@@ -28,7 +28,7 @@ SERVERLESS = "Serverless"
 MAX_PINNED = 4  # a GPU's memory ends somewhere
 _KEY_NAMES = KeyNames("EndpointDeploymentJobId", "startTime")
 _EVENT_KEY_NAMES = KeyNames("id", "time")
-_MAX_EXTENSIONS = 2  # the text says 3, and refuses the third: so does the original
+_MAX_EXTENSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _check_new(new: NewEndpoint, max_workers: int) -> None:
     _check_bounds(new.name, new.type, new.autoscaling, new.num_min, new.num_max)
     _check_largest(max(new.num_initial, new.num_max if new.autoscaling else 0), max_workers)
     if len(_split_extensions(new.custom_extensions)) > _MAX_EXTENSIONS:
-        raise InvalidArgument("custom_extensions should be at most 3")
+        raise InvalidArgument(f"custom_extensions should be at most {_MAX_EXTENSIONS}")
 
 
 def _check_bounds(name: str, kind: str, autoscaling: bool, num_min: int, num_max: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from google.protobuf.struct_pb2 import ListValue, Value
@@ -17,6 +18,8 @@ from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer, ch
 from services.endpoints.store import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_LARGEST_COUNT = 999_999_999  # what a column holds
 
 
 class EndpointsServicer(rpc.EndpointsServiceServicer):
@@ -119,19 +122,25 @@ def _count(name: str, value: Value) -> int:
     """The whole number in a number or text.
 
     Raises:
-        InvalidArgument: it is none, or a number below 0.
+        InvalidArgument: it is none, a number below 0, or too large to be kept.
     """
+    found: int | None = None
     if value.WhichOneof("kind") == "number_value":
         if value.number_value < 0:
-            found = f"(minimum: 0, found: {value.number_value:g})"
-            raise InvalidArgument(f"[{name}: numeric instance is lower than the required minimum {found}]")
+            below = f"(minimum: 0, found: {value.number_value:g})"
+            raise InvalidArgument(f"[{name}: numeric instance is lower than the required minimum {below}]")
         if value.number_value.is_integer():
-            return int(value.number_value)
-    elif value.string_value.strip().lstrip("-").isdecimal():
-        return int(value.string_value)
-    raise InvalidArgument(
-        f'[{name}: instance type (string) does not match any allowed primitive type (allowed: ["integer"])]'
-    )
+            found = int(value.number_value)
+    elif _WHOLE_NUMBER.fullmatch(value.string_value.strip()):
+        found = int(value.string_value)
+    if found is None:
+        raise InvalidArgument(
+            f'[{name}: instance type (string) does not match any allowed primitive type (allowed: ["integer"])]'
+        )
+    if abs(found) > _LARGEST_COUNT:
+        above = f"(maximum: {_LARGEST_COUNT}, found: {found:g})"
+        raise InvalidArgument(f"[{name}: numeric instance is greater than the required maximum {above}]")
+    return found
 
 
 def _count_or_none(name: str, value: Value) -> int | None:

@@ -37,7 +37,8 @@ UNSOUND = [
     "http://example.com:0/", "http://example.com:99999/", "http://example.com:x/", "http://exa mple.com/",
     "http://example.com\\@127.0.0.1/", "http://a\r\nHost: b/", "http://example.com/\x00", "http://[::1", "http://::1/",
     "http://[fe80::1%25eth0]/", "http://[127.0.0.1]/", "http://-a.com/", "http://a,b/", "http://%6c%6f/",
-    "javascript:alert(1)", "http://" + "a" * 5000, "http://example.com/" + "a" * 5000, "http://[v1.a]/",
+    "javascript:alert(1)", "http://a..b/", "http://.a/", "http://" + "a" * 64 + ".b/", "http://" + "a." * 127 + "/",
+    "http://" + "a" * 5000, "http://example.com/" + "a" * 5000, "http://[v1.a]/",
 ]  # fmt: skip
 
 
@@ -183,7 +184,15 @@ async def test_redirects_are_followed_and_each_hop_is_checked() -> None:
         ):
             assert [url.target for url in answer.hops] == ["/a", "/b?c=d"]
             assert b"".join([piece async for piece in answer.chunks()]) == b"ok"
-    for bad in ("http://10.0.0.1/", "file:///etc/passwd", "http://169.254.169.254/", "http://a@b/", "//[::1]/", ""):
+    for bad in (
+        "http://10.0.0.1/",
+        "file:///etc/passwd",
+        "http://169.254.169.254/",
+        "http://a@b/",
+        "//[::1]/",
+        "",
+        "http://[abc",
+    ):
         async with server(saying(f"HTTP/1.1 302 Found\nLocation: {bad}\nContent-Length: 0")) as port:
             with pytest.raises(UrlRefused):
                 await _read(Outbound(LOCAL), f"http://127.0.0.1:{port}/")

@@ -181,6 +181,9 @@ class Webhooks:
             return str(error), False
         except UrlRefused as error:
             return str(error), True
+        except Exception:  # whatever a user's URL leads to, it is that call which fails, not the service
+            log.exception("a webhook's call failed in a way not foreseen", job=str(job.id))
+            return "the call failed in the service", False
 
     def _wait_seconds(self, webhook: Webhook) -> float | None:
         """Seconds until the next attempt, which double; the last one is at the end of the time. None: it is over."""

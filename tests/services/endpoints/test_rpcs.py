@@ -106,7 +106,7 @@ REFUSED = [
     (ASYNC | {"min_instance_number": 3, "max_instance_number": 2}, "max_instance_number should be at least 3: test"),
     (ASYNC | {"max_instance_number": 0}, "max_instance_number should be at least 1: test"),
     ({"initial_instance_count": 9}, "an endpoint may have at most 8 instances here (asked for: 9)"),
-    ({"custom_extensions": "a b c"}, "custom_extensions should be at most 3"),
+    ({"custom_extensions": "a b c d"}, "custom_extensions should be at most 3"),
     (
         {"custom_extensions": "a", "custom_docker_image_uri": "b"},
         "custom_extensions and custom_docker_image_uri cannot be used together",
@@ -119,6 +119,19 @@ REFUSED = [
         {"max_instance_number": "many"},
         "[max_instance_number: instance type (string) does not match any allowed primitive type "
         '(allowed: ["integer"])]',
+    ),
+    (
+        {"max_instance_number": "--5"},
+        "[max_instance_number: instance type (string) does not match any allowed primitive type "
+        '(allowed: ["integer"])]',
+    ),
+    *(
+        (
+            {"min_instance_number": number},
+            "[min_instance_number: numeric instance is greater than the required maximum "
+            f"(maximum: 999999999, found: {found})]",
+        )
+        for number, found in ((1e30, "1e+30"), ("9" * 12, "1e+12"))
     ),
     (
         {"instance_type": ..., "autoscaling_enabled": ...},

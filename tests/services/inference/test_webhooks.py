@@ -127,13 +127,32 @@ class TestWithoutPatience:
         assert (await until(service, job_id, "delivered")).num_attempts == 1
         assert await listed(service, "dead") == []
 
-    @pytest.mark.parametrize("target", ["http://10.0.0.1/", "http://169.254.169.254/latest", "ftp://127.0.0.1/"])
+    @pytest.mark.parametrize(
+        "target", ["http://10.0.0.1/", "http://169.254.169.254/latest", "ftp://127.0.0.1/", "http://[a"]
+    )
     async def test_a_redirect_to_a_place_that_is_not_public_is_not_followed(
         self, service: Service, receiver: Receiver, target: str
     ) -> None:
         receiver.answers = [web.Response(status=307, headers={"Location": target})]
         dead = await until(service, await ended(service, receiver.url), "dead")
-        assert "not a public address" in dead.last_error.string_value or "only http" in dead.last_error.string_value
+        reason = dead.last_error.string_value
+        assert any(words in reason for words in ("not a public address", "only http", "is no URL")), reason
+
+
+async def test_a_call_that_breaks_in_an_unforeseen_way_is_repeated(
+    service: Service, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, breaks = asyncio.get_running_loop(), [RuntimeError("unforeseen")]
+    look_up = loop.getaddrinfo
+
+    async def broken_once(*arguments: Any, **options: Any) -> Any:
+        if breaks:
+            raise breaks.pop()
+        return await look_up(*arguments, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", broken_once)
+    job_id = await ended(service, receiver.url)
+    assert (await until(service, job_id, "delivered")).num_attempts == 2
 
 
 async def test_a_webhook_in_a_private_network_is_dead_at_once(service: Service) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,20 +65,20 @@ class Previews:
         self._folder.mkdir(parents=True, exist_ok=True)
         with _at_rest(self._models):
             for index, request in enumerate(self._requests):
-                if self._listener.wants_stop:
-                    return
                 try:
-                    content = draw(self._models, request)
+                    content = draw(self._models, request, lambda: self._listener.wants_stop)
                 except (JobError, torch.OutOfMemoryError) as error:
                     self._listener.log(f"no preview of {request.prompt!r}: {error}")
                     continue
+                if content is None:
+                    return
                 path = self._folder / _file_name(self._config, epoch, index, request.seed)
                 path.write_bytes(content)
                 self._listener.drawn(path, epoch, request.prompt)
 
 
-def draw(models: Models, request: Txt2Img) -> bytes:
-    """The picture as PNG, with its parameters.
+def draw(models: Models, request: Txt2Img, wants_stop: Callable[[], bool] = lambda: False) -> bytes | None:
+    """The picture as PNG, with its parameters; None where somebody wanted the end before it was done.
 
     Raises:
         JobError: the prompt is too long, or the models make NaN.
@@ -90,6 +90,8 @@ def draw(models: Models, request: Txt2Img) -> bytes:
             with mixed:  # encodes the texts
                 wish = task.send(None)
             while True:
+                if wants_stop():
+                    return None
                 prediction = None
                 if wish is not None:
                     with mixed:

@@ -117,7 +117,9 @@ class _Session:
             await self._train(welcome)
         except Stopped:
             log.info("stopped", interrupted=self._is_interrupted)
-            return EXIT_INTERRUPTED if self._is_interrupted else 0
+            if self._is_interrupted:
+                return EXIT_INTERRUPTED
+            self.stream.tell(done=pb.TrainerDone())
         except (JobError, InvalidArgument) as error:
             log.warning("the training failed", reason=str(error))
             self.stream.tell(failed=pb.TrainerFailed(reason=str(error)))
@@ -150,7 +152,12 @@ class _Session:
         """Trains, and uploads meanwhile; what cannot be uploaded ends the training."""
 
         async def work() -> None:
-            await training
+            try:
+                await training
+            except (JobError, Stopped):
+                if not self._is_interrupted:
+                    await reporter.flush()  # what was saved before counts
+                raise
             self._phase("Uploading")
             await reporter.flush()
 

@@ -2,7 +2,8 @@
 
 A training has begun when all is there that it needs: its checkpoint, its configuration. Before that nobody sees it.
 It is Initial until its task was asked for, Starting until its trainer comes, then Downloading, Training and
-Uploading as that says. It ends once: Completed, Failed or Stopped. A trainer that is lost changes nothing: the next one
+Uploading as that says. It ends once: Completed, Failed or Stopped; after a stop the
+trainer may tell of what it had saved before, and leaves. A trainer that is lost changes nothing: the next one
 goes on from the last state. Completed is said when the checkpoint is Active, not before.
 """
 
@@ -64,8 +65,13 @@ class Training(SQLModel, table=True):
 
     @property
     def is_ended(self) -> bool:
-        """Whether nothing more is heard of its trainer."""
+        """Whether it is known how it ends."""
         return self.outcome is not None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it was stopped, and its trainer may still tell of what it had saved before."""
+        return self.outcome == STOPPED and self.session is not None and not self.is_settled
 
     @property
     def folder(self) -> str:
@@ -106,6 +112,10 @@ class Training(SQLModel, table=True):
         if session != self.session:
             self.session, self.num_kept = session, 0
             self.status, self.waits_for = STARTING, ""
+
+    def leave(self) -> None:
+        """Its trainer has told everything after a stop."""
+        self.session = None
 
     def save(self, name: str, sha256: str, size_bytes: int, epoch: int) -> None:
         """A network was saved, in place of any earlier one of the name."""

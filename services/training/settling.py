@@ -25,6 +25,7 @@ log = structlog.get_logger()
 ATTEMPTS = 3
 _ROUND_SECONDS = 3.0
 _MAX_PREPARATION = timedelta(minutes=2)  # that a request may take from its row to the beginning
+_MAX_LEAVING = timedelta(minutes=1)  # that a trainer may take after a stop to upload what it had saved
 _SWEEP_ROUNDS = 20  # rounds between two looks at old objects
 _LEFT = "the trainer left without having told how the training ended"
 
@@ -102,10 +103,10 @@ class Settler:
             if not training.is_begun:
                 if now() - training.create_time > _MAX_PREPARATION:
                     await self.delete(training)
-            elif training.is_ended:
-                await self._settle(training)
-            else:
+            elif not training.is_ended:
                 await self._follow(training)
+            elif not await self._is_awaited(training):
+                await self._settle(training)
         except EsdError as error:
             log.warning("a training waits", training=str(training.id), reason=str(error))
 
@@ -124,6 +125,13 @@ class Settler:
                 await self._store.end(training.id, rows.FAILED, f"the trainer failed: {task.reason}")
             case TaskState.SUCCEEDED:
                 await self._store.end(training.id, rows.FAILED, _LEFT)
+
+    async def _is_awaited(self, training: Training) -> bool:
+        """Whether a trainer that was told to stop is about to tell of what it had saved before."""
+        if not training.is_leaving or training.end_time is None or now() - training.end_time > _MAX_LEAVING:
+            return False
+        task = await self._tasks.get(str(training.id))
+        return task is not None and task.state == TaskState.RUNNING
 
     async def _settle(self, training: Training) -> None:
         """Fills the checkpoint, lets the task go, removes what only trainers need; then the end may be shown."""

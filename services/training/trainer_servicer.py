@@ -110,7 +110,7 @@ class _TrainSession:
                     self._send(urls=pb.UrlsGranted(request_id=request.want.request_id, urls=urls))
                 case "event":
                     training = await self._keep(training, session, request.event)
-                    if training.is_ended:
+                    if training.is_ended and not training.is_leaving:
                         return
                 case other:
                     raise InvalidArgument(f"a Train stream does not go on with {other}")
@@ -132,7 +132,7 @@ class _TrainSession:
         with self._signals.subscribed((TRAINING_MOVED, str(self._training_id))) as moved:
             while True:
                 training = await self._store.get(self._training_id)
-                if training is not None and training.session != session:
+                if training is not None and training.session not in {session, None}:
                     raise FailedPrecondition(f"another trainer has taken over training {self._training_id}")
                 if (training is None or training.is_ended) and not has_said_so:
                     self._send(stop=pb.TrainerStop())

@@ -42,11 +42,14 @@ class TrainerStore:
         held = select(Training).where(col(Training.id) == training_id, col(Training.session) == session_id)
         async with self._database.transaction() as session:
             training = await session.scalar(held.with_for_update())
-            if training is None or (training.is_ended and sequence > training.num_kept):
+            if training is None or (sequence > training.num_kept and training.is_ended and not training.is_leaving):
                 return None
             if sequence > training.num_kept:
                 training.num_kept = sequence
-                await _keep(session, training, fact)
+                if training.is_leaving:
+                    await _keep_last(session, training, fact)
+                else:
+                    await _keep(session, training, fact)
                 await notify(session, TRAINING_MOVED, str(training_id))
                 if training.is_ended:
                     await notify(session, TRAININGS_DUE, str(training_id))
@@ -106,6 +109,15 @@ async def _keep(session: AsyncSession, training: Training, fact: facts.Fact) -> 
             training.end(rows.COMPLETED)
         case facts.Failed(reason):
             training.end(rows.FAILED, reason)
+
+
+async def _keep_last(session: AsyncSession, training: Training, fact: facts.Fact) -> None:
+    """Keeps what was saved before a stop; nothing else matters any more."""
+    match fact:
+        case facts.Saved() | facts.Removed() | facts.Preview():
+            await _keep(session, training, fact)
+        case facts.Done() | facts.Failed():
+            training.leave()
 
 
 async def _progress(session: AsyncSession, training: Training, progress: facts.Progress) -> None:

@@ -50,7 +50,7 @@ class Trainers:
         training = await self._store.take(training_id, session)
         if training is None:
             raise NotFound(f"training {training_id} is gone")
-        if training.is_ended:
+        if training.is_ended and not (training.is_leaving and training.session == session):
             raise FailedPrecondition(f"training {training_id} has ended: it is {training.outcome}")
         return Welcome(
             training,

@@ -11,7 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gpu_worker.denoise import predict
 from gpu_worker.job import JobError
+from gpu_worker.trainer import previews
 from gpu_worker.trainer.dataset import Picture
 from gpu_worker.trainer.loop import STATE, Stopped, _sizes
 from tests.gpu_worker import tiny_sdxl
@@ -199,6 +201,20 @@ def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainin
     notes = trainings.run(sample_every_n_epochs=1, sample_prompts=[f"{long} --s 1"])
     assert any("no preview of " in line and "chunks" in line for line in notes.lines)
     assert notes.files == ["last.safetensors"]
+
+
+def test_a_stop_ends_a_preview_within_one_step_of_it(trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, done = Notes(), []
+
+    def predict_and_stop(*given: Any) -> Any:
+        done.append(given)
+        notes.stop_after = 0 if len(done) == 2 else None
+        return predict(*given)
+
+    monkeypatch.setattr(previews, "predict", predict_and_stop)
+    with pytest.raises(Stopped):
+        trainings.run(notes, max_train_epochs=2, sample_every_n_epochs=1, sample_prompts="a zog --s 9")
+    assert (len(done), notes.drawings, len(notes.steps)) == (2, [], 4)
 
 
 @pytest.mark.parametrize("prompt", ["a cat --z 1", "a cat --w 13"])

@@ -196,6 +196,7 @@ class ScriptedTrainer:
 class Service:
     """The running service as users and trainers see it."""
 
+    channel: grpc.aio.Channel
     stub: Any
     trainers: Any
     world: World
@@ -327,6 +328,7 @@ async def service(
             asyncio.create_task(settler.run()),
         ]
         yield Service(
+            channel,
             training_pb2_grpc.TrainingServiceStub(channel),
             training_pb2_grpc.TrainerServiceStub(channel),
             world,

@@ -164,11 +164,15 @@ async def test_a_stop_reaches_the_trainer_and_what_was_saved_stays(service: Serv
         await stop(service, created.id)
         assert (await service.get(created.id)).job_status == "Stopped"
         await trainer.until("stop")
-        await trainer.send(9, log=pb.TrainerLog(line="too late"))
-        assert await trainer.end() == grpc.StatusCode.FAILED_PRECONDITION
+        await trainer.tell(phase=pb.TrainerPhase(status="Uploading"))
+        assert (await service.get(created.id)).job_status == "Stopped"
+        await trainer.save("demo-000002.safetensors", b"second", 2)
+        await trainer.tell(done=pb.TrainerDone())
+        assert await trainer.end() == grpc.StatusCode.OK
     told = await events(service, created.id)
     assert told[-1].ended == pb.TrainingEnd(status="Stopped", reason="stopped by ann")
-    assert [file.name for file in service.world.finished[created.id].files] == ["demo-000001.safetensors"]
+    names = [file.name for file in service.world.finished[created.id].files]
+    assert names == ["demo-000002.safetensors", "demo-000001.safetensors"]
     assert created.id in service.world.stopped
     await stop(service, created.id)
     assert (await service.get(created.id)).job_status == "Stopped"
@@ -183,7 +187,22 @@ async def test_a_training_can_be_stopped_at_every_stage(service: Service, stage:
         await stop(service, created.id)
         assert (await service.get(created.id)).job_status == "Stopped"
         await trainer.until("stop")
+        await trainer.tell(done=pb.TrainerDone())
     assert (await events(service, created.id))[-1].ended.status == "Stopped"
+
+
+async def test_a_trainer_that_does_not_leave_after_a_stop_is_heard_for_a_minute_only(service: Service) -> None:
+    created, session = await service.create(), str(uuid4())
+    async with service.trainer(created.id, session):
+        await stop(service, created.id)
+    async with service.trainer(created.id, session) as trainer:  # it was away when the stop was told
+        await trainer.until("stop")
+        async with service.database.transaction() as transaction:
+            await transaction.execute(text("UPDATE training SET end_time = end_time - interval '1 minute'"))
+            await transaction.execute(text("SELECT pg_notify('trainings_due', '')"))
+        assert (await events(service, created.id))[-1].ended.status == "Stopped"
+        await trainer.send(1, log=pb.TrainerLog(line="too late"))
+        assert await trainer.end() == grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def test_a_training_that_never_began_can_be_stopped(service: Service) -> None:

@@ -1,7 +1,8 @@
 """A training of the service: `python -m gpu_worker train`, started as a task. Fetches what it needs, trains in a thread
 of its own, and uploads what that leaves, in order.
 
-Exit codes: 0 when the service has heard how the training ended, or has no more use for it; else it is tried again.
+Exit codes: 0 when the service has heard how the training ended, or has no more use for it; 5 when the process
+was asked to leave and the training goes on elsewhere; else it is tried again, so often.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from gpu_worker.transfer import Transfer
 from services.common.clients import TokenSource, plain_channel
 from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training
+from services.common.process import EXIT_INTERRUPTED
 from services.common.settings import Settings, read_secret
 
 log = structlog.get_logger()
 
-EXIT_INTERRUPTED = 5
 _URLS_AT_ONCE = 100
 _FETCHES_AT_ONCE = 8
 _BASE = "Stable-diffusion"

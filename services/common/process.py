@@ -19,6 +19,7 @@ import threading
 from collections.abc import Sequence
 
 LAUNCHER_PID = "ESD_LAUNCHER_PID"  # the environment variable that die_with_launcher() reads
+EXIT_INTERRUPTED = 5  # of a command that was asked to end before its work was done, and left in order
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 

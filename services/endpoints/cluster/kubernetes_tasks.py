@@ -10,6 +10,7 @@ from typing import Any
 
 from kubernetes_asyncio.client.exceptions import ApiException
 
+from services.common.process import EXIT_INTERRUPTED
 from services.endpoints.cluster import TaskState, manifests
 from services.endpoints.cluster.kubernetes_api import (
     INVALID,
@@ -80,6 +81,7 @@ def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     pods = [pod for pod in pods if not is_lost(pod)]
     # The times are whole seconds; of two in one, the one that changed last.
     pods.sort(key=lambda pod: (pod.metadata.creation_timestamp, int(pod.metadata.resource_version)))
+    pods = [pod for pod in pods if not _is_interrupted(pod)]
     phases = [pod.status.phase for pod in pods]
     conditions = {found.type for found in job.status.conditions or () if found.status == "True"}
     num_failed = max(job.status.failed or 0, phases.count("Failed"))
@@ -93,6 +95,16 @@ def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     if not reason and num_failed:
         reason = f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}"
     return TaskState(State.WAITING, max(num_failed, task.num_attempts), reason or task.reason)
+
+
+def _is_interrupted(pod: Any) -> bool:
+    """Whether the pod was sent away, which the Job's podFailurePolicy does not count."""
+    if pod.status.phase != "Failed":
+        return False
+    ends = [container.state.terminated for container in pod.status.container_statuses or ()]
+    return any(end and end.exit_code == EXIT_INTERRUPTED for end in ends) or any(
+        (found.type, found.status) == (manifests.DISRUPTED, "True") for found in pod.status.conditions or ()
+    )
 
 
 def _obstacle(pod: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 
+from services.common.process import EXIT_INTERRUPTED
 from services.endpoints.cluster import TaskState
 from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, Machine
 from services.endpoints.cluster.process import Process, start
@@ -78,17 +79,31 @@ class LocalTasks:
         code = self._exit_code(task)
         if code == 0:
             return TaskState(State.SUCCEEDED, task.num_attempts)
+        num_failures = self._num_failures(task)
+        if code == EXIT_INTERRUPTED:
+            log.info("an attempt of a task was interrupted", task_id=task.id, attempt=task.num_attempts)
+            return self._again(
+                task, num_failures, f"attempt {task.num_attempts} was interrupted, which counts for none"
+            )
         words = last_words(self._log_file(task)) or "its log is empty"
         log.warning("an attempt of a task failed", task_id=task.id, attempt=task.num_attempts, exit=code, last=words)
         reason = f"it {_in_words(code)}: {words}"
-        if task.num_attempts >= task.max_attempts:
+        if num_failures >= task.max_attempts:
             return TaskState(State.FAILED, task.num_attempts, reason)
+        return self._again(task, num_failures, f"attempt {num_failures} of {task.max_attempts} failed: {reason}")
+
+    def _again(self, task: Task, num_failures: int, reason: str) -> TaskState:
+        """Has the task begun again, the later the more often it has failed."""
         loop = asyncio.get_running_loop()
-        delay = FIRST_BACKOFF_SECONDS * 2 ** (task.num_attempts - 1)
+        delay = FIRST_BACKOFF_SECONDS * 2 ** max(0, num_failures - 1)
         self._not_before[task.id] = loop.time() + delay
         loop.call_later(delay, self._on_change)
-        reason = f"attempt {task.num_attempts} of {task.max_attempts} failed: {reason}"
         return TaskState(State.WAITING, task.num_attempts, reason)
+
+    def _num_failures(self, task: Task) -> int:
+        """How many attempts were not just interrupted."""
+        attempts = (task.model_copy(update={"num_attempts": number}) for number in range(1, task.num_attempts + 1))
+        return sum(self._exit_code(attempt) != EXIT_INTERRUPTED for attempt in attempts)
 
     async def _start(self, task: Task) -> TaskState:
         """Starts a process for the task, unless it has to wait or another control loop was faster."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from services.common.process import EXIT_INTERRUPTED
 from services.endpoints.cluster import Following, Pool
 from services.endpoints.cluster.pods import OWNER, Program, labels_of, name_of, pod_template
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.task_store import Task
 
+DISRUPTED = "DisruptionTarget"  # the condition of a pod that was evicted, preempted or on a node that went
 KEDA_GROUP, KEDA_VERSION, SCALED_OBJECTS = "keda.sh", "v1alpha1", "scaledobjects"
 _KEDA_AUTHENTICATION = "esd-keda"  # deploy/kubernetes/components/keda
 _LONGEST_WINDOW_SECONDS = 3600  # autoscaling/v2
@@ -95,6 +97,13 @@ def job(task: Task, profile: Profile, program: Program) -> dict[str, Any]:
         },
         "spec": {
             "backoffLimit": task.max_attempts - 1,
+            # Whom the cluster sends away has not failed.
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": DISRUPTED, "status": "True"}]},
+                    {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_INTERRUPTED]}},
+                ]
+            },
             "template": pod_template(task.id, profile, program, [task_id], restartPolicy="Never", **deadline),
         },
     }

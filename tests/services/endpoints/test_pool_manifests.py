@@ -12,7 +12,7 @@ import pytest
 import yaml
 from kubernetes_asyncio import client
 
-from services.endpoints.cluster import Pool, manifests
+from services.endpoints.cluster import Pool, kubernetes_tasks, manifests
 from services.endpoints.cluster.kubernetes_api import KubernetesApi, KubernetesSettings, UnknownProfileError
 from services.endpoints.cluster.pods import Program, secret_object
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
@@ -136,9 +136,30 @@ def test_a_task_is_begun_as_often_as_it_may_and_looks_like_a_worker_otherwise() 
     found = manifests.job(TASK, Profile(), PROGRAM)
     worker, task = (of["spec"]["template"]["spec"] for of in (deployment(Profile()), found))
     assert found["spec"]["backoffLimit"] == 2
+    assert {rule["action"] for rule in found["spec"]["podFailurePolicy"]["rules"]} == {"Ignore"}
     assert task["activeDeadlineSeconds"] == 3600
     assert {name for name in task if task[name] != worker.get(name)} == {
         "restartPolicy", "activeDeadlineSeconds", "containers", "volumes",
     }  # fmt: skip
     assert {"name": "ESD_TASK_ID", "value": TASK.id} in container_of(found)["env"]
     assert container_of(found)["securityContext"] == container_of(deployment(Profile()))["securityContext"]
+
+
+def failed_pod(number: int, exit_code: int, *conditions: str) -> client.V1Pod:
+    """A pod of a task that has ended so."""
+    end = client.V1ContainerState(terminated=client.V1ContainerStateTerminated(exit_code=exit_code, message="no more"))
+    ended = client.V1ContainerStatus(name="w", image="i", image_id="i", ready=False, restart_count=0, state=end)
+    conditions_of = [client.V1PodCondition(type=kind, status="True") for kind in conditions]
+    return client.V1Pod(
+        metadata=client.V1ObjectMeta(creation_timestamp=datetime.now(UTC), resource_version=str(number)),
+        status=client.V1PodStatus(phase="Failed", container_statuses=[ended], conditions=conditions_of),
+    )
+
+
+def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:
+    job = client.V1Job(status=client.V1JobStatus(failed=1))
+    pods = [failed_pod(1, 5), failed_pod(2, 137, "DisruptionTarget"), failed_pod(3, 1)]
+    state = kubernetes_tasks._state(TASK, job, pods)
+    assert (state.state, state.reason) == ("waiting", "attempt 1 of 3 failed: it ended with code 1: no more")
+    others = [failed_pod(4, 1), failed_pod(5, 1)]
+    assert kubernetes_tasks._state(TASK, job, [*pods, *others]).state == "failed"

@@ -113,6 +113,24 @@ async def test_a_task_that_fails_is_begun_again_as_often_as_it_may_and_its_last_
     assert (task.num_attempts, task.reason) == (2, "it was ended by signal 9: its log is empty")
 
 
+async def test_an_attempt_that_was_interrupted_does_not_count(
+    run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach
+) -> None:
+    run_loop(foreman.command)
+    task_id = await begin(max_attempts=2)
+    for code, words in (
+        (5, "attempt 1 was interrupted"),
+        (3, "attempt 1 of 2 failed: it ended with code 3"),
+        (5, "attempt 3 was interrupted"),
+    ):
+        _, end = await foreman.next(task_id)
+        end(code)
+        await reach(task_id, WAITING, words)
+    _, end = await foreman.next(task_id)
+    end(3)
+    assert (await reach(task_id, FAILED)).num_attempts == 4
+
+
 async def test_a_task_that_is_asked_to_leave_leaves(
     run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach, stop: Any
 ) -> None:

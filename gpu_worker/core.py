@@ -143,7 +143,10 @@ class Core:
     def _load_pinned(self) -> None:
         for key, file in list(self._pinned.items()):
             load = partial(self._placed, file, None)
-            failure = self._resident.keep(key, load, self._num_bytes(file))
+            try:
+                failure = self._resident.keep(key, load, self._num_bytes(file))
+            except OSError as error:  # the file is gone
+                failure = error
             if failure is not None:
                 log.warning("a pinned checkpoint cannot be loaded", name=file.name, reason=str(failure))
                 del self._pinned[key]

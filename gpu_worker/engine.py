@@ -126,6 +126,14 @@ class Engine:
             self._post(_settle, self.ready, error)
             return
         self._post(_settle, self.ready, None)
+        from gpu_worker import fault  # noqa: PLC0415 - imports torch, which is here now
+
+        try:
+            self._work(core)
+        except Exception as error:
+            fault.leave_broken(error)
+
+    def _work(self, core: Core) -> None:
         while self._take_commands(core):
             core.work()
             self.max_pixels = core.max_pixels

@@ -10,6 +10,7 @@ import torch
 log = structlog.get_logger()
 
 EXIT_DEVICE_FAILED = 4
+EXIT_ENGINE_BROKEN = 6
 
 
 def is_device_failure(error: BaseException) -> bool:
@@ -29,3 +30,11 @@ def leave_if_device_failed(error: BaseException, job_id: str) -> None:
     if is_device_failure(error):
         log.critical("the GPU failed, this worker ends", job_id=job_id, reason=str(error).partition("\n")[0])
         os._exit(EXIT_DEVICE_FAILED)
+
+
+def leave_broken(error: BaseException) -> None:
+    """Ends the process at once, from any thread, after an error that left the engine without its thread: what that held
+    nobody could give back, and the process would look alive. Its jobs go back to the queue with the stream."""
+    leave_if_device_failed(error, "")
+    log.critical("the engine broke, this worker ends", exc_info=error)
+    os._exit(EXIT_ENGINE_BROKEN)

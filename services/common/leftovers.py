@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 WRITABLE_SECONDS = 24 * 3600  # so long the URLs live by which workers write; clients' end sooner
 _AT_ONCE = 100
+_EXPECTED_SECONDS = 3600.0  # longer than any request takes
 _TIME = DateTime(timezone=True)
 
 
@@ -71,6 +72,9 @@ _FORGET = delete(_LEFTOVER).where(_THIS, _LEFTOVER.c.final_time <= bindparam("du
 _AGAIN_AT_ITS_END = update(_LEFTOVER).where(_THIS).values(due_time=_LEFTOVER.c.final_time)
 
 
+_WITHDRAW = delete(_LEFTOVER).where(_LEFTOVER.c.prefix == func.any(bindparam("prefixes", type_=ARRAY(Text))))
+
+
 async def leave_behind(session: AsyncSession, prefixes: list[str], after_seconds: float = 0.0) -> None:
     """Notes, within a store's transaction, that what is below the prefixes is to be removed, then and at the end."""
     await session.execute(_LEAVE, {"prefixes": prefixes, "after": timedelta(seconds=after_seconds)})
@@ -81,16 +85,21 @@ async def note_leftovers(run: Run, prefixes: list[str], after_seconds: float = 0
     await run(_LEAVE, prefixes=prefixes, after=timedelta(seconds=after_seconds))
 
 
+async def withdraw_leftovers(run: Run, prefixes: list[str]) -> None:
+    """Keeps what is below prefixes that were noted in case that this transaction does not come."""
+    await run(_WITHDRAW, prefixes=prefixes)
+
+
 class LeftoverStore:
     """The prefixes to be emptied."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add(self, prefixes: list[str]) -> None:
-        """Notes that what is below the prefixes is to be removed."""
+    async def add(self, prefixes: list[str], after_seconds: float = 0.0) -> None:
+        """Notes that what is below the prefixes is to be removed, then and at the end."""
         async with self._database.transaction() as session:
-            await leave_behind(session, prefixes)
+            await leave_behind(session, prefixes, after_seconds)
 
     async def due(self, limit: int) -> list[Leftover]:
         """What is to be removed now."""
@@ -120,6 +129,11 @@ class Sweeper:
             for leftover in found:
                 await self._blobs.delete_prefix(leftover.prefix)
                 await self._store.swept(leftover.prefix, leftover.due_time)
+
+    async def expect(self, prefixes: list[str]) -> None:
+        """Notes prefixes below which objects come before what they are for: should that never come, they go. Its
+        transaction has `withdraw_leftovers`."""
+        await self._store.add(prefixes, _EXPECTED_SECONDS)
 
     async def discard(self, prefixes: list[str]) -> None:
         """Notes prefixes of something that there is not, and removes what is below them."""

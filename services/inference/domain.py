@@ -106,20 +106,27 @@ class Inference:
                 owner=user.name, key=draft.idempotency_key, body_sha256=draft.body_sha256, job_id=job.id
             )
         frozen: dict[str, Any] = {}
+        expected: list[str] = []
+
+        async def expect() -> None:
+            if not expected:
+                await self._cleaner.expect(job.prefixes)
+                expected.extend(job.prefixes)
+
         if draft.payload_string is None:
             job.input_url = self._blobs.presign_put(job.input_key)
         else:
-            frozen = await self._freezer.freeze(job, draft.payload_string, submit_time)
-            await self._freezer.keep_inline(job, draft.payload_string)
+            frozen = await self._freezer.freeze(job, draft.payload_string, submit_time, expect)
+            await self._freezer.keep_inline(job, draft.payload_string, expect)
 
         async def add() -> Job:
             if frozen:
                 job.queue(**frozen)
             try:
-                await self._store.add(job, submission)
+                await self._store.add(job, submission, expected)
             except (ResourceExhausted, SubmittedBefore):
-                if frozen and (job.payload is None or job.payload_string is None):  # else it has no objects
-                    await self._cleaner.discard(job.prefixes)
+                if expected:
+                    await self._cleaner.discard(expected)
                 raise
             return job
 

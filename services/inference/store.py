@@ -16,7 +16,7 @@ from sqlmodel import col
 
 from services.common.database import Database
 from services.common.driver import Run
-from services.common.leftovers import note_leftovers
+from services.common.leftovers import note_leftovers, withdraw_leftovers
 from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, Submission, Usage
 from services.inference.signals import JOB_ENDED, LEASES_LOST, notify
@@ -88,8 +88,9 @@ class JobStore:
         self._database = database
         self._quotas = quotas
 
-    async def add(self, job: Job, submission: Submission | None = None) -> None:
-        """Adds a job; one that is `inprogress` already takes its place in the queue.
+    async def add(self, job: Job, submission: Submission | None = None, expected: list[str] | None = None) -> None:
+        """Adds a job; one that is `inprogress` already takes its place in the queue. Objects of it that are there
+        before it were `expected` below these prefixes.
 
         Raises:
             ResourceExhausted: its owner's quota is used up.
@@ -99,6 +100,8 @@ class JobStore:
             if job.status == "inprogress":
                 await self._enter(run, job)
             await add_job(run, job)
+            if expected:
+                await withdraw_leftovers(run, expected)
             if submission is not None:
                 await remember(run, submission)
 

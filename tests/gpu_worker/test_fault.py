@@ -10,32 +10,50 @@ import grpc
 import pytest
 import torch
 
-from gpu_worker.fault import EXIT_DEVICE_FAILED, is_device_failure
+from gpu_worker.fault import EXIT_DEVICE_FAILED, EXIT_ENGINE_BROKEN, is_device_failure
 from tests.gpu_worker.doors import SECRET, services
 
-# A real fault of a GPU cannot be had: the model raises what torch raises then.
-WORKER = """
+# Real faults cannot be had: what fails raises what it would raise then.
+IN_A_CALL = """
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 def forward(*_, **__):
     raise RuntimeError("CUDA error: an illegal memory access was encountered\\nCUDA kernel errors might be ...")
 
 UNet2DConditionModel.forward = forward
+"""
+BEHIND_A_CALL = """
+from gpu_worker.devices import Cpu
 
+def seconds(*_):
+    raise RuntimeError("what an engine does not foresee")
+
+Cpu.seconds = seconds
+"""
+MAIN = """
 from gpu_worker.__main__ import main
 main()
 """
 
 
 @pytest.mark.slow
-async def test_a_worker_whose_gpu_fails_ends_and_leaves_its_job_to_another(tmp_path: Path, make_spec: Any) -> None:
+@pytest.mark.parametrize(
+    ("breaking", "code", "reason"),
+    [
+        (IN_A_CALL, EXIT_DEVICE_FAILED, "reason='CUDA error: an illegal memory access was encountered'"),
+        (BEHIND_A_CALL, EXIT_ENGINE_BROKEN, "what an engine does not foresee"),
+    ],
+)
+async def test_a_worker_that_cannot_go_on_ends_and_leaves_its_job_to_another(
+    tmp_path: Path, make_spec: Any, breaking: str, code: int, reason: str
+) -> None:
     (tmp_path / "secret").write_text(SECRET)
     async with services() as peers:
         own = {"ESD_SECRET_FILE": str(tmp_path / "secret"), "ESD_CACHE_DIR": str(tmp_path), "ESD_DEVICE": "cpu"}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            WORKER,
+            breaking + MAIN,
             env=os.environ | own | {"ESD_NUM_THREADS": "1", "ESD_SERVER_URL": f"http://{peers.address}"},
             stderr=asyncio.subprocess.PIPE,
         )
@@ -44,8 +62,8 @@ async def test_a_worker_whose_gpu_fails_ends_and_leaves_its_job_to_another(tmp_p
         await connection.until_room()
         await connection.assign("lease-1", make_spec())
         _, log = await process.communicate()
-        assert process.returncode == EXIT_DEVICE_FAILED, log.decode()
-        assert "reason='CUDA error: an illegal memory access was encountered'" in log.decode()
+        assert process.returncode == code, log.decode()
+        assert reason in log.decode()
         while await connection.read() is not grpc.aio.EOF:
             pass
     events = [message.event.event for message in connection.seen if message.HasField("event")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
@@ -16,6 +16,11 @@ from services.inference.submitting.payload import MAX_BYTES, CheckedPayload, che
 
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
+
+Before = Callable[[], Awaitable[None]]
+
+
+async def _nothing() -> None: ...
 
 
 class Freezer:
@@ -52,8 +57,11 @@ class Freezer:
             raise InvalidArgument("the payload is empty")
         return content
 
-    async def freeze(self, job: Job, content: bytes | str, submit_time: datetime) -> dict[str, Any]:
-        """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`.
+    async def freeze(
+        self, job: Job, content: bytes | str, submit_time: datetime, before_put: Before = _nothing
+    ) -> dict[str, Any]:
+        """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`. What comes
+        before there is an object is awaited.
 
         Raises:
             InvalidArgument: it cannot be run as it is.
@@ -64,6 +72,7 @@ class Freezer:
         payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])
         in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
         if not in_row:
+            await before_put()
             await self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded)
         return {
             "payload": checked.fields if in_row else None,
@@ -75,12 +84,13 @@ class Freezer:
             "timings": {"payload_seconds": (fetched - submit_time).total_seconds()},
         }
 
-    async def keep_inline(self, job: Job, payload_string: str) -> None:
+    async def keep_inline(self, job: Job, payload_string: str, before_put: Before) -> None:
         """Keeps a payload that came inline as the client wrote it."""
         content = payload_string.encode()
         if len(content) <= _MAX_IN_ROW_BYTES:
             job.payload_string = payload_string
         else:
+            await before_put()
             await self._blobs.put(job.input_key, content)
 
 

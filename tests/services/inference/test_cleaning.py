@@ -1,10 +1,14 @@
 import asyncio
+import json
+from typing import Any
 
+import grpc
 import psycopg
 import pytest
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.database import Database
+from services.common.errors import Unavailable
 from services.common.leftovers import LeftoverStore
 from services.inference.store import JobStore
 from services.inference.upkeep.cleaning import Cleaner
@@ -36,3 +40,31 @@ async def test_jobs_are_removed_with_their_objects_when_their_retention_is_over(
     assert [job.id for job in listed.inferences] == [new_id]
     assert await service.blobs.find(f"out/{new_id}/")
     assert await service.blobs.find(f"txt2img/infer_v2/{old_id}/") == []
+
+
+async def test_a_payload_whose_job_did_not_come_goes_and_one_whose_job_came_stays(
+    service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = json.dumps({"prompt": "long " * 10_000})
+    kept = await service.create(payload_string=payload)
+    before = await keys(service)
+    with monkeypatch.context() as broken:
+        broken.setattr(JobStore, "add", unavailable)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await service.create(payload_string=payload)
+    assert len(await keys(service)) == len(before) + 2
+    async with await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as time_machine:
+        await time_machine.execute("UPDATE leftover SET due_time = due_time - interval '2 hours'")
+    database = Database(database_url)
+    await Cleaner(LeftoverStore(database), JobStore(database), service.blobs, 1.0).sweep()
+    await database.dispose()
+    assert await keys(service) == before
+    assert len([key for key in before if kept.inference_id in key]) == 2
+
+
+async def keys(service: Service) -> set[str]:
+    return {blob.key for blob in await service.blobs.find("")}
+
+
+async def unavailable(*_: Any) -> None:
+    raise Unavailable("the database does not answer")

@@ -180,6 +180,9 @@ def _extract(archive: Path, target: Path, name: str) -> str:
     try:
         with tarfile.open(archive, "r:") as tar:
             files = [member for member in tar if member.isreg()]
+            # Those can be any number of times as large as the archive; other files' content lies in it byte for byte.
+            if any(member.issparse() for member in files):
+                raise JobError(f"{name} is a tar archive of sparse files: pack it without --sparse")
             named = [member for member in files if PurePosixPath(member.name).name == name]
             models = [member for member in files if member.name.lower().endswith(_MODEL_ENDINGS)]
             candidates = named or models
@@ -192,7 +195,7 @@ def _extract(archive: Path, target: Path, name: str) -> str:
                 while chunk := source.read(1 << 20):
                     file.write(chunk)
                     digest.update(chunk)
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError):  # of numbers in sparse members that are none
         raise JobError(f"{name} is a tar archive that is damaged or truncated") from None
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,12 +87,11 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
     Raises:
         JobError: the file is damaged, truncated, or holds no weights.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(member.endswith("/constants.pkl") for member in archive.namelist()):
-                raise JobError(f"{name} is a TorchScript program, not a checkpoint")
     try:
+        _check_container(path, name)
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_SAFE_PICKLE)
+    except JobError:
+        raise
     except Exception as error:  # a broken pickle raises anything
         raise JobError(f"{name} is damaged or truncated: it cannot be read as a checkpoint") from error
     for inner in _INNER:
@@ -102,3 +102,25 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
     if not tensors:
         raise JobError(f"{name} holds no weights")
     return tensors
+
+
+def _check_container(path: Path, name: str) -> None:
+    """Refuses what torch.load() would unpack into far more memory or disk than the file has bytes.
+
+    Raises:
+        JobError.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # what torch goes by
+    if not is_zip:
+        if tarfile.is_tarfile(path):
+            raise JobError(f"{name} is a tar archive as torch wrote it before 0.2, which is not read here")
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise JobError(f"{name} is a TorchScript program, not a checkpoint")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise JobError(f"{name} is compressed, which torch's own archives never are: save it anew with torch.save")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise JobError(f"{name} is damaged: its members have more bytes than the file")

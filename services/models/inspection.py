@@ -28,6 +28,11 @@ _MAX_DIMENSIONS = 32
 _MAX_LONG_HEADER_BYTES = 64 * 1024
 _READ_AHEAD_BYTES = 256 * 1024
 _BLOCK = 512  # of a tar
+# Those that say something of members after them; XGLTYPE of all, GNUTYPE_LONGLINK of no file.
+_LONG_HEADERS = {
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+}  # fmt: skip
+_SPARSE = "is a tar of sparse files: pack it without --sparse"
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -108,7 +113,10 @@ def _inspect_tar(file: IO[bytes], size: int) -> Findings:
 
 
 def _members(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]:
-    """Name, start and length of each regular file of a tar. Read by hand: tarfile reads long headers unbounded."""
+    """Name, start and length of each regular file of a tar. Read by hand: tarfile reads long headers unbounded.
+
+    Sparse files are refused: a kilobyte of archive can be a terabyte of zeros on the disk that it is unpacked to.
+    """
     start = 0
     longer: dict[str, str] = {}  # what a long header says of the member after it
     for _ in range(_MAX_MEMBERS):
@@ -125,9 +133,16 @@ def _members(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]:
         if length < 0 or content + length > size:
             raise Refused(f"is truncated: {content + length - size} bytes of {name!r} in its tar are missing")
         start = content + -(-length // _BLOCK) * _BLOCK
-        if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            longer |= _long_header(member.type, file.read(min(length, _MAX_LONG_HEADER_BYTES)))
+        if member.type in _LONG_HEADERS:
+            if length > _MAX_LONG_HEADER_BYTES:
+                raise Refused(f"has a header of {length} bytes in its tar, {_MAX_LONG_HEADER_BYTES} are allowed")
+            text = file.read(length)
+            if b"GNU.sparse." in text:
+                raise Refused(_SPARSE)
+            longer |= _long_header(member.type, text)
             continue
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise Refused(_SPARSE)
         longer = {}
         if member.isreg():
             yield name, content, length
@@ -139,6 +154,8 @@ def _long_header(kind: bytes, content: bytes) -> dict[str, str]:
     text = content.decode("utf-8", "surrogateescape")
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": text.rstrip("\0")}
+    if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+        return {}
     records = (record.partition(" ")[2].partition("=") for record in text.splitlines())
     return {key: value for key, _, value in records if key in {"path", "size"}}
 

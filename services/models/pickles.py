@@ -9,7 +9,6 @@ import io
 import pickletools
 import struct
 import zipfile
-import zlib
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -55,20 +54,33 @@ def scan_archive(file: IO[bytes]) -> list[str]:
     try:
         _check_directory(file)
         with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
             # torch finds its members whatever the case of their names.
-            pickles = [member for member in archive.infolist() if member.filename.lower().endswith(".pkl")]
+            pickles = [member for member in members if member.filename.lower().endswith(".pkl")]
             if not any(PurePosixPath(member.filename).name.lower() == "data.pkl" for member in pickles):
                 raise Refused("is a zip archive without data.pkl, so no torch file")
+            _check_members(members, file.seek(0, io.SEEK_END))
             if sum(member.file_size for member in pickles) > MAX_PICKLE_BYTES:
                 raise Refused(f"has pickles of more than {MAX_PICKLE_BYTES} bytes")
             for member in pickles:
-                if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise Refused(f"has {member.filename} encrypted or in a compression that torch cannot read")
-                with archive.open(member) as content:  # a bounded read: deflate may hold more than it declares
-                    strings += _scan(io.BytesIO(content.read(member.file_size)))[0]
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
+                strings += _scan(io.BytesIO(archive.read(member)))[0]
+    except (zipfile.BadZipFile, struct.error, EOFError, ValueError, NotImplementedError) as error:
         raise Refused(f"is truncated or no sound zip archive: {error}") from None
     return strings
+
+
+def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
+    """Checks that the members are stored as they are and once, as torch writes them. It would inflate others too, into
+    memory and a thousand times as large as they came.
+
+    Raises:
+        Refused.
+    """
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise Refused(f"has {member.filename} compressed or encrypted, which torch's own archives never have")
+    if (num_bytes := sum(member.file_size for member in members)) > size:
+        raise Refused(f"is corrupt: its members have {num_bytes} bytes, the archive has {size}")
 
 
 def _check_directory(file: IO[bytes]) -> None:

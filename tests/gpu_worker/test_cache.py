@@ -14,6 +14,7 @@ from gpu_worker.cache import ModelCache
 from gpu_worker.job import JobError
 from gpu_worker.transfer import Transfer
 from tests.gpu_worker.conftest import ObjectStore
+from tests.services.models.files import sparse_tars
 
 
 def model(store: ObjectStore, name: str, content: bytes, **fields: str) -> worker_pb2.ModelFile:
@@ -131,6 +132,7 @@ async def test_a_tar_that_points_outside_writes_nothing_there(
     [
         (tar_of({"readme.txt": b"hello"}), "tar archive without a model"),
         (tar_of({"x.safetensors": bytes(5000)})[:3000], "tar archive that is damaged or truncated"),
+        *((content, "tar archive of sparse files") for content in sparse_tars("x.safetensors", b"inner").values()),
     ],
 )
 async def test_a_bad_tar_is_refused_by_name(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,28 @@ def test_code_in_a_pickle_is_never_executed(state: dict[str, torch.Tensor], tmp_
     torch.save({"state_dict": state, "payload": Hostile()}, path, _use_new_zipfile_serialization=is_zip)
     assert weights.read(path, path.name)[0].keys() == state.keys()
     assert not executed.exists()
+
+
+def test_what_torch_would_unpack_into_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    path, packed = tmp_path / "plain.ckpt", tmp_path / "model.ckpt"
+    torch.save({"x": torch.zeros(1 << 18)}, path)
+    with zipfile.ZipFile(path) as plain:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in plain.namelist():
+                archive.writestr(name, plain.read(name))
+        assert "model.ckpt is compressed" in reason(packed)
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name in plain.namelist():
+                archive.writestr(name, plain.read(name))
+            archive.filelist += archive.filelist
+    assert "its members have more bytes than the file" in reason(packed)
+
+
+def test_a_tar_of_torch_hidden_behind_a_pickle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("\udc80\x02}."))  # which stands at the start of the file
+    assert "model.ckpt is a tar archive as torch wrote it before 0.2" in reason(path)
 
 
 def test_a_bare_hostile_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What inspection accepts, and in which words it refuses."""
 
+import io
 import pickle
 import tarfile
 import zipfile
@@ -13,6 +14,7 @@ from services.models.pickles import Refused
 from tests.services.models.files import (
     malicious,
     safetensors,
+    sparse_tars,
     tar,
     torch_stream,
     torch_zip,
@@ -117,6 +119,31 @@ def test_a_tar_that_ends_early_or_holds_no_model_is_refused() -> None:
         look("a.safetensors", tar("readme.txt", b"hello"))
     with pytest.raises(Refused, match="corrupt tar"):
         look("a.safetensors", b"x" + content[1:])
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "global"])
+def test_a_tar_of_sparse_files_is_refused(form: str) -> None:
+    with pytest.raises(Refused, match="tar of sparse files: pack it without --sparse"):
+        look("a.safetensors", sparse_tars(SHORT, safetensors())[form])
+
+
+def test_a_header_of_a_tar_that_is_too_long_to_look_into_is_refused() -> None:
+    with pytest.raises(Refused, match=r"has a header of \d+ bytes in its tar, 65536 are allowed"):
+        look("a.safetensors", tar(SHORT, safetensors(), tarfile.PAX_FORMAT, comment="a" * 70_000))
+
+
+def test_a_torch_archive_that_would_grow_when_it_is_loaded_is_refused() -> None:
+    buffer = io.BytesIO(torch_zip(weights()))
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1 << 20))
+    with pytest.raises(Refused, match="has archive/data/0 compressed or encrypted"):
+        look("a.ckpt", buffer.getvalue())
+    with zipfile.ZipFile(buffer := io.BytesIO(torch_zip(weights())), "a") as archive:
+        archive.writestr("archive/data/0", bytes(1000))
+        (record,) = (member for member in archive.infolist() if member.filename == "archive/data/0")
+        archive.filelist += [record, record]
+    with pytest.raises(Refused, match=r"its members have 3\d\d\d bytes, the archive has"):
+        look("a.ckpt", buffer.getvalue())
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -25,14 +25,29 @@ def with_header(header: Any, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def tar(name: str, content: bytes, form: int = tarfile.USTAR_FORMAT) -> bytes:
-    """What the original client uploads."""
+def tar(
+    name: str, content: bytes, form: int = tarfile.USTAR_FORMAT, kind: bytes = tarfile.REGTYPE, **pax: str
+) -> bytes:
+    """What the original client uploads; `pax` are records of a pax header of the file's own."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
         member = tarfile.TarInfo(name)
         member.size = len(content)
+        member.type = kind
+        member.pax_headers = pax
         archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def sparse_tars(name: str, content: bytes) -> dict[str, bytes]:
+    """Tars with a sparse file, by form; those with pax headers are of a gigabyte."""
+    pax = {"GNU.sparse.size": str(1 << 30), "GNU.sparse.map": f"0,{len(content)}"}
+    return {
+        "gnu": tar(name, content, tarfile.GNU_FORMAT, tarfile.GNUTYPE_SPARSE),
+        "pax": tar(name, content, tarfile.PAX_FORMAT, **pax),
+        # A header for all members counts where a member has one of its own.
+        "global": tarfile.TarInfo.create_pax_global_header(pax) + tar(name, content, tarfile.PAX_FORMAT, comment="a"),
+    }
 
 
 def torch_zip(pickled: bytes, name: str = "archive/data.pkl") -> bytes:

@@ -11,10 +11,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler, DPMSolverSDEScheduler
 from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
-from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2AncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
@@ -22,9 +20,10 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from gpu_worker import plans
+from gpu_worker.ancestral import DPM2Ancestral, EulerAncestral
 from gpu_worker.devices import on_device
 from gpu_worker.plans import Interval, Plan, combined
-from services.common.payloads.samplers import parts
+from services.common.payloads.samplers import parts, sampler_of
 
 Options = dict[str, Any]
 
@@ -46,11 +45,11 @@ _LINSPACE = {"timestep_spacing": "linspace"}
 _LEADING = {"timestep_spacing": "leading"}
 SAMPLERS: dict[str, tuple[type[Any], Options]] = {
     "Euler": (EulerDiscreteScheduler, _LINSPACE),
-    "Euler a": (EulerAncestralDiscreteScheduler, _LINSPACE),
+    "Euler a": (EulerAncestral, _LINSPACE),
     "LMS": (LMSDiscreteScheduler, _LINSPACE),
     "Heun": (HeunDiscreteScheduler, _LINSPACE),
     "DPM2": (KDPM2DiscreteScheduler, _LINSPACE),
-    "DPM2 a": (KDPM2AncestralDiscreteScheduler, _LINSPACE),
+    "DPM2 a": (DPM2Ancestral, _LINSPACE),
     # Deterministic here: diffusers has no sampler with A1111's ancestral noise.
     "DPM++ 2S a": (DPMSolverSinglestepScheduler, {"lower_order_final": True}),
     "DPM++ 2M": _multistep(2, "dpmsolver++"),
@@ -132,22 +131,27 @@ def create(
     model_config: dict[str, Any],
     num_steps: int,
     generators: list[torch.Generator],
-    eta: float = 0.0,
+    eta: float | None = None,
     first_step: int = 0,
 ) -> Sampling:
-    """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` is DDIM's; of
-    the steps, those before `first_step` are left out."""
+    """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` counts for
+    those that have a choice of it; of the steps, those before `first_step` are left out."""
+    eta = sampler_of(name).eta if eta is None else eta
     options = tuple((key, model_config[key]) for key in _MODEL_OPTIONS if key in model_config)
     return Sampling(_plan(name, options, num_steps, eta, first_step), num_steps - first_step, generators)
 
 
 @lru_cache(_MAX_PLANS)
-def _plan(name: str, model_options: tuple[tuple[str, Any], ...], num_steps: int, eta: float, first_step: int) -> Plan:
+def _plan(
+    name: str, model_options: tuple[tuple[str, Any], ...], num_steps: int, eta: float | None, first_step: int
+) -> Plan:
     sampler, schedule = parts(name)
     kind, own_options = SAMPLERS[sampler]
     taken = inspect.signature(kind).parameters
     options = {key: value for key, value in model_options if key in taken}
     scheduler = kind(**(options | own_options | SCHEDULES[schedule]))
+    if isinstance(scheduler, EulerAncestral | DPM2Ancestral):
+        scheduler.eta = eta
     steps = {"original_inference_steps": max(_LCM_STEPS, num_steps)} if kind is LCMScheduler else {}
     scheduler.set_timesteps(num_steps, device="cpu", **steps)
     first = first_step * scheduler.order

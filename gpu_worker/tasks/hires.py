@@ -64,7 +64,12 @@ def denoised(
     generators = noise.generators([first.seed_of(image) for image in images])
     drawn = noise.first(request, images, generators)
     sampling = samplers.create(
-        request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
+        request.sampler_name,
+        models.scheduler_config,
+        request.steps,
+        generators,
+        request.sampler_eta,
+        request.first_step,
     )
     noise.reseed(request, images, generators)
     on_evaluation = counted(first, batch, request, len(sampling.timesteps), on_step)

@@ -65,7 +65,12 @@ def denoised(
     generators = noise.generators([request.seed_of(image) for image in images])
     first = noise.first(request, images, generators)
     sampling = samplers.create(
-        request.sampler_name, models.scheduler_config, request.steps, generators, request.eta, request.first_step
+        request.sampler_name,
+        models.scheduler_config,
+        request.steps,
+        generators,
+        request.sampler_eta,
+        request.first_step,
     )
     noise.reseed(request, images, generators)
     mask = None if canvas.mask is None else torch.from_numpy(canvas.latent_mask)

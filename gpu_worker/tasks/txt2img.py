@@ -58,7 +58,9 @@ def denoised(
     """The final latents of a batch, of shape (batch_size, 4, height/8, width/8)."""
     images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
     generators = noise.generators([request.seed_of(image) for image in images])
-    sampling = samplers.create(request.sampler_name, models.scheduler_config, request.steps, generators, request.eta)
+    sampling = samplers.create(
+        request.sampler_name, models.scheduler_config, request.steps, generators, request.sampler_eta
+    )
     latents = on_device(sampling.latents(noise.first(request, images, generators)), models.device)
     noise.reseed(request, images, generators)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)

@@ -52,7 +52,22 @@ def scheduler_of(name: str, seed: int | list[int]) -> Any:
         options["noise_sampler_seed"] = seed
     if kind == "DPMSolverSinglestep":
         del options["steps_offset"]
+    if kind == "EulerAncestralDiscrete" and ending:
+        return _EulerAncestral(diffusers.EulerDiscreteScheduler(**options))
     return getattr(diffusers, f"{kind}Scheduler")(**options)
+
+
+class _EulerAncestral(diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc]
+    """diffusers' steps over the noise levels of another scheduler: its own knows two schedules."""
+
+    def __init__(self, levels: Any) -> None:
+        super().__init__(**BETAS, **LINSPACE)
+        self._levels = levels
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        self._levels.set_timesteps(num_inference_steps, device)
+        self.sigmas, self.timesteps = self._levels.sigmas, self._levels.timesteps
 
 
 def pipeline_of(checkpoint: Path, tokenizer: Any, folder: Path) -> Any:
@@ -97,7 +112,7 @@ def pipeline_latents(pipeline: Any, sampler: str, request: Generation, **options
         width=request.width,
         height=request.height,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        eta=request.eta,
+        eta=request.eta or 0.0,
         output_type="latent",
     ).images
     return found

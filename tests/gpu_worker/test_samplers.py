@@ -1,6 +1,7 @@
 """Samplers by the names in a payload."""
 
 import inspect
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.gpu_worker import reference
 from tests.gpu_worker.driving import assert_close
 from tests.gpu_worker.tables import SAMPLER_NAMES
 
+SHAPE = (1, 4, 8, 8)
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -52,3 +54,34 @@ def test_steps_are_those_of_the_scheduler_itself(name: str) -> None:
         expected = scheduler.step(torch.tanh(x) + first.flip(0), time, expected, **noise, return_dict=False)[0]
         found = sampling.step(torch.tanh(sampling.scaled(found, index)) + first.flip(0), index, found)
         assert_close(found, expected)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["Euler a", "Euler a Karras", "DPM2 a", "DPM2 a Exponential"])
+def test_ancestral_steps_are_k_diffusions_for_any_eta(name: str, eta: float) -> None:
+    """get_ancestral_step, sample_euler_ancestral and sample_dpm_2_ancestral of k_diffusion/sampling.py, as formulas."""
+    levels = reference.scheduler_of(name.replace(" a", "").replace("DPM2", "Euler"), 0)
+    levels.set_timesteps(6)
+    first, generator = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(5)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) + first.flip(2)
+
+    def derivative(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return model(x / (sigma**2 + 1).sqrt())
+
+    x = first * levels.sigmas[0]
+    for before, after in pairwise(levels.sigmas):
+        up = min(after, eta * (after**2 * (before**2 - after**2) / before**2).sqrt())
+        down = (after**2 - up**2).sqrt()
+        slope = derivative(x, before)
+        if name.startswith("DPM2") and down > 0:
+            middle = (before * down).sqrt()
+            slope = derivative(x + slope * (middle - before), middle)
+        x = x + slope * (down - before)
+        x = x + torch.randn(SHAPE, generator=generator) * up
+    sampling = samplers.create(name, MODEL, 6, [torch.Generator().manual_seed(5)], eta)
+    found = sampling.latents(first)
+    for index in range(len(sampling.timesteps)):
+        found = sampling.step(model(sampling.scaled(found, index)), index, found)
+    assert_close(found, x)

@@ -68,7 +68,7 @@ def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diff
             sampler_name=name,
             prompt=f"picture {index}",
             seed=index,
-            steps=3 + 2 * index % 5,
+            steps=4 + 2 * index % 5,
             cfg_scale=(7.0, 1.0, 4.5, 0.0, 12.0, 2.0)[index],
             batch_size=1 + (index == 2),
         )
@@ -93,6 +93,11 @@ def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models:
     for index in range(2):
         alone = changed(REQUEST, sampler_name=name, seed=REQUEST.seed + index)
         assert_close(found[index : index + 1], expected_latents(pipeline, alone))
+
+
+def test_an_ancestral_sampler_without_new_noise_is_the_one_that_has_none(pipeline: Any, models: weights.Models) -> None:
+    request = changed(REQUEST, sampler_name="Euler a", eta=0)
+    assert_close(drive([(0, latents(request, models))])[0], pipeline_latents(pipeline, "Euler", request))
 
 
 def test_ddim_takes_eta(pipeline: Any, models: weights.Models) -> None:

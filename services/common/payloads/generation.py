@@ -38,9 +38,12 @@ _WITHOUT_EFFECT = {
     "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "script_args", "script_name", "send_images",
 }  # fmt: skip
+_SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
 _DEFAULTS = {"s_noise": 1}
 _SETTINGS = {
     "CLIP_stop_at_last_layers": "clip_skip",
+    "eta_ancestral": "eta_ancestral",
+    "eta_ddim": "eta_ddim",
     "eta_noise_seed_delta": "noise_seed_delta",
     "hires_fix_refiner_pass": "refiner_pass",
     "sd_model_checkpoint": "model_name",
@@ -49,7 +52,8 @@ _SETTINGS = {
 }
 # Fields that no client's payload has: what they hold comes from settings and scripts.
 _OWN = frozenset({
-    "clip_skip", "controlnet", "form", "ignored", "model_name", "noise_seed_delta", "plot", "refiner_pass", "vae_name",
+    "clip_skip", "controlnet", "eta_ancestral", "eta_ddim", "form", "ignored", "model_name", "noise_seed_delta", "plot",
+    "refiner_pass", "vae_name",
 })  # fmt: skip
 CHECKED: Final = "checked"
 REFINE_FIRST: Final = "first pass"
@@ -84,7 +88,11 @@ class Generation(Payload):
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     # The picture can be laid beside itself.
     tiling: bool = False
-    eta: float = Field(0.0, ge=0, le=1)
+    # The share of new noise in a step, of samplers that have a choice; without one, that of the settings.
+    eta: float | None = Field(None, ge=0, le=1)
+    # `override_settings.eta_ancestral` and `.eta_ddim`.
+    eta_ancestral: float = Field(1.0, ge=0, le=1)
+    eta_ddim: float = Field(0.0, ge=0, le=1)
     # Below this noise level every other evaluation goes without the negative prompt.
     s_min_uncond: float = Field(0.0, ge=0, le=1000)
     # What is added to the seed for the noise of the sampler's steps: `override_settings.eta_noise_seed_delta`.
@@ -123,9 +131,10 @@ class Generation(Payload):
             given["plot"] = plots.plot_of(given.get("script_args"), given, cls.has_picture)
         elif script not in _OFF:
             ignored.append(f"script {script}")
-        given.setdefault("ignored", ignored)
-        name = given.get("sampler_name") or given.get("sampler_index") or "Euler"
-        given["sampler_name"] = samplers.find(name, given.get("scheduler"))
+        given["sampler_name"] = given.get("sampler_name") or given.get("sampler_index") or "Euler"
+        ignored += [field for name, field in _SCHEDULES if samplers.ignores(given.get(name), given.get(field))]
+        given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
+        given.setdefault("ignored", ignored + _unused_etas(given))
         given |= as_fields(given.get("alwayson_scripts"))
         if given.get("refiner_checkpoint") in _OFF:
             given.pop("refiner_checkpoint", None)
@@ -205,6 +214,13 @@ class Generation(Payload):
         """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row, unless there are several
         texts to be joined."""
         return self.cfg_scale > 1 or len(self.texts) > 1
+
+    @property
+    def sampler_eta(self) -> float:
+        """The sampler's eta, of one that has a choice."""
+        if self.eta is not None:
+            return self.eta
+        return self.eta_ddim if self.sampler_name == "DDIM" else self.eta_ancestral
 
     @property
     def texts(self) -> list[tuple[str, float]]:
@@ -311,6 +327,16 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
     others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
     misplaced = prompts.read(negative)
     return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
+
+
+def _unused_etas(given: dict[str, Any]) -> list[str]:
+    """Names of what says another eta than the sampler of a pass always has."""
+    names = [given["sampler_name"], *filter(None, [given.get("hr_sampler_name")])]
+    fixed = [eta for eta in (samplers.sampler_of(name).fixed_eta for name in names) if eta is not None]
+    settings = given.get("override_settings")
+    ancestral = settings.get("eta_ancestral") if isinstance(settings, dict) else None
+    said = {"eta": given.get("eta"), "override_settings.eta_ancestral": ancestral}
+    return [name for name, eta in said.items() if eta is not None and any(eta != other for other in fixed)]
 
 
 def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:

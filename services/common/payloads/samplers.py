@@ -14,33 +14,39 @@ from services.common.payloads.showing import shown
 @dataclass(frozen=True)
 class Sampler:
     """The noise schedules that a sampler can follow, and the one that `Automatic` means for it (A1111's
-    modules/sd_samplers_kdiffusion.py, the option `scheduler`)."""
+    modules/sd_samplers_kdiffusion.py, the option `scheduler`). One with no other schedule than its own ignores what a
+    payload says of it, as A1111's do that count timesteps or only know a first and a last level."""
 
     schedules: tuple[str, ...] = ("Uniform",)
     automatic: str = "Uniform"
+    # The share of new noise in a step where A1111's takes an `eta`: what it is when nobody says anything, or what it
+    # always is here.
+    eta: float | None = None
+    fixed_eta: float | None = None
 
 
 _KARRAS = ("Uniform", "Karras", "Exponential", "Beta")
 _ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
 SAMPLERS = {
     "Euler": Sampler(_ALL),
-    "Euler a": Sampler(("Uniform", "SGM Uniform")),
+    "Euler a": Sampler(_ALL, eta=1),
     "LMS": Sampler(_ALL),
     "Heun": Sampler(_ALL),
     "DPM2": Sampler(_ALL, "Karras"),
-    "DPM2 a": Sampler(_ALL, "Karras"),
-    "DPM++ 2S a": Sampler(_KARRAS, "Karras"),
+    "DPM2 a": Sampler(_ALL, "Karras", eta=1),
+    "DPM++ 2S a": Sampler(_KARRAS, "Karras", fixed_eta=0),
     "DPM++ 2M": Sampler(_ALL, "Karras"),
-    "DPM++ SDE": Sampler(_ALL, "Karras"),
-    "DPM++ 2M SDE": Sampler(_ALL, "Exponential"),
-    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential"),
-    "DPM++ 3M SDE": Sampler(_ALL, "Exponential"),
-    "DPM fast": Sampler(),
-    "DDIM": Sampler(),
+    "DPM++ SDE": Sampler(_ALL, "Karras", fixed_eta=1),
+    "DPM++ 2M SDE": Sampler(_ALL, "Exponential", fixed_eta=1),
+    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential", fixed_eta=1),
+    "DPM++ 3M SDE": Sampler(_ALL, "Exponential", fixed_eta=1),
+    "DPM fast": Sampler(fixed_eta=0),
+    "DDIM": Sampler(eta=0),
     "PLMS": Sampler(),
     "UniPC": Sampler(),
     "LCM": Sampler(),
 }
+_OWN = ("Uniform",)
 # A1111 has these too; they choose their own number of steps, or go back in noise, which no scheduler here does.
 REFUSED = ("DPM adaptive", "Restart")
 
@@ -62,6 +68,8 @@ def find(given: Any, scheduler: Any, field: str = "sampler_name") -> str:
         problem = "cannot be run here" if name in REFUSED else "is not known"
         raise ValueError(f"{field} {shown(given)} {problem}; possible: {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
+    if sampler.schedules == _OWN:
+        return name
     possible = {known.lower(): known for known in sampler.schedules}
     possible["automatic"] = sampler.automatic
     wanted = ending or scheduler or "Uniform"
@@ -70,6 +78,28 @@ def find(given: Any, scheduler: Any, field: str = "sampler_name") -> str:
         choice = ", ".join(("Automatic", *sampler.schedules))
         raise ValueError(f"scheduler {shown(wanted)} does not go with {field} {shown(name)}; possible: {choice}")
     return _label(name, schedule)
+
+
+def schedule_of(given: Any, scheduler: Any) -> Any:
+    """The schedule that a payload asks for, with a sampler's name or beside it."""
+    return _split(given)[1] or scheduler or "Uniform"
+
+
+def without_schedule(given: Any) -> Any:
+    """A sampler's own name."""
+    return _split(given)[0]
+
+
+def ignores(given: Any, scheduler: Any) -> bool:
+    """Whether a payload asks for another schedule than the only one that its sampler has."""
+    name, wanted = _split(given)[0], schedule_of(given, scheduler)
+    is_alone = isinstance(name, str) and name in SAMPLERS and SAMPLERS[name].schedules == _OWN
+    return is_alone and str(wanted).lower() not in {"automatic", "uniform"}
+
+
+def sampler_of(name: str) -> Sampler:
+    """What is known of the sampler in a checked name."""
+    return SAMPLERS[parts(name)[0]]
 
 
 def parts(name: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from services.common.payloads import prompts, samplers
-from services.common.payloads.generation import MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation
+from services.common.payloads.generation import CHECKED, MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation
 from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
 _MAX_STRENGTH = 0.999
@@ -61,14 +61,11 @@ class Txt2Img(Generation):
         given = dict(fields)
         if not given.get("enable_hr"):
             return {name: value for name, value in given.items() if not name.startswith("hr_")}
-        if given.get("hr_checkpoint_name") in _SAME:
-            given.pop("hr_checkpoint_name", None)
+        for field in ("hr_checkpoint_name", "hr_scheduler"):
+            if given.get(field) in _SAME:
+                given.pop(field, None)
         upscaler = given.get("hr_upscaler") or "Latent"
-        name, scheduler = given.get("hr_sampler_name"), given.get("hr_scheduler")
-        if name not in _SAME:
-            found = samplers.find(name, None if scheduler in _SAME else scheduler, "hr_sampler_name")
-            return given | {"hr_sampler_name": found, "hr_upscaler": upscaler}
-        return given | {"hr_sampler_name": "", "hr_upscaler": upscaler}
+        return given | {"hr_sampler_name": _hr_sampler(given), "hr_upscaler": upscaler}
 
     @model_validator(mode="after")
     def _second_pass_possible(self) -> Txt2Img:
@@ -180,6 +177,18 @@ class Txt2Img(Generation):
     @property
     def _hr_steps(self) -> int:
         return self.hr_second_pass_steps or self.steps
+
+
+def _hr_sampler(given: dict[str, Any]) -> str:
+    """The second pass's sampler with its schedule, each of which is the first one's where it is not said; nothing where
+    neither is."""
+    name, schedule = given.get("hr_sampler_name"), given.get("hr_scheduler")
+    first = given.get("sampler_name") or given.get("sampler_index") or "Euler"
+    if name in _SAME:
+        return samplers.find(samplers.without_schedule(first), schedule) if schedule else ""
+    if not schedule and given.get("form") != CHECKED:  # there the name says it
+        schedule = samplers.schedule_of(first, given.get("scheduler"))
+    return samplers.find(name, schedule, "hr_sampler_name")
 
 
 def _whole(width: int, height: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from services.common.errors import InvalidArgument
+from services.common.payloads import Generation
 from services.common.payloads.reading import seed_of
 from services.inference.submitting.payload import check_json, check_payload
 
@@ -34,7 +35,9 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "batch_size": 1,
         "n_iter": 1,
         "tiling": False,
-        "eta": 0.0,
+        "eta": None,
+        "eta_ancestral": 1.0,
+        "eta_ddim": 0.0,
         "s_min_uncond": 0.0,
         "noise_seed_delta": 0,
         "clip_skip": 1,
@@ -92,8 +95,8 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
         ({"sampler_name": "Restart"}, 'sampler_name "Restart" cannot be run here; possible: Euler, '),
         ({"sampler_name": "DPM adaptive"}, 'sampler_name "DPM adaptive" cannot be run here; possible: Euler, '),
         (
-            {"sampler_name": "Euler a Karras"},
-            'scheduler "Karras" does not go with sampler_name "Euler a"; possible: Automatic, Uniform, SGM Uniform',
+            {"sampler_name": "DPM++ 2S a SGM Uniform"},
+            'scheduler "SGM Uniform" does not go with sampler_name "DPM++ 2S a"; possible: Automatic, Uniform, Karras',
         ),
         ({"scheduler": "Polyexponential"}, 'scheduler "Polyexponential" does not go with sampler_name "Euler"'),
         (
@@ -132,12 +135,58 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"sampler_name": "DPM++ 2M SDE Heun SGM Uniform"}, "DPM++ 2M SDE Heun SGM Uniform"),
         ({"scheduler": "Beta"}, "Euler Beta"),
         ({"sampler_index": "Euler a"}, "Euler a"),
+        ({"sampler_name": "Euler a", "scheduler": "Karras"}, "Euler a Karras"),
+        ({"sampler_name": "DDIM", "scheduler": "Align Your Steps"}, "DDIM"),
+        ({"sampler_name": "DPM fast Karras"}, "DPM fast"),
         ({"sampler_name": "Euler a", "sampler_index": "Euler"}, "Euler a"),
         ({"sampler_name": ""}, "Euler"),
     ],
 )
 def test_a_sampler_has_one_name_however_it_is_spelled(given: dict[str, object], name: str) -> None:
     assert check(**given)["sampler_name"] == name
+
+
+@pytest.mark.parametrize("name", ["DPM fast", "DDIM", "PLMS", "UniPC", "LCM"])
+def test_samplers_with_a_schedule_of_their_own_ignore_another_and_say_so(name: str) -> None:
+    assert check(sampler_name=name, scheduler="Karras")["ignored"] == ["scheduler"]
+    for same in ("Automatic", "uniform", "", None):
+        assert check(sampler_name=name, scheduler=same)["ignored"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "eta"),
+    [
+        ({"sampler_name": "Euler a"}, 1),
+        ({"sampler_name": "Euler a", "eta": 0}, 0),
+        ({"sampler_name": "Euler a", "override_settings": {"eta_ancestral": 0.3, "eta_ddim": 0.7}}, 0.3),
+        ({"sampler_name": "DDIM"}, 0),
+        ({"sampler_name": "DDIM", "override_settings": {"eta_ancestral": 0.3, "eta_ddim": 0.7}}, 0.7),
+        ({"sampler_name": "DDIM", "eta": 0.2, "override_settings": {"eta_ddim": 0.7}}, 0.2),
+    ],
+)
+def test_eta_is_the_payloads_or_the_settings_or_that_of_the_sampler(given: dict[str, object], eta: float) -> None:
+    request = check_payload(json.dumps(given), "txt2img", JOB).request
+    assert isinstance(request, Generation)
+    assert (request.sampler_eta, request.ignored) == (eta, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "ignored"),
+    [
+        ({"sampler_name": "DPM++ SDE", "eta": 0}, ["eta"]),
+        ({"sampler_name": "DPM++ SDE Karras", "eta": 1, "override_settings": {"eta_ancestral": 1}}, []),
+        (
+            {"sampler_name": "DPM++ 2M SDE", "override_settings": {"eta_ancestral": 0.5}},
+            ["override_settings.eta_ancestral"],
+        ),
+        ({"sampler_name": "DPM++ 2S a", "eta": 0}, []),
+        ({"sampler_name": "DPM++ 2S a", "eta": 0.5}, ["eta"]),
+        ({"sampler_name": "Euler", "eta": 0.5}, []),
+        ({"sampler_name": "DDIM", "enable_hr": True, "hr_sampler_name": "DPM++ SDE", "eta": 0.5}, ["eta"]),
+    ],
+)
+def test_an_eta_that_a_sampler_cannot_have_is_named(given: dict[str, object], ignored: list[str]) -> None:
+    assert check(**given)["ignored"] == ignored
 
 
 def test_infinity_is_the_largest_float_and_nan_is_refused() -> None:

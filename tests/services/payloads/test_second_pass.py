@@ -67,6 +67,36 @@ def test_it_has_names_of_its_own_or_those_of_the_first() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Karras", "hr_sampler_name": "DPM2"}, "DPM2 Karras"),
+        (
+            {"sampler_name": "DPM++ 2M Karras", "hr_sampler_name": "Euler", "hr_scheduler": "Use same scheduler"},
+            "Euler Karras",
+        ),
+        ({"scheduler": "Automatic", "hr_sampler_name": "DPM++ 2M SDE"}, "DPM++ 2M SDE Exponential"),
+        ({"scheduler": "Karras", "hr_sampler_name": "Euler", "hr_scheduler": "Uniform"}, "Euler"),
+        ({"scheduler": "Karras", "hr_sampler_name": "Euler Beta"}, "Euler Beta"),
+        ({"scheduler": "Karras", "hr_sampler_name": "DDIM"}, "DDIM"),
+        ({"sampler_name": "DPM++ 2M Karras", "hr_scheduler": "Beta"}, "DPM++ 2M Beta"),
+        (
+            {"sampler_name": "DPM2 a", "hr_sampler_name": "Use same sampler", "hr_scheduler": "Automatic"},
+            "DPM2 a Karras",
+        ),
+        ({"sampler_name": "DPM++ 2M Karras"}, "DPM++ 2M Karras"),
+    ],
+)
+def test_its_sampler_and_schedule_are_each_the_first_ones_where_it_has_none(fields: dict[str, Any], name: str) -> None:
+    request = txt2img(**fields)
+    assert request.second_pass is not None
+    assert (request.second_pass.sampler_name, request.ignored) == (name, [])
+
+
+def test_a_schedule_that_its_sampler_does_not_have_is_named_as_ignored() -> None:
+    assert txt2img(hr_sampler_name="DDIM", hr_scheduler="Karras").ignored == ["hr_scheduler"]
+
+
+@pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"hr_sampler_name": "Magic"}, 'hr_sampler_name "Magic" is not known; possible: Euler, '),

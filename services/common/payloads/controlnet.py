@@ -1,6 +1,7 @@
 """ControlNet units as the extension's API sends them: a model, what it looks at, and how much it may say when.
 
-What prepares the picture (`module`) must need no weights; those that do are refused by name.
+What prepares the picture (`module`) must need no weights; those that do, or that look into the guidance itself
+(tile_colorfix+sharp), are refused by name.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Unit(BaseModel):
     def _known(cls, module: str) -> str:
         if module not in PREPROCESSORS:
             possible = ", ".join(PREPROCESSORS)
-            raise ValueError(f"the module {shown(module)} needs weights that are not here; possible: {possible}")
+            raise ValueError(f"the module {shown(module)} cannot be run here; possible: {possible}")
         return module
 
     @field_validator("image", "mask")

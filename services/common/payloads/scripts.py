@@ -48,7 +48,8 @@ _HARMLESS = ("seed", "comments", "extra options", "hypertile", "tiled vae")
 
 
 def check_scripts(scripts: Any) -> list[str]:
-    """Looks at `alwayson_scripts`; answers the names of the scripts that have arguments and are not known.
+    """Looks at `alwayson_scripts`; answers the names of the scripts that have arguments and are not known. One whose
+    first argument is false is off, as scripts have it by custom.
 
     Raises:
         ValueError: one that cannot be had is switched on.
@@ -59,7 +60,7 @@ def check_scripts(scripts: Any) -> list[str]:
         refused = _REFUSED.get(known)
         if refused is not None and refused.is_on(arguments):
             raise ValueError(f"the script {shown(name)} cannot be run here: {refused.instead}")
-        if refused is None and known not in {*_HARMLESS, *_FIELDS} and arguments:
+        if refused is None and known not in {*_HARMLESS, *_FIELDS} and arguments and arguments[0] is not False:
             unknown.append(f"script {name}")
     return unknown
 

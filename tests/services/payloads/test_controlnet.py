@@ -135,10 +135,10 @@ def test_img2imgs_own_picture_is_looked_at_where_a_unit_has_none() -> None:
     [
         (
             {"module": "openpose_full"},
-            'controlnet[0]: the module "openpose_full" needs weights that are not here; possible: none, canny, ',
+            'controlnet[0]: the module "openpose_full" cannot be run here; possible: none, canny, ',
         ),
-        ({"module": "depth_leres"}, 'controlnet[0]: the module "depth_leres" needs weights'),
-        ({"module": "inpaint_only+lama"}, 'the module "inpaint_only+lama" needs weights'),
+        ({"module": "tile_colorfix+sharp"}, 'controlnet[0]: the module "tile_colorfix+sharp" cannot be run here'),
+        ({"module": "inpaint_only+lama"}, 'the module "inpaint_only+lama" cannot be run here'),
         (
             {"module": "reference_only", "model": "None"},
             '"reference_only" is no ControlNet, and cannot be run here; dis',
@@ -169,7 +169,7 @@ def test_what_cannot_be_had_is_refused_by_name(given: dict[str, Any], sentence: 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"module": "openpose"}, 'controlnet[0]: the module "openpose" needs weights that are not here'),
+        ({"module": "openpose"}, 'controlnet[0]: the module "openpose" cannot be run here'),
         ({"image": "%"}, "controlnet[0]: image is not base64"),
         ({"image": None}, "controlnet unit 0 is enabled, but has no image"),
         ({"control_mode": "Both"}, """controlnet[0].control_mode "Both": input should be 'Balanced', """),

@@ -294,7 +294,7 @@ class Core:
                 return self._fail(run, error)
             has_room = False
         except StopIteration as end:
-            self._end(run, Produced(end.value, run.load_seconds, run.lap()))
+            self._end(run, Produced(end.value, run.load_seconds, run.lap(), run.is_inpainting))
         except Exception as error:
             self._fail(run, error)
         else:

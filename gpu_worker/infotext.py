@@ -9,8 +9,12 @@ from typing import Any
 from gpu_worker import VERSION
 from gpu_worker.cache import CachedModel
 from services.common.payloads import Generation, Img2Img, Txt2Img
+from services.common.payloads.img2img import FILL, LATENT_NOISE, LATENT_NOTHING
 from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, REMBG, UPSCALER, VAE, find, stem
 from services.common.payloads.plots import NOTHING, Plot
+from services.common.payloads.samplers import sampler_of
+
+_MASKED_CONTENT = {FILL: "fill", LATENT_NOISE: "latent noise", LATENT_NOTHING: "latent nothing"}
 
 
 def named(files: list[CachedModel], kind: str) -> CachedModel | None:
@@ -57,6 +61,7 @@ def infotext(made: Made) -> str:
         "Variation seed": request.subseed_of(index) if request.subseed_strength else None,
         "Variation seed strength": request.subseed_strength or None,
         "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
+        **_eta_fields(request),
         **_img2img_fields(request),
         **_second_pass_fields(request),
         **_refiner_fields(request, files),
@@ -76,11 +81,25 @@ def infotext(made: Made) -> str:
     return "\n".join(lines)
 
 
+def _eta_fields(request: Generation) -> dict[str, Any]:
+    """That of each pass's sampler, where it is another than A1111's default."""
+    second = request.second_pass if isinstance(request, Txt2Img) else None
+    etas = [(each.sampler_name, each.sampler_eta) for each in (request, second) if each is not None]
+    changed = {name: eta for name, eta in etas if sampler_of(name).eta not in (None, eta)}
+    return {"Eta DDIM" if name == "DDIM" else "Eta": eta for name, eta in changed.items()}
+
+
 def _img2img_fields(request: Generation) -> dict[str, Any]:
     if not isinstance(request, Img2Img):
         return {}
     fields: dict[str, Any] = {"Denoising strength": request.denoising_strength}
+    if request.initial_noise_multiplier != 1:
+        fields["Noise multiplier"] = request.initial_noise_multiplier
     if request.mask is not None:
+        if request.inpainting_mask_invert:
+            fields["Mask mode"] = "Inpaint not masked"
+        if request.inpainting_fill in _MASKED_CONTENT:
+            fields["Masked content"] = _MASKED_CONTENT[request.inpainting_fill]
         blur = request.mask_blur_x, request.mask_blur_y
         fields["Mask blur"] = blur[0] if blur[0] == blur[1] else f"{blur[0]}x{blur[1]}"
         if request.inpaint_full_res:

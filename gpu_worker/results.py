@@ -48,9 +48,10 @@ def param_json(provenance: Provenance, endpoint_name: str, **told: Any) -> bytes
 
 
 def info(
-    request: Generation, makings: list[Made], infotexts: list[str], hypernetworks: Sequence[str]
+    request: Generation, makings: list[Made], infotexts: list[str], hypernetworks: Sequence[str], is_inpainting: bool
 ) -> dict[str, Any]:
-    """A1111's `info` of a job, with the names of what was ignored; hypernetworks always are."""
+    """A1111's `info` of a job, with the names of what was ignored; hypernetworks always are. `is_inpainting`: its UNet
+    was told what to paint on."""
     files = makings[0].files
     base, vae = named(files, BASE), named(files, VAE)
     assert base is not None
@@ -87,6 +88,6 @@ def info(
         "styles": [],
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
         "clip_skip": request.clip_skip,
-        "is_using_inpainting_conditioning": False,
+        "is_using_inpainting_conditioning": is_inpainting,
         "ignored": request.ignored + [f"hypernetwork {name}" for name in hypernetworks],
     }

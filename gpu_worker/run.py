@@ -31,6 +31,8 @@ class Produced:
     images: list[NDArray[np.uint8]]
     load_seconds: float
     pipeline_seconds: float
+    # Whether an inpainting UNet was told what to paint on.
+    is_inpainting: bool = False
 
 
 @dataclass(eq=False)
@@ -96,6 +98,11 @@ class Run:
     def models(self) -> Models | None:
         """Those that the job begins with, when they are here."""
         return self.equipment[0].models if self.equipment else None
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the job's first UNet is told what it paints on."""
+        return self.models is not None and self.models.is_inpainting
 
     @property
     def is_here(self) -> bool:

@@ -191,7 +191,7 @@ class Worker:
         infotexts = [infotext(making) for making in makings]
         images = await _encoded(pictures, provenance, infotexts)
         hypernetworks = [model.name for model in job.spec.models if model.type == HYPERNETWORK]
-        info = results.info(request, makings, infotexts, hypernetworks)
+        info = results.info(request, makings, infotexts, hypernetworks, any(run.is_inpainting for run in made))
         param = results.param_json(provenance, job.spec.endpoint_name, info=info)
         timings = worker_pb2.Timings(
             load_seconds=max(run.load_seconds for run in made),

@@ -66,7 +66,7 @@ def denoised(
     sampling = samplers.create(
         request.sampler_name,
         models.scheduler_config,
-        request.steps,
+        request.schedule_steps,
         generators,
         request.sampler_eta,
         request.first_step,

@@ -67,7 +67,7 @@ def denoised(
     sampling = samplers.create(
         request.sampler_name,
         models.scheduler_config,
-        request.steps,
+        request.schedule_steps,
         generators,
         request.sampler_eta,
         request.first_step,
@@ -80,7 +80,7 @@ def denoised(
     latents = on_device(sampling.noised(originals, first, 0), models.device)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
-    if mask is not None and any(step.context is None for step in steps):
+    if mask is not None:
         keep = _kept(sampling, originals.to(models.device), first.to(models.device), mask.to(models.device))
     return (yield from denoise(sampling, latents, steps, on_evaluation, keep))
 

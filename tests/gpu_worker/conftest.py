@@ -1,6 +1,7 @@
 """Owns what the worker's tests share: a tiny checkpoint, an object store over HTTP, and jobs that use both."""
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from uuid import uuid4
 import pytest
 import torch
 from aiohttp import web
+from safetensors.torch import load_file, save_file
 
 from esd.worker.v1 import worker_pb2
 from gpu_worker import tiny
@@ -46,6 +48,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD1.5 checkpoint in the original layout."""
     path = tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors"
     tiny.write(path, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inpainting_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a UNet of 9 channels."""
+    path = tmp_path_factory.mktemp("inpainting") / "inpainting.safetensors"
+    state = load_file(tiny_checkpoint)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    other = tiny.weights(seed=2)[name]
+    state[name] = torch.cat([state[name], other, other[:, :1]], 1)
+    save_file(state, path, metadata={"esd_config": json.dumps(tiny.config())})
     return path
 
 

@@ -1,5 +1,6 @@
 """GpuWorkerService over a real server, with real uploads: results, failures, cancellation, callers."""
 
+import asyncio
 import hashlib
 import io
 import json
@@ -333,10 +334,34 @@ async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: Obj
     found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
     assert np.array_equal(np.asarray(found)[:, 32:], np.asarray(image)[:, 32:])
     assert not np.array_equal(np.asarray(found)[:, :32], np.asarray(image)[:, :32])
-    assert ", Denoising strength: 0.5, Mask blur: 0, " in found.text["parameters"]
+    assert ", Denoising strength: 0.5, Masked content: fill, Mask blur: 0, " in found.text["parameters"]
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert param["parameters"]["init_images"] is None
-    assert json.loads(param["info"])["denoising_strength"] == 0.5
+    info = json.loads(param["info"])
+    assert (info["denoising_strength"], info["is_using_inpainting_conditioning"]) == (0.5, False)
+
+
+async def test_an_inpainting_job_says_how_it_was_made(
+    generate: Any, store: ObjectStore, make_spec: Any, inpainting_checkpoint: Path
+) -> None:
+    spec = make_spec(
+        "img2img",
+        init_images=[encoded(noise())],
+        mask=encoded(mask((0, 0, 32, 64))),
+        inpainting_mask_invert=1,
+        inpainting_fill=2,
+        sampler_name="Euler a",
+        override_settings={"eta_ancestral": 0.5, "initial_noise_multiplier": 0.9},
+    )
+    del spec.models[:]
+    content = await asyncio.to_thread(inpainting_checkpoint.read_bytes)
+    add_file(spec, store, "Stable-diffusion", "inpainting.safetensors", content)
+    await generate(spec)
+    text = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"])).text["parameters"]
+    assert ", Eta: 0.5, Denoising strength: 0.75, Noise multiplier: 0.9, Mask mode: Inpaint not masked" in text
+    assert ", Masked content: latent noise, Mask blur: 4, Inpaint area: Only masked" in text
+    info = json.loads(json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])["info"])
+    assert info["is_using_inpainting_conditioning"] is True
 
 
 async def test_a_damaged_or_missing_checkpoint_fails_by_name(generate: Any, store: ObjectStore, make_spec: Any) -> None:

@@ -1,6 +1,5 @@
 """img2img and inpainting against diffusers' own pipelines, given the same latents and noise."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-from safetensors.torch import load_file, save_file
 
-from gpu_worker import tiny, weights
+from gpu_worker import weights
 from gpu_worker.canvas import Canvas, prepared
 from gpu_worker.tasks import img2img
 from services.common.payloads import Img2Img, samplers
@@ -31,6 +29,8 @@ REQUEST = img2img_of(
     init_images=[encoded(noise())],
 )
 BOX = (16, 8, 48, 40)
+PAINTED = torch.zeros(8, 8, dtype=torch.bool)  # of the latents
+PAINTED[BOX[1] // 8 : BOX[3] // 8, BOX[0] // 8 : BOX[2] // 8] = True
 MASKED = changed(
     REQUEST, mask=encoded(mask(BOX)), mask_blur_x=0, mask_blur_y=0, inpainting_fill=1, inpaint_full_res=False
 )
@@ -46,15 +46,8 @@ def models(tiny_checkpoint: Path) -> weights.Models:
 
 
 @pytest.fixture(scope="module")
-def inpainting(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> weights.Models:
-    """The tiny checkpoint with a UNet of 9 channels."""
-    path = tmp_path_factory.mktemp("inpainting") / "inpainting.safetensors"
-    state = load_file(tiny_checkpoint)
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    other = tiny.weights(seed=2)[name]
-    state[name] = torch.cat([state[name], other, other[:, :1]], 1)
-    save_file(state, path, metadata={"esd_config": json.dumps(tiny.config())})
-    return weights.load(as_cached(path), None, "cpu")
+def inpainting(inpainting_checkpoint: Path) -> weights.Models:
+    return weights.load(as_cached(inpainting_checkpoint), None, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +86,20 @@ def of_pipeline(kind: Any, parts: dict[str, Any], request: Img2Img, **options: A
         **options,
     ).images
     return found
+
+
+def blending(clean: torch.Tensor, request: Img2Img) -> Any:
+    """A callback that makes diffusers' pipeline do with a UNet of 9 channels what it does with others: A1111 always
+    puts the originals back where nothing is painted."""
+    drawn = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(request.seed))
+
+    def callback(pipeline: Any, step: int, _: Any, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        times = pipeline.scheduler.timesteps[request.first_step :]
+        is_last = step + 1 == len(times)
+        stays = clean if is_last else pipeline.scheduler.add_noise(clean, drawn, times[step + 1 : step + 2])
+        return {"latents": torch.where(PAINTED, found["latents"], stays)}
+
+    return callback
 
 
 def of_inpainting(parts: dict[str, Any], request: Img2Img, **options: Any) -> torch.Tensor:
@@ -175,6 +182,19 @@ def test_as_many_steps_are_made_as_in_a1111(models: weights.Models, strength: fl
     assert progress == list(range(1, num_steps + 1))
 
 
+@pytest.mark.parametrize(("strength", "first_step"), [(0.5, 4), (0.75, 1), (1.0, 0)])
+def test_all_steps_are_made_where_the_setting_says_so(
+    parts: dict[str, Any], models: weights.Models, strength: float, first_step: int
+) -> None:
+    request = changed(REQUEST, fix_steps=True, steps=4, denoising_strength=strength)
+    assert (request.num_steps, request.first_step) == (4, first_step)
+    stretched = changed(request, fix_steps=False, steps=4 + first_step, denoising_strength=3.5 / (4 + first_step))
+    assert_close(
+        drive([(0, img2img_latents(request, models))])[0],
+        of_pipeline(StableDiffusionImg2ImgPipeline, parts, stretched),
+    )
+
+
 def test_an_inpainting_unet_reads_the_mask_and_what_stays(parts: dict[str, Any], inpainting: weights.Models) -> None:
     stays = 1 - torch.from_numpy(np.asarray(mask(BOX), dtype=np.float32) / 255)
     known = original(parts["vae"], keep=stays)
@@ -182,7 +202,10 @@ def test_an_inpainting_unet_reads_the_mask_and_what_stays(parts: dict[str, Any],
     requests = [changed(MASKED, seed=seed, sampler_name=name) for seed, name in enumerate(("Euler a", "DDIM"))]
     tasks = [(index, img2img_latents(request, inpainting)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
-        assert_close(found, of_inpainting(with_unet, request, masked_image_latents=known))
+        blended = {"masked_image_latents": known, "callback_on_step_end": blending(original(parts["vae"]), request)}
+        assert_close(found, of_inpainting(with_unet, request, **blended))
+        stays = found[..., ~PAINTED]
+        assert_close(stays, original(parts["vae"])[..., ~PAINTED])
 
 
 def test_without_a_mask_an_inpainting_unet_paints_all_on_grey(inpainting: weights.Models) -> None:

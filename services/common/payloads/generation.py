@@ -19,6 +19,8 @@ from services.common.payloads.showing import shown
 
 MAX_IMAGES = 64
 MAX_SIDE = 4096
+MAX_STRENGTH = 0.999  # A1111's, so that 1 means all steps and not one more
+_MAX_SCHEDULE = 1000  # steps that a noise schedule can have
 _MAX_PLOT_PIXELS = 2**26
 _LARGEST_EXACT_INTEGER = 2**53 - 1  # payloads travel as JSON numbers
 # GPU-seconds of one step at 512x512. Only ratios between jobs matter to the queue, so any constant will do.
@@ -46,14 +48,17 @@ _SETTINGS = {
     "eta_ddim": "eta_ddim",
     "eta_noise_seed_delta": "noise_seed_delta",
     "hires_fix_refiner_pass": "refiner_pass",
+    "img2img_fix_steps": "fix_steps",
+    "initial_noise_multiplier": "initial_noise_multiplier",
+    "s_min_uncond": "s_min_uncond",
     "sd_model_checkpoint": "model_name",
     "sd_vae": "vae_name",
     "tiling": "tiling",
 }
 # Fields that no client's payload has: what they hold comes from settings and scripts.
 _OWN = frozenset({
-    "clip_skip", "controlnet", "eta_ancestral", "eta_ddim", "form", "ignored", "model_name", "noise_seed_delta", "plot",
-    "refiner_pass", "vae_name",
+    "clip_skip", "controlnet", "eta_ancestral", "eta_ddim", "fix_steps", "form", "ignored", "model_name",
+    "noise_seed_delta", "plot", "refiner_pass", "vae_name",
 })  # fmt: skip
 CHECKED: Final = "checked"
 REFINE_FIRST: Final = "first pass"
@@ -140,8 +145,8 @@ class Generation(Payload):
             given.pop("refiner_checkpoint", None)
         settings = given.get("override_settings")
         for setting, value in (settings if isinstance(settings, dict) else {}).items():
-            if setting in _SETTINGS and value is not None:
-                given[_SETTINGS[setting]] = value
+            if setting in _SETTINGS and value is not None:  # what the payload says itself wins
+                given.setdefault(_SETTINGS[setting], value)
         return given
 
     @field_validator("prompt", "negative_prompt")
@@ -281,9 +286,14 @@ class Generation(Payload):
         return self.steps
 
     @property
+    def schedule_steps(self) -> int:
+        """Steps of the sampler's schedule, of which the last `num_steps` are made."""
+        return self.steps
+
+    @property
     def first_step(self) -> int:
         """The sampler's step that each image begins with."""
-        return self.steps - self.num_steps
+        return self.schedule_steps - self.num_steps
 
     @property
     def num_pixels(self) -> int:
@@ -327,6 +337,20 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
     others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
     misplaced = prompts.read(negative)
     return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
+
+
+def stretched(num_steps: int, strength: float) -> int:
+    """Steps of a schedule whose part from this denoising strength on has so many.
+
+    Raises:
+        ValueError: a schedule cannot have so many.
+    """
+    if strength * _MAX_SCHEDULE < num_steps:
+        raise ValueError(
+            f"denoising_strength {strength} is too little for {num_steps} steps: "
+            f"from {num_steps / _MAX_SCHEDULE:g} on is possible"
+        )
+    return int(num_steps / min(strength, MAX_STRENGTH))
 
 
 def _unused_etas(given: dict[str, Any]) -> list[str]:

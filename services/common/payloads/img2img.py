@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from services.common.payloads import pictures
-from services.common.payloads.generation import Generation
+from services.common.payloads.generation import MAX_STRENGTH, Generation, stretched
 
 JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL, LATENT_UPSCALE = range(4)
 FILL, ORIGINAL, LATENT_NOISE, LATENT_NOTHING = range(4)
-_MAX_STRENGTH = 0.999  # A1111's, so that 1 means all steps and not one more
 
 
 class Img2Img(Generation):
@@ -23,6 +22,8 @@ class Img2Img(Generation):
 
     init_images: list[str] = Field(min_length=1, max_length=8)
     denoising_strength: float = Field(0.75, ge=0, le=1)
+    # All steps are made, on a schedule that is as much longer: `override_settings.img2img_fix_steps`.
+    fix_steps: bool = False
     resize_mode: int = Field(JUST_RESIZE, ge=0, le=3)
     initial_noise_multiplier: float = Field(1.0, ge=0, le=2)
     # White is painted anew.
@@ -64,10 +65,25 @@ class Img2Img(Generation):
             pictures.check(mask, "mask")
         return mask or None
 
+    @model_validator(mode="after")
+    def _steps_possible(self) -> Img2Img:
+        _ = self.schedule_steps
+        return self
+
     @property
     def num_steps(self) -> int:
-        """Steps that the denoising strength leaves; A1111 makes one more than diffusers."""
-        return int(min(self.denoising_strength, _MAX_STRENGTH) * self.steps) + 1
+        """Steps that the denoising strength leaves; A1111 makes one more than diffusers.
+
+        That holds of its k-diffusion samplers. DDIM and PLMS (modules/sd_samplers_timesteps.py) cut their list in
+        another place and make two less, 14 of 20 steps at 0.75, the first of them one step below the noise that was
+        added; and in txt2img 19 of 20. Here all make as many, as diffusers' pipelines do.
+        """
+        return self.steps if self.fix_steps else int(min(self.denoising_strength, MAX_STRENGTH) * self.steps) + 1
+
+    @property
+    def schedule_steps(self) -> int:
+        """More than `steps` where all of those are made."""
+        return stretched(self.steps, self.denoising_strength) if self.fix_steps else self.steps
 
     def echo(self) -> dict[str, Any]:
         """Without the pictures."""

@@ -7,11 +7,9 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from services.common.payloads import prompts, samplers
-from services.common.payloads.generation import CHECKED, MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation
+from services.common.payloads.generation import CHECKED, MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation, stretched
 from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
-_MAX_STRENGTH = 0.999
-_MAX_SCHEDULE = 1000  # steps that a noise schedule can have
 _SAME = (None, "", "Use same checkpoint", "Use same sampler", "Use same scheduler", "None")
 
 
@@ -76,12 +74,7 @@ class Txt2Img(Generation):
             raise ValueError(
                 f"the second pass has {full_width}x{full_height} pixels; each way at most {MAX_SIDE} are possible"
             )
-        if self.denoising_strength * _MAX_SCHEDULE < self._hr_steps:
-            least = self._hr_steps / _MAX_SCHEDULE
-            raise ValueError(
-                f"denoising_strength {self.denoising_strength} is too little for the {self._hr_steps} steps of the "
-                f"second pass: from {least:g} on is possible"
-            )
+        stretched(self._hr_steps, self.denoising_strength)
         return self
 
     @property
@@ -128,7 +121,7 @@ class Txt2Img(Generation):
             "width": width,
             "height": height,
             # A1111 makes all steps of the second pass, on a schedule that is as much longer as strength is less than 1.
-            "steps": int(self._hr_steps / min(self.denoising_strength, _MAX_STRENGTH)),
+            "steps": stretched(self._hr_steps, self.denoising_strength),
             "num_left": self._hr_steps,
             "steps_before": self.steps,
         }

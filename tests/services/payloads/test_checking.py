@@ -9,6 +9,7 @@ from services.common.errors import InvalidArgument
 from services.common.payloads import Generation
 from services.common.payloads.reading import seed_of
 from services.inference.submitting.payload import check_json, check_payload
+from tests.pictures import encoded, noise
 
 JOB = "7f3c0b0e-4f4e-4c6e-9d0a-0f6a1e6a2b11"
 
@@ -70,6 +71,21 @@ def test_clip_skip_comes_from_the_overridden_setting() -> None:
     assert check(override_settings={"CLIP_stop_at_last_layers": 2, "sd_vae": None})["clip_skip"] == 2
     assert check(override_settings={"eta_noise_seed_delta": 31337})["noise_seed_delta"] == 31337
     assert check(override_settings=None)["clip_skip"] == 1
+
+
+def test_a_setting_counts_where_the_payload_says_nothing() -> None:
+    settings = {"s_min_uncond": 1.5, "tiling": True}
+    assert check(override_settings=settings) == check(s_min_uncond=1.5, tiling=True)
+    own = {"s_min_uncond": 0, "tiling": False}
+    assert check(override_settings=settings, **own) == check()
+    picture = encoded(noise())
+    given = {"init_images": [picture], "override_settings": {"initial_noise_multiplier": 0.5}}
+    assert check_payload(json.dumps(given), "img2img", JOB).fields["initial_noise_multiplier"] == 0.5
+    given |= {"override_settings": {"img2img_fix_steps": True}}
+    assert check_payload(json.dumps(given), "img2img", JOB).fields["fix_steps"] is True
+    given |= {"denoising_strength": 0.01}
+    with pytest.raises(InvalidArgument, match=r"denoising_strength 0.01 is too little for 50 steps: from 0.05 on"):
+        check_payload(json.dumps(given), "img2img", JOB)
 
 
 def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
@@ -261,6 +277,7 @@ def test_what_is_off_changes_nothing() -> None:
         "refiner": {"args": [False, "", 0.8]},
         "seed": {"args": [-1, False, -1, 0, 0, 0]},
         "hypertile": {"args": [False]},
+        "mystery": {"args": [False, 0.5]},
         "not even a script": 3,
     }
     off = {"restore_faces": False, "tiling": None, "s_churn": 0, "s_tmax": 1e30, "styles": [], "script_name": None}

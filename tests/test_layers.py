@@ -56,6 +56,7 @@ TORCH_OWNERS = {
     "graphs.py",
     "placed.py",
     "plans.py",
+    "ancestral.py",
     "samplers.py",
     "weights.py",
     "pickles.py",

@@ -19,6 +19,7 @@ from services.inference.states import State, allows
 
 STATUSES = ("created", "inprogress", "succeed", "failed")
 MAX_LOST = 3
+LAST_ATTEMPT = MAX_LOST - 1  # as so often lost, a job is run alone: nobody else's fault may fail it
 REAL_TIME = "Real-time"
 ASYNC = "Async"
 PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"  # of webhooks
@@ -92,6 +93,11 @@ class Job(SQLModel, table=True):
     def is_ended(self) -> bool:
         """Whether nothing more happens to the job unless it is started again."""
         return self.status in {"succeed", "failed"}
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether the next worker that is lost while running the job fails it."""
+        return self.num_lost >= LAST_ATTEMPT
 
     @property
     def prefixes(self) -> list[str]:

@@ -12,7 +12,7 @@ from sqlalchemy import ARRAY, Integer, Select, Text, Uuid, any_, bindparam, func
 from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import col
 
-from services.inference.rows import UserClock, Worker
+from services.inference.rows import LAST_ATTEMPT, UserClock, Worker
 from services.inference.table import JOB, QUEUED
 
 WARM_WINDOW = 32  # a warm job is looked for among so many at the front
@@ -29,12 +29,20 @@ def of_stream(endpoint_id: Any, worker_id: Any, stream_id: Any) -> Any:
     )
 
 
+def has_room(endpoint_id: Any, worker_id: Any) -> Any:
+    """Whether the worker may hold another job: not while it has one on its last attempt, which is run alone."""
+    held = JOB.alias("held")
+    mine = (held.c.endpoint_id == endpoint_id) & (held.c.worker_id == worker_id) & held.c.lease_id.is_not(None)
+    return ~select(held.c.id).where(mine, held.c.num_lost >= LAST_ATTEMPT).exists()
+
+
 def _claim_statement() -> Select[Any]:
     """The claim: real-time before async, then by priority, then by virtual start, but a warm job among the first ones
     before a cold one.
 
-    A job at the front that was passed over too often goes first whatever is warm. Row locks with SKIP LOCKED let
-    several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
+    A job at the front that was passed over too often goes first whatever is warm. One on its last attempt is taken when
+    it is the first, and nothing with it or while its worker has it; what is before it goes without it. Row locks with SKIP
+    LOCKED let several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
     """
     # Not named as columns are: an UPDATE takes such parameters for values to set.
     endpoint_id: Any = bindparam("endpoint", type_=Uuid)
@@ -42,7 +50,9 @@ def _claim_statement() -> Select[Any]:
     stream_id: Any = bindparam("stream", type_=Uuid)
     place = (JOB.c.priority_class, JOB.c.priority, JOB.c.virtual_start, JOB.c.id)
     by_place = (JOB.c.priority_class, JOB.c.priority.desc(), JOB.c.virtual_start, JOB.c.id)
-    front = select(*place, JOB.c.base_model_key, JOB.c.passed_over).where(JOB.c.endpoint_id == endpoint_id, QUEUED)
+    front = select(*place, JOB.c.base_model_key, JOB.c.passed_over, JOB.c.num_lost).where(
+        JOB.c.endpoint_id == endpoint_id, QUEUED
+    )
     head = front.order_by(*by_place).limit(WARM_WINDOW).cte("head")
     stream = (
         select(col(Worker.worker_id)).where(of_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
@@ -56,11 +66,15 @@ def _claim_statement() -> Select[Any]:
         head.c.virtual_start,
         head.c.id,
     )
+    num_alone = func.count().filter(head.c.num_lost >= LAST_ATTEMPT).over(order_by=order, rows=(None, 0))
+    turn = func.row_number().over(order_by=order)
+    turns = select(head.c.id, turn.label("turn"), num_alone.label("num_alone")).cte("turns")
     chosen = (
         select(JOB.c.id, JOB.c.virtual_start)
-        .join(head, head.c.id == JOB.c.id)
-        .where(QUEUED, select(me.c.worker_id).exists())
-        .order_by(*order)
+        .join(turns, turns.c.id == JOB.c.id)
+        .where(QUEUED, select(me.c.worker_id).exists(), has_room(endpoint_id, worker_id))
+        .where((turns.c.turn == 1) | (turns.c.num_alone == 0))
+        .order_by(turns.c.turn)
         .limit(bindparam("num_jobs", type_=Integer))
         .with_for_update(of=JOB, skip_locked=True)
         .cte("chosen")

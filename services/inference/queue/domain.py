@@ -112,7 +112,7 @@ class Queue:
 
     async def is_contended(self, stream: WorkerStream) -> bool:
         """Whether a claim came back empty only because other transactions had the jobs locked."""
-        return await self._store.has_queued(stream.endpoint_id)
+        return await self._store.has_queued(stream.endpoint_id, stream.worker_id)
 
     async def renew(self, stream: WorkerStream) -> bool:
         """Keeps the worker's leases alive; False when the stream does not speak for the worker any more."""

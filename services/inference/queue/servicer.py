@@ -109,6 +109,8 @@ class _WorkSession:
         self._num_wanted = 0
         self._warm_models: list[str] = []
         self._leases: set[UUID] = set()
+        self._wake = asyncio.Event()  # there may be something to claim
+        self._waiting: Assignment | None = None  # runs alone, so it is sent when the worker has ended all else
 
     async def run(self, requests: AsyncIterator[pb.WorkRequest], stopping: asyncio.Event) -> None:
         """Serves the stream until either side ends it; None in the outbox is its end."""
@@ -148,14 +150,13 @@ class _WorkSession:
         """Does everything at once until one of it ends."""
         woken_by = (JOBS_QUEUED, str(self._endpoint_id))
         with (
-            self._signals.subscribed(woken_by) as wake,
+            self._signals.subscribed(woken_by) as self._wake,
             self._signals.subscribed((LEASES_LOST, stream.worker_id)) as lost,
             self._signals.subscribed((MODELS_PINNED, str(self._endpoint_id))) as pinned,
         ):
-            reader = self._read(stream, requests, wake)
             await first(
-                reader,
-                self._assign(stream, wake),
+                self._read(stream, requests),
+                self._assign(stream),
                 self._renew(stream),
                 self._watch_leases(stream, lost),
                 self._watch_pins(pinned),
@@ -164,7 +165,7 @@ class _WorkSession:
         if stopping.is_set():
             raise Unavailable(_RECONNECT)
 
-    async def _read(self, stream: WorkerStream, requests: AsyncIterator[pb.WorkRequest], wake: asyncio.Event) -> None:
+    async def _read(self, stream: WorkerStream, requests: AsyncIterator[pb.WorkRequest]) -> None:
         """Takes what the worker says in its order, but for results: they are read back beside it, many at once."""
         async with _together() as checks:
             async for request in requests:
@@ -172,7 +173,9 @@ class _WorkSession:
                     case "want":
                         self._num_wanted = request.want.num_jobs
                         self._warm_models = list(request.want.warm_models)
-                        wake.set()
+                        self._wake.set()
+                        if self._num_wanted == 0 and self._waiting is not None:  # it may be about to stop
+                            await self._give_back(stream, self._waiting.lease_id)
                     case "event" if request.event.event.HasField("done"):
                         checks.create_task(self._take_results(stream, request.event))
                     case "event":
@@ -205,7 +208,7 @@ class _WorkSession:
             case _:
                 self._relay.tell(lease_id, leased.event)
 
-    async def _assign(self, stream: WorkerStream, wake: asyncio.Event) -> None:
+    async def _assign(self, stream: WorkerStream) -> None:
         while True:
             has_all = False  # that waits, as far as others have it not locked
             while self._num_wanted > 0 and not has_all:
@@ -213,12 +216,16 @@ class _WorkSession:
                 self._num_wanted -= len(assignments)
                 for assignment in assignments:
                     self._leases.add(assignment.lease_id)
-                    self._send(assign=_assign(assignment))
                     self._relay.take(assignment.lease_id, assignment.job.id)
+                    if assignment.job.is_last_attempt:
+                        self._waiting = assignment
+                        self._send_waiting()
+                    else:
+                        self._send(assign=_assign(assignment))
             contended = self._num_wanted > 0 and await self._queue.is_contended(stream)
             # Nothing tells when another transaction lets go of a job without taking it, so that is tried again soon.
             limits = self._queue.limits
-            await wait(wake, limits.contended_seconds if contended else limits.sweep_seconds)
+            await wait(self._wake, limits.contended_seconds if contended else limits.sweep_seconds)
 
     async def _renew(self, stream: WorkerStream) -> None:
         while True:
@@ -253,16 +260,34 @@ class _WorkSession:
 
     def _end(self, lease_id: UUID, recorded: bool) -> None:
         if recorded:
-            self._leases.discard(lease_id)
-            self._relay.drop(lease_id)
             self._send(acknowledge=pb.Acknowledge(lease_id=str(lease_id)))
+            self._drop(lease_id)
         else:
             self._take_back(lease_id)
 
     def _take_back(self, lease_id: UUID) -> None:
+        self._send(cancel=pb.Cancel(lease_id=str(lease_id)))
+        self._drop(lease_id)
+
+    async def _give_back(self, stream: WorkerStream, lease_id: UUID) -> None:
+        """Others may have a job that the worker was not told of."""
+        self._drop(lease_id)
+        await self._queue.give_back(stream, lease_id)
+
+    def _drop(self, lease_id: UUID) -> None:
+        """The worker holds a lease no more. With its last one goes what kept others from it."""
         self._leases.discard(lease_id)
         self._relay.drop(lease_id)
-        self._send(cancel=pb.Cancel(lease_id=str(lease_id)))
+        if self._waiting is not None and self._waiting.lease_id == lease_id:
+            self._waiting = None
+        self._send_waiting()
+        if not self._leases:
+            self._wake.set()
+
+    def _send_waiting(self) -> None:
+        if self._waiting is not None and self._leases == {self._waiting.lease_id}:
+            self._send(assign=_assign(self._waiting))
+            self._waiting = None
 
     def _say_watched(self, lease_id: UUID, is_watched: bool) -> None:
         self._send(watched=pb.Watched(lease_id=str(lease_id), is_watched=is_watched))

@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import insert
 from services.common.database import Database
 from services.common.driver import Run
 from services.common.leftovers import note_leftovers
-from services.inference.queue.claim import CLAIM, of_stream
+from services.inference.queue.claim import CLAIM, has_room, of_stream
 from services.inference.rows import Job, Worker
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, notify
 from services.inference.submitting.quotas import noting
@@ -49,7 +49,11 @@ _ENDING = (
     *("result_lease", "result_objects", "image_names", "is_output_missing", "failure"),
 )
 
-_ANY_QUEUED = select(JOB.c.id).where(JOB.c.endpoint_id == _ENDPOINT, QUEUED).limit(1)
+_ANY_QUEUED = (
+    select(JOB.c.id)
+    .where(JOB.c.endpoint_id == _ENDPOINT, QUEUED, has_room(_ENDPOINT, bindparam("worker", type_=Text)))
+    .limit(1)
+)
 _UNDER_LEASE = select(JOB).where((JOB.c.lease_id == _LEASE) | (JOB.c.result_lease == _LEASE))
 # The fence: what a worker tells of a lease counts only while it is held.
 _HELD = (JOB.c.lease_id == _LEASE) & UNDER_WAY
@@ -121,9 +125,11 @@ class LeaseStore:
         )
         return sorted(jobs, key=lambda job: (job.priority_class, -job.priority, job.virtual_start))
 
-    async def has_queued(self, endpoint_id: UUID) -> bool:
-        """Whether a job waits. After a claim that found none: another transaction has it locked at present."""
-        return bool(await self._database.run(_ANY_QUEUED, endpoint=endpoint_id))
+    async def has_queued(self, endpoint_id: UUID, worker_id: str) -> bool:
+        """Whether a job waits that the worker has room for. After a claim that found none: another transaction has it
+        locked at present.
+        """
+        return bool(await self._database.run(_ANY_QUEUED, endpoint=endpoint_id, worker=worker_id))
 
     async def start(self, endpoint_id: UUID, lease_id: UUID) -> bool:
         """Notes that the holder of a lease has begun, told again it changes nothing; False when the lease is lost."""

@@ -20,9 +20,10 @@ from services.inference.queue.pool_store import PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
 from services.inference.queue.store import LeaseStore
+from services.inference.rows import LAST_ATTEMPT, MAX_LOST
 from services.inference.store import JobStore
 from services.inference.upkeep.outputs import Outputs
-from tests.services.inference.conftest import PNG, SHA256, Service, ended_with
+from tests.services.inference.conftest import PNG, SHA256, ScriptedWorker, Service, ended_with
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -101,6 +102,59 @@ async def test_done_under_a_lost_lease_counts_for_nothing_and_leaves_nothing(ser
     assert assign.lease_id in job.img_presigned_urls[0]
     await until(service, f"out/{job_id}/result/{lost.lease_id}/", gone=True)
     assert len(await service.blobs.find(f"out/{job_id}/")) == 2
+
+
+async def heard(worker: ScriptedWorker) -> None:
+    """Waits until the service has taken what the worker said; fails when it said something else meanwhile."""
+    unknown = str(uuid4())
+    await worker.tell(unknown, failed={"reason": "of a lease that nobody holds"})
+    assert (await worker.read()).cancel.lease_id == unknown
+
+
+async def test_a_job_that_kills_its_workers_fails_and_takes_no_other_with_it(service: Service) -> None:
+    ids = [await service.started() for _ in range(3)]
+    deadly = ids[1]
+    for attempt in range(MAX_LOST - 1):
+        async with service.worker(f"killed {attempt}") as worker:
+            await worker.want(8)
+            for _ in ids:
+                await worker.begin((await worker.read()).assign)
+            await heard(worker)
+    alone: list[str] = []
+    while len(alone) < len(ids):
+        async with service.worker(f"after {len(alone)}") as worker:
+            await worker.want(8)
+            while len(alone) < len(ids):
+                assign = (await worker.read()).assign
+                await worker.begin(assign)
+                await heard(worker)
+                alone.append(assign.spec.job_id)
+                if alone[-1] == deadly:
+                    break
+                assert kind(await worker.finish(assign)) == "acknowledge"
+    reason = (await service.ended(deadly)).sagemaker_raw.string_value
+    assert reason == "the worker was lost while running this job, 3 times in a row"
+    assert [(await service.get(job_id)).status for job_id in ids] == ["succeed", "failed", "succeed"]
+
+
+async def test_a_job_on_its_last_attempt_waits_for_what_its_worker_holds_unless_that_wants_no_more(
+    service: Service, database_url: str
+) -> None:
+    async with service.worker() as worker, service.worker("other") as other:
+        await service.started()
+        before = await worker.take()
+        ids = [await service.started() for _ in range(3)]
+        async with await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", "")) as connection:
+            await connection.execute("UPDATE job SET num_lost = %s WHERE id <> %s", (LAST_ATTEMPT, ids[1]))
+        await worker.want(8)
+        assert kind(await worker.finish(before)) == "acknowledge"
+        alone = (await worker.read()).assign
+        assert alone.spec.job_id == ids[0]
+        assert kind(await worker.finish(alone)) == "acknowledge"
+        behind = (await worker.read()).assign
+        assert behind.spec.job_id == ids[1]
+        await worker.want(0)
+        assert (await other.take()).spec.job_id == ids[2]
 
 
 async def until(service: Service, prefix: str, *, gone: bool) -> None:

@@ -41,8 +41,9 @@ def _claim_statement() -> Select[Any]:
     before a cold one.
 
     A job at the front that was passed over too often goes first whatever is warm. One on its last attempt is taken when
-    it is the first, and nothing with it or while its worker has it; what is before it goes without it. Row locks with SKIP
-    LOCKED let several claims run at once; the worker's own row is locked too: a stream that was superseded leases nothing.
+    it is the first, and nothing with it or while its worker has it; what is before it goes without it. Row locks with
+    SKIP LOCKED let several claims run at once; the worker's own row is locked too: a stream that was superseded leases
+    nothing.
     """
     # Not named as columns are: an UPDATE takes such parameters for values to set.
     endpoint_id: Any = bindparam("endpoint", type_=Uuid)

@@ -54,6 +54,7 @@ async def main() -> None:
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
     chores.add(IMPORT, imports.run, queue=LONG)
     datasets = Datasets(DatasetStore(database, audit), blobs)
+    chores.add_periodic("empty_dataset_folders", "* * * * *", datasets.empty_folders)
     servicer = ModelsServicer(models, imports, datasets, Trained(models, store, blobs))
     server = Server(settings.listen, verifier)
     add_ModelsServiceServicer_to_server(servicer, server.grpc)

@@ -39,8 +39,15 @@ class DatasetNameKept(FailedPrecondition):
     def __init__(self, name: str, until: datetime) -> None:
         super().__init__(
             f"dataset {name} was deleted, but URLs that upload into it are valid until {time_text(until)} UTC; "
-            "until then choose another name"
+            "the name is free some minutes later, until then choose another name"
         )
+
+
+class DatasetEmptied(FailedPrecondition):
+    """The folder of a deleted dataset of the name is being emptied."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"dataset {name} is being deleted; try again in a minute, or choose another name")
 
 
 class Dataset(SQLModel, table=True):
@@ -76,13 +83,18 @@ class DatasetItem(SQLModel, table=True):
 
 
 class KeptName(SQLModel, table=True):
-    """The name of a deleted dataset, which is its owners' as long as they may have URLs that write into its folder."""
+    """The name of a deleted dataset, while no other has it.
+
+    It is its owners' as long as they may have URLs that write into its folder, and nobody's while that is being
+    emptied: by one at a time, who has until `emptying_until` for it. After that another begins anew.
+    """
 
     __tablename__ = "kept_dataset_names"
 
     name: str = Field(primary_key=True)
     owners: list[str] = Field(sa_type=ARRAY(sa.Text))
     until: datetime = Field(sa_type=sa.DateTime(timezone=True))
+    emptying_until: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
 
 
 class Place(NamedTuple):
@@ -100,14 +112,15 @@ class DatasetStore:
         self._audit = audit
 
     async def save_dataset(self, dataset: Dataset, items: Sequence[DatasetItem], viewer: Viewer) -> None:
-        """Adds a dataset, or replaces what is known of it and adds its files.
+        """Adds a dataset, or replaces what is known of it, but for its owners, and adds its files.
 
         Raises:
             DatasetHidden: there is one of the name that the viewer may not see. DatasetNameKept: there was one lately.
+            DatasetEmptied: it is being deleted.
         """
         values = dataset.model_dump()
         statement = insert(Dataset).values(values)
-        changes = {name: value for name, value in values.items() if name != "name"}
+        changes = {name: value for name, value in values.items() if name not in ("name", "owners")}
         save = statement.on_conflict_do_update(index_elements=["name"], set_=changes, where=_seen_by(viewer))
         add = insert(DatasetItem).values([item.model_dump() for item in items])
         replaced = {
@@ -116,15 +129,19 @@ class DatasetStore:
         async with self._database.transaction() as session:
             before = await session.get(Dataset, dataset.name, with_for_update=True)
             facts = before.facts() if before else None
-            kept = None if before else await session.get(KeptName, dataset.name)
-            if kept and kept.until > datetime.now(UTC) and not viewer.sees(kept.owners):
-                raise DatasetNameKept(kept.name, kept.until)
-            saved = await session.execute(save.returning(col(Dataset.name)))
-            if saved.scalar_one_or_none() is None:
+            owners = (await session.execute(save.returning(col(Dataset.owners)))).scalar_one_or_none()
+            if owners is None:
                 raise DatasetHidden
+            # Only now, when no other request can make or delete a dataset of the name any more.
+            if kept := await session.get(KeptName, dataset.name, with_for_update=True):
+                if not viewer.sees(kept.owners):
+                    raise DatasetNameKept(kept.name, kept.until)
+                if kept.emptying_until is not None:
+                    raise DatasetEmptied(kept.name)
+                await session.delete(kept)
             await session.execute(add.on_conflict_do_update(index_elements=["dataset_name", "key"], set_=replaced))
             action = "dataset.update" if before else "dataset.create"
-            after = dataset.facts() | {"added": [item.name for item in items]}
+            after = dataset.facts() | {"owners": owners, "added": [item.name for item in items]}
             await self._audit.record(session, action, dataset.name, facts, after)
 
     async def page_datasets(
@@ -176,17 +193,40 @@ class DatasetStore:
             await session.execute(items.values(status=status))
             await self._audit.record(session, "dataset.update", name, before, dataset.facts())
 
-    async def remove_datasets(self, names: Sequence[str], keep: timedelta) -> None:
-        """Forgets the datasets and their files, but keeps their names for their owners for a while."""
+    async def remove_datasets(self, names: Sequence[str], keep: timedelta, emptying: timedelta) -> list[KeptName]:
+        """Forgets the datasets and their files, keeps their names for a while, and answers those, to be emptied."""
         remove = sa.delete(Dataset).where(col(Dataset.name).in_(names)).returning(Dataset)
         now = datetime.now(UTC)
         async with self._database.transaction() as session:
             removed = (await session.execute(remove)).scalars().all()
-            await session.execute(sa.delete(KeptName).where(col(KeptName.until) < now))
-            for dataset in removed:
-                await session.merge(KeptName(name=dataset.name, owners=dataset.owners, until=now + keep))
+            kept = [
+                KeptName(name=dataset.name, owners=dataset.owners, until=now + keep, emptying_until=now + emptying)
+                for dataset in removed
+            ]
+            for one in kept:
+                await session.merge(one)
             for dataset in removed:
                 await self._audit.record(session, "dataset.delete", dataset.name, before=dataset.facts())
+            return kept
+
+    async def claim_name(self, emptying: timedelta) -> KeptName | None:
+        """A kept name whose folder is to be emptied by the caller: its time is over, or somebody was cut short."""
+        now = datetime.now(UTC)
+        is_over = col(KeptName.emptying_until).is_(None) & (col(KeptName.until) <= now)
+        due = sa.select(KeptName).where(is_over | (col(KeptName.emptying_until) <= now))
+        async with self._database.transaction() as session:
+            found = await session.execute(due.limit(1).with_for_update(skip_locked=True))
+            kept: KeptName | None = found.scalar_one_or_none()
+            if kept:
+                kept.emptying_until = now + emptying
+            return kept
+
+    async def save_emptied(self, kept: KeptName, is_free: bool) -> None:
+        """The folder is empty: the name is free, or its owners' for the rest of its time."""
+        mine = (col(KeptName.name) == kept.name) & (col(KeptName.emptying_until) == kept.emptying_until)
+        statement = sa.delete(KeptName) if is_free else sa.update(KeptName).values(emptying_until=None)
+        async with self._database.transaction() as session:
+            await session.execute(statement.where(mine))
 
 
 def _seen_by(viewer: Viewer) -> sa.ColumnElement[bool]:

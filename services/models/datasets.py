@@ -15,14 +15,28 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from services.common.blobs import DAY, Blobs
-from services.common.errors import InvalidArgument
+import structlog
+
+from services.common.blobs import DAY, HOUR, Blobs
+from services.common.errors import InvalidArgument, Unavailable
 from services.models.checks import check_params, file_name, folder
-from services.models.dataset_store import Dataset, DatasetHidden, DatasetItem, DatasetNotFound, DatasetStore, Place
+from services.models.dataset_store import (
+    Dataset,
+    DatasetHidden,
+    DatasetItem,
+    DatasetNotFound,
+    DatasetStore,
+    KeptName,
+    Place,
+)
 from services.models.rows import Viewer
+
+log = structlog.get_logger()
 
 UPLOAD_URL_SECONDS = 7 * DAY
 PREVIEW_URL_SECONDS = DAY
+_KEEP = timedelta(seconds=UPLOAD_URL_SECONDS + HOUR)  # a PUT that begins in time may end later
+_EMPTYING = timedelta(minutes=10)  # for one folder; one request to the store may take minutes before it fails
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Datasets:
         Raises:
             InvalidArgument: a name that cannot be a file's or folder's, one given twice, or params that are too large.
             DatasetHidden: somebody else has a dataset of this name. DatasetNameKept: had one lately.
+            DatasetEmptied: one is being deleted.
         """
         check_params(params)
         now = datetime.now(UTC)
@@ -123,15 +138,35 @@ class Datasets:
     async def delete_datasets(self, viewer: Viewer, names: Sequence[str]) -> None:
         """Deletes datasets with all their objects; unknown names are skipped.
 
+        Rows go first, so that nobody adds files to a folder that is being emptied.
+
         Raises:
             DatasetHidden: one is somebody else's; none is deleted then.
         """
         found = await self._store.find_datasets(names)
         for dataset in found:
             _check_owner(viewer, dataset)
-        await asyncio.gather(*(self._blobs.delete_prefix(_folder(dataset.name)) for dataset in found))
-        # Rows go last: what is cut short here can be asked for again.
-        await self._store.remove_datasets([dataset.name for dataset in found], timedelta(seconds=UPLOAD_URL_SECONDS))
+        removed = await self._store.remove_datasets([dataset.name for dataset in found], _KEEP, _EMPTYING)
+        await asyncio.gather(*(self._empty(kept) for kept in removed))
+
+    async def empty_folders(self) -> None:
+        """Empties the folders of deleted datasets whose names become free, and those where a deletion was cut short.
+
+        To be done now and then: whoever had a URL may have uploaded into a folder after it was emptied.
+        """
+        while kept := await self._store.claim_name(_EMPTYING):
+            await self._empty(kept)
+
+    async def _empty(self, kept: KeptName) -> None:
+        """What cannot be done now is done when the name is claimed again."""
+        is_free = kept.until <= datetime.now(UTC)
+        try:
+            async with asyncio.timeout(_EMPTYING.total_seconds() / 2):
+                await self._blobs.delete_prefix(_folder(kept.name))
+        except (Unavailable, TimeoutError) as error:
+            log.warning("the folder of a deleted dataset waits to be emptied", dataset=kept.name, reason=str(error))
+            return
+        await self._store.save_emptied(kept, is_free)
 
 
 def make_key(place: Place) -> str:

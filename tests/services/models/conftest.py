@@ -196,6 +196,7 @@ async def service(
         chores.add(LOOK, background.look)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
         chores.add(IMPORT, imports.run, queue=LONG)
+        chores.add_periodic("empty_dataset_folders", "*/1 * * * * */1", datasets.empty_folders)
         doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens), database
         await cancelling.cancel([doing])

@@ -154,6 +154,15 @@ async def test_creating_again_replaces_what_is_known_and_adds_files(models: Runn
     assert [item["original_file_name"] for item in shown["data"]] == ["a.png", "b.png", "c.png"]
 
 
+async def test_who_adds_files_to_a_dataset_of_others_does_not_take_it_from_them(models: Running) -> None:
+    await _create(models, "d", models.ann, ["a.png"])
+    await _create(models, "d", models.admin, ["b.png"])
+    assert len((await _get(models, "d", models.ann))["data"]) == 2
+    operator = models.tokens.user("olga", ["train:all"], ["IT Operator"])
+    async with refused("PERMISSION_DENIED", "no permission to view dataset"):
+        await _get(models, "d", operator)
+
+
 async def test_the_status_of_a_dataset_is_that_of_its_files(models: Running) -> None:
     await _create(models, "d", models.ann)
     answer = await _update(models, "d", "Enabled", models.ann)
@@ -228,6 +237,21 @@ async def test_deleting_takes_rows_and_objects_and_nothing_of_others(models: Run
             await _delete(models, names, models.ann)
 
 
+async def _set_kept(database: Database, change: str) -> None:
+    async with database.transaction() as session:
+        await session.execute(sa.text(f"UPDATE kept_dataset_names SET {change}"))
+
+
+async def _free_again(database: Database) -> None:
+    """Waits until no name is kept."""
+    async with asyncio.timeout(120):
+        while True:
+            async with database.transaction() as session:
+                if not (await session.execute(sa.text("SELECT name FROM kept_dataset_names"))).all():
+                    return
+            await asyncio.sleep(0.05)
+
+
 async def test_the_name_of_a_deleted_dataset_is_its_owners_while_their_urls_can_write_there(
     service: tuple[Running, Database], models: Running
 ) -> None:
@@ -241,14 +265,45 @@ async def test_the_name_of_a_deleted_dataset_is_its_owners_while_their_urls_can_
     await _create(models, "d", models.ann)
     await _upload(left_over, FILES[:1])
     await _delete(models, ["d"], models.ann)
-    async with database.transaction() as session:
-        await session.execute(sa.text("UPDATE kept_dataset_names SET until = now()"))
+    await _set_kept(database, "until = now()")
+    await _free_again(database)
     await _create(models, "d", bob)
-    await _create(models, "e", bob)
-    await _delete(models, ["e"], bob)
-    async with database.transaction() as session:
-        kept = (await session.execute(sa.text("SELECT name, owners FROM kept_dataset_names"))).all()
-    assert kept == [("e", ["guest"])], "names that are free again are forgotten"
+
+
+async def test_what_comes_late_into_a_deleted_dataset_is_gone_before_its_name_is_free(
+    service: tuple[Running, Database], models: Running
+) -> None:
+    _, database = service
+    bob = models.tokens.user("bob", ["train:all"], ["guest"])
+    left_over = await _create(models, "d", models.ann)
+    await _delete(models, ["d"], models.ann)
+    await _upload(left_over, FILES[:1])
+    assert len(await models.blobs.find("dataset/d/")) == 1
+    await _set_kept(database, "until = now()")
+    await _free_again(database)
+    assert await models.blobs.find("dataset/d/") == []
+    await _create(models, "d", bob)
+
+
+async def test_a_deletion_that_was_cut_short_is_finished_and_nobody_adds_files_meanwhile(
+    service: tuple[Running, Database], models: Running
+) -> None:
+    _, database = service
+    left_over = await _create(models, "d", models.ann)
+    await _delete(models, ["d"], models.ann)
+    await _upload(left_over, FILES[:1])
+    # As a process leaves it that died while it emptied the folder.
+    await _set_kept(database, "emptying_until = now() + interval '1 hour'")
+    for by in (models.ann, models.admin):
+        async with refused("FAILED_PRECONDITION", "dataset d is being deleted"):
+            await _create(models, "d", by)
+    assert await _list(models, models.admin) == ([], None)
+    await _set_kept(database, "emptying_until = now()")
+    async with asyncio.timeout(120):
+        while await models.blobs.find("dataset/d/"):  # noqa: ASYNC110 - the store tells nobody
+            await asyncio.sleep(0.05)
+    await _set_kept(database, "emptying_until = NULL")  # what comes next, and need not be waited for
+    await _create(models, "d", models.ann)
 
 
 async def test_the_webui_client_deletes_without_naming_anybody(models: Running) -> None:

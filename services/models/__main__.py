@@ -20,7 +20,7 @@ from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
-from services.models.import_store import IMPORT, ImportStore
+from services.models.import_store import IMPORT, MAX_ATTEMPTS, ImportStore
 from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
@@ -52,7 +52,7 @@ async def main() -> None:
     chores.add(REMOVE_OBJECT, background.remove_object)
     chores.add(LOOK, background.look)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
-    chores.add(IMPORT, imports.run, queue=LONG)
+    chores.add(IMPORT, imports.run, queue=LONG, max_attempts=MAX_ATTEMPTS)
     datasets = Datasets(DatasetStore(database, audit), blobs)
     chores.add_periodic("empty_dataset_folders", "* * * * *", datasets.empty_folders)
     servicer = ModelsServicer(models, imports, datasets, Trained(models, store, blobs))

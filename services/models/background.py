@@ -36,22 +36,22 @@ class Background:
         reason = f"the upload was not finished within {self._upload_max_hours:g} h"
         while found := await self._store.find_stale_uploads(before):
             for checkpoint in found:
-                await self._models.refuse(checkpoint, reason, only_unfinished=True)
+                await self._models.refuse(checkpoint, reason, only_open=True)
 
-    async def look(self, checkpoint_id: str, file_name: str, status: str, is_last: bool) -> None:
-        """Looks at a file that was too large to be looked at while its client waited, then sets the status."""
-        parsed = UUID(checkpoint_id)
+    async def look(self, checkpoint_id: str, file_name: str, status: str) -> None:
+        """Looks at a file that was too large to be looked at while its client waited, and sets the status."""
         try:
-            checkpoint = await self._store.get_checkpoint(parsed)
+            checkpoint = await self._store.get_checkpoint(UUID(checkpoint_id))
             file = next(file for file in checkpoint.files if file.name == file_name)
             if file.complete or checkpoint.status != INITIAL:
                 return
-            await self._models.keep(checkpoint, file)
-            await self._store.save_status(parsed, status)
+            await self._models.keep(checkpoint, file, status=status)
+        except BlobNotFound:
+            await self._models.refuse(checkpoint, f"{file_name} is gone from the object store; upload it again")
         except (CheckpointNotFound, FailedPrecondition) as end:  # it was deleted meanwhile, or refused, and says why
             log.info("nothing to look at any more", checkpoint=checkpoint_id, file=file_name, reason=str(end))
 
-    async def move_objects(self, checkpoint_id: str, is_last: bool) -> None:
+    async def move_objects(self, checkpoint_id: str) -> None:
         """Copies the objects of renamed files to their new keys. Until then each is found, and used, under the old.
 
         The old ones stay for a while: jobs that were queued before name them.
@@ -73,7 +73,7 @@ class Background:
             if not await self._store.save_moved(parsed, old, new, self._renamed_keep):
                 await self._blobs.delete(new)  # deleted or renamed again meanwhile
 
-    async def remove_object(self, checkpoint_id: str, key: str, is_last: bool) -> None:
+    async def remove_object(self, checkpoint_id: str, key: str) -> None:
         """Removes what a renamed file has left at its old key, unless a later rename has come back to that."""
         for checkpoint in await self._store.find_checkpoints([UUID(checkpoint_id)]):
             if any(key in (file.key, file.next_key) for file in checkpoint.files):

@@ -22,16 +22,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 log = structlog.get_logger()
 
-MAX_ATTEMPTS = 10
 SHORT, LONG = "default", "long"  # the queues
 _SCHEMA = "chores"
 _SCHEMA_LOCK = 0x63686F72
 _HEARTBEAT_SECONDS = 3.0
 _DEAD_AFTER_SECONDS = 10.0
 _MAX_WAIT_SECONDS = 300
+_MAX_DOUBLINGS = 10  # the wait is the longest by then
 _POLL_SECONDS = 1.0  # for those that wait: nothing tells when their time has come
 
-# Called with the deferred arguments, and `is_last` where no further attempt follows.
+# Called with the deferred arguments, and with `is_last` where attempts are counted: no other follows it.
 Work = Callable[..., Awaitable[None]]
 
 
@@ -47,16 +47,19 @@ class Chores:
             conninfo=self._conninfo, kwargs={"options": f"-c search_path={_SCHEMA}"}, min_size=1, max_size=4
         )
         self._app = procrastinate.App(connector=connector)
-        self._retry = _Again(first_wait_seconds)
+        self._first_wait_seconds = first_wait_seconds
         self._concurrency = concurrency
 
-    def add(self, name: str, work: Work, queue: str = SHORT) -> None:
-        """Says who does the chores of this name."""
+    def add(self, name: str, work: Work, queue: str = SHORT, max_attempts: int | None = None) -> None:
+        """Says who does the chores of this name. Without `max_attempts` each is tried until it is done."""
 
         async def run(context: procrastinate.JobContext, /, **arguments: Any) -> None:
-            await work(**arguments, is_last=context.job.attempts + 1 >= MAX_ATTEMPTS)
+            if max_attempts is not None:
+                arguments["is_last"] = context.job.attempts + 1 >= max_attempts
+            await work(**arguments)
 
-        self._app.task(name=name, queue=queue, pass_context=True, retry=self._retry)(run)
+        retry = _Again(self._first_wait_seconds, max_attempts)
+        self._app.task(name=name, queue=queue, pass_context=True, retry=retry)(run)
 
     def add_periodic(self, name: str, cron: str, work: Callable[[], Awaitable[None]]) -> None:
         """Has this done at the times of `cron`, by one of the replicas."""
@@ -135,14 +138,15 @@ class Chores:
 class _Again(procrastinate.BaseRetryStrategy):
     """At once after the end of a process, else after a wait that doubles."""
 
-    def __init__(self, first_wait_seconds: float) -> None:
+    def __init__(self, first_wait_seconds: float, max_attempts: int | None) -> None:
         self._first_wait_seconds = first_wait_seconds
+        self._max_attempts = max_attempts
 
     def get_retry_decision(self, *, exception: BaseException, job: Job) -> procrastinate.RetryDecision | None:
         """When to try again; None for never."""
         if isinstance(exception, asyncio.CancelledError):
             return procrastinate.RetryDecision(retry_in={"seconds": 0})
-        if job.attempts + 1 >= MAX_ATTEMPTS:
+        if self._max_attempts is not None and job.attempts + 1 >= self._max_attempts:
             return None
-        wait_seconds = min(self._first_wait_seconds * 2**job.attempts, _MAX_WAIT_SECONDS)
+        wait_seconds = min(self._first_wait_seconds * 2 ** min(job.attempts, _MAX_DOUBLINGS), _MAX_WAIT_SECONDS)
         return procrastinate.RetryDecision(retry_in={"milliseconds": int(wait_seconds * 1000)})

@@ -243,6 +243,8 @@ class Models:
 
     async def _complete(self, file: CheckpointFile, parts: list[tuple[int, str]]) -> None:
         """Completes an upload, or finds that an earlier request did so without getting further."""
+        if not file.upload_id:  # it waits to be looked at
+            return
         try:
             stored = await self._blobs.list_parts(file.key, file.upload_id)
             for number, etag in parts:
@@ -260,11 +262,15 @@ class Models:
                     "create it again"
                 ) from None
 
-    async def keep(self, checkpoint: Checkpoint, file: CheckpointFile, sha256: str = "") -> None:
+    async def keep(
+        self, checkpoint: Checkpoint, file: CheckpointFile, sha256: str = "", status: str | None = None
+    ) -> None:
         """Inspects a complete object and remembers what it is, or refuses it. Its hash is taken where none is given.
 
+        The status, if one is given, is set with it when this was the last file.
+
         Raises:
-            FailedPrecondition: it was refused. CheckpointNotFound: it was deleted meanwhile.
+            FailedPrecondition: it was refused. CheckpointNotFound: it was deleted meanwhile. BlobNotFound.
         """
         size = (await self._blobs.head(file.key)).size_bytes
         try:
@@ -278,7 +284,7 @@ class Models:
         words = ("format", "architecture", "kind") if findings.format else ()
         found = {word: getattr(findings, word) for word in words}
         try:
-            await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found))
+            await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found), status)
         except CheckpointNotFound:
             await self._delete_objects(checkpoint)  # deleted meanwhile, and this object came after
             raise
@@ -291,14 +297,14 @@ class Models:
 
         return await asyncio.to_thread(inspect, file.name, size, fetch)
 
-    async def refuse(self, checkpoint: Checkpoint, reason: str, only_unfinished: bool = False) -> None:
+    async def refuse(self, checkpoint: Checkpoint, reason: str, only_open: bool = False) -> None:
         """Ends a checkpoint with a file that must not be loaded.
 
         It becomes `Disabled` with the reason in `params.error`, all its objects go, and its names are free again: what
         people want next is to upload the mended file under the same name. The row stays, so that they can read why.
         """
         log.warning("checkpoint refused", checkpoint=str(checkpoint.id), reason=reason)
-        if await self._store.save_refusal(checkpoint.id, reason, only_unfinished):
+        if await self._store.save_refusal(checkpoint.id, reason, only_open):
             await self._delete_objects(checkpoint)
 
     async def _delete_objects(self, checkpoint: Checkpoint) -> None:

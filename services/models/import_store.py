@@ -22,6 +22,7 @@ from services.models.rows import Checkpoint, CheckpointFile
 from services.models.store import NameInUse
 
 IMPORT = "import"  # a chore, and the word of params that shows how far it is
+MAX_ATTEMPTS = 10
 
 
 class Superseded(Exception):

@@ -18,7 +18,8 @@ STATUSES = (INITIAL, ACTIVE, DISABLED)
 class CheckpointFile(SQLModel, table=True):
     """One file. `next_key` is where its object goes while it is being renamed.
 
-    `size_bytes` and `sha256` (hex) are known once it is complete.
+    `upload_id` is empty while the object waits to be looked at. `size_bytes` and `sha256` (hex) are known once it is
+    complete.
     """
 
     __tablename__ = "checkpoint_files"
@@ -71,6 +72,11 @@ class Checkpoint(SQLModel, table=True):
     def is_unfinished(self) -> bool:
         """Whether it waits for files, or for the first of them to have a name."""
         return self.status == INITIAL and not self.has_all_files
+
+    @property
+    def has_open_upload(self) -> bool:
+        """Whether it waits for a client to finish an upload."""
+        return self.status == INITIAL and any(file.upload_id and not file.complete for file in self.files)
 
     @property
     def has_all_files(self) -> bool:

@@ -175,8 +175,10 @@ class ModelStore:
         )
         return {(row["type"], row["name"]): UsableFile(**row) for row in rows}
 
-    async def save_complete(self, checkpoint_id: UUID, name: str, inspected: Inspected) -> Checkpoint:
-        """Marks a file complete and keeps what its inspection found.
+    async def save_complete(
+        self, checkpoint_id: UUID, name: str, inspected: Inspected, status: str | None = None
+    ) -> Checkpoint:
+        """Marks a file complete and keeps what its inspection found; with the last file the status is set, if given.
 
         Raises:
             CheckpointNotFound: it was deleted meanwhile.
@@ -188,6 +190,8 @@ class ModelStore:
             file.complete, file.size_bytes, file.sha256 = True, inspected.size_bytes, inspected.sha256
             merged = {"size": inspected.size_bytes, "sha256": inspected.sha256, **inspected.found}
             checkpoint.params = _merge(checkpoint.params, name, merged)
+            if status is not None and checkpoint.error is None and checkpoint.has_all_files:
+                checkpoint.status = status
             await self._audit.record(
                 session, "checkpoint.complete_file", str(checkpoint_id), before, checkpoint.facts()
             )
@@ -215,13 +219,14 @@ class ModelStore:
             return kept
 
     async def save_look(self, checkpoint_id: UUID, name: str, status: str) -> None:
-        """Has the object of a file looked at in the background, and the status set then.
+        """Has the object of a file looked at in the background, and the status set then. Its upload has ended.
 
         Raises:
             CheckpointNotFound: it was deleted meanwhile.
         """
         async with self._database.transaction() as session:
-            await _locked(session, checkpoint_id)
+            checkpoint = await _locked(session, checkpoint_id)
+            next(file for file in checkpoint.files if file.name == name).upload_id = ""
             arguments = {"checkpoint_id": str(checkpoint_id), "file_name": name, "status": status}
             await self._chores.defer(session, LOOK, str(checkpoint_id), arguments)
 
@@ -290,20 +295,20 @@ class ModelStore:
         unset = [col(column).is_(None) for column in (Checkpoint.error, Checkpoint.source, Checkpoint.folder)]
         # A client may set a finished one back to Initial: that is no upload.
         of_it = col(CheckpointFile.checkpoint_id) == col(Checkpoint.id)
-        has_open_file = sa.exists().where(of_it, ~col(CheckpointFile.complete))
+        is_open = sa.exists().where(of_it, ~col(CheckpointFile.complete), col(CheckpointFile.upload_id) != "")
         opened = [col(Checkpoint.status) == INITIAL, *unset, col(Checkpoint.created_at) < before]
-        wanted = sa.select(Checkpoint).where(*opened, has_open_file)
+        wanted = sa.select(Checkpoint).where(*opened, is_open)
         async with self._database.transaction() as session:
             return list((await session.execute(wanted.limit(_MAX_STALE))).scalars())
 
-    async def save_refusal(self, checkpoint_id: UUID, error: str, only_unfinished: bool = False) -> bool:
+    async def save_refusal(self, checkpoint_id: UUID, error: str, only_open: bool = False) -> bool:
         """Disables a checkpoint that is refused, and frees its names.
 
-        False, and nothing done, for one that is gone, or with `only_unfinished` has been finished meanwhile.
+        False, and nothing done, for one that is gone, or with `only_open` whose uploads have ended meanwhile.
         """
         async with self._database.transaction() as session:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
-            if checkpoint is None or (only_unfinished and not checkpoint.is_unfinished):
+            if checkpoint is None or (only_open and not checkpoint.has_open_upload):
                 return False
             before = checkpoint.facts()
             checkpoint.status, checkpoint.error = DISABLED, error

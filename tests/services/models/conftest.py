@@ -40,7 +40,7 @@ from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
-from services.models.import_store import IMPORT, ImportStore
+from services.models.import_store import IMPORT, MAX_ATTEMPTS, ImportStore
 from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
@@ -195,7 +195,7 @@ async def service(
         chores.add(REMOVE_OBJECT, background.remove_object)
         chores.add(LOOK, background.look)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
-        chores.add(IMPORT, imports.run, queue=LONG)
+        chores.add(IMPORT, imports.run, queue=LONG, max_attempts=MAX_ATTEMPTS)
         chores.add_periodic("empty_dataset_folders", "*/1 * * * * */1", datasets.empty_folders)
         doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens), database

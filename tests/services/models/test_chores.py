@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
+
 from services.common import cancelling
+from services.common.database import Database
 from services.models.chores import Chores
 
 
@@ -15,3 +18,30 @@ async def test_chores_that_are_cancelled_at_any_moment_of_their_start_leave_noth
             await asyncio.sleep(0)  # the moments of the event loop, of which nothing tells
         await cancelling.cancel([running])
         assert asyncio.all_tasks() == before, f"cancelled after {num_turns} turns"
+
+
+@pytest.mark.parametrize(("max_attempts", "expected"), [(3, 3), (None, 11)])
+async def test_a_chore_is_tried_until_it_is_done_or_as_often_as_was_said(
+    database_url: str, max_attempts: int | None, expected: int
+) -> None:
+    num_attempts, done = 0, asyncio.Event()
+
+    async def fail(name: str, is_last: bool = False) -> None:
+        nonlocal num_attempts
+        num_attempts += 1
+        assert is_last == (num_attempts == max_attempts)
+        if num_attempts == expected:
+            done.set()
+        if is_last or num_attempts < expected:
+            raise OSError("the store is down")
+
+    database, chores = Database(database_url, pool_size=1), Chores(database_url, first_wait_seconds=0)
+    await chores.prepare()
+    chores.add("fail", fail, max_attempts=max_attempts)
+    async with database.transaction() as session:
+        await chores.defer(session, "fail", "lock", {"name": "x"})
+    running = asyncio.create_task(chores.run())
+    async with asyncio.timeout(120):
+        await done.wait()
+    await cancelling.cancel([running])
+    await database.dispose()

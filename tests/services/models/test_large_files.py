@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
+import sqlalchemy as sa
+
+from services.common.database import Database
 from tests.services.models.conftest import LOOK_MAX_BYTES, Running
 from tests.services.models.files import safetensors
 
@@ -32,9 +36,30 @@ async def ended(models: Running, checkpoint_id: str) -> dict[str, Any]:
     return await until(shown)
 
 
+async def attempts(database: Database, chore: str) -> int:
+    """How often the chores of this name that are to be done again were tried."""
+    tried = "SELECT coalesce(sum(attempts), 0) FROM chores.procrastinate_jobs WHERE task_name = :chore"
+    async with database.transaction() as session:
+        return int((await session.execute(sa.text(tried), {"chore": chore})).scalar_one())
+
+
 async def nothing_left(models: Running, checkpoint_id: str) -> bool:
     """Whether a checkpoint has no objects."""
     return not await models.blobs.find(f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/")
+
+
+@asynccontextmanager
+async def refusing(database: Database, change: str) -> AsyncIterator[None]:
+    """Within the block the database takes no such change, as if each process that tries it died."""
+    async with database.transaction() as session:
+        function = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$"
+        await session.execute(sa.text(function))
+        await session.execute(sa.text(f"CREATE TRIGGER refuse BEFORE {change} EXECUTE FUNCTION refuse()"))
+    try:
+        yield
+    finally:
+        async with database.transaction() as session:
+            await session.execute(sa.text("DROP FUNCTION refuse CASCADE"))
 
 
 async def test_a_large_file_is_active_when_it_was_looked_at(models: Running) -> None:
@@ -88,3 +113,43 @@ async def test_deleting_before_the_look_leaves_nothing(models: Running) -> None:
     await models.update(again.checkpoint.id, tags)
     assert (await ended(models, again.checkpoint.id))["status"] == "Active"
     await until(lambda: nothing_left(models, created.checkpoint.id))
+
+
+async def test_a_look_that_is_cut_short_before_it_sets_the_status_is_done_again(
+    models: Running, service: tuple[Running, Database]
+) -> None:
+    created = await models.create(("large.safetensors", 1))
+    tags = {"large.safetensors": await models.put(created, "large.safetensors", LARGE)}
+    async with refusing(service[1], "UPDATE ON checkpoints FOR EACH ROW WHEN (NEW.status = 'Active')"):
+        await models.update(created.checkpoint.id, tags)
+        await until(lambda: attempts(service[1], "look_at_object"))
+    assert (await ended(models, created.checkpoint.id))["status"] == "Active"
+
+
+async def test_an_upload_that_was_finished_is_not_ended_however_long_its_look_takes(
+    models: Running, service: tuple[Running, Database]
+) -> None:
+    _, database = service
+    created = await models.create(("large.safetensors", 1))
+    tags = {"large.safetensors": await models.put(created, "large.safetensors", LARGE)}
+    never_finished = await models.create(("other.safetensors", 1))
+    async with refusing(database, "UPDATE ON checkpoint_files FOR EACH ROW WHEN (NEW.complete)"):
+        await models.update(created.checkpoint.id, tags)
+        async with database.transaction() as session:
+            await session.execute(sa.text("UPDATE checkpoints SET created_at = created_at - interval '1 year'"))
+        assert (await ended(models, never_finished.checkpoint.id))["status"] == "Disabled"
+        assert (await models.show(created.checkpoint.id))["status"] == "Initial"
+        await models.update(created.checkpoint.id, tags)  # asking again is fine
+    assert (await ended(models, created.checkpoint.id))["status"] == "Active"
+
+
+async def test_a_large_file_that_the_store_has_lost_is_disabled(
+    models: Running, service: tuple[Running, Database]
+) -> None:
+    created = await models.create(("large.safetensors", 1))
+    tags = {"large.safetensors": await models.put(created, "large.safetensors", LARGE)}
+    async with refusing(service[1], "UPDATE ON checkpoint_files FOR EACH ROW WHEN (NEW.complete)"):
+        await models.update(created.checkpoint.id, tags)
+        await models.blobs.delete_prefix(f"Stable-diffusion/checkpoint/custom/{created.checkpoint.id}/")
+        item = await ended(models, created.checkpoint.id)
+    assert item["params"]["error"] == "large.safetensors is gone from the object store; upload it again"

@@ -30,12 +30,13 @@ _STARTER = "endpoints"  # the service that starts workers and trainers, and it a
 
 @dataclass(frozen=True)
 class Actor:
-    """Whoever asks; `may_impersonate` tells whether their API key may act for others."""
+    """Whoever asks; `may_impersonate` tells whether the API key may act for others, `key_owner` whose it is."""
 
     name: str
     permissions: list[str]
     roles: list[str]
     may_impersonate: bool = False
+    key_owner: str = ""
 
     def covers(self, permission: str) -> bool:
         """Whether they hold this permission, or all of its resource."""
@@ -185,10 +186,15 @@ class Identity:
         """Deletes users and their keys; unknown names are skipped.
 
         Raises:
-            FailedPrecondition: the actor is among them, or nobody would be left with user:all. Nobody is deleted then.
+            FailedPrecondition: the actor is among them, or the owner of the key that they came with, or nobody would be
+            left with user:all. Nobody is deleted then.
         """
         if actor.name in usernames:
             raise FailedPrecondition(f"{actor.name} cannot delete their own account")
+        if actor.key_owner in usernames:  # whom all may act by, who would be locked out
+            raise FailedPrecondition(
+                f"{actor.key_owner} owns the API key of this request, and cannot be deleted with it"
+            )
         await self._store.remove_users([_name("user_name_list", name) for name in usernames])
         self._changed()
 

@@ -123,7 +123,7 @@ class IdentityServicer(rpc.IdentityServiceServicer):
 
 def _actor() -> Actor:
     caller: Caller = current_caller()
-    return Actor(caller.name, caller.permissions, caller.roles, caller.impersonate)
+    return Actor(caller.name, caller.permissions, caller.roles, caller.impersonate, caller.key_owner)
 
 
 def _role(role: Role) -> pb.Role:

@@ -146,6 +146,15 @@ async def test_nobody_deletes_their_own_account(identity: Any) -> None:
     assert await identity.store.find_users("ann"), "nothing is deleted"
 
 
+async def test_the_owner_of_the_key_of_a_request_is_not_deleted_with_it(identity: Any, user_token: Any) -> None:
+    """An administrator of a WebUI acts through a key of `api`, without which nobody there could do anything."""
+    await identity.make_user("boss", ALL)
+    through_api = user_token("boss", ALL, ["chiefs"], key_owner="api")
+    call = identity.stub.DeleteUsers(pb.DeleteUsersRequest(user_name_list=["api"]), metadata=through_api)
+    assert "api owns the key of this request" in await fails(call, PRECONDITION)
+    assert await _is_open(identity, identity.first_key)
+
+
 async def test_the_last_holder_of_user_all_keeps_it(identity: Any, user_token: Any) -> None:
     boss = user_token("boss", ALL, ["chiefs"])
     words = "at least one user must keep the permission user:all"

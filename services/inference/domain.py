@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -35,6 +36,9 @@ from services.inference.webhooks.domain import check_webhook
 
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _SWEEP_SECONDS = 7.0
+_REMOVE_SECONDS = 20.0  # of a deletion, for which a client waits
+_MAX_PAGE_BYTES = 8 * 2**20  # about; an answer has a bound (services/common/server.py)
+_LINK_BYTES = 1024  # of a picture's URL
 
 
 @dataclass(frozen=True)
@@ -254,8 +258,9 @@ class Inference:
         jobs = await self._store.page(
             JobFilter(task_type, owners, wanted.status, wanted.endpoint_name, since, until), size + 1, after
         )
-        last = jobs[size - 1] if len(jobs) > size else None
-        return jobs[:size], make_key(_KEY_NAMES, last.id, last.create_time, taskType=last.task_type) if last else None
+        page = _fitting(jobs[:size])
+        last = page[-1] if len(jobs) > len(page) else None
+        return page, make_key(_KEY_NAMES, last.id, last.create_time, taskType=last.task_type) if last else None
 
     async def delete_jobs(self, job_ids: list[str], user: User) -> None:
         """Cancels and deletes jobs with their input and results; unknown ids are skipped.
@@ -267,8 +272,11 @@ class Inference:
             if job is not None and not user.is_anonymous:
                 _check_owner(job, user)
         known = [parsed for job_id in job_ids if (parsed := _parse_id(job_id)) is not None]
-        for job in await self._store.delete(known):
-            await self._cleaner.remove(job.prefixes)
+        deleted = await self._store.delete(known)
+        with suppress(TimeoutError):  # the cleaner goes on where this ends
+            async with asyncio.timeout(_REMOVE_SECONDS):
+                for job in deleted:
+                    await self._cleaner.remove(job.prefixes)
 
     # --- inside ---
 
@@ -297,6 +305,16 @@ class Inference:
         if current.failure is not None:
             raise FailedPrecondition(current.failure)
         return current
+
+
+def _fitting(jobs: list[Job]) -> list[Job]:
+    """As many of the first ones as a page has room for; one in any case."""
+    num_bytes = 0
+    for number, job in enumerate(jobs):
+        num_bytes += len((job.payload_string or "").encode()) + _LINK_BYTES * (1 + len(job.image_names or []))
+        if number and num_bytes > _MAX_PAGE_BYTES:
+            return jobs[:number]
+    return jobs
 
 
 def _time(name: str, text: str) -> datetime | None:

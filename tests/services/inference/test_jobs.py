@@ -9,6 +9,7 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
+from services.inference import domain
 from services.inference.submitting.quotas import Quotas
 from tests.pictures import encoded, noise
 from tests.services.inference.conftest import PNG, Service
@@ -300,6 +301,24 @@ async def test_a_job_is_for_its_owner_and_holders_of_user_all(service: Service) 
     assert (await refusal(service.start(receipt.id, bob)))[0] == grpc.StatusCode.PERMISSION_DENIED
     assert (await service.get(receipt.id, admin)).id == receipt.id
     assert (await service.get(receipt.id, webui)).id == receipt.id
+
+
+async def test_a_page_of_jobs_with_long_payloads_ends_before_its_limit(service: Service) -> None:
+    """1,000 of them would be an answer that is too large to be sent."""
+    ids = [
+        (await service.create(payload_string=json.dumps({"prompt": "long " * 6_000}))).inference_id for _ in range(3)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(domain, "_MAX_PAGE_BYTES", 70_000)
+        found, key = [], ""
+        for _ in ids:
+            request = pb.ListInferenceJobsRequest(limit="0", exclusive_start_key=key)
+            page = await service.jobs.ListInferenceJobs(request, metadata=service.user())
+            found.append([job.id for job in page.inferences])
+            key = page.last_evaluated_key.string_value
+            if not key:
+                break
+    assert found == [ids[:0:-1], [ids[0]]]
 
 
 async def test_a_list_shows_ones_own_jobs_in_pages_with_null_for_what_is_unset(service: Service) -> None:

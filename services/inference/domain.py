@@ -185,28 +185,30 @@ class Inference:
         )
 
     async def start_job(self, job_id: str, user: User) -> Job:
-        """Checks and freezes the payload and queues the job; a Real-time one comes back when it has ended.
+        """Checks and freezes the payload and queues the job; a Real-time one comes back when it has ended. One that is
+        under way already goes on as it was started: a client may repeat a start whose answer it did not get.
 
         Raises:
             InvalidArgument: the id is unknown or the payload wrong. PermissionDenied. FailedPrecondition: there is no
-            payload, the job is under way, or the Real-time job failed. ResourceExhausted: the owner's quota is used up.
+            payload, or the Real-time job failed. ResourceExhausted: the owner's quota is used up.
         """
         submit_time = now()
-        found = await self._find(job_id)
-        if found is None:
-            raise InvalidArgument(f"InferenceJobId {job_id} not found")
-        job = found
+        job = _known(job_id, await self._find(job_id))
         _check_owner(job, user)
+
+        async def current() -> Job:
+            return _known(job_id, await self._find(job_id))
+
         if job.status == "inprogress":
-            raise FailedPrecondition(f"inference {job.id} is under way already")
+            return await self._run(job, current)
         content = job.payload_string if job.payload_string is not None else await self._freezer.fetch(job)
         frozen = await self._freezer.freeze(job, content, submit_time)
 
         async def queue() -> Job:
-            queued = await self._store.queue(job.id, **frozen)
-            if queued is None:
-                raise InvalidArgument(f"InferenceJobId {job_id} not found")
-            return queued
+            try:
+                return _known(job_id, await self._store.queue(job.id, **frozen))
+            except FailedPrecondition:  # another start was quicker
+                return await current()
 
         return await self._run(job, queue)
 
@@ -322,6 +324,12 @@ def _time(name: str, text: str) -> datetime | None:
         return read_time(text) if text else None
     except ValueError:
         raise InvalidArgument(f'{name} "{text}" is no time; 2026-01-31 or 2026-01-31 23:59:59 is possible') from None
+
+
+def _known(job_id: str, found: Job | None) -> Job:
+    if found is None:
+        raise InvalidArgument(f"InferenceJobId {job_id} not found")
+    return found
 
 
 def _check_owner(job: Job, user: User) -> None:

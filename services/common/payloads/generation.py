@@ -1,21 +1,19 @@
 """What txt2img and img2img have in common: the fields of contract 10.4 with A1111's defaults, and their bounds.
 
-Fields that change nothing here are ignored; `ignored` names those that a client might miss. What would change the
-picture in a way that cannot be had is refused, unless it is switched off.
+How a client spells them is read in `spelling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from services.common.payloads import plots, prompts, samplers
+from services.common.payloads import plots, prompts
 from services.common.payloads.base import Payload
 from services.common.payloads.controlnet import MAX_UNITS, Unit
-from services.common.payloads.scripts import as_fields, check_scripts
-from services.common.payloads.showing import shown
+from services.common.payloads.spelling import CHECKED, WITHOUT_EFFECT, checked_form
 
 MAX_IMAGES = 64
 MAX_SIDE = 4096
@@ -26,41 +24,6 @@ _LARGEST_EXACT_INTEGER = 2**53 - 1  # payloads travel as JSON numbers
 # GPU-seconds of one step at 512x512. Only ratios between jobs matter to the queue, so any constant will do.
 _STEP_SECONDS = 0.05
 _CONTROLNET_PART = 0.4  # of a UNet: its way down and its middle
-_OFF = (False, 0, "", "None", "none")
-# What would change the picture and cannot be had, and what is possible instead.
-_REFUSED = {
-    "restore_faces": "face restoration needs weights that this service does not have; set it to false",
-    "s_churn": "it is not supported yet; set it to 0",
-    "firstpass_image": "it is deprecated in A1111 too; use img2img",
-}
-# Fields of A1111 that say how its own interface shows, stores or repeats a picture.
-_WITHOUT_EFFECT = {
-    "alwayson_scripts", "comments", "do_not_save_grid",
-    "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
-    "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
-    "save_images", "scheduler", "script_args", "script_name", "send_images",
-}  # fmt: skip
-_SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
-_DEFAULTS = {"s_noise": 1}
-_SETTINGS = {
-    "CLIP_stop_at_last_layers": "clip_skip",
-    "eta_ancestral": "eta_ancestral",
-    "eta_ddim": "eta_ddim",
-    "eta_noise_seed_delta": "noise_seed_delta",
-    "hires_fix_refiner_pass": "refiner_pass",
-    "img2img_fix_steps": "fix_steps",
-    "initial_noise_multiplier": "initial_noise_multiplier",
-    "s_min_uncond": "s_min_uncond",
-    "sd_model_checkpoint": "model_name",
-    "sd_vae": "vae_name",
-    "tiling": "tiling",
-}
-# Fields that no client's payload has: what they hold comes from settings and scripts.
-_OWN = frozenset({
-    "clip_skip", "controlnet", "eta_ancestral", "eta_ddim", "fix_steps", "form", "ignored", "model_name",
-    "noise_seed_delta", "plot", "refiner_pass", "vae_name",
-})  # fmt: skip
-CHECKED: Final = "checked"
 REFINE_FIRST: Final = "first pass"
 REFINE_SECOND: Final = "second pass"
 
@@ -68,11 +31,11 @@ REFINE_SECOND: Final = "second pass"
 class Generation(Payload):
     """One job's request. Sizes are in pixels; those of `seed_resize_from` are used where both are > 0."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset(_WITHOUT_EFFECT)
+    without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT
     # Whether the job paints on a picture.
     has_picture: ClassVar[bool] = False
 
-    # Marks the form that was checked. Without it a payload is a client's, which has none of the fields in `_OWN`.
+    # Marks the form that was checked. Without it a payload is a client's, which has none of `spelling`'s own.
     form: Literal["checked"] = CHECKED
     # Names of what the payload has and nothing here uses; goes into the result's `info`.
     ignored: list[str] = Field(default=[])
@@ -123,31 +86,7 @@ class Generation(Payload):
     @model_validator(mode="before")
     @classmethod
     def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in fields.items() if value is not None}
-        own = frozenset[str]() if given.get("form") == CHECKED else _OWN
-        unused = _unused(given, (cls.model_fields.keys() | cls.without_effect) - own)
-        given = {name: value for name, value in given.items() if name not in own}
-        for name, instead in _REFUSED.items():
-            if given.get(name) not in (None, *_OFF):
-                raise ValueError(f"{name} {shown(given[name])}: {instead}")
-        ignored = unused + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
-        script = str(given.get("script_name") or "None")
-        if script.lower() == plots.SCRIPT:
-            given["plot"] = plots.plot_of(given.get("script_args"), given, cls.has_picture)
-        elif script not in _OFF:
-            ignored.append(f"script {script}")
-        given["sampler_name"] = given.get("sampler_name") or given.get("sampler_index") or "Euler"
-        ignored += [field for name, field in _SCHEDULES if samplers.ignores(given.get(name), given.get(field))]
-        given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
-        given.setdefault("ignored", ignored + _unused_etas(given))
-        given |= as_fields(given.get("alwayson_scripts"))
-        if given.get("refiner_checkpoint") in _OFF:
-            given.pop("refiner_checkpoint", None)
-        settings = given.get("override_settings")
-        for setting, value in (settings if isinstance(settings, dict) else {}).items():
-            if setting in _SETTINGS and value is not None:  # what the payload says itself wins
-                given.setdefault(_SETTINGS[setting], value)
-        return given
+        return checked_form(fields, cls.model_fields.keys(), cls.without_effect, cls.has_picture)
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -330,15 +269,6 @@ class Generation(Payload):
         return self.subseed + image
 
 
-def _unused_tags(given: dict[str, Any]) -> list[str]:
-    """Tags of networks that cannot be had, or that stand where they do nothing."""
-    prompt, negative = (str(given.get(name, "")) for name in ("prompt", "negative_prompt"))
-    read = prompts.read(prompt)
-    others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
-    misplaced = prompts.read(negative)
-    return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
-
-
 def stretched(num_steps: int, strength: float) -> int:
     """Steps of a schedule whose part from this denoising strength on has so many.
 
@@ -351,28 +281,3 @@ def stretched(num_steps: int, strength: float) -> int:
             f"from {num_steps / _MAX_SCHEDULE:g} on is possible"
         )
     return int(num_steps / min(strength, MAX_STRENGTH))
-
-
-def _unused_etas(given: dict[str, Any]) -> list[str]:
-    """Names of what says another eta than the sampler of a pass always has."""
-    names = [given["sampler_name"], *filter(None, [given.get("hr_sampler_name")])]
-    fixed = [eta for eta in (samplers.sampler_of(name).fixed_eta for name in names) if eta is not None]
-    settings = given.get("override_settings")
-    ancestral = settings.get("eta_ancestral") if isinstance(settings, dict) else None
-    said = {"eta": given.get("eta"), "override_settings.eta_ancestral": ancestral}
-    return [name for name, eta in said.items() if eta is not None and any(eta != other for other in fixed)]
-
-
-def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
-    """Names of fields and settings that say something and are not known."""
-    fields = [
-        name
-        for name, value in given.items()
-        if name not in known and value not in (*_OFF, [], {})
-        if value != _DEFAULTS.get(name)
-    ]
-    settings = given.get("override_settings")
-    if isinstance(settings, dict):
-        known = {name for name, value in settings.items() if name in _SETTINGS or value is None}
-        fields += [f"override_settings.{name}" for name in settings if name not in known]
-    return fields

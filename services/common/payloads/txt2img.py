@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from services.common.payloads import prompts, samplers
-from services.common.payloads.generation import CHECKED, MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation, stretched
+from services.common.payloads.generation import MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation, stretched
+from services.common.payloads.spelling import CHECKED
 from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
 _SAME = (None, "", "Use same checkpoint", "Use same sampler", "Use same scheduler", "None")

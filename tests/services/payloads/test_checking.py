@@ -322,3 +322,10 @@ def test_what_is_ignored_is_named() -> None:
         "script dynamic prompts",
         "script sd upscale",
     ]
+
+
+def test_fields_of_a_second_pass_mean_nothing_to_img2img() -> None:
+    """Clients send them all the same."""
+    second = {"hr_sampler_name": "Use same sampler", "hr_scheduler": "Use same scheduler"}
+    given = {"init_images": [encoded(noise())], "sampler_name": "DPM++ SDE", "eta": 0, **second}
+    assert check_payload(json.dumps(given), "img2img", JOB).fields["ignored"] == [*second, "eta"]

@@ -1,0 +1,121 @@
+"""From a client's spelling of a request, A1111's, to that of the checked form: what settings and scripts say become
+fields, and a sampler has one name.
+
+Fields that change nothing here are ignored; `ignored` names those that a client might miss. What would change the
+picture in a way that cannot be had is refused, unless it is switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any, Final
+
+from services.common.payloads import plots, prompts, samplers
+from services.common.payloads.scripts import as_fields, check_scripts
+from services.common.payloads.showing import shown
+
+_OFF = (False, 0, "", "None", "none")
+# What would change the picture and cannot be had, and what is possible instead.
+_REFUSED = {
+    "restore_faces": "face restoration needs weights that this service does not have; set it to false",
+    "s_churn": "it is not supported yet; set it to 0",
+    "firstpass_image": "it is deprecated in A1111 too; use img2img",
+}
+# Fields of A1111 that say how its own interface shows, stores or repeats a picture.
+WITHOUT_EFFECT = frozenset({
+    "alwayson_scripts", "comments", "do_not_save_grid",
+    "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
+    "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
+    "save_images", "scheduler", "script_args", "script_name", "send_images",
+})  # fmt: skip
+_SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
+_DEFAULTS = {"s_noise": 1}
+_SETTINGS = {
+    "CLIP_stop_at_last_layers": "clip_skip",
+    "eta_ancestral": "eta_ancestral",
+    "eta_ddim": "eta_ddim",
+    "eta_noise_seed_delta": "noise_seed_delta",
+    "hires_fix_refiner_pass": "refiner_pass",
+    "img2img_fix_steps": "fix_steps",
+    "initial_noise_multiplier": "initial_noise_multiplier",
+    "s_min_uncond": "s_min_uncond",
+    "sd_model_checkpoint": "model_name",
+    "sd_vae": "vae_name",
+    "tiling": "tiling",
+}
+# Fields that no client's payload has: what they hold comes from settings and scripts.
+_OWN = frozenset({
+    "clip_skip", "controlnet", "eta_ancestral", "eta_ddim", "fix_steps", "form", "ignored", "model_name",
+    "noise_seed_delta", "plot", "refiner_pass", "vae_name",
+})  # fmt: skip
+CHECKED: Final = "checked"
+
+
+def checked_form(
+    fields: dict[str, Any], known: Set[str], without_effect: Set[str], has_picture: bool
+) -> dict[str, Any]:
+    """The fields of a request, of which these names are known, not yet checked one by one. Those of the checked form
+    stay as they are.
+
+    Raises:
+        ValueError: something cannot be had; the message names it.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    own = frozenset[str]() if given.get("form") == CHECKED else _OWN
+    unused = _unused(given, (known | without_effect) - own)
+    given = {name: value for name, value in given.items() if name not in own}
+    for name, instead in _REFUSED.items():
+        if given.get(name) not in (None, *_OFF):
+            raise ValueError(f"{name} {shown(given[name])}: {instead}")
+    ignored = unused + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
+    script = str(given.get("script_name") or "None")
+    if script.lower() == plots.SCRIPT:
+        given["plot"] = plots.plot_of(given.get("script_args"), given, has_picture)
+    elif script not in _OFF:
+        ignored.append(f"script {script}")
+    given["sampler_name"] = given.get("sampler_name") or given.get("sampler_index") or "Euler"
+    passes = [(name, field) for name, field in _SCHEDULES if name in known and given.get(name)]
+    ignored += [field for name, field in passes if samplers.ignores(given[name], given.get(field))]
+    given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
+    given.setdefault("ignored", ignored + _unused_etas(given, [given[name] for name, _ in passes]))
+    given |= as_fields(given.get("alwayson_scripts"))
+    if given.get("refiner_checkpoint") in _OFF:
+        given.pop("refiner_checkpoint", None)
+    settings = given.get("override_settings")
+    for setting, value in (settings if isinstance(settings, dict) else {}).items():
+        if setting in _SETTINGS and value is not None:  # what the payload says itself wins
+            given.setdefault(_SETTINGS[setting], value)
+    return given
+
+
+def _unused_tags(given: dict[str, Any]) -> list[str]:
+    """Tags of networks that cannot be had, or that stand where they do nothing."""
+    prompt, negative = (str(given.get(name, "")) for name in ("prompt", "negative_prompt"))
+    read = prompts.read(prompt)
+    others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
+    misplaced = prompts.read(negative)
+    return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
+
+
+def _unused_etas(given: dict[str, Any], names: list[str]) -> list[str]:
+    """Names of what says another eta than one of these samplers always has."""
+    fixed = [eta for eta in (samplers.sampler_of(name).fixed_eta for name in names) if eta is not None]
+    settings = given.get("override_settings")
+    ancestral = settings.get("eta_ancestral") if isinstance(settings, dict) else None
+    said = {"eta": given.get("eta"), "override_settings.eta_ancestral": ancestral}
+    return [name for name, eta in said.items() if eta is not None and any(eta != other for other in fixed)]
+
+
+def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
+    """Names of fields and settings that say something and are not known."""
+    fields = [
+        name
+        for name, value in given.items()
+        if name not in known and value not in (*_OFF, [], {})
+        if value != _DEFAULTS.get(name)
+    ]
+    settings = given.get("override_settings")
+    if isinstance(settings, dict):
+        known = {name for name, value in settings.items() if name in _SETTINGS or value is None}
+        fields += [f"override_settings.{name}" for name in settings if name not in known]
+    return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -30,13 +30,18 @@ class Provenance:
         """What may change a picture's last bits beside its request and models."""
         return {"esd": VERSION, **_versions(), "device": self.device}
 
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return self.request.digests()
+
     def of(self, image: int) -> str:
-        """The JSON text in the chunk `esd` of a picture of that number. The client's own pictures are left out."""
+        """The JSON text in the chunk `esd` of a picture of that number; of the client's own pictures, their hashes."""
         content: dict[str, Any] = {
             "job": self.job_id,
             "image": image,
             "task_type": self.task_type,
             "request": self.request.echo(),
+            "digests": self._digests,
             "models": [{"type": file.type, "name": file.name, "sha256": file.sha256} for file in self.files],
             "engine": self.engine,
         }

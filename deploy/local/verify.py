@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ class Making:
     request: dict[str, Any]
     models: list[dict[str, str]]
     engine: dict[str, str]
+    digests: dict[str, str] = field(default_factory=dict)  # of the client's own pictures, by their field
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _making(image: Any, path: Path) -> Making:
     if text is None:
         fail(f"{path}: it does not say how it was made: the PNG chunk `{CHUNK}` is missing")
     try:
-        told = json.loads(text)
+        told = {"digests": {}} | json.loads(text)
         return Making(**{name: told[name] for name in Making.__dataclass_fields__})
     except (ValueError, TypeError, KeyError):
         fail(f"{path}: what it says of its making cannot be read")
@@ -149,6 +150,8 @@ def _request(making: Making, payload: Path | None) -> dict[str, Any]:
         fail(f"--payload {payload}: {error}")
     echo = json.loads(json.dumps(request.echo()))
     others = [name for name in making.request if making.request[name] != echo.get(name) and name != "exclusive"]
+    found = request.digests()
+    others += [name for name in making.digests if making.digests[name] != found.get(name)]
     if others:
         fail(f"--payload {payload} is not that of job {making.job}: {', '.join(others)} differ")
     return request.model_dump()

@@ -194,6 +194,10 @@ def test_a_picture_from_a_picture_is_made_again_with_its_payload(esd: Esd, studi
     path.write_text(json.dumps(payload))
     again = esd("verify", picture, "--payload", path, "--user", "painter")
     assert again.returncode == 0, again.stderr
+    path.write_text(json.dumps(payload | {"init_images": [encoded(noise(seed=1))]}))
+    other = esd("verify", picture, "--payload", path, "--user", "painter")
+    assert other.returncode == 1
+    assert "init_images differ" in other.stderr
     path.write_text(json.dumps(payload | {"seed": 12, "steps": 7}))
     other = esd("verify", picture, "--payload", path, "--user", "painter")
     assert other.returncode == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -30,3 +32,9 @@ class Payload(BaseModel):
     def echo(self) -> dict[str, Any]:
         """The request as it is shown to its owner."""
         return self.model_dump()
+
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each field that `echo` does not show whole: the client's own pictures."""
+        shown = self.echo()
+        hidden = {name: value for name, value in self.model_dump().items() if value != shown.get(name)}
+        return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in hidden.items()}

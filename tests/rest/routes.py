@@ -1,4 +1,4 @@
-"""The routes of roles, users, keys, checkpoints and datasets: a sound request of each, and what each field may be."""
+"""The routes of roles, users, keys, checkpoints, datasets and trainings: a sound request of each, and its fields."""
 
 from __future__ import annotations
 
@@ -269,5 +269,35 @@ ROUTES = [
         {"dataset_name_list": ["nothing"]},
         {"dataset_name_list": Texts("nothing", 10, bad=(["9a"], ["a" * 21]))},
         anonymous=204,
+    ),
+    # A training is its owner's alone and takes a model and a dataset: here nobody gets further than the permission.
+    # What becomes of one is in tests/services/training and tests/e2e/test_trainings.py.
+    Route("list trainings", "GET", "/trainings", 200, ("train:all",)),
+    Route(
+        "create training",
+        "POST",
+        "/trainings",
+        400,
+        ("train:all",),
+        {"lora_train_type": "kohya", "params": {}},
+        message="Missing train parameters, fm_type, s3_model_path and s3_data_path should be in training_params",
+    ),
+    *(
+        Route(f"{name} training", method, f"/trainings/{NOBODY}{rest}", 404, ("train:all",), message=words)
+        for name, method, rest, words in (
+            ("get", "GET", "", f"Job with id {NOBODY} not found"),
+            ("watch", "GET", "/events", f"Job with id {NOBODY} not found"),
+            ("measure", "GET", "/metrics", f"Job with id {NOBODY} not found"),
+            ("stop", "PUT", "/stop", f"no such train job with id({NOBODY})"),
+        )
+    ),
+    Route(
+        "delete trainings",
+        "DELETE",
+        "/trainings",
+        204,
+        ("train:all",),
+        {"training_id_list": [NOBODY]},
+        {"training_id_list": Texts(NOBODY, 100)},
     ),
 ]

@@ -1,4 +1,4 @@
-"""Every route of roles, users, keys, checkpoints and datasets: each field, each permission, each key, each username.
+"""Every route of roles, users, keys, checkpoints, datasets and trainings: each field, permission, key and username.
 
 The tables are in routes.py; what a field may be stands in tables.py.
 """

@@ -221,7 +221,7 @@ def test_it_trains_a_lora_of_its_model_and_its_dataset_and_shows_and_deletes_it(
     wanted = {"training_instance_type": "ml.g4dn.2xlarge", "model": model, "dataset": name, "fm_type": "sd_1_5"}
     body = {"lora_train_type": "kohya", "params": {"training_params": wanted, "config_params": settings}}
     begun = extension.call("POST", "trainings", body)
-    assert begun.json()["message"] in {"OK", "Created"}
+    assert (begun.status_code, begun.json()["statusCode"], begun.json()["message"]) == (201, 201, "Created")
     training_id = begun.json()["data"]["id"]
 
     listed = extension.call("GET", f"trainings?username={extension.user}").json()

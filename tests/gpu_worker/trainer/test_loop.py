@@ -71,6 +71,7 @@ def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings
     [plan] = notes.plans
     assert (plan.num_pictures, plan.num_epochs, plan.num_steps, plan.first_step) == (4, 2, 8, 0)
     assert [(step.step, step.epoch) for step in notes.steps] == [(n, 1 + (n > 4)) for n in range(1, 9)]
+    assert all(step.seconds_left > 0 for step in notes.steps[:-1])
     assert notes.steps[-1].seconds_left == 0
 
 
@@ -99,10 +100,14 @@ def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer", [{}, {"optimizer_type": "Lion"}, {"optimizer_type": "Prodigy", "unet_lr": 1, "text_encoder_lr": 1}]
+)
 def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_stopped(
-    trainings: Trainings, tmp_path: Path
+    trainings: Trainings, tmp_path: Path, optimizer: dict[str, Any]
 ) -> None:
-    whole = trainings.run(out="whole", **CHANCES)
+    keys = CHANCES | optimizer
+    whole = trainings.run(out="whole", **keys)
 
     def kill(path: Path, epoch: int) -> None:
         if epoch == 2:
@@ -110,8 +115,8 @@ def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_sto
 
     before = Notes(on_kept=kill)
     with pytest.raises(Killed):
-        trainings.run(before, out="halves", **CHANCES)
-    after = trainings.run(out="halves", resumed=tmp_path / "halves" / STATE, **CHANCES)
+        trainings.run(before, out="halves", **keys)
+    after = trainings.run(out="halves", resumed=tmp_path / "halves" / STATE, **keys)
     assert before.losses + after.losses == whole.losses
     assert after.plans[0].first_step == len(before.losses)
     assert_same(tmp_path / "whole" / "last.safetensors", tmp_path / "halves" / "last.safetensors")

@@ -122,7 +122,8 @@ async def _keep_last(session: AsyncSession, training: Training, fact: facts.Fact
 
 async def _progress(session: AsyncSession, training: Training, progress: facts.Progress) -> None:
     """Adds steps to the curve; steps of an earlier session give way."""
-    values = [{"training_id": training.id, **vars(point)} for point in progress.points]
+    latest = {point.step: point for point in progress.points}  # one statement takes each step once
+    values = [{"training_id": training.id, **vars(point)} for point in latest.values()]
     if values:
         added = insert(Metric).values(values)
         names = ("epoch", "loss", "average_loss", "learning_rates")

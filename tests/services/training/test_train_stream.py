@@ -120,7 +120,7 @@ async def test_the_curve_is_kept_thinned_and_rewritten_by_a_later_trainer(servic
     assert ([point.step for point in few.points], few.num_steps) == (list(range(20, 201, 20)), 200)
     async with service.trainer(created.id) as trainer:
         again = pb.MetricPoint(step=5, epoch=2, loss=7, average_loss=7)
-        await trainer.tell(progress=pb.TrainerProgress(points=[again], num_steps=9, num_epochs=3))
+        await trainer.tell(progress=pb.TrainerProgress(points=[again, again], num_steps=9, num_epochs=3))
     assert (await curve()).points[4].loss == 7
     for wrong in ("0", "10001", "many", "-1"):
         with pytest.raises(grpc.aio.AioRpcError, match="is not a whole number from 1 to 10000"):

@@ -151,7 +151,7 @@ class Job(SQLModel, table=True):
         output_id: UUID | None,
         timings: dict[str, float],
     ) -> None:
-        """Begins anew with a clean slate. The store gives the place in the queue.
+        """Begins anew with a clean slate. The store gives the place in the queue, and the time of the deadline.
 
         Raises:
             FailedPrecondition: the job is under way.
@@ -164,8 +164,6 @@ class Job(SQLModel, table=True):
         self.passed_over = self.num_claims = self.num_lost = 0
         self.start_time = self.claim_time = self.complete_time = None
         self.deadline_time = None
-        if self.deadline_seconds is not None:
-            self.deadline_time = submit_time + timedelta(seconds=self.deadline_seconds)
         self.result_lease = self.image_names = self.result_objects = self.failure = None
         self.is_cancelled = self.is_output_missing = False
         self.timings = timings
@@ -209,8 +207,8 @@ class Job(SQLModel, table=True):
 
     @property
     def running_seconds(self) -> float:
-        """How long the worker that has the job runs it."""
-        return (now() - self.start_time).total_seconds() if self.is_running and self.start_time else 0.0
+        """How long the worker that has the job runs it. Two clocks tell, so it may be a little wrong."""
+        return max(0.0, (now() - self.start_time).total_seconds()) if self.is_running and self.start_time else 0.0
 
     def _check(self, change: str) -> None:
         """Refuses a change that is not possible in this state."""

@@ -19,7 +19,7 @@ from services.common.driver import Run
 from services.common.leftovers import note_leftovers, withdraw_leftovers
 from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, Submission, Usage
-from services.inference.signals import JOB_ENDED, LEASES_LOST, notify
+from services.inference.signals import DEADLINE_SET, JOB_ENDED, LEASES_LOST, notify
 from services.inference.submitting.quotas import NO_QUOTAS, Quotas, admit, note_usage
 from services.inference.submitting.submissions import LIFETIME, find_submission, remember
 from services.inference.table import (
@@ -208,12 +208,15 @@ class JobStore:
             return None if next_one["seconds"] is None else float(next_one["seconds"])
 
     async def _enter(self, run: Run, job: Job) -> None:
-        """Takes a place in the queue.
+        """Takes a place in the queue; the deadline counts from now, by the clock that judges it.
 
         Raises:
             ResourceExhausted: its owner's quota is used up.
         """
-        await enqueue(run, job)
+        time = await enqueue(run, job)
+        if job.deadline_seconds is not None:
+            job.deadline_time = time + timedelta(seconds=job.deadline_seconds)
+            await notify(run, DEADLINE_SET, str(job.id))
         await admit(run, job, self._quotas)
 
 

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, ResourceExhausted
 from services.common.leftovers import LeftoverStore
+from services.inference import rows
 from services.inference.queue.claim import CLAIM, MAX_PASSED_OVER, WARM_WINDOW
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.store import LeaseStore
@@ -492,6 +494,26 @@ async def test_pools_tell_seconds_of_work_by_the_pace_of_the_last_successes(pool
     assert (await pool.pools.pools())[pool.endpoint_id].work_seconds == pytest.approx(3 * (2.5 + 5) / 2)
     await pool.leave()
     assert (await pool.pools.pools())[pool.endpoint_id] == PoolState([], 3)
+
+
+async def test_a_host_whose_clock_is_wrong_changes_no_deadline_and_no_pace(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "now", lambda: now() - timedelta(hours=1))
+    job_id = await pool.add(queued=False, deadline_seconds=600.0)
+    await pool.store.queue(job_id, **(FROZEN | {"submit_time": rows.now()}))
+    assert await pool.store.expire() == pytest.approx(600, abs=60)
+    job = await pool.claim_one()
+    await pool.leases.start(pool.endpoint_id, lease(job))
+    ended = await pool.leases.succeed(pool.endpoint_id, lease(job), [IMAGE], {})
+    stored = await pool.get(job_id)
+    assert ended is not None
+    assert stored.start_time is not None
+    assert stored.complete_time is not None
+    assert stored.complete_time == ended.complete_time
+    assert stored.complete_time > stored.start_time
+    await pool.add()
+    assert ((await pool.pools.pools())[pool.endpoint_id].work_seconds or 0) > 0
 
 
 async def test_jobs_of_a_retired_endpoint_are_found_and_moved_once(pool: Pool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Float, Select, Text, Uuid, bindparam, cast, func, select
@@ -11,7 +12,7 @@ from sqlmodel import col
 from services.common.driver import Run
 from services.inference.queue.claim import QUEUE_CLOCK
 from services.inference.rows import Job, UserClock
-from services.inference.signals import DEADLINE_SET, JOBS_QUEUED, notify
+from services.inference.signals import JOBS_QUEUED
 
 _LOCK = 0x71756F74  # of this module, for advisory locks by owner
 _ENDPOINT: Any = bindparam("endpoint", type_=Uuid)
@@ -39,15 +40,19 @@ def _place() -> Select[Any]:
         index_elements=["endpoint_id", "username"], set_={"virtual_time": later}
     ).returning((clock - _COST).label("virtual_start"))
     place = advanced.cte("place")
-    return select(place.c.virtual_start, func.pg_notify(JOBS_QUEUED, cast(_ENDPOINT, Text)))
+    time = func.clock_timestamp().label("time")
+    return select(place.c.virtual_start, time, func.pg_notify(JOBS_QUEUED, cast(_ENDPOINT, Text)))
 
 
 _PLACE = _place()
 
 
-async def enqueue(run: Run, job: Job) -> None:
-    """Gives the job its virtual start, and wakes the endpoint's workers when the transaction commits."""
+async def enqueue(run: Run, job: Job) -> datetime:
+    """Gives the job its virtual start, and wakes the endpoint's workers when the transaction commits.
+
+    Answers what time it is by the database's clock.
+    """
     (place,) = await run(_PLACE, endpoint=job.endpoint_id, owner=job.owner, cost=job.cost_seconds)
     job.virtual_start = place["virtual_start"]
-    if job.deadline_time is not None:
-        await notify(run, DEADLINE_SET, str(job.id))
+    time: datetime = place["time"]
+    return time

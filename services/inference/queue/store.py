@@ -43,9 +43,9 @@ _OF_STREAM = of_stream(_ENDPOINT, bindparam("worker"), bindparam("stream", type_
 _LEASED_TO_WORKER = (
     (JOB.c.endpoint_id == _ENDPOINT) & (JOB.c.worker_id == bindparam("worker")) & JOB.c.lease_id.is_not(None)
 )
-# What the end of a job under its lease changes.
+# What the end of a job under its lease changes, beside the time: the one of its start is the database's too.
 _ENDING = (
-    *("status", "lease_id", "worker_id", "is_running", "complete_time", "timings"),
+    *("status", "lease_id", "worker_id", "is_running", "timings"),
     *("result_lease", "result_objects", "image_names", "is_output_missing", "failure"),
 )
 
@@ -93,12 +93,13 @@ _ORPHANS = locked(
 
 
 def _end_statement() -> Select[Any]:
-    """Writes how a job ended, if its lease still holds, with what it used; its id, if it was so."""
-    new = {name: bindparam(f"new_{name}", type_=JOB.c[name].type) for name in _ENDING}
-    ended = update(JOB).where(_HELD).values(new).returning(JOB.c.id, JOB.c.owner).cte("ended")
+    """Writes how a job ended, if its lease still holds, with what it used; when it was, if it was so."""
+    new: dict[str, Any] = {name: bindparam(f"new_{name}", type_=JOB.c[name].type) for name in _ENDING}
+    new["complete_time"] = func.clock_timestamp()
+    ended = update(JOB).where(_HELD).values(new).returning(JOB.c.id, JOB.c.owner, JOB.c.complete_time).cte("ended")
     seconds: Any = bindparam("used_seconds", type_=Float)
     used = noting(select(ended.c.owner, seconds.label("gpu_seconds")).where(seconds > 0)).cte("used")
-    return select(ended.c.id, func.pg_notify(JOB_ENDED, cast(ended.c.id, Text))).add_cte(used)
+    return select(ended.c.complete_time, func.pg_notify(JOB_ENDED, cast(ended.c.id, Text))).add_cte(used)
 
 
 _END = _end_statement()
@@ -210,7 +211,10 @@ class LeaseStore:
 async def _end(run: Run, job: Job, lease_id: UUID, used_seconds: float) -> bool:
     """Writes the end of a job that was held under the lease; False when the lease was lost meanwhile."""
     new = {f"new_{name}": getattr(job, name) for name in _ENDING}
-    return bool(await run(_END, lease=lease_id, used_seconds=used_seconds, **new))
+    ended = await run(_END, lease=lease_id, used_seconds=used_seconds, **new)
+    for row in ended:
+        job.complete_time = row["complete_time"]
+    return bool(ended)
 
 
 async def _reap(run: Run) -> int:

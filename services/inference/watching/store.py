@@ -199,7 +199,7 @@ class BoardStore:
 async def _pace(run: Run, endpoint_id: UUID) -> _Pace | None:
     """How fast an endpoint is now; None where no worker is, or none has finished a job."""
     recent = await run(_RECENT, endpoint=endpoint_id)
-    finished = [(float(row["seconds"]), row["cost_seconds"]) for row in recent if row["seconds"] is not None]
+    finished = [(max(0.0, float(row["seconds"])), row["cost_seconds"]) for row in recent if row["seconds"] is not None]
     cost = sum(cost for _, cost in finished)
     (workers,) = await run(_NUM_WORKERS, endpoint=endpoint_id)
     if not workers["number"] or cost <= 0:

@@ -6,7 +6,7 @@ constraints in the migrations see to it that no statement leaves a job between s
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -273,7 +273,7 @@ class PinnedModels(SQLModel, table=True):
 
 
 class Webhook(SQLModel, table=True):
-    """The webhook of a job that has ended. `since_time` begins the time of its attempts; `due_time` is the next one."""
+    """The webhook of a job that has ended. `since_time` is its first attempt; `due_time` is the next one."""
 
     job_id: UUID = Field(primary_key=True)
     owner: str
@@ -287,15 +287,10 @@ class Webhook(SQLModel, table=True):
     last_error: str | None = None
     end_time: datetime | None = Field(default=None, sa_type=_TIME)
 
-    def attempt(self, lease_seconds: float) -> None:
-        """One attempt is made; the next one is due when nobody says in time how it went."""
-        self.num_attempts += 1
-        self.due_time = now() + timedelta(seconds=lease_seconds)
-
-    def resend(self) -> None:
+    def resend(self, time: datetime) -> None:
         """delivered, dead → pending, from the beginning, but for the message's id: a receiver may know it."""
         self.state, self.num_attempts, self.last_error, self.end_time = PENDING, 0, None, None
-        self.since_time = self.due_time = now()
+        self.since_time = self.due_time = time
 
 
 class JobProgress(SQLModel, table=True):

@@ -1,13 +1,16 @@
 """Webhooks as rows: every way to end a job makes one, and a call whose process died is made again."""
 
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import text
 
 from services.common.database import Database
-from services.inference.rows import ASYNC, DEAD, DELIVERED, PENDING, Job, Webhook
+from services.inference import rows
+from services.inference.rows import ASYNC, DEAD, DELIVERED, PENDING, Job, Webhook, now
 from services.inference.store import JobStore
 from services.inference.webhooks.store import WebhookStore
 
@@ -24,12 +27,12 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     await found.dispose()
 
 
-async def ended(database: Database, **fields: Any) -> UUID:
+async def ended(database: Database, owner: str = "ann", **fields: Any) -> UUID:
     """A job that was cancelled, with a webhook unless told otherwise."""
-    given = {"webhook": "https://example.com/", "webhook_secret": "whsec_"} | fields
+    given: dict[str, Any] = {"webhook": "https://example.com/", "webhook_secret": "whsec_"} | fields
     job = Job(
         id=uuid4(),
-        owner="ann",
+        owner=owner,
         task_type="txt2img",
         inference_type=ASYNC,
         endpoint_id=uuid4(),
@@ -65,6 +68,43 @@ async def test_an_attempt_is_one_process_own_until_its_lease_is_over(database: D
     assert (webhook.job_id, job.failure, webhook.num_attempts) == (job_id, "cancelled by a test", 1)
     assert await store.claim(10, 60.0) == []
     assert 0 < await store.seconds_to_next() <= 60
+
+
+async def test_an_owner_has_a_share_of_the_calls_and_who_has_fewest_goes_first(database: Database) -> None:
+    store = WebhookStore(database)
+    anns = [await ended(database) for _ in range(3)]
+    bobs, carls = await ended(database, "bob"), await ended(database, "carl")
+    calls: list[str] = []
+
+    async def claim(limit: int) -> list[UUID]:
+        found = await store.claim(limit, 60.0, calls, share=2)
+        calls.extend(webhook.owner for webhook, _ in found)
+        return [webhook.job_id for webhook, _ in found]
+
+    assert await claim(1) == anns[:1]
+    assert await claim(1) == [bobs]
+    assert set(await claim(9)) == {carls, anns[1]}
+    assert await claim(9) == []
+    assert 0 < await store.seconds_to_next(calls, share=2) <= 60  # that of those whose turn it is
+    calls.remove("ann")
+    assert await store.seconds_to_next(calls, share=2) == 0
+    assert await claim(9) == anns[2:]
+
+
+async def test_the_time_of_the_attempts_begins_with_the_first(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "now", lambda: now() - timedelta(hours=1))  # a host's clock has no part in it
+    store = WebhookStore(database)
+    await ended(database)
+    async with database.transaction() as session:
+        waited = "since_time = now() - interval '3 hours', due_time = now() - interval '3 hours'"
+        await session.execute(text(f"UPDATE webhook SET {waited}"))
+    ((first, _),) = await store.claim(1, 0.0)
+    assert abs(first.since_time - now()) < timedelta(minutes=30)
+    ((second, _),) = await store.claim(1, 60.0)
+    assert second.since_time == first.since_time
+    assert await store.claim(1, 60.0) == []
 
 
 async def test_a_call_whose_process_died_is_made_again_and_only_the_latest_counts(database: Database) -> None:

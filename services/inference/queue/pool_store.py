@@ -71,9 +71,9 @@ def _work() -> Select[Any]:
         .subquery()
     )
     seconds = func.sum(func.greatest(recent.c.seconds, 0))  # an old row has the times of two clocks
-    finished = select(
-        seconds.label("finished_seconds"), func.sum(recent.c.cost_seconds).label("finished_cost")
-    ).where(recent.c.seconds.is_not(None))
+    finished = select(seconds.label("finished_seconds"), func.sum(recent.c.cost_seconds).label("finished_cost")).where(
+        recent.c.seconds.is_not(None)
+    )
     pace = finished.lateral()
     return select(jobs, pace.c.finished_seconds, pace.c.finished_cost).join(pace, true())
 

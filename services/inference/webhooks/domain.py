@@ -2,7 +2,8 @@
 
 The calls follow Standard Webhooks (standardwebhooks.com): `webhook-id` is the same at every attempt,
 `webhook-timestamp` is in seconds, `webhook-signature` is `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`,
-with the secret that the user gave. A call that fails is repeated for two hours, then it is dead until sent again.
+with the secret that the user gave. A call that fails is repeated for two hours from the first one, then it is dead
+until sent again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _LEASE_SECONDS = 60.0  # a call whose process died is repeated after
 _SWEEP_SECONDS = 30.0
 _PAUSE_SECONDS = 0.05  # while another replica takes what is due
 _AT_ONCE = 16
+_AT_ONCE_OF_ONE = 4  # owner: one whose server is slow leaves the other calls to others
 _MAX_REDIRECTS = 3
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - a form, no secret
 _SECRET_BYTES = (24, 64)
@@ -85,7 +87,7 @@ class Webhooks:
         self._signals = signals
         self._first_wait_seconds = first_wait_seconds
         self._try_seconds = try_seconds
-        self._num_calls = 0
+        self._calls: list[str] = []  # the owner of each call under way
 
     # --- what users do ---
 
@@ -131,11 +133,15 @@ class Webhooks:
                 while True:
                     seconds = _SWEEP_SECONDS
                     try:
-                        for webhook, job in await self._store.claim(_AT_ONCE - self._num_calls, _LEASE_SECONDS):
-                            self._num_calls += 1
-                            calls.create_task(self._call(webhook, job, due))
-                        if self._num_calls < _AT_ONCE:
-                            seconds = min(seconds, max(_PAUSE_SECONDS, await self._store.seconds_to_next()))
+                        while due_now := await self._store.claim(
+                            _AT_ONCE - len(self._calls), _LEASE_SECONDS, self._calls, _AT_ONCE_OF_ONE
+                        ):
+                            for webhook, job in due_now:
+                                self._calls.append(webhook.owner)
+                                calls.create_task(self._call(webhook, job, due))
+                        if len(self._calls) < _AT_ONCE:
+                            until_next = await self._store.seconds_to_next(self._calls, _AT_ONCE_OF_ONE)
+                            seconds = min(seconds, max(_PAUSE_SECONDS, until_next))
                     except Unavailable as error:
                         log.warning("webhooks wait", reason=str(error))
                         await asyncio.sleep(1.0)  # nothing tells when a database that is down comes back
@@ -154,7 +160,7 @@ class Webhooks:
         except Unavailable as error:  # the claim ends by itself, and the call is repeated
             log.warning("the end of a webhook's call is not recorded", job=str(job.id), reason=str(error))
         finally:
-            self._num_calls -= 1
+            self._calls.remove(webhook.owner)
             due.set()
 
     async def _problem(self, webhook: Webhook, job: Job) -> tuple[str, bool]:

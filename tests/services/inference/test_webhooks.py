@@ -24,14 +24,17 @@ SECRET = "whsec_" + base64.b64encode(KEY).decode()
 
 @dataclass
 class Receiver:
-    """A user's server. It answers what `answers` says, then 200."""
+    """A user's server. It answers what `answers` says, then 200; of /slow, when it is `released`."""
 
     url: str = ""
     calls: "asyncio.Queue[tuple[dict[str, str], bytes]]" = field(default_factory=asyncio.Queue)
     answers: list[web.Response] = field(default_factory=list)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.Request) -> web.Response:
         await self.calls.put(({name.lower(): text for name, text in request.headers.items()}, await request.read()))
+        if request.path == "/slow":
+            await self.released.wait()
         return self.answers.pop(0) if self.answers else web.Response()
 
 
@@ -45,6 +48,7 @@ async def receiver() -> AsyncIterator[Receiver]:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook?key=1"
     yield found
+    found.released.set()
     await runner.cleanup()
 
 
@@ -106,6 +110,30 @@ async def test_a_call_that_is_refused_is_repeated_under_the_same_id(service: Ser
     assert len(ids) == 1
     webhook = await until(service, job_id, "delivered")
     assert (webhook.num_attempts, webhook.last_error.WhichOneof("kind")) == (3, "null_value")
+
+
+async def test_a_server_that_does_not_answer_holds_up_the_calls_of_its_owner_only(
+    service: Service, receiver: Receiver
+) -> None:
+    async def cancelled(user: str, url: str) -> str:
+        request = pb.CreateInferenceJobRequest(
+            inference_type="Async",
+            task_type="txt2img",
+            models={"Stable-diffusion": ["v1-5.safetensors"]},
+            webhook=url,
+            webhook_secret=SECRET,
+        )
+        job_id = str((await service.jobs.CreateInferenceJob(request, metadata=service.user(user))).inference.id)
+        await service.jobs.CancelInferenceJob(pb.CancelInferenceJobRequest(job_id=job_id), metadata=service.user(user))
+        return job_id
+
+    for _ in range(16):  # as many calls as a replica makes at once
+        await cancelled("ann", receiver.url.replace("/hook", "/slow"))
+    bobs = await cancelled("bob", receiver.url)
+    num_calls = 1
+    while json.loads((await receiver.calls.get())[1])["data"]["InferenceJobId"] != bobs:
+        num_calls += 1
+    assert num_calls < 16  # else it waited for others to be over
 
 
 class TestWithoutPatience:

@@ -1,5 +1,5 @@
 """Does what checkpoints need after their requests were answered: looks at large files, moves renamed objects, ends
-abandoned uploads.
+abandoned uploads, removes what was refused.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class Background:
             await self._models.refuse(checkpoint, f"{file_name} is gone from the object store; upload it again")
         except (CheckpointNotFound, FailedPrecondition) as end:  # it was deleted meanwhile, or refused, and says why
             log.info("nothing to look at any more", checkpoint=checkpoint_id, file=file_name, reason=str(end))
+
+    async def remove_refused(self, checkpoint_id: str) -> None:
+        """Removes what a refused checkpoint has left in the object store."""
+        for checkpoint in await self._store.find_checkpoints([UUID(checkpoint_id)]):
+            await self._models.delete_objects(checkpoint)
 
     async def move_objects(self, checkpoint_id: str) -> None:
         """Copies the objects of renamed files to their new keys. Until then each is found, and used, under the old.

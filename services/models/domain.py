@@ -204,7 +204,7 @@ class Models:
         for checkpoint in found:
             _check_owner(viewer, checkpoint)
         for checkpoint in found:
-            await self._delete_objects(checkpoint)
+            await self.delete_objects(checkpoint)
         # Rows go last: what is cut short here can be asked for again.
         await self._store.remove_checkpoints([checkpoint.id for checkpoint in found])
         # A chore may have made an object between the two; from here on it finds no row, and removes what it makes.
@@ -286,7 +286,7 @@ class Models:
         try:
             await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found), status)
         except CheckpointNotFound:
-            await self._delete_objects(checkpoint)  # deleted meanwhile, and this object came after
+            await self.delete_objects(checkpoint)  # deleted meanwhile, and this object came after
             raise
 
     async def _inspect(self, file: CheckpointFile, size: int) -> Findings:
@@ -300,14 +300,15 @@ class Models:
     async def refuse(self, checkpoint: Checkpoint, reason: str, only_open: bool = False) -> None:
         """Ends a checkpoint with a file that must not be loaded.
 
-        It becomes `Disabled` with the reason in `params.error`, all its objects go, and its names are free again: what
-        people want next is to upload the mended file under the same name. The row stays, so that they can read why.
+        It becomes `Disabled` with the reason in `params.error`, its objects go, in the background, and its names are
+        free again: what people want next is to upload the mended file under the same name. The row stays, so that they
+        can read why.
         """
         log.warning("checkpoint refused", checkpoint=str(checkpoint.id), reason=reason)
-        if await self._store.save_refusal(checkpoint.id, reason, only_open):
-            await self._delete_objects(checkpoint)
+        await self._store.save_refusal(checkpoint.id, reason, only_open)
 
-    async def _delete_objects(self, checkpoint: Checkpoint) -> None:
+    async def delete_objects(self, checkpoint: Checkpoint) -> None:
+        """Ends the checkpoint's open uploads and removes its objects."""
         await self._abort_uploads(checkpoint)
         await self._blobs.delete_prefix(prefix_of(checkpoint))
 

@@ -26,6 +26,7 @@ from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, Checkpoi
 MOVE_OBJECTS = "move_objects"  # a chore
 LOOK = "look_at_object"  # a chore
 REMOVE_OBJECT = "remove_object"  # a chore
+REMOVE_REFUSED = "remove_refused"  # a chore
 _MAX_STALE = 100  # that are looked at together
 # The words of params whose values are kept by the names of files.
 _WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture", "kind"})
@@ -301,22 +302,26 @@ class ModelStore:
         async with self._database.transaction() as session:
             return list((await session.execute(wanted.limit(_MAX_STALE))).scalars())
 
-    async def save_refusal(self, checkpoint_id: UUID, error: str, only_open: bool = False) -> bool:
-        """Disables a checkpoint that is refused, and frees its names.
+    async def save_refusal(
+        self, checkpoint_id: UUID, error: str, only_open: bool = False, keeps_objects: bool = False
+    ) -> None:
+        """Disables a checkpoint that is refused, frees its names and, unless it keeps them, has its objects removed.
 
-        False, and nothing done, for one that is gone, or with `only_open` whose uploads have ended meanwhile.
+        Nothing is done for one that is gone, or with `only_open` whose uploads have ended meanwhile.
         """
         async with self._database.transaction() as session:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
             if checkpoint is None or (only_open and not checkpoint.has_open_upload):
-                return False
+                return
             before = checkpoint.facts()
             checkpoint.status, checkpoint.error = DISABLED, error
             checkpoint.params = checkpoint.params | {"error": error}
             for file in checkpoint.files:
                 file.reserved = False
             await self._audit.record(session, "checkpoint.refuse", str(checkpoint_id), before, checkpoint.facts())
-            return True
+            if not keeps_objects:
+                arguments = {"checkpoint_id": str(checkpoint_id)}
+                await self._chores.defer(session, REMOVE_REFUSED, str(checkpoint_id), arguments)
 
     async def remove_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> None:
         """Forgets the checkpoints and their files."""

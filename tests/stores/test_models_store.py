@@ -42,8 +42,10 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-def store(database: Database, database_url: str) -> ModelStore:
-    return ModelStore(database, Chores(database_url), Audit("models", AUDIT_KEY))
+async def store(database: Database, database_url: str) -> ModelStore:
+    chores = Chores(database_url)
+    await chores.prepare()
+    return ModelStore(database, chores, Audit("models", AUDIT_KEY))
 
 
 def checkpoint(*names: str, owners: tuple[str, ...] = ("designer",), age: int = 0) -> Checkpoint:

@@ -44,7 +44,7 @@ from services.models.import_store import IMPORT, MAX_ATTEMPTS, ImportStore
 from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
-from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, REMOVE_REFUSED, ModelStore
 from services.models.trained import Trained
 from tests.databases import Databases
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
@@ -193,6 +193,7 @@ async def service(
         background = Background(domain, store, blobs, UPLOAD_MAX_HOURS, RENAMED_KEEP_HOURS)
         chores.add(MOVE_OBJECTS, background.move_objects)
         chores.add(REMOVE_OBJECT, background.remove_object)
+        chores.add(REMOVE_REFUSED, background.remove_refused)
         chores.add(LOOK, background.look)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
         chores.add(IMPORT, imports.run, queue=LONG, max_attempts=MAX_ATTEMPTS)

@@ -3,13 +3,18 @@
 import asyncio
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 
+from services.common.audit import Audit
 from services.common.blobs import BlobNotFound
 from services.common.database import Database
+from services.models.chores import Chores
+from services.models.store import ModelStore
 from tests.services.models.conftest import UPLOAD_MAX_HOURS, Running
 from tests.services.models.files import safetensors
+from tests.serving import AUDIT_KEY
 
 
 async def _make_older(database: Database, checkpoint_id: str, hours: float) -> None:
@@ -56,3 +61,21 @@ async def test_an_upload_that_is_not_finished_in_time_is_ended(
     await models.update(set_back, {"d.safetensors": []})
     assert (await models.show(set_back))["status"] == "Active"
     await models.create(("a.safetensors", 1))  # the name is free
+
+
+async def test_a_refusal_that_loses_the_object_store_leaves_nothing_there(
+    models: Running, service: tuple[Running, Database]
+) -> None:
+    _, database = service
+    created = await models.create(("a.safetensors", 1), ("b.safetensors", 1))
+    await models.update(
+        created.checkpoint.id, {"b.safetensors": await models.put(created, "b.safetensors", safetensors())}
+    )
+    url = database.engine.url.render_as_string(hide_password=False)
+    store = ModelStore(database, Chores(url), Audit("models", AUDIT_KEY))
+    await store.save_refusal(UUID(created.checkpoint.id), "bad")  # and no more, as if the process died then
+    uploads: Any = created.checkpoint.params["multipart_upload"]
+    prefix = f"Stable-diffusion/checkpoint/custom/{created.checkpoint.id}/"
+    async with asyncio.timeout(120):
+        while await _is_open(models, uploads["a.safetensors"]) or await models.blobs.find(prefix):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # the store tells nobody

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,20 @@ def complete_parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int,
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
         raise InvalidArgument(f"{file.name}: {_numbers(twice)} is given more than once")
     return sorted((tag.part_number, tag.etag) for tag in tags)
+
+
+def stored_parts(name: str, parts: Sequence[tuple[int, str]], stored: Mapping[int, str]) -> list[tuple[int, str]]:
+    """The parts of a file with their ETags as the object store spells them: some clients change letters' case.
+
+    Raises:
+        InvalidArgument: the store has no such part, or another.
+    """
+    for number, etag in parts:
+        if number not in stored:
+            raise InvalidArgument(f"{name}: part {number} was not uploaded")
+        if stored[number].lower() != etag.lower():
+            raise InvalidArgument(f"{name}: {etag} is not the ETag of the uploaded part {number}")
+    return [(number, stored[number]) for number, _ in parts]
 
 
 def _check_seen(field: str, name: str) -> None:

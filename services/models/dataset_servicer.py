@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 
 from esd.models.v1 import models_pb2 as pb
-from services.common.errors import InvalidArgument
 from services.common.paging import parse_limit
 from services.common.structs import json_value, plain, struct
 from services.models.dataset_store import Dataset, DatasetItem
@@ -35,8 +34,6 @@ class DatasetRpcs:
         )
 
     async def CreateDataset(self, request: pb.CreateDatasetRequest, context: Context) -> pb.CreateDatasetResponse:
-        if not request.HasField("params"):
-            raise InvalidArgument('[object has missing required properties (["params"])]')
         files = [NewItem(file.filename, file.name, file.type, plain(file.params)) for file in request.content]
         urls = await self._datasets.create_dataset(
             viewer(), request.dataset_name, request.prefix, files, plain(request.params)

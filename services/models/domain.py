@@ -19,7 +19,7 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.common.times import time_text
 from services.common.users import Users
-from services.models.checks import Tag, check_params, complete_parts, file_name
+from services.models.checks import Tag, check_params, complete_parts, file_name, stored_parts
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
 from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile, Viewer
@@ -247,12 +247,7 @@ class Models:
             return
         try:
             stored = await self._blobs.list_parts(file.key, file.upload_id)
-            for number, etag in parts:
-                if number not in stored:
-                    raise InvalidArgument(f"{file.name}: part {number} was not uploaded")
-                if stored[number] != etag:
-                    raise InvalidArgument(f"{file.name}: {etag} is not the ETag of the uploaded part {number}")
-            await self._blobs.complete_multipart(file.key, file.upload_id, parts)
+            await self._blobs.complete_multipart(file.key, file.upload_id, stored_parts(file.name, parts, stored))
         except BlobNotFound:
             try:
                 await self._blobs.head(file.key)

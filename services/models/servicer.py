@@ -58,8 +58,6 @@ class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):
     async def CreateCheckpoint(
         self, request: pb.CreateCheckpointRequest, context: Context
     ) -> pb.CreateCheckpointResponse:
-        if not request.HasField("params"):
-            raise InvalidArgument('[object has missing required properties (["params"])]')
         if request.urls:
             await self._imports.create_imports(
                 viewer(), request.checkpoint_type, list(request.urls), dict(request.sha256), plain(request.params)
@@ -163,7 +161,7 @@ def _tag(where: str, entry: struct_pb2.Value) -> Tag:
         raise InvalidArgument(f"{where}: ETag is not the text that the upload of the part answered")
     if number.WhichOneof("kind") != "number_value" or number.number_value not in range(1, 10_001):
         raise InvalidArgument(f"{where}: PartNumber is not a whole number from 1 to 10000")
-    return Tag(int(number.number_value), etag.string_value.strip('" ').lower())
+    return Tag(int(number.number_value), etag.string_value.strip('" '))
 
 
 def _list_item(row: Checkpoint, s3_location: str) -> pb.CheckpointListItem:

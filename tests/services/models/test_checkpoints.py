@@ -52,6 +52,21 @@ async def test_a_bad_request_is_refused_in_words(models: Running, changes: dict[
     assert (await models.list()).total == 0
 
 
+async def test_a_request_is_judged_before_its_sender_is(models: Running) -> None:
+    guest = models.tokens.user("gus", [], [])
+    asked = pb.CreateCheckpointRequest(checkpoint_type="Lora", urls=["https://models.example/a.safetensors"])
+    content = [pb.DatasetUpload(filename="a", name="a", type="image", params={})]
+    for request, method in (
+        (asked, models.stub.CreateCheckpoint),
+        (pb.CreateDatasetRequest(dataset_name="d", content=content), models.stub.CreateDataset),
+    ):
+        async with refused("INVALID_ARGUMENT", '[object has missing required properties (["params"])]'):
+            await method(request, metadata=guest)
+        request.params.SetInParent()
+        async with refused("PERMISSION_DENIED"):
+            await method(request, metadata=guest)
+
+
 @pytest.mark.parametrize("bits", ["7ff8000000000000", "7ff8010101010101", "fff8010101010101", "fff0000000000000"])
 async def test_numbers_that_json_cannot_hold_are_refused(models: Running, bits: str) -> None:
     request = pb.CreateCheckpointRequest(

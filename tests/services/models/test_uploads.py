@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
+from services.models.checks import stored_parts
 from tests.services.models.conftest import Running, refused, tag
 from tests.services.models.files import MIB, malicious, safetensors, tar, torch_zip, weights
 
@@ -135,6 +136,11 @@ async def test_tags_of_parts_that_were_never_uploaded_are_refused(models: Runnin
         await models.update(created.checkpoint.id, {"b.safetensors": [tag(1, '"d41d8cd98f00b204e9800998ecf8427e"')]})
     async with refused("INVALID_ARGUMENT", "names none of the checkpoint's files (b.safetensors) but junk"):
         await models.update(created.checkpoint.id, {"junk": []})
+
+
+@pytest.mark.parametrize("etag", ["9aB-1", "9ab-1", "9AB-1"])
+def test_a_part_is_completed_by_the_etag_that_the_object_store_has_for_it(etag: str) -> None:
+    assert stored_parts("a", [(1, etag)], {1: "9aB-1"}) == [(1, "9aB-1")]
 
 
 async def test_parts_that_are_too_small_are_refused_by_file(models: Running) -> None:

@@ -17,7 +17,7 @@ import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
-from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_url
+from services.common.outbound import Outbound, Unreachable, Url, UrlRefused, parse_url
 from services.common.times import time_text
 from services.models.checks import check_params
 from services.models.domain import Models, prefix_of, sha256_of
@@ -29,6 +29,8 @@ from services.models.store import ModelStore, NameInUse
 
 log = structlog.get_logger()
 
+_NAME_SECONDS = 10.0
+_MAX_ASKED = 20  # sources at once, for all requests together
 _INTERNAL = "an internal error ended the import; the service's log has the details"
 
 
@@ -44,6 +46,7 @@ class Imports:
         self._blobs = blobs
         self._outbound = outbound
         self._limits = limits
+        self._asking = asyncio.Semaphore(_MAX_ASKED)
 
     async def create_imports(
         self, creator: Viewer, kind: str, urls: Sequence[str], hashes: Mapping[str, str], params: dict[str, Any]
@@ -60,7 +63,7 @@ class Imports:
         if strangers := sorted(set(hashes) - set(different)):
             raise InvalidArgument(f'sha256["{strangers[0]}"] is none of the urls')
         parsed = [parse_url(url) for url in different]
-        names = [name_in(url) for url in parsed]
+        names = await asyncio.gather(*(self._name(url) for url in parsed))
         known = [name for name in names if name]
         if used := next((name for name in known if known.count(name) > 1), await self._store.find_used_name(known)):
             raise NameInUse(used)
@@ -85,6 +88,19 @@ class Imports:
                 checkpoint.files.append(new_file(checkpoint.id, name, prefix_of(checkpoint) + name))
             added.append((checkpoint, Import(checkpoint_id=checkpoint.id, url=str(url), sha256=hashes.get(text, ""))))
         await self._imports.add_imports(added)
+
+    async def _name(self, url: Url) -> str:
+        """The name of the file, for which the source is asked where the URL has none (contract 4.2).
+
+        Empty where the source does not tell it soon: then the import finds it, and ends if it is in use.
+        """
+        if name := name_in(url):
+            return name
+        with contextlib.suppress(EsdError, TimeoutError):
+            async with asyncio.timeout(_NAME_SECONDS), self._asking, self._outbound.open(str(url)) as answer:
+                check_status(answer)
+                return name_of(answer)
+        return ""
 
     async def run(self, checkpoint_id: str, is_last: bool) -> None:
         """One attempt at an import, as a chore.

@@ -160,10 +160,22 @@ async def test_names_come_from_the_sender_or_a_url_on_the_way(models: Running, s
     assert item["name"] == ["my model.safetensors"]
 
 
+async def test_a_name_that_only_the_source_knows_is_reserved_at_once(models: Running, source: Source) -> None:
+    source.put("/files/one.safetensors", safetensors(MIB))
+    source.stop_after["/files/one.safetensors"] = [0, 0]
+    source.gate.clear()
+    source.redirects["/api/download/models/7"] = "/files/one.safetensors"
+    await _import(models, source.url("/api/download/models/7"))
+    assert [item["name"] for item in await _items(models)] == [["one.safetensors"]]
+    async with refused("FAILED_PRECONDITION", "one.safetensors already exists"):
+        await _import(models, source.url("/api/download/models/7"))
+
+
 async def test_an_import_whose_name_is_found_too_late_is_told_so(models: Running, source: Source) -> None:
     await models.create(("taken.safetensors", 1))
     source.put("/x", safetensors())
     source.heads["/x"] = "Content-Disposition: attachment; filename=taken.safetensors\r\n"
+    source.statuses["/x"] = [503]  # when it is asked for the name
     await _import(models, source.url("/x"))
     async with asyncio.timeout(120):
         while not (failed := [item for item in await _items(models) if item["status"] == "Disabled"]):  # noqa: ASYNC110

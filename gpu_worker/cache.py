@@ -1,4 +1,5 @@
-"""Model files on the worker's disk, by content: one folder per cache key, the least recently used ones go first.
+"""Model files on the worker's disk, by content: one folder per cache key, the least recently used ones go first, before
+one that needs their room is fetched.
 
 All workers of a machine share the folder. An entry comes and goes by an atomic rename, and whoever uses one holds a
 shared lock on it (flock(2), which ends with the process), so that nobody evicts it. The object may be an uncompressed
@@ -17,7 +18,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from uuid import uuid4
 import structlog
 
 from gpu_worker.job import JobError
-from gpu_worker.transfer import Transfer
+from gpu_worker.transfer import DISK_FULL, DiskFull, Transfer
 
 if TYPE_CHECKING:
     from esd.worker.v1 import worker_pb2
@@ -37,7 +38,8 @@ _TAR_MAGIC = b"ustar"
 _TAR_MAGIC_AT = 257  # POSIX 1003.1, the header's `magic`
 _MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 _ABANDONED_SECONDS = 3600.0
-_INSTALLING = "installing"
+_CHANGING = "changing"
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -88,52 +90,96 @@ class ModelCache:
             yield CachedModel(model.cache_key, model.type, model.name, folder / "model", entry.sha256)
 
     async def _fetch(self, model: worker_pb2.ModelFile, folder: Path) -> _Entry:
-        partial = self._partial / uuid4().hex
-        partial.mkdir()
+        # Its name says what it will hold, to whoever makes room meanwhile.
+        partial = self._partial / f"{model.size_bytes}.{uuid4().hex}"
         began = time.monotonic()
         try:
-            sha256 = await self._transfer.download(
-                model.url, partial / "object", model.name, model.size_bytes, model.sha256
-            )
-            entry = await asyncio.to_thread(_unpack, partial, model.name, sha256)
-            (partial / "entry.json").write_text(json.dumps(asdict(entry)))
-            await asyncio.to_thread(self._install, partial, folder, entry.size_bytes)
+            while (entry := await self._download(model, partial)) is None:
+                # Others fill the disk too. What nobody uses goes, piece by piece, before the job does.
+                await asyncio.to_thread(shutil.rmtree, partial, True)
+                if not await asyncio.to_thread(self._make_room, max(model.size_bytes, 1)):
+                    raise DiskFull(f"{model.name} cannot be downloaded: the worker's disk is full")
+            await asyncio.to_thread(self._install, partial, folder)
         finally:
             await asyncio.to_thread(shutil.rmtree, partial, True)
         log.info("model fetched", name=model.name, bytes=entry.size_bytes, seconds=round(time.monotonic() - began, 2))
         return entry
 
-    def _install(self, partial: Path, folder: Path, size_bytes: int) -> None:
+    async def _download(self, model: worker_pb2.ModelFile, partial: Path) -> _Entry | None:
+        """Makes the folder, with all that an entry has; None if there is no room for it on the disk."""
+        try:
+            if not await asyncio.to_thread(self._begin, partial, model.size_bytes):
+                return None
+            path = partial / "model"
+            sha256 = await self._transfer.download(model.url, path, model.name, model.size_bytes, model.sha256)
+            if is_tar(path):
+                sha256 = await asyncio.to_thread(_unpack, path, model.name)
+            entry = _Entry(sha256, path.stat().st_size)
+            (partial / "entry.json").write_text(json.dumps(asdict(entry)))
+        except (DiskFull, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in DISK_FULL:
+                raise
+            return None
+        return entry
+
+    def _begin(self, partial: Path, size_bytes: int) -> bool:
+        """Makes the folder and room for what will be in it. Answers whether there is some."""
+        partial.mkdir()
+        self._make_room()
+        return shutil.disk_usage(partial).free >= size_bytes
+
+    def _install(self, partial: Path, folder: Path) -> None:
         """Makes the fetched folder an entry, unless another worker was faster. One at a time on this machine."""
-        with self._lock(_INSTALLING, fcntl.LOCK_EX):
+        removed = None
+        with self._lock(_CHANGING, fcntl.LOCK_EX):
             if _read_entry(folder) is not None:
                 return
-            removed = self._make_room(size_bytes)
             if folder.exists():
-                removed.append(self._take_out(folder))
+                removed = self._take_out(folder)
             partial.rename(folder)
-        for path in removed:
-            shutil.rmtree(path, ignore_errors=True)
+        if removed:
+            shutil.rmtree(removed, ignore_errors=True)
 
-    def _make_room(self, size_bytes: int) -> list[Path]:
-        """Takes out damaged entries, and then the least recently used; answers where they lie now."""
-        found = []
-        for folder in self._models.iterdir():
-            entry = _read_entry(folder)
-            found.append((folder.stat().st_mtime if entry else 0.0, folder, entry.size_bytes if entry else 0))
-        total_bytes = sum(entry_bytes for _, _, entry_bytes in found) + size_bytes
-        removed = []
-        for used_at, folder, entry_bytes in sorted(found):
-            if used_at and total_bytes <= self._max_bytes:
-                break
-            try:
-                with self._lock(folder.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    removed.append(self._take_out(folder))
-            except BlockingIOError:
-                continue  # in use
-            log.info("model evicted from disk", folder=folder.name, bytes=entry_bytes)
-            total_bytes -= entry_bytes
-        return removed
+    def _make_room(self, at_least_bytes: int = 0) -> int:
+        """Removes damaged entries, and then the least recently used until all that is being fetched on this machine
+        fits under the bound and on the disk, and at least so many bytes if there are. Answers how many entries went."""
+        num_removed = 0
+        with self._lock(_CHANGING, fcntl.LOCK_EX):
+            found = []
+            for folder in self._models.iterdir():
+                entry = _read_entry(folder)
+                found.append((folder.stat().st_mtime if entry else 0.0, folder, entry.size_bytes if entry else 0))
+            wanted_bytes, missing_bytes = self._under_way()
+            excess_bytes = max(
+                at_least_bytes,
+                sum(entry_bytes for _, _, entry_bytes in found) + wanted_bytes - self._max_bytes,
+                missing_bytes - shutil.disk_usage(self._models).free,
+            )
+            for used_at, folder, entry_bytes in sorted(found):
+                if used_at and excess_bytes <= 0:
+                    break
+                try:
+                    with self._lock(folder.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                        removed = self._take_out(folder)
+                except BlockingIOError:
+                    continue  # in use
+                shutil.rmtree(removed, ignore_errors=True)
+                log.info("model evicted from disk", folder=folder.name, bytes=entry_bytes)
+                excess_bytes -= entry_bytes
+                num_removed += 1
+        return num_removed
+
+    def _under_way(self) -> tuple[int, int]:
+        """Bytes of the models that are being fetched on this machine, and how many of them are not here yet."""
+        self._sweep_partial()
+        wanted_bytes = missing_bytes = 0
+        for path in self._partial.iterdir():
+            size_bytes, is_fetched, _ = path.name.partition(".")
+            if is_fetched:  # and not being removed
+                wanted_bytes += int(size_bytes)
+                with suppress(FileNotFoundError):
+                    missing_bytes += max(0, int(size_bytes) - sum(item.stat().st_size for item in path.iterdir()))
+        return wanted_bytes, missing_bytes
 
     def _take_out(self, folder: Path) -> Path:
         """Ends an entry at once, whole: a worker that is killed while it removes the files leaves no half of it."""
@@ -164,40 +210,40 @@ def is_tar(path: Path) -> bool:
         return file.read(len(_TAR_MAGIC)) == _TAR_MAGIC
 
 
-def _unpack(partial: Path, name: str, sha256: str) -> _Entry:
-    """Turns the downloaded object into the file `model`, out of its tar if it is one."""
-    downloaded, model = partial / "object", partial / "model"
-    if is_tar(downloaded):
-        sha256 = _extract(downloaded, model, name)
-        downloaded.unlink()
-    else:
-        downloaded.rename(model)
-    return _Entry(sha256, model.stat().st_size)
+def _unpack(path: Path, name: str) -> str:
+    """Leaves of the tar the model in it, and answers its SHA-256: the file of that name, else the largest model.
 
-
-def _extract(archive: Path, target: Path, name: str) -> str:
-    """Copies the model out of the tar and answers its SHA-256: the file of that name, else the largest model in it."""
+    The content is moved to the start of the file, so that it takes no room of its own and is no longer than the tar.
+    """
     try:
-        with tarfile.open(archive, "r:") as tar:
-            files = [member for member in tar if member.isreg()]
-            # Those can be any number of times as large as the archive; other files' content lies in it byte for byte.
-            if any(member.issparse() for member in files):
-                raise JobError(f"{name} is a tar archive of sparse files: pack it without --sparse")
-            named = [member for member in files if PurePosixPath(member.name).name == name]
-            models = [member for member in files if member.name.lower().endswith(_MODEL_ENDINGS)]
-            candidates = named or models
-            if not candidates:
-                raise JobError(f"{name} is a tar archive without a model in it")
-            source = tar.extractfile(max(candidates, key=lambda member: member.size))
-            assert source is not None  # it is a regular file
+        with path.open("r+b") as file:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                found = _find_model(tar, name)
             digest = hashlib.sha256()
-            with target.open("wb") as file:
-                while chunk := source.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-    except (tarfile.TarError, ValueError):  # of numbers in sparse members that are none
+            for position in range(0, found.size, _CHUNK_BYTES):
+                file.seek(found.offset_data + position)
+                chunk = file.read(min(_CHUNK_BYTES, found.size - position))
+                digest.update(chunk)
+                file.seek(position)
+                file.write(chunk)
+            if file.tell() != found.size:
+                raise tarfile.ReadError("unexpected end of data")
+            file.truncate()
+    except (tarfile.TarError, ValueError):  # of numbers in its headers that are none
         raise JobError(f"{name} is a tar archive that is damaged or truncated") from None
     return digest.hexdigest()
+
+
+def _find_model(tar: tarfile.TarFile, name: str) -> tarfile.TarInfo:
+    files = [member for member in tar if member.isreg()]
+    # Those can be any number of times as large as the archive; other files' content lies in it byte for byte.
+    if any(member.issparse() for member in files):
+        raise JobError(f"{name} is a tar archive of sparse files: pack it without --sparse")
+    named = [member for member in files if PurePosixPath(member.name).name == name]
+    models = [member for member in files if member.name.lower().endswith(_MODEL_ENDINGS)]
+    if not (candidates := named or models):
+        raise JobError(f"{name} is a tar archive without a model in it")
+    return max(candidates, key=lambda member: member.size)
 
 
 def _read_entry(folder: Path) -> _Entry | None:
@@ -205,7 +251,7 @@ def _read_entry(folder: Path) -> _Entry | None:
     try:
         entry = _Entry(**json.loads((folder / "entry.json").read_text()))
         return entry if (folder / "model").stat().st_size == entry.size_bytes else None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 

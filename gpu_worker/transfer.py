@@ -21,9 +21,14 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 60.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHUNK_BYTES = 1 << 20
 _FIRST_DELAY_SECONDS = 0.2
 _MAX_DELAY_SECONDS = 8.0
+
+
+class DiskFull(JobError):
+    """What is downloaded has no room here."""
 
 
 class _Refused(JobError):
@@ -73,6 +78,7 @@ class Transfer:
 
         Raises:
             JobError: the store does not have it or does not answer, or size or SHA-256 differ (0 and "": not known).
+            DiskFull: it has no room here.
         """
         found_bytes, found_sha256 = await self._patiently(
             f"{name} cannot be downloaded", lambda patience: self._get(url, path, patience)
@@ -133,8 +139,8 @@ class Transfer:
             except httpx.TransportError as error:
                 reason = f"the object store does not answer ({type(error).__name__})"
             except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise JobError(f"{problem}: the worker's disk is full") from error
+                if error.errno in DISK_FULL:
+                    raise DiskFull(f"{problem}: the worker's disk is full") from error
                 raise
             if patience.ends_within(delay):
                 raise JobError(f"{problem}: {reason}")

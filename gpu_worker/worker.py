@@ -108,7 +108,7 @@ class Worker:
             for model in models:
                 try:
                     files.append(await held.enter_async_context(self._cache.hold(model)))
-                except JobError as error:
+                except (JobError, OSError) as error:  # of a disk, say; the others are held on
                     log.warning("a model cannot be kept ready", name=model.name, reason=str(error))
                     continue
                 self._engine.pin(list(files))

@@ -1,11 +1,14 @@
 """The model cache against a real HTTP server."""
 
 import asyncio
+import errno
 import hashlib
 import io
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -90,6 +93,84 @@ async def test_what_another_worker_of_the_machine_uses_stays(
     os.utime(first.path.parent, (1, 1))
     async with cache.hold(model(store, "d.ckpt", bytes(1000))):
         assert not first.path.exists()
+
+
+async def test_room_is_made_before_a_download_and_beside_those_of_others(store: ObjectStore, tmp_path: Path) -> None:
+    kept: list[int] = []
+    began = {"c.ckpt": asyncio.Event(), "d.ckpt": asyncio.Event()}
+
+    class Noting(Transfer):
+        async def download(self, url: str, path: Path, name: str, size_bytes: int = 0, sha256: str = "") -> str:
+            kept.append(sum(file.stat().st_size for file in (tmp_path / "models").rglob("model")))
+            if name in began:
+                began[name].set()
+                await began["d.ckpt"].wait()
+            return await super().download(url, path, name, size_bytes, sha256)
+
+    async def use(cache: ModelCache, name: str, size: int) -> None:
+        async with cache.hold(model(store, name, bytes(size))):
+            pass
+
+    async with Noting() as transfer:
+        cache, other = (ModelCache(tmp_path, 2500, transfer) for _ in range(2))
+        await use(cache, "a.ckpt", 1000)
+        await use(cache, "b.ckpt", 1000)
+        third = asyncio.create_task(use(cache, "c.ckpt", 1200))
+        await began["c.ckpt"].wait()
+        await use(other, "d.ckpt", 1200)
+        await third
+    assert kept == [0, 1000, 1000, 0]
+
+
+class SmallDisk:
+    """Takes the place of shutil.disk_usage(): a disk of so many bytes that has nothing but the folder."""
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self.folder, self.total = folder, total
+
+    def __call__(self, _: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=self.total - sum(path.stat().st_size for path in self.folder.rglob("model")))
+
+
+async def test_a_disk_that_is_smaller_than_the_bound_bounds_the_cache(
+    store: ObjectStore, transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", SmallDisk(tmp_path, 2500))
+    cache = ModelCache(tmp_path, 10**9, transfer)
+    files = [model(store, f"{name}.ckpt", bytes(1000)) for name in "abc"]
+    async with cache.hold(files[0]) as first, cache.hold(files[1]):
+        with pytest.raises(JobError, match=r"c\.ckpt cannot be downloaded: the worker's disk is full"):
+            async with cache.hold(files[2]):
+                pass
+    assert ("GET", "c.ckpt") not in store.requests  # the disk is not filled to its end first
+    async with cache.hold(files[2]):
+        assert not first.path.exists()
+
+
+async def test_a_disk_that_others_fill_meanwhile_costs_unused_models_before_it_costs_a_job(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    class Filled(Transfer):
+        num_failures = 0
+
+        async def _get(self, *about: Any) -> tuple[int, str]:
+            if self.num_failures:
+                self.num_failures -= 1
+                raise OSError(errno.ENOSPC, "no space left on device")
+            return await super()._get(*about)
+
+    async with Filled() as transfer:
+        cache = ModelCache(tmp_path, 2500, transfer)
+        async with cache.hold(model(store, "a.ckpt", bytes(1000))) as unused:
+            pass
+        transfer.num_failures = 1
+        async with cache.hold(model(store, "b.ckpt", bytes(1000))):
+            assert not unused.path.exists()
+            transfer.num_failures = 1
+            with pytest.raises(JobError, match=r"c\.ckpt cannot be downloaded: the worker's disk is full"):
+                async with cache.hold(model(store, "c.ckpt", bytes(1000))):
+                    pass
+    assert not list((tmp_path / "partial").iterdir())
 
 
 @pytest.mark.parametrize("lost", ["entry.json", "model"])

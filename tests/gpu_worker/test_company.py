@@ -49,6 +49,18 @@ async def test_jobs_at_once_leave_each_its_own_results(worker: Worker, store: Ob
     assert store.requests.count(("GET", "tiny.safetensors")) == 1
 
 
+async def test_a_model_that_the_disk_cannot_give_does_not_cost_the_others_that_are_kept_ready(
+    worker: Worker, engine: Engine, tmp_path: Path, make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sound,) = make_spec().models
+    broken = worker_pb2.ModelFile(name="broken.ckpt", url=sound.url, cache_key="ab" * 32)
+    (tmp_path / "cache" / "locks" / broken.cache_key).mkdir()  # no file to lock
+    pinned = asyncio.Event()
+    monkeypatch.setattr(engine, "pin", lambda files: pinned.set() if files else None)
+    worker.preload([broken, sound])
+    await asyncio.wait_for(pinned.wait(), 30)
+
+
 @pytest.mark.slow
 async def test_a_short_job_does_not_wait_for_a_long_one_and_cancelling_one_leaves_the_other(
     worker: Worker, make_spec: Any

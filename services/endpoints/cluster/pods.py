@@ -81,7 +81,7 @@ def pod_template(
             "containers": [_container(profile, program, environment)],
             "volumes": [
                 {"name": "secrets", "secret": {"secretName": name_of(owner_id), "defaultMode": 0o440}},
-                # A tenth more than the worker keeps: a model that is being fetched stands beside the others.
+                # A tenth more than the worker keeps: it makes room before it fetches, except of what its jobs use.
                 {"name": "cache", "emptyDir": {"sizeLimit": f"{math.ceil(program.cache_gib * 1.1)}Gi"}},
                 {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
             ],

@@ -120,7 +120,7 @@ async def main() -> None:
     rehoming = Rehoming(pools, peers)
     cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
     outputs = Outputs(jobs, blobs)
-    queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, outputs, signals, background, limits)
+    queue = Queue(LeaseStore(database), blobs, leftovers, outputs, signals, background, limits)
     priorities = Priorities(settings.priority_ranges)
     inference = Inference(jobs, blobs, peers, signals, cleaner, priorities, server.stopping)
     board, views = Board(BoardStore(database), signals), Views(blobs)
@@ -135,6 +135,7 @@ async def main() -> None:
             database.listen(CHANNELS, signals.on_notify),
             signals.wake_all(at=server.stopping),
             queue.run(),
+            rehoming.run(limits.renew_seconds),
             cleaner.run(),
             outputs.run(),
             board.run(server.stopping),

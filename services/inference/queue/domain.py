@@ -16,7 +16,6 @@ from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
 from services.common.signals import Signals
 from services.inference.peers import Model
 from services.inference.queue.claim import WARM_WINDOW
-from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import Results, find_problem
 from services.inference.queue.store import LeaseStore
 from services.inference.rows import Job, Worker, now
@@ -66,7 +65,6 @@ class Queue:
         self,
         store: LeaseStore,
         blobs: Blobs,
-        rehoming: Rehoming,
         leftovers: LeftoverStore,
         outputs: Outputs,
         signals: Signals,
@@ -76,7 +74,6 @@ class Queue:
         self.limits = limits
         self._store = store
         self._blobs = blobs
-        self._rehoming = rehoming
         self._leftovers = leftovers
         self._outputs = outputs
         self._signals = signals
@@ -186,7 +183,7 @@ class Queue:
     # --- the background ---
 
     async def run(self) -> None:
-        """Takes back jobs of lost workers and finds homes for stranded ones, until cancelled."""
+        """Takes back jobs of lost workers, until cancelled."""
         clock = asyncio.get_running_loop().time
         quiet_until = 0.0
         while True:
@@ -195,10 +192,9 @@ class Queue:
                 # Nobody could renew while the database was away, so everybody gets a lease's time first.
                 if clock() > max(quiet_until, self._signals.connected_at + self.limits.lease_seconds):
                     await self._store.reap(self.limits.lease_seconds)
-                await self._rehoming.sweep()
             except Unavailable as error:
                 quiet_until = clock() + self.limits.lease_seconds
-                log.warning("the queue's sweep waits", reason=str(error))
+                log.warning("jobs of lost workers wait", reason=str(error))
 
     def _assignment(self, job: Job) -> Assignment:
         lease_id = job.lease_id

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import structlog
 
-from services.common.errors import EsdError
+from services.common.errors import EsdError, Unavailable
 from services.inference.peers import Endpoint, Peers
 from services.inference.queue.pool_store import PoolStore
 from services.inference.rows import Job
@@ -41,10 +41,22 @@ class Rehoming:
                         failed += 1
         return moved, failed
 
+    async def run(self, sweep_seconds: float) -> None:
+        """Sweeps until cancelled. It may take long, so nothing else waits for it."""
+        while True:
+            await asyncio.sleep(sweep_seconds)
+            try:
+                await self.sweep()
+            except Unavailable as error:
+                log.warning("stranded jobs wait", reason=str(error))
+
     async def sweep(self) -> None:
         """Finds homes for the jobs that came to the queue of an endpoint after it went away.
 
         Not while an endpoint retires here: that may take long, and both would look for homes of the same jobs.
+
+        Raises:
+            Unavailable: a service or the database does not answer, and would not for the next job either.
         """
         if self._at_it.locked():
             return
@@ -53,6 +65,8 @@ class Rehoming:
             for job, why in await self._store.stranded():
                 try:
                     await self._rehome(job, why, homes, revivable=True)
+                except Unavailable:
+                    raise
                 except EsdError as error:  # one job's trouble is not the others'; the next sweep tries again
                     log.warning("a stranded job waits", job=str(job.id), reason=str(error))
 

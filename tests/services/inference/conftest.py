@@ -132,6 +132,7 @@ class Service:
     tokens: Tokens
     endpoint_id: str
     signals: Signals
+    rehoming: Rehoming
 
     def user(self, name: str = "ann", *more: str, **options: Any) -> Metadata:
         """A user who may create jobs."""
@@ -327,7 +328,7 @@ async def service(
         store, rehoming = JobStore(database, quotas), Rehoming(pools, peers)
         outputs = Outputs(store, blobs)
         cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
-        queue = Queue(LeaseStore(database), blobs, rehoming, leftovers, outputs, signals, background, limits)
+        queue = Queue(LeaseStore(database), blobs, leftovers, outputs, signals, background, limits)
         board, views = Board(BoardStore(database), signals), Views(blobs)
         here = Outbound([ip_network("127.0.0.0/8")])
         webhooks = Webhooks(WebhookStore(database), here, signals, first_wait_seconds=0.01, try_seconds=webhook_seconds)
@@ -341,7 +342,15 @@ async def service(
 
         channel = await serve(add_servicers, audience="inference")
         listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
-        chores = (queue.run(), cleaner.run(), Deadlines(store, signals).run(), board.run(stopping), webhooks.run())
+        sweeping = rehoming.run(limits.renew_seconds)
+        chores = (
+            queue.run(),
+            sweeping,
+            cleaner.run(),
+            Deadlines(store, signals).run(),
+            board.run(stopping),
+            webhooks.run(),
+        )
         running = asyncio.gather(*chores, signals.wake_all(at=stopping))
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),
@@ -352,6 +361,7 @@ async def service(
             tokens,
             world.add_endpoint(),
             signals,
+            rehoming,
         )
         stopping.set()
         for task in (listening, running):

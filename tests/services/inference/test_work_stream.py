@@ -14,10 +14,9 @@ from google.protobuf.json_format import MessageToDict
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.background import Background
 from services.common.database import Database
+from services.common.errors import Unavailable
 from services.common.leftovers import LeftoverStore
 from services.inference.queue.domain import Limits, Queue, WorkerStream
-from services.inference.queue.pool_store import PoolStore
-from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
 from services.inference.queue.store import LeaseStore
 from services.inference.rows import LAST_ATTEMPT, MAX_LOST
@@ -183,9 +182,8 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
             (await service.http.put(place.url, content=PNG)).raise_for_status()
         database, background = Database(database_url), Background()
         leases, leftovers = LeaseStore(database), LeftoverStore(database)
-        rehoming = Rehoming(PoolStore(database), None)  # type: ignore[arg-type]
         outputs = Outputs(JobStore(database), service.blobs)
-        queue = Queue(leases, service.blobs, rehoming, leftovers, outputs, service.signals, background, Limits())
+        queue = Queue(leases, service.blobs, leftovers, outputs, service.signals, background, Limits())
         told = [ResultObject(name, len(PNG), SHA256) for name in ("image_0.png", f"{job_id}_param.json")]
         results = Results([told[0]], told[1], {})
         stream = WorkerStream(UUID(service.endpoint_id), "w", uuid4())
@@ -442,6 +440,26 @@ async def test_a_refusal_by_another_service_does_not_end_the_sweep(service: Serv
     service.world.refusal = None
     async with service.worker(endpoint_id=other) as worker:
         assert (await worker.take()).spec.job_id == receipt.id
+
+
+class TestWithoutSweeps:
+    """A service that sweeps when a test says so."""
+
+    @pytest.fixture
+    def limits(self) -> Limits:
+        return Limits(renew_seconds=3600.0)
+
+    async def test_a_sweep_is_over_when_a_service_does_not_answer(self, service: Service) -> None:
+        receipts = [await service.create() for _ in range(2)]
+        assert await retire(service, service.endpoint_id) == (0, 0)
+        for receipt in receipts:
+            await service.upload(receipt)
+            await service.start(receipt.id)
+        service.world.refusal = grpc.StatusCode.UNAVAILABLE
+        before = service.world.num_searches
+        with pytest.raises(Unavailable):
+            await service.rehoming.sweep()
+        assert service.world.num_searches == before + 1
 
 
 async def test_a_job_that_is_started_after_its_endpoint_retired_finds_its_way_too(service: Service) -> None:

@@ -35,6 +35,7 @@ class Limits:
     grace_seconds: float = 5.0  # for a worker whose stream broke to come back
     sweep_seconds: float = 7.0  # the safety net under every notification
     contended_seconds: float = 0.1  # until a claim that met only locked rows tries again
+    retry_seconds: float = 2.0  # until results are read back again when a store did not answer
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Queue:
         """Checks and records results; True once they are (or were) recorded, False when the lease is lost.
 
         Raises:
-            Unavailable: the object store or the database is down; the worker will tell again.
+            Unavailable: the object store or the database is down; it may be tried again.
         """
         job = await self._store.find_by_lease(lease_id)
         if job is None:

@@ -184,8 +184,17 @@ class _WorkSession:
                         raise InvalidArgument(f"a Work stream does not go on with {other}")
 
     async def _take_results(self, stream: WorkerStream, leased: pb.LeasedEvent) -> None:
+        """Reads results back, until it can: a stream that ended for it would be opened again, to be told the same."""
         lease_id = parse_lease(leased.lease_id)
-        self._end(lease_id, await self._queue.succeed(stream, lease_id, _results(leased.event.done)))
+        while True:
+            try:
+                recorded = await self._queue.succeed(stream, lease_id, _results(leased.event.done))
+            except Unavailable as error:
+                log.warning("results wait to be read back", lease=str(lease_id), reason=str(error))
+                await asyncio.sleep(self._queue.limits.retry_seconds)
+            else:
+                self._end(lease_id, recorded)
+                return
 
     async def _take_event(self, stream: WorkerStream, leased: pb.LeasedEvent) -> None:
         lease_id = parse_lease(leased.lease_id)

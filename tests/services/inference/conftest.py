@@ -279,7 +279,7 @@ def database_url(lend_database: Callable[[str], str]) -> str:
 @pytest.fixture
 def limits() -> Limits:
     """How patient the service is; a test module may have its own."""
-    return Limits(lease_seconds=30.0, renew_seconds=0.5, grace_seconds=0.1, sweep_seconds=60.0)
+    return Limits(lease_seconds=30.0, renew_seconds=0.5, grace_seconds=0.1, sweep_seconds=60.0, retry_seconds=0.1)
 
 
 @pytest.fixture

@@ -172,6 +172,21 @@ async def test_done_told_twice_is_acknowledged_twice_and_keeps_the_result(servic
     assert len(await service.blobs.find(f"out/{job_id}/")) == 2
 
 
+async def test_results_wait_on_the_same_stream_while_the_object_store_is_away(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise Unavailable("the object store does not answer")
+
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        monkeypatch.setattr(service.blobs, "read", read)
+        assert kind(await worker.finish(assign)) == "acknowledge"
+    assert (await service.get(job_id)).status == "succeed"
+
+
 async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
     service: Service, database_url: str
 ) -> None:

@@ -40,15 +40,22 @@ def default_home() -> Path:
     return Path("/var/lib/esd") if os.geteuid() == 0 else Path.home() / ".esd"
 
 
+def run_folder(home: Path) -> Path:
+    """Returns ESD_HOME/run, made if it is not there. Who takes the lock in it first may make secrets."""
+    # As root other users may pass through (not list), because PostgreSQL runs as one of them.
+    home.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+    folder = home / "run"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 class Home:
     """The folder of one stack. Opening it makes what is missing and leaves what is there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        # As root other users may pass through (not list), because PostgreSQL runs as one of them.
-        self.path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        self.run = run_folder(self.path)
         self.secrets = self._private_folder("secrets")
-        self.run = self._private_folder("run")
         self.worker = self._private_folder("worker")
         self.swift = self._private_folder("swift")
         self.postgres = self.path / "postgres"

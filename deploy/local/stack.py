@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from deploy.local.home import Home, default_home
+from deploy.local.home import Home, default_home, run_folder
 from deploy.local.plan import Options, Plan, make_plan
 from deploy.local.postgres import Postgres
 from gateway.settings import GatewaySettings, refuse_open_door
@@ -84,12 +84,12 @@ def run(options: Options) -> None:
     """
     from deploy.local.supervise import Supervision  # noqa: PLC0415 - only the launcher pays for it
 
-    home = Home(options.home)
-    with (home.run / "lock").open("a") as lock:
+    with (run_folder(options.home) / "lock").open("a") as lock:
         if not _lock(lock):
-            state = read_state(home.path)
+            state = read_state(options.home)
             where = f" (pid {state.pid}, {state.url})" if state else ""
-            raise AlreadyRunningError(f"the stack of {home.path} is running already{where}")
+            raise AlreadyRunningError(f"the stack of {options.home.resolve()} is running already{where}")
+        home = Home(options.home)
         plan = make_plan(options, home)
         _check_settings(plan)
         Postgres(home, plan.ports["postgres"]).prepare()

@@ -31,6 +31,7 @@ class Store:
             "ESD_S3_ACCESS_KEY": S3_ACCESS_KEY,
             "ESD_S3_SECRET_KEY_FILE": str(self._home.s3_secret_key_file),
             "ESD_S3_REGION": S3_REGION,
+            "ESD_SWIFT_RESERVE": os.environ.get("ESD_SWIFT_RESERVE", ""),
             # Swift brings a library whose import warns; its warnings are not for our log.
             "PYTHONWARNINGS": "ignore",
         }

@@ -5,6 +5,9 @@
 The proxy listens on ESD_LISTEN and checks signatures. The object, container and account servers know no authentication,
 so they listen on Unix sockets in a folder that only this user can enter; the ring's addresses are mere names for them.
 
+ESD_SWIFT_RESERVE is what uploads leave free of the disk, on which PostgreSQL may write too: bytes, or a percentage of
+the disk (2%). An upload that would need more is refused with 503; objects can be read and deleted.
+
 This file is only ever run: eventlet patches the whole process, so nothing of ours may import it.
 """
 
@@ -22,7 +25,7 @@ import logging  # noqa: E402 - after the patch, like everything that uses thread
 import socket  # noqa: E402
 
 from eventlet import wsgi  # noqa: E402
-from swift.common import bufferedhttp  # noqa: E402
+from swift.common import bufferedhttp, utils  # noqa: E402
 from swift.common import wsgi as swift_wsgi  # noqa: E402
 from swift.common.middleware.s3api.controllers import multi_upload  # noqa: E402
 from swift.common.middleware.s3api.s3response import NoSuchUpload  # noqa: E402
@@ -40,7 +43,7 @@ swift_dir = {etc}
 devices = {node}
 mount_check = false
 log_level = ERROR
-fallocate_reserve = 0
+fallocate_reserve = {reserve}
 [pipeline:main]
 pipeline = {kind}-server
 [app:{kind}-server]
@@ -50,7 +53,8 @@ node_timeout = {patience}
 """
 
 # Of the servers with each other, in seconds. They share one process: who does not answer is busy, not broken, and there
-# is no other to ask. By default ten answers that come late make the proxy refuse everything for a minute.
+# is no other to ask. By default ten answers that come late, or one upload that the disk has no room for, make the proxy
+# refuse everything for a minute: errors must not be remembered.
 _PATIENCE = 60
 _PROXY_CONF = """\
 [DEFAULT]
@@ -67,7 +71,7 @@ expose_info = false
 conn_timeout = {patience}
 node_timeout = {patience}
 recoverable_node_timeout = {patience}
-error_suppression_limit = 1000000000
+error_suppression_interval = 0
 allow_account_management = true
 account_autocreate = true
 [filter:catch_errors]
@@ -109,6 +113,8 @@ def main() -> None:
     _check_xattrs(root)
     etc = _configure(root)
     set_swift_dir(str(etc))
+    # What Swift's own way of starting does with fallocate_reserve, for objects whose size is known.
+    utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(_reserve())
     logging.disable(logging.INFO)
 
     # Relative socket names, because a socket's path ends at 107 bytes and the folder may be anywhere.
@@ -177,7 +183,9 @@ def _configure(root: Path) -> Path:
         ring = etc / f"{kind}.ring.gz"
         if not ring.exists():
             _make_ring(ring, port)
-        _write(etc / f"{kind}-server.conf", _SERVER_CONF.format(etc=etc, node=node, kind=kind, patience=_PATIENCE))
+        reserve = _reserve() if kind == "object" else "0"  # the lists of objects are small, and are needed to delete
+        conf = _SERVER_CONF.format(etc=etc, node=node, kind=kind, patience=_PATIENCE, reserve=reserve)
+        _write(etc / f"{kind}-server.conf", conf)
     account, _, user = _setting("ESD_S3_ACCESS_KEY").partition(":")
     secret = Path(_setting("ESD_S3_SECRET_KEY_FILE")).read_text().strip()
     region = os.environ.get("ESD_S3_REGION", "us-east-1")
@@ -225,6 +233,10 @@ def _setting(name: str) -> str:
     if not value:
         sys.exit(f"{name} is not set")
     return value
+
+
+def _reserve() -> str:
+    return os.environ.get("ESD_SWIFT_RESERVE") or "2%"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -17,7 +18,9 @@ import httpx
 import psutil
 import pytest
 
-from deploy.local.stack import Stack
+from deploy.local.home import run_folder
+from deploy.local.plan import Options
+from deploy.local.stack import AlreadyRunningError, Stack, run
 from tests.processes import ROOT
 
 NAMES = {"postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"}
@@ -117,6 +120,15 @@ def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: 
         processes = [psutil.Process(pid) for pid in second.processes().values()]
     assert not [each for each in processes if each.is_running()]
     assert esd("status", "--home", home / "other").returncode == 1
+
+
+def test_who_has_not_the_lock_makes_no_secrets(tmp_path: Path) -> None:
+    """Two first starts at once would make hashes that belong to the secrets of the other."""
+    with (run_folder(tmp_path) / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(AlreadyRunningError, match="is running already"):
+            run(Options(tmp_path))
+    assert not (tmp_path / "secrets").exists()
 
 
 def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from deploy.local.home import S3_BUCKET, Home
+from deploy.local.home import S3_ACCESS_KEY, S3_BUCKET, S3_REGION, Home
 from deploy.local.ports import free_port
 from deploy.local.store import Store, process_environment
 from tests.conftest import S3Access
@@ -157,3 +157,24 @@ def test_objects_and_their_metadata_survive_a_kill(store_home: Home) -> None:
         got = again.client().get_object(Bucket=S3_BUCKET, Key="kept")
         assert got["Body"].read() == b"123"
         assert (got["ETag"], got["Metadata"]) == (put["ETag"], {"sha256": "abc"})
+
+
+def test_uploads_leave_a_reserve_of_the_disk_and_what_is_there_can_be_read_and_deleted(
+    store_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reserve in ("0", "100%"):
+        monkeypatch.setenv("ESD_SWIFT_RESERVE", reserve)
+        store = Store(store_home, free_port())
+        with running(store.command(), process_environment() | store.environment()):
+            store.wait_until_up()
+            store.bootstrap(S3_BUCKET)
+            access = S3Access(store.url, S3_BUCKET, S3_REGION, S3_ACCESS_KEY, store_home.s3_secret_key_file, store)
+            if reserve == "0":
+                assert send(access, "PUT", presign(access, "put_object", "kept"), b"123").status_code == 200
+                continue
+            for content in (b"x", b""):
+                answer = send(access, "PUT", presign(access, "put_object", "more"), content)
+                assert answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+            assert send(access, "GET", presign(access, "get_object", "kept")).content == b"123"
+            assert send(access, "DELETE", presign(access, "delete_object", "kept")).status_code == 204
+            assert send(access, "GET", presign(access, "get_object", "kept")).status_code == 404

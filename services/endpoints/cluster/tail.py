@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,10 +22,12 @@ def last_words(log_file: Path) -> str:
     Empty where there is no log, or nothing in it.
     """
     try:
-        end = log_file.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+        with log_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            end = file.read(_TAIL_BYTES)
     except FileNotFoundError:
         return ""
-    return last_words_in(end)
+    return last_words_in(end.decode(errors="replace"))
 
 
 def last_words_in(end: str) -> str:

@@ -43,5 +43,13 @@ def test_the_last_words_are_one_sentence_without_traceback(
     assert last_words(tmp_path / "log") == words
 
 
+def test_of_a_long_log_only_the_end_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        log.truncate(1 << 40)  # more than fits into memory
+        log.seek(0, 2)
+        log.write(b"\nthe end\n")
+    assert last_words(tmp_path / "log") == "the end"
+
+
 def test_no_log_has_no_last_words(tmp_path: Path) -> None:
     assert last_words(tmp_path / "log") == ""

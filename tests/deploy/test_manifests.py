@@ -19,6 +19,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cryptography import x509
+from hatchling.builders.wheel import WheelBuilder
 
 from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest, write
 from deploy.local.home import S3_ACCESS_KEY, Home
@@ -44,6 +45,9 @@ SETTINGS: dict[str, list[Any]] = {
     "inference": [InferenceSettings, BlobSettings],
     "training": [TrainingSettings, BlobSettings],
 }
+
+# Compose makes the bucket in a container of its own.
+COMPOSED = SETTINGS | {"bucket": [BlobSettings]}
 
 Manifest = dict[str, Any]
 
@@ -230,7 +234,7 @@ def accept(process: str, environment: dict[str, str], monkeypatch: pytest.Monkey
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    for settings in SETTINGS[process]:
+    for settings in COMPOSED[process]:
         if settings is KubernetesSettings and environment["ESD_CLUSTER"] != "kubernetes":
             continue
         loaded = load(settings)
@@ -241,7 +245,7 @@ def accept(process: str, environment: dict[str, str], monkeypatch: pytest.Monkey
             refuse_open_door(loaded)
 
 
-@pytest.mark.parametrize("process", SETTINGS)
+@pytest.mark.parametrize("process", COMPOSED)
 def test_each_container_of_compose_accepts_the_settings_and_secrets_that_it_gets(
     process: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +260,32 @@ def test_each_container_of_compose_accepts_the_settings_and_secrets_that_it_gets
             if value == target or value.startswith(f"{target}/"):
                 environment[name] = place + value.removeprefix(target)
     accept(process, environment, monkeypatch)
+
+
+def test_pods_are_spread_by_labels_that_an_api_server_takes(rendered: dict[str, list[Manifest]]) -> None:
+    """A label of `matchLabelKeys` may not stand in the selector too, and pods must have those that are selected by."""
+    spread = [
+        (found["spec"]["template"], rule)
+        for objects in rendered.values()
+        for found in workloads(objects)
+        for rule in found["spec"]["template"]["spec"].get("topologySpreadConstraints", ())
+    ]
+    assert spread
+    for template, rule in spread:
+        selected = {one["key"] for one in rule["labelSelector"]["matchExpressions"]}
+        assert not selected & set(rule["matchLabelKeys"])
+        assert selected <= template["metadata"]["labels"].keys()
+
+
+def test_secrets_beside_the_sources_get_into_no_image(tmp_path: Path) -> None:
+    """Compose's lie where its images are built from. Docker may not take them, nor what builds the wheel there, which
+    has no .gitignore that would tell it."""
+    assert "deploy/docker/secrets" in (ROOT / ".dockerignore").read_text().splitlines()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    left_out = WheelBuilder(str(tmp_path)).config.exclude_spec
+    assert left_out is not None
+    assert left_out.match_file("deploy/docker/secrets/identity/signing-key.pem")
+    assert not left_out.match_file("deploy/docker/compose.yaml")
 
 
 def test_a_folder_of_settings_that_is_not_there_stops_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

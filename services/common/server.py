@@ -54,12 +54,11 @@ STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
 }
 INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024  # twice what the gateway takes of a REST request; read before its token is
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of what becomes JSON: the gateway makes it in memory
 DRAIN_SECONDS = 10.0
 _MAX_MESSAGE = 4000  # characters of an error's sentence
 _OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # As much as the gateway takes (60 KiB) and its token, instead of 8 KiB.
     ("grpc.max_metadata_size", 64 * 1024),
     ("grpc.absolute_max_metadata_size", 128 * 1024),
@@ -103,11 +102,13 @@ class Server:
         review: Review | None = None,
         credentials: grpc.ServerCredentials | None = None,
         setting: str = "ESD_LISTEN",
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._credentials = credentials
         self._setting = setting
         self._streams = OpenStreams(review or _until_they_end(verifier))
-        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier, self._streams)], options=_OPTIONS)
+        options = [*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+        self.grpc = grpc.aio.server(interceptors=[_Interceptor(verifier, self._streams)], options=options)
         self._listen = listen
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()

@@ -35,6 +35,7 @@ from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
+from services.inference.submitting.payload import MAX_BYTES
 from services.inference.submitting.priorities import DEFAULT_RANGES, Priorities
 from services.inference.submitting.quotas import Quotas
 from services.inference.upkeep.cleaning import Cleaner
@@ -108,7 +109,8 @@ async def main() -> None:
         identity=identity,
     )
     verifier = Verifier.from_file(settings.verifying_key_file, audience="inference")
-    server = Server(settings.listen, verifier, token_review(identity))
+    # A job may bring its payload with it.
+    server = Server(settings.listen, verifier, token_review(identity), max_message_bytes=MAX_BYTES)
     signals, background, blobs = Signals(), Background(), Blobs(load(BlobSettings))
     pools, leftovers = PoolStore(database), LeftoverStore(database)
     limits = Limits(

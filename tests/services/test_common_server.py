@@ -17,7 +17,7 @@ from gateway.__main__ import MAX_RESPONSE_BYTES
 from services.common import errors, streams
 from services.common.auth import Caller, Kind, Profile, UsernameStatus, current_caller
 from services.common.clients import KIND_OF
-from services.common.server import INTERNAL, MAX_ANSWER_BYTES, STATUS_OF, Server
+from services.common.server import INTERNAL, MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, STATUS_OF, Server
 from services.common.status import set_reply
 from tests.serving import Tokens
 
@@ -379,6 +379,20 @@ async def test_an_answer_that_is_too_large_for_json_is_refused_in_words(stub: An
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert sentence == "the answer would have 16 MiB, 16 are possible: ask for fewer at once"
     assert MAX_RESPONSE_BYTES >= 6 * MAX_ANSWER_BYTES, "what the gateway takes, should JSON write each byte as six"
+
+
+async def test_a_request_that_nobody_needs_so_large_is_not_read(stub: Any, user_token: Any) -> None:
+    """It would be read into memory before anybody looks at its token."""
+    request = pb.PingRequest.FromString(b"\xfa\x07" + _varint(MAX_MESSAGE_BYTES) + bytes(MAX_MESSAGE_BYTES))
+    assert (await _failure(stub.Ping(request, metadata=user_token("ann"))))[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def _varint(number: int) -> bytes:
+    head = bytearray()
+    while number > 127:
+        head.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*head, number])
 
 
 async def test_nothing_is_unpacked(stub: Any, user_token: Any) -> None:

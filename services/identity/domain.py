@@ -210,7 +210,8 @@ class Identity:
             raise InvalidArgument(f'username: user "{owner}" not exist')
         if impersonate and not actor.may_impersonate:
             raise PermissionDenied("only with a key that may act for others can one make another such key")
-        _may_grant(actor, _union(await self._store.find_roles(users[0].roles)))
+        permissions = _union(await self._store.find_roles(users[0].roles))
+        _may_grant(actor, [*permissions, *ALL_PERMISSIONS] if impersonate else permissions)
         value = new_api_key()
         now = datetime.now(UTC)
         key = ApiKey(

@@ -151,7 +151,7 @@ async def test_the_owner_of_the_key_of_a_request_is_not_deleted_with_it(identity
     await identity.make_user("boss", ALL)
     through_api = user_token("boss", ALL, ["chiefs"], key_owner="api")
     call = identity.stub.DeleteUsers(pb.DeleteUsersRequest(user_name_list=["api"]), metadata=through_api)
-    assert "api owns the key of this request" in await fails(call, PRECONDITION)
+    assert "api owns the API key of this request" in await fails(call, PRECONDITION)
     assert await _is_open(identity, identity.first_key)
 
 

@@ -138,6 +138,10 @@ async def test_a_key_is_for_an_existing_user_and_does_no_more_than_its_maker(ide
     lesser = user_token("bob", ["user:all"])
     call = identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="api"), metadata=lesser)
     assert "assign permission" in await fails(call, grpc.StatusCode.PERMISSION_DENIED)
+    await identity.make_user("bob", ["user:all"])
+    through_api = user_token("bob", ["user:all"], impersonate=True, key_owner="api")  # as who acts for bob
+    call = identity.stub.CreateApiKey(pb.CreateApiKeyRequest(username="bob", impersonate=True), metadata=through_api)
+    assert "assign permission" in await fails(call, grpc.StatusCode.PERMISSION_DENIED)
 
 
 async def _issue(identity: Any, secret: str) -> pb.IssueTokenResponse:

@@ -24,6 +24,7 @@ log = structlog.get_logger()
 Review = Callable[[Sequence[str]], Awaitable[Sequence[bool]]]
 
 REVIEW_SECONDS = 2.0
+_ENDING_SECONDS = 1.0  # for telling the client; one that does not read what came before cannot be told
 ENDED = "what this stream was opened with does not hold any more: the key, a role or the secret has changed"
 
 
@@ -69,10 +70,16 @@ class OpenStreams:
         except EsdError as error:
             log.warning("open streams are not reviewed", streams=len(streams), error=str(error))
             return
-        for task, (token, context) in streams.items():
-            if not holds[token] and task in self._open:
-                log.info("a stream is ended: its token does not hold any more")
-                # Raised whenever it succeeds, and when the client has gone.
-                with suppress(grpc.aio.BaseError):
-                    await context.abort(grpc.StatusCode.UNAUTHENTICATED, ENDED)
-                task.cancel()
+        over = [
+            (task, context) for task, (token, context) in streams.items() if not holds[token] and task in self._open
+        ]
+        await asyncio.gather(*(_end(task, context) for task, context in over))
+
+
+async def _end(task: asyncio.Task[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    log.info("a stream is ended: its token does not hold any more")
+    # A BaseError is raised whenever it succeeds, and when the client has gone.
+    with suppress(grpc.aio.BaseError, TimeoutError):
+        async with asyncio.timeout(_ENDING_SECONDS):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, ENDED)
+    task.cancel()

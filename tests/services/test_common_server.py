@@ -371,6 +371,49 @@ async def test_a_stream_goes_on_while_nobody_can_review_it(tokens: Tokens, monke
     assert asked == [[metadata[0][1]]] * 5
 
 
+class Flood(inference_pb2_grpc.QueueServiceServicer):
+    """Says one thing after the other, as long as somebody listens."""
+
+    async def WatchPools(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.WatchPoolsResponse]:
+        pool = inference_pb2.Pool(worker_ids=["w" * 1_000_000])
+        while True:
+            yield inference_pb2.WatchPoolsResponse(pools=[pool])
+
+
+async def test_a_client_that_does_not_read_cannot_keep_other_streams_open(
+    tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "REVIEW_SECONDS", 0.05)
+    holds = True
+
+    async def review(tokens: Any) -> list[bool]:
+        return [holds] * len(tokens)
+
+    server = Server("127.0.0.1:0", tokens.verifier(), review)
+    inference_pb2_grpc.add_QueueServiceServicer_to_server(Flood(), server.grpc)
+    target = f"127.0.0.1:{await server.start()}"
+    metadata = tokens.service("endpoints")
+    # A connection each: on a common one a client that reads would wait for the one that does not.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        grpc.aio.insecure_channel(target, options) as deaf,
+        grpc.aio.insecure_channel(target, options) as other,
+    ):
+        request = inference_pb2.WatchPoolsRequest()
+        silent = inference_pb2_grpc.QueueServiceStub(deaf).WatchPools(request, metadata=metadata)
+        await silent.read()
+        stream = inference_pb2_grpc.QueueServiceStub(other).WatchPools(request, metadata=metadata)
+        await stream.read()
+        holds = False
+
+        async def all_of_it() -> None:
+            while True:
+                await stream.read()
+
+        assert (await _failure(all_of_it())) == (grpc.StatusCode.UNAUTHENTICATED, streams.ENDED)
+    await server.stop(0)
+
+
 async def test_an_answer_that_is_too_large_for_json_is_refused_in_words(stub: Any, user_token: Any) -> None:
     metadata = user_token("ann", ["user:all"])
     assert (await stub.ListApiKeys(pb.ListApiKeysRequest(username="4000000"), metadata=metadata)).keys

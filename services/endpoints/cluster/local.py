@@ -17,7 +17,7 @@ from services.endpoints.cluster import Pool, PoolState, TaskState
 from services.endpoints.cluster.local_tasks import LocalTasks
 from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, LocalSettings, Machine
 from services.endpoints.cluster.process import Process, start
-from services.endpoints.cluster.tail import last_words
+from services.endpoints.cluster.tail import last_words, shorten
 from services.endpoints.store import EndpointStore, Worker
 from services.endpoints.task_store import Task, TaskStore
 
@@ -138,6 +138,7 @@ class LocalCluster:
             log.info("a worker is adopted", worker=worker.worker_id, pid=process.pid)
             self._processes[key] = process
         if not process.has_ended:
+            shorten(self._log_file(worker))
             return process
         del self._processes[key]
         failed = not worker.was_live and not process.is_stopping

@@ -107,7 +107,8 @@ def start(
 ) -> tuple[Process, Callable[[bool], None]]:
     """Starts a process in a session of its own, held back until the returned function is called.
 
-    Called with True it becomes the command, with False it ends. Its output goes to the log file, which begins anew.
+    Called with True it becomes the command, with False it ends. Its output is appended to the log file, which begins
+    anew and may be shortened meanwhile.
     With an `exit_file`, the command's exit code is there once the process has ended, and nothing if it was killed.
     """
     shell = ["/bin/sh", "-c", _GATE, "worker", *command]
@@ -116,7 +117,8 @@ def start(
     gate_out, gate_in = os.pipe()
     try:
         log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with log_file.open("wb") as output:
+        log_file.write_bytes(b"")
+        with log_file.open("ab") as output:
             child = subprocess.Popen(
                 shell,
                 env=environment,

@@ -1,4 +1,7 @@
-"""Reads from a worker's log why it ended: one sentence, without tracebacks, for whoever looks at the endpoint."""
+"""Reads from a worker's log why it ended: one sentence, without tracebacks, for whoever looks at the endpoint.
+
+Keeps the log of a worker that lives for months from growing for as long.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import ast
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _TAIL_BYTES = 16384
+_MAX_LOG_BYTES = 64 << 20
+_KEPT_LOG_BYTES = 1 << 20
 _ERRORS = {"error", "critical"}
 # A line of services/common/logs.py on a console: time, level, event, and its values.
 _CONSOLE = re.compile(r"^\S+Z \[(?P<level>\w+) *\] (?P<event>.*?)(?P<values>(?: +\w+=.*)?)$")
@@ -22,12 +28,28 @@ def last_words(log_file: Path) -> str:
     Empty where there is no log, or nothing in it.
     """
     try:
-        with log_file.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            end = file.read(_TAIL_BYTES)
+        end = _end_of(log_file, _TAIL_BYTES)
     except FileNotFoundError:
         return ""
     return last_words_in(end.decode(errors="replace"))
+
+
+def shorten(log_file: Path) -> None:
+    """Leaves only the end of a log that has become long. Its process, which appends, writes on; what it writes at this
+    very moment may be lost.
+    """
+    with suppress(FileNotFoundError):
+        if log_file.stat().st_size > _MAX_LOG_BYTES:
+            end = _end_of(log_file, _KEPT_LOG_BYTES)
+            os.truncate(log_file, 0)
+            with log_file.open("ab") as file:
+                file.write(end.partition(b"\n")[2])
+
+
+def _end_of(file: Path, num_bytes: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - num_bytes))
+        return opened.read(num_bytes)
 
 
 def last_words_in(end: str) -> str:

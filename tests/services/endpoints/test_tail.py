@@ -1,12 +1,15 @@
 """Why a worker ended, out of logs that the platform's own logging wrote."""
 
+import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from services.endpoints.cluster.tail import last_words
+from services.endpoints.cluster.process import start
+from services.endpoints.cluster.tail import last_words, shorten
 
 WORKER = """
 import logging, sys, structlog
@@ -49,6 +52,24 @@ def test_of_a_long_log_only_the_end_is_read(tmp_path: Path) -> None:
         log.seek(0, 2)
         log.write(b"\nthe end\n")
     assert last_words(tmp_path / "log") == "the end"
+
+
+async def test_a_long_log_is_shortened_while_its_process_writes_on(tmp_path: Path) -> None:
+    log, before, gate = (tmp_path / name for name in ("log", "before", "gate"))
+    before.write_bytes(b"a line\n" * (10 << 20))  # 70 MiB
+    os.mkfifo(gate)
+    has_ended = asyncio.Event()
+    script = 'cat "$1"; read -r go <"$2"; echo the end'
+    _, release = start(["/bin/sh", "-c", script, "sh", str(before), str(gate)], {}, log, has_ended.set)
+    release(True)
+    with gate.open("w") as opened:  # waits for the process, which then has written all of it
+        shorten(log)
+        shorten(log)  # which is short
+        opened.write("go\n")
+    await asyncio.wait_for(has_ended.wait(), 30)
+    lines = log.read_bytes().splitlines()
+    assert (set(lines[:-1]), lines[-1]) == ({b"a line"}, b"the end")
+    assert log.stat().st_size <= (1 << 20) + len("the end\n")
 
 
 def test_no_log_has_no_last_words(tmp_path: Path) -> None:

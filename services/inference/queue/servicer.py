@@ -225,12 +225,11 @@ class _WorkSession:
                 self._num_wanted -= len(assignments)
                 for assignment in assignments:
                     self._leases.add(assignment.lease_id)
-                    self._relay.take(assignment.lease_id, assignment.job.id)
                     if assignment.job.is_last_attempt:
                         self._waiting = assignment
-                        self._send_waiting()
+                        self._hand_over_waiting()
                     else:
-                        self._send(assign=_assign(assignment))
+                        self._hand_over(assignment)
             contended = self._num_wanted > 0 and await self._queue.is_contended(stream)
             # Nothing tells when another transaction lets go of a job without taking it, so that is tried again soon.
             limits = self._queue.limits
@@ -289,13 +288,17 @@ class _WorkSession:
         self._relay.drop(lease_id)
         if self._waiting is not None and self._waiting.lease_id == lease_id:
             self._waiting = None
-        self._send_waiting()
+        self._hand_over_waiting()
         if not self._leases:
             self._wake.set()
 
-    def _send_waiting(self) -> None:
+    def _hand_over(self, assignment: Assignment) -> None:
+        self._send(assign=_assign(assignment))
+        self._relay.take(assignment.lease_id, assignment.job.id)  # which may say that it is watched
+
+    def _hand_over_waiting(self) -> None:
         if self._waiting is not None and self._leases == {self._waiting.lease_id}:
-            self._send(assign=_assign(self._waiting))
+            self._hand_over(self._waiting)
             self._waiting = None
 
     def _say_watched(self, lease_id: UUID, is_watched: bool) -> None:

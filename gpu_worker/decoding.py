@@ -47,24 +47,28 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         torch.OutOfMemoryError: not even a tile fits.
     """
-    return _fitting(vae, latents.shape, lambda: vae.decode(latents, return_dict=False)[0])
+    pictures: torch.Tensor = _fitting(vae, latents.shape, lambda: vae.decode(latents, return_dict=False)[0])
+    return pictures
 
 
 def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """The latents that the encoder finds likeliest for pictures of shape (n, 3, height, width) in -1..1.
+    """The latents that the encoder finds likeliest for pictures; see `distribution`."""
+    latents: torch.Tensor = distribution(vae, pictures).mode()
+    return latents
+
+
+def distribution(vae: Any, pictures: torch.Tensor) -> Any:
+    """How likely the encoder finds which latents (diffusers' DiagonalGaussianDistribution) for pictures of shape
+    (n, 3, height, width) in -1..1.
 
     Raises:
         torch.OutOfMemoryError: not even a tile fits.
     """
-
-    def encoded() -> torch.Tensor:
-        latents: torch.Tensor = vae.encode(pictures).latent_dist.mode()
-        return latents
-
-    return _fitting(vae, [length // _scale(vae) for length in pictures.shape[2:]], encoded)
+    size = [length // _scale(vae) for length in pictures.shape[2:]]
+    return _fitting(vae, size, lambda: vae.encode(pictures).latent_dist)
 
 
-def _fitting(vae: Any, size: Sequence[int], call: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _fitting(vae: Any, size: Sequence[int], call: Callable[[], Any]) -> Any:
     """Does the call, whose latents have that size, with tiles of half a side for as often as it does not fit."""
     tile = max(size[-2:])
     while True:

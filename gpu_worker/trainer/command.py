@@ -14,7 +14,7 @@ from gpu_worker import weights
 from gpu_worker.cache import CachedModel
 from gpu_worker.job import JobError
 from gpu_worker.trainer import dataset, listening, steps
-from gpu_worker.trainer.loop import STATE, Loop, Stopped
+from gpu_worker.trainer.loop import STATE, Loop, Stopped, within_memory
 from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training, parse_toml
 
@@ -90,6 +90,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+@within_memory()
 def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
     config = _read(path)
     for note in config.notes:

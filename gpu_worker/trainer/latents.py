@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from gpu_worker.decoding import distribution
+from gpu_worker.devices import on_device
 from gpu_worker.job import JobError
 from gpu_worker.tasks.stages import as_tensor
 from gpu_worker.trainer.dataset import Picture
@@ -34,15 +36,16 @@ class Latents:
             return
         for number, picture in enumerate(pictures, 1):
             for flipped in self._sides:
-                self._found[picture, flipped] = self._encoded(picture, flipped, generator)
+                self._found[picture, flipped] = self._encoded(picture, flipped, generator).cpu()
             on_picture(number)
         self._models.vae.to("cpu")
 
     def batch(self, pictures: Sequence[Picture], flipped: Sequence[bool], generator: torch.Generator) -> torch.Tensor:
         """The latents of pictures that share a bucket, (n, 4, height/8, width/8) in fp32 on the device."""
         pairs = list(zip(pictures, flipped, strict=True))
-        found = [self._found[pair] if self._cached else self._encoded(*pair, generator) for pair in pairs]
-        return torch.stack(found).to(self._models.device, non_blocking=True)
+        if not self._cached:
+            return torch.stack([self._encoded(*pair, generator) for pair in pairs])
+        return on_device(torch.stack([self._found[pair] for pair in pairs]), self._models.device)
 
     def _encoded(self, picture: Picture, flipped: bool, generator: torch.Generator) -> torch.Tensor:
         """One draw of what the encoder finds likely (Rombach et al. 2022, appendix G), as kohya caches it."""
@@ -51,9 +54,8 @@ class Latents:
         if flipped:
             pixels = pixels.flip(3)
         with torch.no_grad():
-            likely = vae.encode(pixels.to(self._models.device, vae.dtype)).latent_dist
+            likely = distribution(vae, pixels.to(self._models.device, vae.dtype))
             latents: torch.Tensor = likely.sample(generator)[0].float() * vae.config.scaling_factor
         if not bool(torch.isfinite(latents).all()):
             raise JobError(f"the VAE makes NaN of {picture.path.name}; with no_half_vae=true it computes in fp32")
-        latents = latents.cpu()
-        return latents.pin_memory() if self._models.device.type == "cuda" else latents
+        return latents

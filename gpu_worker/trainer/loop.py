@@ -11,12 +11,14 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gpu_worker.cache import CachedModel
+from gpu_worker.devices import on_device
 from gpu_worker.job import JobError
 from gpu_worker.trainer import captions, networks, saving, state
 from gpu_worker.trainer.board import Board
@@ -25,7 +27,7 @@ from gpu_worker.trainer.dataset import Dataset, Picture
 from gpu_worker.trainer.latents import Latents
 from gpu_worker.trainer.listening import Listener, Plan, Progress
 from gpu_worker.trainer.previews import Previews
-from gpu_worker.trainer.steps import Batch, Steps
+from gpu_worker.trainer.steps import Batch, Outcome, Steps
 from gpu_worker.weights import Models
 from services.common.payloads.training import Training
 
@@ -34,11 +36,24 @@ NO_MEMORY = (
     "the GPU has not enough memory for this training; a smaller train_batch_size or resolution, or "
     "gradient_checkpointing=true, need less"
 )
-_MAX_BROKEN_STEPS = 20  # whose loss is no number; in fp16 a few are usual until the loss scale fits
+_MAX_SKIPPED_STEPS = 20  # in a row; in fp16 a few are usual until the loss scale fits
 
 
 class Stopped(Exception):
     """The training was told to stop."""
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Within it, from the loading of the models on, a GPU that is too small ends a training with a sentence.
+
+    Raises:
+        JobError: there was not enough memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise JobError(NO_MEMORY) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +62,7 @@ class _Told:
 
     step: int
     epoch: int
-    loss: torch.Tensor
+    outcome: Outcome
     rates: dict[str, float]
 
 
@@ -74,7 +89,7 @@ class Loop:
         self._steps = Steps(models, self._network, config, self._num_steps, listener.log)
         self._latents = Latents(models, cached=config.cache_latents, flips=config.flip_aug)
         self._losses: deque[float] = deque(maxlen=self._num_batches)
-        self._num_broken = 0
+        self._num_skipped = 0
         self._told: _Told | None = None
         self._previews = Previews(config, models, dataset, folder, listener)
         now = time.time()
@@ -89,6 +104,7 @@ class Loop:
         Raises:
             Stopped: the listener wanted it; what was saved stays.
             JobError: the training cannot go on; the message says why.
+            torch.OutOfMemoryError: see `within_memory`.
         """
         config, listener = self._config, self._listener
         first_epoch, step = self._resume(resumed)
@@ -99,8 +115,6 @@ class Loop:
         self._began, self._first_step = time.monotonic(), step
         try:
             self._epochs(first_epoch, step, board)
-        except torch.OutOfMemoryError as error:
-            raise JobError(NO_MEMORY) from error
         finally:
             board.close()
         (self._folder / STATE).unlink(missing_ok=True)
@@ -109,6 +123,7 @@ class Loop:
         for epoch in range(first_epoch + 1, self._num_epochs + 1):
             step = self._epoch(epoch, step, board)
             self._tell(board)
+            self._check_weights(step)
             board.flush()
             is_last = epoch == self._num_epochs
             is_saved = is_last or (self._every is not None and epoch % self._every == 0)
@@ -161,10 +176,11 @@ class Loop:
                 self._tell(board)
                 raise Stopped
             rates = self._steps.rates
-            loss = self._steps.step([self._batch(pictures, epoch, chance, generator) for pictures in group], generator)
+            found = [self._batch(pictures, epoch, chance, generator) for pictures in group]
+            outcome = self._steps.step(found, generator)
             step += 1
             self._tell(board)
-            self._told = _Told(step, epoch, loss, rates)
+            self._told = _Told(step, epoch, outcome, rates)
             if not self._is_cuda:
                 self._tell(board)
         return step
@@ -174,16 +190,13 @@ class Loop:
         told, self._told = self._told, None
         if told is None:
             return
-        loss = float(told.loss)
+        loss, is_skipped = told.outcome.loss, told.outcome.is_skipped
         is_number = all(map(math.isfinite, (loss, *told.rates.values())))
-        self._num_broken = 0 if is_number else self._num_broken + 1
-        if self._num_broken and (self._num_broken >= _MAX_BROKEN_STEPS or not self._is_cuda):
-            raise JobError(
-                f"the loss is not a number any more, at step {told.step}; a lower learning rate, or mixed_precision "
-                "bf16 or no, may help"
-            )
-        if self._num_broken:
-            return  # the scaler has left the weights as they were: there is nothing to tell
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
+        if self._num_skipped >= _MAX_SKIPPED_STEPS or not (is_number or is_skipped):
+            raise _diverged("the gradient of the loss" if is_number else "the loss", told.step)
+        if not is_number:
+            return  # the weights are as they were: there is nothing to tell
         self._losses.append(loss)
         average = sum(self._losses) / len(self._losses)
         per_step = (time.monotonic() - self._began) / (told.step - self._first_step)
@@ -191,6 +204,11 @@ class Loop:
         progress = Progress(told.step, told.epoch, loss, average, told.rates, left)
         board.stepped(progress)
         self._listener.stepped(progress)
+
+    def _check_weights(self, step: int) -> None:
+        """Refuses to keep what is of no use to anybody. A loss tells of it only with the next step."""
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._network.tensors().values()):
+            raise _diverged("a weight of the network", step)
 
     def _batches(self, chance: random.Random) -> list[list[Picture]]:
         return batches(self._epoch_pictures, self._config.train_batch_size, chance)
@@ -203,10 +221,10 @@ class Loop:
         weights = sizes = None
         if any(picture.is_regularisation for picture in pictures):
             counts = [config.prior_loss_weight if picture.is_regularisation else 1.0 for picture in pictures]
-            weights = torch.tensor(counts, device=device)
+            weights = on_device(torch.tensor(counts), device)
         if self._models.is_sdxl:
             listed = [_sizes(picture, flip) for picture, flip in zip(pictures, flipped, strict=True)]
-            sizes = torch.tensor(listed, dtype=self._models.dtype, device=device)
+            sizes = on_device(torch.tensor(listed, dtype=torch.float32), device)  # in bf16, 1001 would be 1000
         texts = [captions.varied(picture.caption, config, epoch, chance) for picture in pictures]
         return Batch(self._latents.batch(pictures, flipped, generator), texts, weights, sizes)
 
@@ -241,6 +259,11 @@ def _check(models: Models, name: str) -> None:
     if models.is_inpainting or models.is_refiner:
         kind = "an SDXL refiner" if models.is_refiner else "an inpainting checkpoint"
         raise JobError(f"{name} is {kind}, which cannot be trained on; possible: Stable Diffusion 1.5, SDXL")
+
+
+def _diverged(what: str, step: int) -> JobError:
+    advice = "a lower learning rate, or mixed_precision bf16 or no, may help"
+    return JobError(f"{what} is not a number any more, at step {step}; {advice}")
 
 
 def _notes(models: Models, config: Training) -> Iterator[str]:

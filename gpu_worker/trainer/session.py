@@ -25,7 +25,7 @@ from gpu_worker.addresses import gateway
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.job import JobError, to_python
 from gpu_worker.trainer import dataset, listening, steps
-from gpu_worker.trainer.loop import Loop, Stopped
+from gpu_worker.trainer.loop import Loop, Stopped, within_memory
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.stream import Dismissed, TrainStream
 from gpu_worker.transfer import Transfer
@@ -175,6 +175,7 @@ class _Session:
                 task.cancel()
             await asyncio.gather(working, sending, return_exceptions=True)
 
+    @within_memory()
     def _loop(
         self,
         config: Training,

@@ -16,6 +16,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch.nn import functional
 
+from gpu_worker import devices
 from gpu_worker.trainer import optimizers, texts
 from gpu_worker.trainer.networks import Network
 from gpu_worker.weights import Models
@@ -34,12 +35,29 @@ def precision(config: Training, device: str) -> torch.dtype:
 class Batch:
     """Pictures that are trained together: latents of shape (n, 4, height/8, width/8) in fp32 and captions, and how much
     each counts, (n,); None: all the same. For SDXL `sizes` are each picture's own height and width, top and left of
-    what is seen of it, and the height and width of that, (n, 6)."""
+    what is seen of it, and the height and width of that, (n, 6) in fp32."""
 
     latents: torch.Tensor
     captions: Sequence[str]
     weights: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+
+
+class Outcome:
+    """What became of a step, on its way from the device: reading it waits for that step, not for those behind it."""
+
+    def __init__(self, loss: torch.Tensor, is_skipped: torch.Tensor) -> None:
+        self._found = devices.arriving(torch.stack([loss, is_skipped.to(loss.dtype)]))
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of its batches."""
+        return float(self._found()[0])
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the loss scaler left the weights as they were, since their gradients were no numbers."""
+        return bool(self._found()[1])
 
 
 class Steps:
@@ -58,6 +76,7 @@ class Steps:
         self._learns_text = any(parameter.requires_grad for parameter in network.texts)
         self._autocast = models.dtype != torch.float32
         self._scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
+        self._latest: Outcome | None = None
         _prepare(models, config, self._learns_text)
 
     @property
@@ -65,8 +84,9 @@ class Steps:
         """The present learning rate of each part of the network, `unet` and `text`."""
         return optimizers.rates(self._optimizer)
 
-    def step(self, batches: Sequence[Batch], generator: torch.Generator) -> torch.Tensor:
-        """Changes the weights once for all batches together, and answers their mean loss, on the device."""
+    def step(self, batches: Sequence[Batch], generator: torch.Generator) -> Outcome:
+        """Changes the weights once for all batches together. The device may still be at it when this returns."""
+        scale = self._scale()
         total = torch.zeros((), device=self._models.device)
         for batch in batches:
             loss = self.loss(batch, generator) / len(batches)
@@ -78,9 +98,11 @@ class Steps:
             torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        self._settle()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return total
+        self._latest = Outcome(total, self._scale() < scale)
+        return self._latest
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The mean loss of a batch, with noise and timesteps from the generator, which is the device's."""
@@ -103,6 +125,7 @@ class Steps:
 
     def state(self) -> dict[str, Any]:
         """What a later process needs to go on, beside the network's weights."""
+        self._settle()
         return {
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -114,6 +137,17 @@ class Steps:
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
+
+    def _scale(self) -> torch.Tensor:
+        """What losses are multiplied by, on the device; it falls with each step that is skipped."""
+        return self._scaler.scale(torch.ones((), device=self._models.device))
+
+    def _settle(self) -> None:
+        """A step that was skipped does not count for the schedule. This is known only once the device has done it, so
+        the rates fall behind with the step after the next one."""
+        if self._latest is not None and self._latest.is_skipped:
+            self._schedule.last_epoch -= 1
+        self._latest = None
 
     def _guess(self, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The UNet's output."""

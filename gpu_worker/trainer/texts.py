@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gpu_worker import prompt
+from gpu_worker.devices import on_device
 from gpu_worker.weights import Models
 
 
@@ -25,7 +26,7 @@ def encode(
             prompt.plain_chunks(caption, encoder.tokenizer)[: max_tokens // prompt.CHUNK_TOKENS] for caption in captions
         ]
         counts = [len(chunks) for chunks in chunked]
-        tokens = torch.tensor([chunk for chunks in chunked for chunk in chunks], device=models.device)
+        tokens = on_device(torch.tensor([chunk for chunks in chunked for chunk in chunks]), models.device)
         layers, whole = prompt.read_chunks(models, encoder, tokens, clip_skip)
         num_chunks = math.lcm(*counts)
         hidden.append(

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from gpu_worker import tiny, weights
 from gpu_worker.trainer import networks
-from gpu_worker.trainer.steps import Batch, Steps
+from gpu_worker.trainer.steps import Batch, Outcome, Steps
 from gpu_worker.weights import Models, TextEncoder
 from services.common.payloads.training import Training, check_training
 
@@ -93,11 +93,11 @@ def ours(models: Models, batch: Batch, **keys: Any) -> Step:
     torch.manual_seed(config.seed)
     steps = Steps(models, networks.create(models, config), config, _NUM_STEPS, lambda _: None)
     generator = torch.Generator(models.device).manual_seed(3)
-    before: list[torch.Tensor] = []
+    before: list[Outcome] = []
 
     def step() -> float:
         before.append(steps.step([batch], generator))
-        return float(before.pop(0)) if len(before) > (models.device.type == "cuda") else 0.0
+        return before.pop(0).loss if len(before) > (models.device.type == "cuda") else 0.0
 
     return step
 

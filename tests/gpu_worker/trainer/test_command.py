@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
-from gpu_worker.trainer import command
-from gpu_worker.trainer.loop import STATE
+from gpu_worker import weights
+from gpu_worker.job import JobError
+from gpu_worker.trainer import command, dataset, latents
+from gpu_worker.trainer.loop import NO_MEMORY, STATE
+from gpu_worker.trainer.session import TrainerSettings, _Session
+from gpu_worker.transfer import Transfer
+from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.trainer.conftest import Trainings
-from tests.gpu_worker.trainer.small import SMALL
+from tests.gpu_worker.trainer.small import SMALL, Notes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -84,6 +90,26 @@ def test_what_is_wrong_is_one_sentence(
     assert refusal(folder / "none.toml", capsys).startswith(f"error: {folder / 'none.toml'} cannot be read")
     (folder / "bad.toml").write_text("seed = nonsense")
     assert refusal(folder / "bad.toml", capsys).startswith("error: the configuration is not valid TOML")
+
+
+@pytest.mark.parametrize("place", ["the models", "a picture's latents"])
+def test_a_gpu_that_is_too_small_is_one_sentence_wherever_it_shows(
+    config: dict[str, object],
+    trainings: Trainings,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    part, name = (weights.Models, "stay") if place == "the models" else (latents, "distribution")
+    monkeypatch.setattr(part, name, too_much)
+    assert refusal(write(trainings.folder, config), capsys) == f"error: {NO_MEMORY}"
+    own = _Session(TrainerSettings.model_construct(), "cpu", trainings.folder, Transfer())
+    training, base = trainings.config(), as_cached(trainings.checkpoint)
+    with pytest.raises(JobError, match="the GPU has not enough memory for this training"):
+        own._loop(training, base, dataset.read(training, lambda _: None), Notes(), "sd_1_5", None)
 
 
 def test_there_must_be_something_to_go_on_from(

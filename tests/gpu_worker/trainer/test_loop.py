@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gpu_worker import weights
 from gpu_worker.denoise import predict
 from gpu_worker.job import JobError
-from gpu_worker.trainer import previews
+from gpu_worker.trainer import dataset, previews
 from gpu_worker.trainer.dataset import Picture
-from gpu_worker.trainer.loop import STATE, Stopped, _sizes
+from gpu_worker.trainer.loop import STATE, Loop, Stopped, _sizes
+from gpu_worker.trainer.steps import Outcome
 from tests.gpu_worker import tiny_sdxl
+from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.trainer.conftest import Trainings, draw
 from tests.gpu_worker.trainer.curves import curves
 from tests.gpu_worker.trainer.small import Notes
@@ -183,22 +187,56 @@ def test_what_this_device_does_not_have_is_told(trainings: Trainings, tmp_path: 
     assert notes.lines[1].startswith("clip_skip: of SDXL's text encoders the last layer but one is read")
 
 
-def test_a_loss_that_is_no_number_ends_the_training(trainings: Trainings) -> None:
-    loop = trainings.loop(Notes())
+@pytest.mark.parametrize("tells_late", [False, True], ids=["told at once", "told a step later, as on CUDA"])
+def test_a_loss_that_is_no_number_ends_the_training(trainings: Trainings, tells_late: bool) -> None:
+    notes = Notes()
+    loop = trainings.loop(notes)
+    loop._is_cuda = tells_late
     loop._models.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(JobError, match="the loss is not a number any more, at step 1"):
         loop.run()
+    assert notes.files == []
 
 
-def test_a_step_whose_loss_is_no_number_is_not_told_where_a_few_are_usual(trainings: Trainings) -> None:
+def test_weights_that_are_no_numbers_are_neither_saved_nor_kept(trainings: Trainings, tmp_path: Path) -> None:
+    loop = trainings.loop(Notes(), max_train_epochs=2, save_every_n_epochs=1)
+    step, numbers = loop._steps.step, iter(range(1, 9))
+
+    def step_and_break(*given: Any) -> Outcome:
+        outcome = step(*given)
+        if next(numbers) == 4:  # the epoch's last: no loss tells of it
+            loop._network.unet[-1].detach()[0] = torch.inf
+        return outcome
+
+    loop._steps.step = step_and_break  # type: ignore[method-assign]
+    with pytest.raises(JobError, match="a weight of the network is not a number any more, at step 4"):
+        loop.run()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_step_that_the_loss_scaler_skips_is_not_told_and_leaves_the_weights(trainings: Trainings) -> None:
     notes = Notes()
     loop = trainings.loop(notes)
-    loop._is_cuda = True  # of which only the tolerance is on trial
-    step, lost = loop._steps.step, iter([False, True, False, False])
-    loop._steps.step = lambda *given: step(*given) * (torch.nan if next(lost) else 1)  # type: ignore[method-assign]
+    loop._steps._scaler = torch.amp.GradScaler("cpu")  # as in fp16
+    loss, lost = loop._steps.loss, iter([False, True, False, False])
+    loop._steps.loss = lambda *given: loss(*given) * (torch.nan if next(lost) else 1)  # type: ignore[method-assign]
     loop.run()
     assert [progress.step for progress in notes.steps] == [1, 3, 4]
     assert all(math.isfinite(progress.average_loss) for progress in notes.steps)
+    assert notes.files == ["last.safetensors"]
+
+
+def test_a_training_whose_steps_are_all_skipped_ends(trainings: Trainings) -> None:
+    loop = trainings.loop(Notes(), max_train_epochs=6)
+    loop._steps._scaler = torch.amp.GradScaler("cpu")
+    step = loop._steps.step
+
+    def skipped(*given: Any) -> Outcome:
+        return Outcome(torch.tensor(step(*given).loss), torch.tensor(True))
+
+    loop._steps.step = skipped  # type: ignore[method-assign]
+    with pytest.raises(JobError, match="the gradient of the loss is not a number any more, at step 20"):
+        loop.run()
 
 
 def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainings: Trainings) -> None:
@@ -273,6 +311,20 @@ def test_a_checkpoint_of_another_use_is_no_base_model(trainings: Trainings, tmp_
     trainings.checkpoint = tiny_sdxl.make(tmp_path / "refiner.safetensors", is_refiner=True).path
     with pytest.raises(JobError, match=r"refiner\.safetensors is an SDXL refiner, which cannot be trained on"):
         trainings.loop(Notes())
+
+
+def test_sizes_are_not_rounded_where_the_models_are_bf16(trainings: Trainings, tmp_path: Path) -> None:
+    tiny_sdxl.make(tmp_path / "tiny-xl.safetensors")
+    trainings.pictures = tmp_path / "own"
+    draw(trainings.pictures / "1_zog" / "a.png", (1001, 777))
+    config, base = trainings.config(), as_cached(tmp_path / "tiny-xl.safetensors")
+    models = weights.load(base, None, "cpu", torch.bfloat16)
+    found = dataset.read(config, lambda _: None)
+    loop = Loop(config, models, base, found, tmp_path / "out", Notes())
+    loop._encode()
+    batch = loop._batch(found.pictures, 1, random.Random(0), torch.Generator())
+    assert batch.sizes is not None
+    assert batch.sizes.tolist() == [[777, 1001, 0, 9, 64, 64]]
 
 
 def test_sdxl_is_told_sizes_and_crops_of_what_it_sees() -> None:

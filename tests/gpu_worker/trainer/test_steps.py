@@ -68,7 +68,7 @@ def our_losses(models: Models, config: Training) -> list[float]:
     per_step = config.gradient_accumulation_steps
     found = batches(models) * per_step
     groups = [found[start : start + per_step] for start in range(0, len(found), per_step)]
-    return [float(steps.step(group, generator)) for group in groups]
+    return [steps.step(group, generator).loss for group in groups]
 
 
 def reference_losses(models: Models, config: Training) -> list[float]:
@@ -155,6 +155,18 @@ def test_the_losses_are_those_of_a_plain_loop(plain: dict[str, Models], family: 
     assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
 
 
+def test_a_step_that_the_loss_scaler_skips_does_not_count_for_the_schedule(plain: dict[str, Models]) -> None:
+    models = copy.deepcopy(plain["sd15"])
+    config = check_training(RATES | {"lr_scheduler": "linear"})
+    steps = Steps(models, networks.create(models, config), config, NUM_STEPS, lambda _: None)
+    steps._scaler = torch.amp.GradScaler("cpu")  # as in fp16
+    first, second, third = batches(models)
+    lost = Batch(second.latents * torch.inf, second.captions)
+    outcomes = [steps.step([batch], torch.Generator().manual_seed(1)) for batch in (first, lost, third)]
+    assert [outcome.is_skipped for outcome in outcomes] == [False, True, False]
+    assert steps.rates["unet"] == pytest.approx(1e-2 * (1 - 2 / NUM_STEPS))
+
+
 @pytest.mark.slow
 def test_every_optimizer_and_schedule_changes_the_weights(plain: dict[str, Models]) -> None:
     models = copy.deepcopy(plain["sd15"])
@@ -169,7 +181,7 @@ def test_every_optimizer_and_schedule_changes_the_weights(plain: dict[str, Model
         lines: list[str] = []
         steps = Steps(models, network, check_training(config.model_dump() | keys), NUM_STEPS, lines.append)
         before = network.texts[0].detach().clone()
-        losses = [float(steps.step([batch], torch.Generator().manual_seed(1))) for batch in batches(models)]
+        losses = [steps.step([batch], torch.Generator().manual_seed(1)).loss for batch in batches(models)]
         assert all(torch.isfinite(torch.tensor(losses)))
         assert not torch.equal(before, network.texts[0]), keys
         assert any("AdamW8bit: bitsandbytes needs CUDA" in line for line in lines) == ("AdamW8bit" in keys.values())

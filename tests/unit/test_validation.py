@@ -27,7 +27,7 @@ ENDPOINT = {
 
 
 def _file(**fields: Any) -> dict[str, Any]:
-    return {"checkpoint_type": "Lora", "filenames": [{"filename": "a", "parts_number": 1, **fields}]}
+    return {"checkpoint_type": "Lora", "filenames": [{"filename": "a", "parts_number": 1, **fields}], "params": {}}
 
 
 CASES = [
@@ -79,7 +79,7 @@ CASES = [
     ),
     (
         models_pb2.CreateCheckpointRequest,
-        {"checkpoint_type": "Lora", "filenames": [{"parts_number": 1}]},
+        {"checkpoint_type": "Lora", "filenames": [{"parts_number": 1}], "params": {}},
         '[filenames[0]: object has missing required properties (["filename"])]',
     ),
     (

@@ -42,6 +42,14 @@ def create_optimizer(config: Training, network: Network, device: torch.device, l
         raise JobError(f"optimizer_args are not possible for {config.optimizer_type}: {error}") from None
 
 
+def load_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Takes the state of an optimizer of the same class, maybe of another device: how it computes stays its own."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    # A loss scaler hands its part to an optimizer that was made `fused`, which fails if the state says otherwise.
+    own = [saved | {"fused": group["fused"]} if "fused" in group else saved for saved, group in groups]
+    optimizer.load_state_dict(state | {"param_groups": own})
+
+
 def create_schedule(config: Training, optimizer: Any, num_steps: int) -> Any:
     """The course of the learning rates over so many steps.
 

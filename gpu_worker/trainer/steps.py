@@ -69,6 +69,7 @@ class Steps:
         self._models = models
         self._network = network
         self._config = config
+        self._log = log
         self._noising = DDPMScheduler(**{name: models.scheduler_config[name] for name in _SCHEDULE})
         self._is_velocity = config.v_parameterization or models.scheduler_config["prediction_type"] == "v_prediction"
         self._optimizer = optimizers.create_optimizer(config, network, models.device, log)
@@ -127,16 +128,28 @@ class Steps:
         """What a later process needs to go on, beside the network's weights."""
         self._settle()
         return {
+            "class": type(self._optimizer).__name__,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        """Goes on from a state, which may be of another device.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it is of other models.
+        """
         self._schedule.load_state_dict(state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
+        found, own = state["class"], type(self._optimizer).__name__
+        if found == own:
+            optimizers.load_state(self._optimizer, state["optimizer"])
+        else:
+            self._log(f"the state is of {found}, and here it is {own}: the weights go on, the optimizer begins anew")
+            for group, rate in zip(self._optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+        if state["scaler"]:  # else there was none; one that is here finds its scale again
+            self._scaler.load_state_dict(state["scaler"])
 
     def _scale(self) -> torch.Tensor:
         """What losses are multiplied by, on the device; it falls with each step that is skipped."""

@@ -167,6 +167,35 @@ def test_a_step_that_the_loss_scaler_skips_does_not_count_for_the_schedule(plain
     assert steps.rates["unet"] == pytest.approx(1e-2 * (1 - 2 / NUM_STEPS))
 
 
+def test_a_state_goes_on_where_the_device_makes_another_optimizer(plain: dict[str, Models]) -> None:
+    config = check_training(RATES | {"lr_scheduler": "linear"})
+
+    def fresh() -> Steps:
+        models = copy.deepcopy(plain["sd15"])
+        return Steps(models, networks.create(models, config), config, NUM_STEPS, lines.append)
+
+    lines: list[str] = []
+    before, after = fresh(), fresh()
+    batch, generator = batches(plain["sd15"])[0], torch.Generator()
+    before.step([batch], generator)
+    state = before.state()
+    after._scaler = torch.amp.GradScaler("cpu")  # as in fp16, of which the CPU knows nothing
+    state["optimizer"]["param_groups"][0]["fused"] = True  # as on a GPU
+    after.load(state)
+    assert [group["fused"] for group in after._optimizer.param_groups] == [None, None]
+    assert after.rates == before.rates
+    assert lines == []
+    assert not after.step([batch], generator).is_skipped
+
+    anew = fresh()
+    anew.load(state | {"class": "AdamW8bit"})
+    assert lines == ["the state is of AdamW8bit, and here it is AdamW: the weights go on, the optimizer begins anew"]
+    assert anew.rates == before.rates
+    assert not anew._optimizer.state
+    anew.step([batch], generator)
+    assert anew.rates == after.rates
+
+
 @pytest.mark.slow
 def test_every_optimizer_and_schedule_changes_the_weights(plain: dict[str, Models]) -> None:
     models = copy.deepcopy(plain["sd15"])

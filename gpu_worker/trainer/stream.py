@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 MAX_DELAY_SECONDS = 2.0
 _FIRST_DELAY_SECONDS = 0.1
+_MAX_REPEATS = 100  # of what the service cannot take, in some minutes, until the training fails of it
 _URL_SECONDS = 30.0  # after which URLs are asked for again; it is long for an answer
 # The training is gone, has ended, or is another trainer's.
 _ENDS = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
@@ -51,6 +52,8 @@ class TrainStream:
         self._all_kept.set()
         self._wants: dict[int, tuple[pb.UrlsWanted, asyncio.Future[list[str]]]] = {}
         self._num_wants = 0
+        self._num_repeats = 0
+        self._has_failed = False
         self._outbox: asyncio.Queue[pb.TrainRequest] | None = None  # None: no stream, or none welcomed yet
 
     async def run(self) -> None:
@@ -58,6 +61,7 @@ class TrainStream:
 
         Raises:
             Dismissed: the training is gone, has ended or is another trainer's.
+            grpc.aio.AioRpcError: the service fails again and again, even at hearing that.
         """
         delay = _FIRST_DELAY_SECONDS
         while True:
@@ -70,6 +74,8 @@ class TrainStream:
                 if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                     self._tokens.forget()  # identity says whether the secret is still good
                 log.warning("the training service is not reached", code=error.code().name, details=error.details())
+                if error.code() == grpc.StatusCode.INTERNAL:
+                    self._repeat(error)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             delay = min(2 * delay, MAX_DELAY_SECONDS)
 
@@ -78,7 +84,9 @@ class TrainStream:
         return await asyncio.shield(self._welcome)
 
     def tell(self, **event: Any) -> None:
-        """Tells an event, now or when the stream is there again."""
+        """Tells an event, now or when the stream is there again; nothing more once the stream has failed."""
+        if self._has_failed:
+            return
         self._num_told += 1
         told = pb.TrainerEvent(sequence=self._num_told, **event)
         self._unkept.append(told)
@@ -105,6 +113,20 @@ class TrainStream:
                 continue  # the stream may be down
             finally:
                 del self._wants[number]
+
+    def _repeat(self, error: grpc.aio.AioRpcError) -> None:
+        """Counts how often the service failed since it last took something. When it will never take what it is told,
+        the training fails of that: this is told instead, and nothing else."""
+        self._num_repeats += 1
+        if self._num_repeats <= _MAX_REPEATS:
+            return
+        if self._has_failed:
+            raise error
+        self._num_repeats = 0
+        self._unkept.clear()
+        self.tell(failed=pb.TrainerFailed(reason=f"the training service cannot go on: {error.details()}"))
+        self._has_failed = True
+        self._on_stop()
 
     async def _converse(self) -> None:
         """One stream, from hello to its end."""
@@ -146,8 +168,10 @@ class TrainStream:
             case "welcome":
                 self._begin(message.welcome, outbox)
             case "kept":
+                self._num_repeats = 0
                 self._forget(message.kept.sequence)
             case "urls":
+                self._num_repeats = 0
                 _, answer = self._wants.get(message.urls.request_id, (None, None))
                 if answer is not None and not answer.done():
                     answer.set_result(list(message.urls.urls))

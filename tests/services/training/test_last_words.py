@@ -4,11 +4,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 
 from esd.training.v1 import training_pb2 as pb
 from gpu_worker.job import JobError
+from gpu_worker.trainer import stream
 from gpu_worker.trainer.loop import Stopped
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.session import TrainerSettings, _Session
@@ -16,6 +19,9 @@ from gpu_worker.trainer.stream import TrainStream
 from gpu_worker.transfer import Transfer
 from services.common.auth import TOKEN_METADATA
 from services.common.clients import TokenSource
+from services.common.server import INTERNAL
+from services.training import facts
+from services.training.trainer_store import TrainerStore
 from tests.services.training.conftest import Service
 from tests.services.training.test_train_stream import events
 from tests.serving import Metadata
@@ -62,25 +68,57 @@ def wait_for_stop(told: threading.Event) -> None:
     raise Stopped
 
 
+async def take_part(
+    service: Service,
+    training_id: str,
+    folder: Path,
+    end: Callable[[threading.Event], None],
+    *,
+    is_stopped: bool = False,
+) -> None:
+    """A trainer's part in a training, until the training has ended; a user may stop it."""
+    settings = TrainerSettings(server_url="http://x", secret_file=folder, task_id=training_id, cache_dir=folder)
+    async with Transfer() as transfer:
+        session = Scripted(settings, "cpu", folder, transfer)
+        session.end = end
+        session.stream = TrainStream(Given(service.tokens.trainer(training_id)), service.channel, "cpu", session.stop)
+        talking = asyncio.create_task(session.stream.run())
+        working = asyncio.create_task(session.run())
+        await session.stream.welcome()
+        if is_stopped:
+            await service.stub.StopTrainingJob(pb.StopTrainingJobRequest(job_id=training_id), metadata=service.user())
+        await events(service, training_id)  # until its end
+        await asyncio.wait([talking, working], return_when=asyncio.FIRST_COMPLETED)
+        for task in (talking, working):
+            task.cancel()
+        await asyncio.gather(talking, working, return_exceptions=True)
+
+
 @pytest.mark.parametrize(("end", "status"), [(fail, "Failed"), (wait_for_stop, "Stopped")])
 async def test_what_was_saved_is_told_before_the_trainer_leaves(
     service: Service, tmp_path: Path, end: Callable[[threading.Event], None], status: str
 ) -> None:
     created = await service.create(service.document(output_name="demo"))
-    settings = TrainerSettings(server_url="http://x", secret_file=tmp_path, task_id=created.id, cache_dir=tmp_path)
-    async with Transfer() as transfer:
-        session = Scripted(settings, "cpu", tmp_path, transfer)
-        session.end = end
-        session.stream = TrainStream(Given(service.tokens.trainer(created.id)), service.channel, "cpu", session.stop)
-        talking = asyncio.create_task(session.stream.run())
-        working = asyncio.create_task(session.run())
-        await session.stream.welcome()
-        if end is wait_for_stop:
-            await service.stub.StopTrainingJob(pb.StopTrainingJobRequest(job_id=created.id), metadata=service.user())
-        await events(service, created.id)  # until its end
-        await asyncio.wait([talking, working], return_when=asyncio.FIRST_COMPLETED)
-        for task in (talking, working):
-            task.cancel()
-        await asyncio.gather(talking, working, return_exceptions=True)
+    await take_part(service, created.id, tmp_path, end, is_stopped=end is wait_for_stop)
     assert (await service.get(created.id)).job_status == status
     assert [file.name for file in service.world.finished[created.id].files] == ["demo-000001.safetensors"]
+
+
+async def test_a_training_fails_of_what_the_service_can_never_take(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = TrainerStore.record
+
+    async def record_all_but_networks(
+        store: TrainerStore, training: UUID, session: UUID, number: int, fact: Any
+    ) -> Any:
+        assert not isinstance(fact, facts.Saved), "a bug"
+        return await record(store, training, session, number, fact)
+
+    monkeypatch.setattr(TrainerStore, "record", record_all_but_networks)
+    monkeypatch.setattr(stream, "_MAX_REPEATS", 2)
+    created = await service.create(service.document(output_name="demo"))
+    await take_part(service, created.id, tmp_path, wait_for_stop)
+    told = await events(service, created.id)
+    assert told[-1].ended.status == "Failed"
+    assert told[-1].ended.reason == f"the training service cannot go on: {INTERNAL}"

@@ -40,6 +40,12 @@ class _Group(Generic[R]):
     def is_urgent(self) -> bool:
         return any(place.is_urgent for place in self.runs.values())
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a tick has no place for another run of this size."""
+        pixels = [place.num_pixels for place in self.runs.values()]
+        return sum(pixels) + min(pixels) > self.bound.pixels
+
     def admitted(self) -> list[R]:
         """The longest prefix that fits, so that a large run is not overtaken for ever."""
         admitted: list[R] = []
@@ -68,6 +74,11 @@ class Batch(Generic[R]):
 
     def __contains__(self, run: R) -> bool:
         return any(run in group.runs for group in self._groups.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a group has no place in its next tick for another run."""
+        return any(group.is_full for group in self._groups.values())
 
     def place(
         self,

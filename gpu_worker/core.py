@@ -1,7 +1,8 @@
 """What the GPU thread does: starts runs, ticks, gives runs turns for stages of their own. Nobody else calls a model.
 
 A run's task is advanced to its next wish: a UNet call, which the batch arranges with those of other runs, or a turn for
-a stage (encoding text, decoding a picture), which it gets between ticks.
+a stage (encoding text, decoding a picture), which it gets between ticks. A GPU does its work later than this thread
+asks for it; what a tick or a stage took is what the device says when it has done it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,9 +36,24 @@ log = structlog.get_logger()
 
 NO_MEMORY = "the GPU has not enough memory for this job"
 _ADDITIONS_SHARE = 4  # of the memory for models
+# How long the first call waits for those that came together with its first run.
+_GATHERING_SECONDS = 0.3
+# Of what a stage took, how much counts at the next: costly ones (a picture) and cheap ones (its way home) alternate.
+_MEMORY = 0.8
 
 # Reads a checkpoint, with the VAE of another file.
 Load = Callable[[CachedModel, CachedModel | None], weights.Models]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A tick of a group, or a stage by which a run begins or not, between two marks of the device."""
+
+    begin: Any
+    end: Any
+    group: Hashable = None
+    is_stage: bool = False
+    is_beginning: bool = False
 
 
 class Core:
@@ -61,8 +78,12 @@ class Core:
         self._bytes_per_file_byte = dtype.itemsize // 2
         self._previews = Previews()
         self._pinned: dict[tuple[str, ...], CachedModel] = {}
-        # Ticks whose work the device may not have done yet: the group, and marks of their begin and end.
-        self._ticks: deque[tuple[Hashable, Any, Any]] = deque()
+        # What the device may not have done yet.
+        self._ahead: deque[_Asked] = deque()
+        # On the device, as far as it is known: what the last tick took, and what stages took lately, those by which
+        # runs begin (encoding) and others (decoding).
+        self._tick_seconds = 0.0
+        self._stage_seconds = {True: 0.0, False: 0.0}
 
     @property
     def is_idle(self) -> bool:
@@ -103,14 +124,35 @@ class Core:
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
         self.start_waiting()
-        began = time.monotonic()
-        self._tick()
-        until = 2 * time.monotonic() - began
-        while self._stages:
-            self._advance(self._stages.popleft())
-            if time.monotonic() >= until:
+        if not self._batch:
+            self._gather()
+        seconds_left = self._tick_seconds if self._tick() else 0.0
+        # One turn each: the next may wait for what the device makes of this one, after the tick that is asked of it.
+        for _ in range(len(self._stages)):
+            seconds_left -= self._take_turn(self._stages.popleft())
+            if seconds_left <= 0:
                 break
         self.start_waiting()
+
+    def _gather(self) -> None:
+        """Takes runs to their first wishes where nobody has one: who comes together ticks together from the first step
+        on. A turn for each after each tick would lead them through as many ticks as they are more."""
+        until = time.monotonic() + _GATHERING_SECONDS
+        while time.monotonic() < until and not self._batch.is_full:
+            run = next((run for run in self._stages if run.is_beginning), None)
+            if run is None:
+                break
+            self._stages.remove(run)
+            self._take_turn(run)
+
+    def _take_turn(self, run: Run) -> float:
+        """A stage of a run. Answers what it took in seconds: of this thread or, by what such stages took lately, of the
+        device, whichever is more."""
+        began, begin, is_beginning = time.monotonic(), self._device.mark(), run.is_beginning
+        self._advance(run)
+        if self._batch:  # else nobody waits for it
+            self._ahead.append(_Asked(begin, self._device.mark(), is_stage=True, is_beginning=is_beginning))
+        return max(time.monotonic() - began, self._stage_seconds[is_beginning])
 
     def start_waiting(self) -> None:
         """Starts the runs whose models are here, and the loads there is room for, in order of arrival."""
@@ -212,17 +254,26 @@ class Core:
             for other in self._resident.here:
                 other.allow(free_bytes)
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """The next call. False: there is none."""
         runs = self._batch.next()
-        if not runs:
-            return
-        begin = self._device.mark()
-        self._evaluate(runs)
-        self._ticks.append((self._batch.current, begin, self._device.mark()))
+        if runs:
+            begin = self._device.mark()
+            self._evaluate(runs)
+            self._ahead.append(_Asked(begin, self._device.mark(), self._batch.current))
         # The thread may be a little ahead of the device, not more: cancelling and time slices count in ticks.
-        while len(self._ticks) > self._device.ticks_ahead:
-            group, begin, end = self._ticks.popleft()
-            self._batch.charge(group, self._device.seconds(begin, end))
+        num_ticks = sum(not asked.is_stage for asked in self._ahead)
+        while num_ticks > self._device.ticks_ahead:
+            asked = self._ahead.popleft()
+            seconds = self._device.seconds(asked.begin, asked.end)
+            if asked.is_stage:
+                before = self._stage_seconds[asked.is_beginning]
+                self._stage_seconds[asked.is_beginning] = max(seconds, _MEMORY * before)
+            else:
+                num_ticks -= 1
+                self._tick_seconds = seconds
+                self._batch.charge(asked.group, seconds)
+        return bool(runs)
 
     def _evaluate(self, runs: list[Run]) -> None:
         """Fulfils the wishes of runs that share a UNet and a size. Their latents change only after the UNet's success,
@@ -278,7 +329,7 @@ class Core:
         devices.make_memory()
         log.warning("out of memory in a stage: the job begins again", job_id=run.job_id)
         self._batch.remove(run)
-        run.is_second_try = True
+        run.is_second_try, run.has_ticked = True, False
         run.task, run.wish = tasks.begin(run), None
         self._stages.append(run)
 
@@ -302,6 +353,7 @@ class Core:
                 self._batch.remove(run)
                 self._stages.append(run)
             else:
+                run.has_ticked = True
                 pixels, bound = run.wish.num_rows * run.wish.row_pixels, run.placed.bound
                 self._batch.place(run, run.wish.group, pixels, bound, run.is_exclusive, run.is_urgent)
         if not has_room:  # here, where no traceback holds tensors any more

@@ -81,6 +81,8 @@ class Run:
     task: Task[list[NDArray[np.uint8]]] | None = None
     wish: Evaluation | None = None
     is_started: bool = False
+    # It has wished for a UNet call.
+    has_ticked: bool = False
     # It did not fit the memory once.
     is_second_try: bool = False
     load_seconds: float = 0.0
@@ -109,6 +111,11 @@ class Run:
         """Whether all that it needs is in memory."""
         has_upscalers = all(file in self.upscalers for file in self.files if file.type == UPSCALER)
         return has_upscalers and all(equipment.is_here for equipment in self.equipment)
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether a stage brings it nearer to its first UNet call."""
+        return bool(self.equipment) and not self.has_ticked
 
     @property
     def is_exclusive(self) -> bool:

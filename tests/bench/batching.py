@@ -52,11 +52,12 @@ class TimedCore(Core):
     unet_seconds = 0.0
     num_ticks = 0
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
         began = time.perf_counter()
-        super()._tick()
+        has_ticked = super()._tick()
         self.tick_seconds += time.perf_counter() - began
         self.num_ticks += 1
+        return has_ticked
 
     def watch(self, unet: Any) -> None:
         """Counts the time of a UNet."""

@@ -110,6 +110,25 @@ class Gauge(Cpu):
         return 2 * 64 * 64 * 100
 
 
+class Ahead(Cpu):
+    """A device with a clock of its own, which goes on by so many seconds with what `takes` is told of. The thread is a
+    tick ahead of it."""
+
+    ticks_ahead = 1
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+    def takes(self, module: torch.nn.Module, seconds: float) -> None:
+        def before(*_: Any) -> None:
+            self.now += seconds
+
+        module.register_forward_pre_hook(before)
+
+
 @pytest.fixture
 def driven(tiny_checkpoint: Path) -> Iterator[Driven]:
     found = Driven(tiny_checkpoint)
@@ -144,6 +163,75 @@ def test_jobs_that_come_while_others_run_share_their_ticks_and_leave_with_the_sa
         assert np.abs(driven.pixels(name) - driven.pixels(f"alone {name}")).max() <= 1
         assert driven.progress[name] == driven.progress[f"alone {name}"]
         assert driven.progress[name][-1] == request.steps * request.num_images
+
+
+@pytest.fixture
+def ahead(tiny_checkpoint: Path) -> Iterator[Driven]:
+    """With a job behind it, so that the models are here; a tick takes an hour of its device, a text nothing, a picture
+    40 minutes."""
+    device = Ahead()
+    found = Driven(tiny_checkpoint, device=device)
+    found.add("first", REQUEST)
+    found.until_ended("first")
+    models = found.core._resident.here[0].models
+    device.takes(models.unet, 3600)
+    device.takes(models.vae.decoder, 2400)
+    found.num_rows.clear()
+    yield found
+    found.core.close()
+
+
+def test_jobs_that_come_at_once_tick_together_from_the_first_step_on(ahead: Driven) -> None:
+    names = [str(seed) for seed in range(8)]
+    for name in names:
+        ahead.add(name, changed(REQUEST, seed=int(name), steps=20))
+    ahead.until_ended(*names)
+    assert ahead.num_rows == [16] * 20
+
+
+def test_jobs_that_come_while_one_runs_join_it_as_soon_as_a_tick_allows(ahead: Driven) -> None:
+    ahead.add("running", changed(REQUEST, steps=20))
+    ahead.until(lambda: len(ahead.progress["running"]) == 3)
+    for name in map(str, range(7)):
+        ahead.add(name, changed(REQUEST, seed=int(name), steps=20))
+    ahead.until_ended("running", *map(str, range(7)))
+    assert ahead.num_rows[:5] == [2, 2, 2, 2, 16]
+    assert len(ahead.num_rows) == 24
+
+
+def test_a_first_call_waits_for_no_more_than_it_has_room_for(ahead: Driven, tiny_checkpoint: Path) -> None:
+    ahead.core._resident.here[0].bound.allow(6 * 64 * 64)
+    for name in map(str, range(8)):
+        ahead.add(name, changed(REQUEST, seed=int(name)))
+    ahead.core.work()
+    assert ahead.num_rows == [6]
+    assert len(ahead.core._stages) > 0
+
+
+def test_a_first_call_waits_no_longer_than_its_bound(ahead: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_worker.core._GATHERING_SECONDS", 0.0)
+    for name in map(str, range(8)):
+        ahead.add(name, changed(REQUEST, seed=int(name)))
+    ahead.core.work()
+    assert len(ahead.core._batch) == 1
+
+
+def test_pictures_of_others_hold_up_a_job_for_about_a_tick(ahead: Driven) -> None:
+    """A decoding is asked for in no time; what counts is the device's."""
+    decoded: list[int] = []
+    decoder = ahead.core._resident.here[0].models.vae.decoder
+    decoder.register_forward_pre_hook(lambda *_: decoded.append(len(ahead.num_rows)))
+    ahead.add("pictures", changed(REQUEST, steps=2))
+    ahead.add("long", changed(REQUEST, steps=60))
+    ahead.until_ended("pictures")  # what a picture takes is known some ticks later
+    ahead.until(lambda: len(ahead.progress["long"]) == 10)
+    decoded.clear()
+    for name in map(str, range(6)):
+        ahead.add(name, changed(REQUEST, seed=int(name), steps=4))
+    ahead.until_ended(*map(str, range(6)))
+    assert len(decoded) == 6
+    assert max(decoded.count(tick) for tick in decoded) <= 2
+    ahead.until_ended("long")
 
 
 def test_an_exclusive_job_shares_no_call_and_repeats_bit_for_bit(driven: Driven) -> None:

@@ -17,6 +17,7 @@ from diffusers.loaders import single_file_utils
 from diffusers.models.controlnets.controlnet import ControlNetModel
 
 from gpu_worker.cache import CachedModel
+from gpu_worker.devices import on_device
 from gpu_worker.job import JobError
 from gpu_worker.tiling import circular
 from gpu_worker.weights import Models, Weights, read
@@ -146,7 +147,8 @@ class Residuals:
                 for _ in range(n)
             ]
             self._hints.append(torch.cat(hints))
-            self._scales.append(torch.tensor(shares).to(self._hints[-1]))
+            dtype, device = self._hints[-1].dtype, self._hints[-1].device
+            self._scales.append(on_device(torch.tensor(shares).to(dtype), device))
 
     def of(
         self,

@@ -37,7 +37,8 @@ _LOW_RANK = {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}
 _HADAMARD = {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 _KRONECKER = {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 _MAGNITUDE = "dora_scale"
-_PARTS = _LOW_RANK | _HADAMARD | _KRONECKER | {"diff", "alpha", _MAGNITUDE}
+_ALPHA = "alpha"
+_PARTS = _LOW_RANK | _HADAMARD | _KRONECKER | {"diff", _ALPHA, _MAGNITUDE}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def load(file: CachedModel, models: Models, base_name: str) -> Network:
                 f"{file.name} is a LoRA for another architecture than {base_name}, which has no layer {layer}"
             )
         path, module = tables[place][layer]
-        found[place][path] = _delta(file.name, base_name, layer, parts, module)
+        found[place][path] = _delta(file.name, base_name, layer, parts, module, models.device)
     return Network(found[0], tuple(found[1:]))
 
 
@@ -123,26 +124,30 @@ def _text_layers(models: Models) -> list[Layers]:
     return tables
 
 
-def _delta(name: str, base_name: str, layer: str, parts: Weights, module: Any) -> Delta:
-    """What the file adds to a layer."""
+def _delta(name: str, base_name: str, layer: str, parts: Weights, module: Any, device: torch.device) -> Delta:
+    """What the file adds to a layer, on the device. The layer itself may just be away, when it made room for others."""
     weight = module.weight
     unknown = sorted(parts.keys() - _PARTS)
     if unknown:
         raise JobError(f"{name} has {unknown[0]!r} for its layer {layer}, which nothing reads; possible: {_KINDS}")
-    parts = {part: tensor.to(weight.device, weight.dtype) for part, tensor in parts.items()}
+    is_low_rank = "lora_down.weight" in parts and _MAGNITUDE not in parts
+    dtype = weight.dtype if is_low_rank else torch.float32  # products are rounded once, when they are whole
+    parts = {part: tensor if part == _ALPHA else tensor.to(device, dtype) for part, tensor in parts.items()}
     try:
-        if "lora_down.weight" in parts and _MAGNITUDE not in parts:
+        if is_low_rank:
             return _low_rank(parts, module)
         full = _full(parts)
         if _MAGNITUDE in parts:
-            full = _decomposed(full.reshape(weight.shape).float(), weight.float(), parts[_MAGNITUDE]).to(weight.dtype)
+            full = _decomposed(full.reshape(weight.shape), weight.to(device, torch.float32), parts[_MAGNITUDE])
     except KeyError as error:
         raise JobError(f"{name} lacks {error} for its layer {layer}; possible: {_KINDS}") from None
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError):
         full = None
     if full is None or full.numel() != weight.numel() or full.shape[0] != weight.shape[0]:
         raise JobError(f"{name} is a LoRA for another architecture than {base_name}: its layer {layer} has other sizes")
-    return _like(module, full.reshape(weight.shape))
+    return _like(module, full.reshape(weight.shape).to(weight.dtype))
 
 
 def _low_rank(parts: Weights, module: Any) -> Delta:
@@ -192,7 +197,7 @@ def _decomposed(change: torch.Tensor, weight: torch.Tensor, magnitude: torch.Ten
     changed = weight + change
     dimensions = [i for i in range(weight.ndim) if i != (0 if of_output else 1)]
     norm: torch.Tensor = torch.linalg.vector_norm(changed, dim=dimensions, keepdim=True)
-    return changed * (magnitude.float() / norm) - weight
+    return changed * (magnitude / norm) - weight
 
 
 def _product(parts: Weights, name: str, core: str) -> torch.Tensor:
@@ -204,7 +209,7 @@ def _product(parts: Weights, name: str, core: str) -> torch.Tensor:
 
 
 def _scale(parts: Weights, rank: int) -> float:
-    return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+    return float(parts[_ALPHA]) / rank if _ALPHA in parts else 1.0
 
 
 def _with_dimensions(factor: torch.Tensor, num_dimensions: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gpu_worker.adapters import Adapters
+from gpu_worker.devices import on_device
 from gpu_worker.embeddings import injected
 from gpu_worker.job import JobError
 from gpu_worker.lora import applied
@@ -101,7 +102,8 @@ def encode(
     for index, encoder in enumerate(models.text_encoders):
         words = {word: embedding.vectors[index] for word, embedding in adapters.embeddings.items()}
         chunks = _chunks(pieces, encoder.tokenizer, words)
-        tokens = torch.tensor([_marked(chunk.tokens, encoder.tokenizer) for chunk in chunks], device=models.device)
+        marked = torch.tensor([_marked(chunk.tokens, encoder.tokenizer) for chunk in chunks])
+        tokens = on_device(marked, models.device)
         places = [(i, 1 + start, found) for i, chunk in enumerate(chunks) for start, found in chunk.vectors.items()]
         changes = [(slice(None), use.text_scale, network.texts[index]) for network, use in adapters.networks]
         with applied(encoder.model, changes), injected(encoder.model, places):
@@ -227,9 +229,8 @@ def _weighed(layer: torch.Tensor, weights: list[float]) -> torch.Tensor:
         return layer
     factors = torch.ones(len(layer), dtype=layer.dtype)
     factors[1 : len(weights) + 1] = torch.tensor(weights, dtype=layer.dtype)
-    weighed = layer * factors.to(layer.device)[:, None]
+    weighed = layer * on_device(factors, layer.device)[:, None]
     # A layer whose mean is 0 but for rounding has none to restore: the quotient would be noise, or NaN.
     means = torch.stack([layer.mean(), weighed.mean()]).float()
-    if (means.abs() < _NO_MEAN * layer.abs().mean()).any():
-        return weighed
-    return weighed * (means[0] / means[1])
+    has_none = (means.abs() < _NO_MEAN * layer.abs().mean()).any()
+    return weighed * (means[0] / means[1]).masked_fill(has_none, 1.0)  # which way is the device's to say

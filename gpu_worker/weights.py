@@ -165,7 +165,9 @@ def dtype_of(precision: str, device: str) -> torch.dtype:
 def vae_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The type of a VAE's weights, never fp16: SDXL's overflows in it, as do some of SD1.5. bf16 has the range, and its
     rounding is below one of 255 levels."""
-    is_half = dtype != torch.float32 and device == "cuda" and torch.cuda.is_bf16_supported()
+    # Below compute capability 8 it is emulated, which is slower than fp32.
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_half = dtype != torch.float32 and has_bf16
     return torch.bfloat16 if is_half else torch.float32
 
 

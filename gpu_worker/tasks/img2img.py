@@ -81,7 +81,7 @@ def denoised(
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
     if mask is not None:
-        keep = _kept(sampling, originals.to(models.device), first.to(models.device), mask.to(models.device))
+        keep = _kept(sampling, *(on_device(tensor, models.device) for tensor in (originals, first, mask)))
     return (yield from denoise(sampling, latents, steps, on_evaluation, keep))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gpu_worker import decoding
 from gpu_worker.canvas import Canvas
 from gpu_worker.decoding import Decoded
+from gpu_worker.devices import on_device
 from gpu_worker.tiling import circular
 from gpu_worker.weights import Models
 from services.common.payloads import Generation
@@ -20,7 +21,7 @@ def latents_of(models: Models, pictures: torch.Tensor) -> torch.Tensor:
     """The latents, fp32, of pictures of shape (n, 3, height, width) in -1..1: the middle of what the encoder finds
     likely, so that a picture repeats."""
     with circular(models.vae, models.tiling):
-        found = decoding.encode(models.vae, pictures.to(models.device, models.vae.dtype))
+        found = decoding.encode(models.vae, on_device(pictures.to(models.vae.dtype), models.device))
     latents: torch.Tensor = found.float() * models.vae.config.scaling_factor
     return latents
 
@@ -51,7 +52,7 @@ def context_of(request: Generation, canvas: Canvas, models: Models) -> torch.Ten
     else:
         stays = 1 - torch.from_numpy(np.around(canvas.mask))
         latents = torch.cat([latents_of(models, as_tensor(picture) * stays) for picture in canvas.pictures])
-        mask = torch.from_numpy(canvas.latent_mask).to(models.device)
+        mask = on_device(torch.from_numpy(canvas.latent_mask), models.device)
     rows = request.batch_size
     return torch.cat([mask.expand(rows, 1, -1, -1), latents.expand(rows, -1, -1, -1)], 1)
 

@@ -14,6 +14,7 @@ from gpu_worker.canvas import Canvas
 from gpu_worker.clean import clean_latents, prediction_of, timestep_of
 from gpu_worker.controlnet import Control
 from gpu_worker.denoise import Conditioning, Correction, Guidance, Step
+from gpu_worker.devices import on_device
 from gpu_worker.hints import Hint, Map
 from gpu_worker.tasks.stages import as_tensor, context_of, latents_of
 from gpu_worker.weights import Config, Models
@@ -108,7 +109,7 @@ def _encode(equipped: Equipped, text: str, request: Generation, is_negative: boo
         hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
     wanted = [_SCORES[is_negative]] if models.is_refiner else [request.height, request.width]
     sizes = [request.height, request.width, 0, 0, *wanted]
-    time_ids = torch.tensor([sizes], dtype=models.dtype, device=models.device)
+    time_ids = on_device(torch.tensor([sizes], dtype=models.dtype), models.device)
     return Conditioning(hidden, {"text_embeds": pooled, "time_ids": time_ids})
 
 
@@ -121,7 +122,7 @@ def _controls(request: Generation, equipped: Equipped, canvas: Canvas) -> list[t
         if looked_at is not None:
             # Lines are too hard for a second pass, as in the extension.
             is_soft = isinstance(request, SecondPass) and unit.module == "canny"
-            values = torch.from_numpy(looked_at.values)[None].to(models.device, models.dtype)
+            values = on_device(torch.from_numpy(looked_at.values)[None].to(models.dtype), models.device)
             found.append((unit, controlnet.control(net, values, unit.weight, unit.control_mode, is_soft)))
     return found
 
@@ -168,7 +169,7 @@ def _put_back(clean: torch.Tensor, original: torch.Tensor, painted: torch.Tensor
 def _painted(looked_at: Map, like: torch.Tensor) -> torch.Tensor:
     """The mask at the size of latents, with one pixel around it."""
     assert looked_at.mask is not None
-    mask = torch.from_numpy(looked_at.mask)[None, None].to(like)
+    mask = on_device(torch.from_numpy(looked_at.mask)[None, None].to(like.dtype), like.device)
     return torch.nn.functional.max_pool2d(mask, 10, stride=8, padding=1)
 
 

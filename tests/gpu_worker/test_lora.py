@@ -9,6 +9,7 @@ import pytest
 import torch
 from lycoris.functional.general import weight_decompose
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from gpu_worker import ldm, lora, weights
 from gpu_worker.adapters import Adapters
@@ -130,6 +131,45 @@ def test_a_dora_changes_what_lycoris_changes(
     expected = weight_decompose(layer.weight + change, tensors["dora_scale"], 1, of_output) - layer.weight
     x = random(3, 1, layer.weight.shape[1], 8, 8)
     assert_close(delta(layer, x), torch.nn.functional.conv2d(x, expected, padding=1))
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_product_is_rounded_once(models: weights.Models, tmp_path: Path, kind: str) -> None:
+    unet = copy.deepcopy(models.unet).half()
+    layer = unet.get_submodule(ATTENTION)
+    tensors, change = parts(kind, layer.weight.shape, 0)
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_{ATTENTION.replace('.', '_')}.{part}": tensor for part, tensor in tensors.items()}, path)
+    half = replace(models, unet=unet, dtype=torch.float16)
+    delta = lora.load(as_cached(path, "Lora"), half, "tiny").unet[ATTENTION]
+    found = delta(layer, torch.eye(layer.weight.shape[1], dtype=torch.float16)).T
+    assert torch.equal(found, change.half())
+
+
+class AllOnMeta(TorchFunctionMode):
+    """Within it, whatever is called has tensors of the device `meta` only."""
+
+    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert {arg.device.type for arg in args if isinstance(arg, torch.Tensor)} <= {"meta"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["lora", "mid", "loha", "dora"])
+def test_a_file_comes_to_the_models_device_though_they_are_away(
+    models: weights.Models, tmp_path: Path, kind: str
+) -> None:
+    """A checkpoint may leave the device while a LoRA for it loads."""
+    layer = models.unet.get_submodule(CONVOLUTION)
+    tensors, _ = parts("lora" if kind == "dora" else kind, layer.weight.shape, 0)
+    if kind == "dora":
+        tensors["dora_scale"] = torch.ones(len(layer.weight), 1, 1, 1)
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_{CONVOLUTION.replace('.', '_')}.{part}": tensor for part, tensor in tensors.items()}, path)
+    elsewhere = replace(models, device=torch.device("meta"))
+    delta = lora.load(as_cached(path, "Lora"), elsewhere, "tiny").unet[CONVOLUTION]
+    x = torch.zeros(1, layer.weight.shape[1], 8, 8, device="meta")
+    with AllOnMeta():
+        delta(layer, x)
 
 
 def test_jobs_with_different_networks_in_one_call_equal_each_its_merge(models: weights.Models, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_worker import prompt, weights
 from gpu_worker.job import JobError
@@ -83,6 +84,19 @@ def test_a_mean_that_is_nothing_but_rounding_is_not_restored(models: weights.Mod
     factors = torch.ones(77, 1)
     factors[2] = 1.5
     assert torch.equal(weighed, plain * factors)
+
+
+def test_nothing_waits_for_what_the_device_makes_of_a_text(models: weights.Models) -> None:
+    class Reads(TorchDispatchMode):
+        """Refuses to bring a number of a tensor to the host."""
+
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func not in {torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default}
+            return func(*args, **(kwargs or {}))
+
+    expected = encoded(models, "a (cat:1.5) on")
+    with Reads():
+        assert encoded(models, "a (cat:1.5) on").shape == expected.shape
 
 
 def test_a_long_prompt_is_read_in_chunks_that_end_at_a_comma(models: weights.Models) -> None:

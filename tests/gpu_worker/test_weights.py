@@ -97,6 +97,17 @@ def test_every_name_and_shape_of_a_full_size_controlnet_survives_the_original_la
     }
 
 
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_vae_is_in_bf16_only_where_the_gpu_calculates_in_it(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.dtype
+) -> None:
+    """torch says by default that emulation is support."""
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
+    assert weights.vae_dtype(torch.float16, "cuda") is expected
+
+
 def test_a_truncated_file_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     content = tiny_checkpoint.read_bytes()
     for length in (0, 5, 100, len(content) - 1):

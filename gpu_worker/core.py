@@ -310,10 +310,14 @@ class Core:
             return predict(wishes, wishes[0].num_rows // len(wishes[0].x))
 
     def _shrink(self, placed: Placed, runs: list[Run], wishes: list[Evaluation]) -> None:
-        """After a call that did not fit the memory: the next tick is half of it. A single row has what others can do
+        """After a call that did not fit the memory: the next tick is without the graphs that held some of it or, when
+        there are none or that was the answer to the last such call, half of it. A single row has what others can do
         without."""
         num_rows = sum(wish.num_rows for wish in wishes)
-        if not placed.bound.shrink(num_rows, wishes[0].row_pixels) and not self._evict_unused():
+        has_graphs = any(other.graphs for other in self._resident.here)
+        placed.gave_up_graphs = has_graphs and not placed.gave_up_graphs
+        has_hope = placed.gave_up_graphs or placed.bound.shrink(num_rows, wishes[0].row_pixels)
+        if not has_hope and not self._evict_unused():
             self._fail(runs[0], JobError(NO_MEMORY))
         devices.make_memory()
         log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=placed.bound.pixels)

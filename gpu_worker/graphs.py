@@ -2,7 +2,7 @@
 
 A graph is a call of a certain shape that reads and writes at fixed places. Calls come in any number of rows, so they
 are padded to a few; what the rows beyond contain does not matter, as rows do not mix. A shape is captured when it comes
-for the second time. What cannot be captured is called as it is.
+for the second time, or when there was no memory, much later. What cannot be captured is called as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 _MAX_PIXELS = 32 * 512 * 512
 _MAX_GRAPHS = 32
 _CAPTURED_AT_USE = 2
+_TRIED_AGAIN_AFTER = 256  # uses, where there was no memory
 _MAX_SEEN = 1024
 # A capture keeps its memory, so that much more must be free.
 _FREE_FACTOR = 3
@@ -54,6 +55,7 @@ class Graphs:
         self._bytes_per_pixel = bytes_per_pixel
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._seen: dict[Key, int] = {}
+        self._refused: set[Key] = set()
         self._pool: Any = None
         self._prepared: dict[Key, Forward] = {}
         devices.may_be_cleared(self)
@@ -93,7 +95,8 @@ class Graphs:
         if len(self._seen) > _MAX_SEEN:
             self._seen.clear()
         self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] != _CAPTURED_AT_USE or not self._has_memory(num_rows, inputs[0]):
+        is_its_turn = self._seen[key] % _TRIED_AGAIN_AFTER == _CAPTURED_AT_USE
+        if not is_its_turn or key in self._refused or not self._has_memory(num_rows, inputs[0]):
             return None
         if len(self._graphs) >= _MAX_GRAPHS:
             oldest, _ = self._graphs.popitem(last=False)
@@ -113,6 +116,7 @@ class Graphs:
             log.info("no memory for a CUDA graph", num_rows=num_rows)
             return None
         except RuntimeError as error:
+            self._refused.add(key)
             log.warning("a UNet call cannot be captured as a CUDA graph", reason=str(error).partition("\n")[0])
             return None
         self._graphs[key] = graph = _Graph(places, output, replay)

@@ -35,6 +35,8 @@ class Placed:
         self.bound = Bound(settings.max_pixels or device.max_pixels)
         self.graphs: Graphs | None = None
         self.is_settled = False
+        # Its last call that did not fit was answered with that.
+        self.gave_up_graphs = False
         self._device = device
         self._settings = settings
         self._max_pixels = self.bound.pixels

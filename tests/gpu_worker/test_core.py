@@ -334,6 +334,48 @@ def test_calls_that_are_captured_make_the_same_pictures(driven: Driven, tiny_che
     captured.core.close()
 
 
+def test_a_call_that_fits_without_the_graphs_is_not_halved(tiny_checkpoint: Path) -> None:
+    driven = Driven(tiny_checkpoint, device=Recorder())
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    placed = driven.core._resident.here[0]
+    assert placed.graphs
+    refused: list[int] = []
+
+    def before(rows: torch.Tensor) -> None:
+        if len(rows) == 4 and placed.graphs and not refused:
+            refused.append(len(rows))
+            raise torch.OutOfMemoryError
+
+    driven.before = before
+    max_pixels = driven.core.max_pixels
+    for name in ("one", "two"):
+        driven.add(name, REQUEST)
+    driven.until_ended("one", "two")
+    assert refused == [4]
+    assert driven.core.max_pixels == max_pixels
+    assert set(driven.num_rows[driven.num_rows.index(4) :]) == {4}
+    assert np.abs(driven.pixels("one") - driven.pixels("first")).max() <= 1
+    driven.core.close()
+
+
+def test_graphs_that_come_again_save_no_call_from_being_halved(tiny_checkpoint: Path) -> None:
+    driven = Driven(tiny_checkpoint, device=Recorder())
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+
+    def before(rows: torch.Tensor) -> None:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+
+    driven.before = before
+    for name in ("one", "two"):
+        driven.add(name, REQUEST)
+    driven.until_ended("one", "two")
+    assert driven.core.max_pixels == 2 * 64 * 64
+    driven.core.close()
+
+
 def test_a_picture_whose_decoding_does_not_fit_is_decoded_in_tiles(driven: Driven) -> None:
     driven.add("first", REQUEST)
     driven.until_ended("first")

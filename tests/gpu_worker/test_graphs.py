@@ -120,6 +120,23 @@ def test_nothing_is_captured_where_memory_is_short(models: weights.Models) -> No
 
 
 @torch.inference_mode()
+def test_a_shape_for_which_memory_was_short_is_captured_later(
+    models: weights.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_worker.graphs._TRIED_AGAIN_AFTER", 4)
+    device = Recorder()
+    device.free = 2 * 64 * 64 * 2
+    graphs = Graphs(Called(models), device, bytes_per_pixel=1.0)
+    for _ in range(4):
+        graphs(*inputs(2))
+    device.free = None
+    graphs(*inputs(2))
+    assert len(graphs) == 0
+    graphs(*inputs(2))
+    assert len(graphs) == 1
+
+
+@torch.inference_mode()
 def test_graphs_are_given_up_when_memory_is_needed_and_made_again(models: weights.Models) -> None:
     device = Recorder()
     graphs = Graphs(Called(models), device, 1.0)

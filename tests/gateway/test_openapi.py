@@ -53,7 +53,7 @@ def test_it_has_every_status_that_an_answer_can_have() -> None:
 def test_the_rules_of_a_request_are_in_its_schema() -> None:
     schemas = document()["components"]["schemas"]
     dataset = schemas["CreateDatasetRequest"]
-    assert dataset["required"] == ["dataset_name", "content"]
+    assert dataset["required"] == ["dataset_name", "content", "params"]
     assert dataset["properties"]["dataset_name"] | {"description": ""} == {
         "type": "string",
         "minLength": 1,

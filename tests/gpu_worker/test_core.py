@@ -299,6 +299,7 @@ def test_after_memory_was_short_calls_grow_again(driven: Driven) -> None:
     assert driven.core.max_pixels > 2 * 64 * 64
 
 
+@pytest.mark.slow
 def test_rows_of_a_call_are_bounded_by_the_memory_that_is_free_after_the_load(
     tiny_checkpoint: Path, others: list[Path]
 ) -> None:
@@ -469,6 +470,7 @@ def test_nan_fails_its_own_job_and_not_its_company(driven: Driven) -> None:
     driven.pixels("good")
 
 
+@pytest.mark.slow
 def test_a_second_pass_goes_on_among_runs_of_its_own_size(driven: Driven) -> None:
     alone = changed(REQUEST, enable_hr=True, denoising_strength=0.5)
     driven.add("alone", alone)

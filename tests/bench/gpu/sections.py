@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gpu_worker import devices, prompt, tiny, weights
+from gpu_worker import devices, ldm, prompt, weights
 from gpu_worker.cache import CachedModel
 from gpu_worker.decoding import Decoded
 from gpu_worker.placed import Placed
@@ -274,10 +274,10 @@ def file(report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "full.safetensors"
         parts = parts_of("sd15", report.tiny, report.device, half(report), half(report))
-        named = tiny.original(parts.unet, parts.vae, parts.text_encoders[0], parts.config)
+        named = ldm.checkpoint(parts.config, parts.unet, parts.vae, parts.text_encoders[0])
         metadata = {"esd_config": json.dumps(parts.config)} if report.tiny else None
         began = time.perf_counter()
-        save_file({name: tensor.cpu() for name, tensor in named.items()}, path, metadata=metadata)
+        save_file(named, path, metadata=metadata)
         report.add("write", seconds=time.perf_counter() - began, gb=path.stat().st_size / GB)
         del parts, named
         clean(report)

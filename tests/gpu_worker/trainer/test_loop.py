@@ -163,6 +163,7 @@ def test_only_the_last_files_are_kept_where_that_is_asked_for(trainings: Trainin
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_process_are_not_wanted_any_more_either(trainings: Trainings, tmp_path: Path) -> None:
     keys = {"max_train_epochs": 4, "save_every_n_epochs": 1, "save_last_n_epochs": 1}
     with pytest.raises(Stopped):
@@ -226,6 +227,7 @@ def test_a_step_that_the_loss_scaler_skips_is_not_told_and_leaves_the_weights(tr
     assert notes.files == ["last.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_training_whose_steps_are_all_skipped_ends(trainings: Trainings) -> None:
     loop = trainings.loop(Notes(), max_train_epochs=6)
     loop._steps._scaler = torch.amp.GradScaler("cpu")

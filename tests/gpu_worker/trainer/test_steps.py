@@ -167,6 +167,7 @@ def test_a_step_that_the_loss_scaler_skips_does_not_count_for_the_schedule(plain
     assert steps.rates["unet"] == pytest.approx(1e-2 * (1 - 2 / NUM_STEPS))
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_where_the_device_makes_another_optimizer(plain: dict[str, Models]) -> None:
     config = check_training(RATES | {"lr_scheduler": "linear"})
 

@@ -242,6 +242,7 @@ async def test_where_tasks_go_first_a_worker_leaves_its_gpu_and_comes_back_to_it
     assert worker.num_failures == 0  # it left because it was asked to
 
 
+@pytest.mark.slow
 async def test_tasks_survive_the_service_and_how_they_ended_is_known_whoever_watched(
     service_environment: dict[str, str], foreman: Foreman, begin: Start, reach: Reach
 ) -> None:

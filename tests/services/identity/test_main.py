@@ -21,6 +21,7 @@ from esd.identity.v1 import ext_authz_pb2 as authz
 from esd.identity.v1 import ext_authz_pb2_grpc, identity_pb2_grpc
 from esd.identity.v1 import identity_pb2 as pb
 from services.identity.keys import new_api_key
+from tests.gpu_worker.tables import slow
 from tests.processes import running
 from tests.serving import AUDIT_KEY, Tokens
 
@@ -99,11 +100,15 @@ async def test_a_new_first_key_is_added_at_the_next_start_and_the_old_one_stays(
     ("break_", "sentence"),
     [
         (lambda e: e.pop("ESD_SIGNING_KEY_FILE"), "ESD_SIGNING_KEY_FILE"),
-        (lambda e: Path(e["ESD_SECRET_HASHES_FILE"]).write_text("[]"), "ESD_SECRET_HASHES_FILE"),
-        (lambda e: Path(e["ESD_SECRET_HASHES_FILE"]).write_text('{"gateway": "ab"}'), "not a SHA-256"),
-        (lambda e: Path(e["ESD_PASSWORD_KEY_FILE"]).write_text("short"), "ESD_PASSWORD_KEY_FILE"),
-        (lambda e: Path(e["ESD_AUDIT_KEY_FILE"]).write_text("short"), "ESD_AUDIT_KEY_FILE"),
-        (lambda e: Path(e["ESD_API_KEY_FILE"]).write_text("\n"), "ESD_API_KEY_FILE"),
+        *slow(
+            [
+                (lambda e: Path(e["ESD_SECRET_HASHES_FILE"]).write_text("[]"), "ESD_SECRET_HASHES_FILE"),
+                (lambda e: Path(e["ESD_SECRET_HASHES_FILE"]).write_text('{"gateway": "ab"}'), "not a SHA-256"),
+                (lambda e: Path(e["ESD_PASSWORD_KEY_FILE"]).write_text("short"), "ESD_PASSWORD_KEY_FILE"),
+                (lambda e: Path(e["ESD_AUDIT_KEY_FILE"]).write_text("short"), "ESD_AUDIT_KEY_FILE"),
+                (lambda e: Path(e["ESD_API_KEY_FILE"]).write_text("\n"), "ESD_API_KEY_FILE"),
+            ]
+        ),
     ],
 )
 def test_a_wrong_setting_stops_the_process_by_name(

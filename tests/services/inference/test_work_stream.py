@@ -383,6 +383,7 @@ async def pools(service: Service) -> AsyncIterator[Any]:
     call.cancel()
 
 
+@pytest.mark.slow
 async def test_pools_are_told_as_workers_and_jobs_come_and_go(service: Service, pools: Any) -> None:
     await pools([], 0, 0)
     await service.started()

@@ -20,7 +20,7 @@ async def test_chores_that_are_cancelled_at_any_moment_of_their_start_leave_noth
         assert asyncio.all_tasks() == before, f"cancelled after {num_turns} turns"
 
 
-@pytest.mark.parametrize(("max_attempts", "expected"), [(3, 3), (None, 11)])
+@pytest.mark.parametrize(("max_attempts", "expected"), [(3, 3), pytest.param(None, 11, marks=pytest.mark.slow)])
 async def test_a_chore_is_tried_until_it_is_done_or_as_often_as_was_said(
     database_url: str, max_attempts: int | None, expected: int
 ) -> None:

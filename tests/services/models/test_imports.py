@@ -13,6 +13,7 @@ from esd.models.v1 import models_pb2 as pb
 from services.common.database import Database
 from services.common.outbound import Answer, UrlRefused, parse_url
 from services.models.sources import SUFFIXES, name_in, name_of, validator_of
+from tests.gpu_worker.tables import slow
 from tests.services.models.conftest import MAX_IMPORT_BYTES, Running, refused
 from tests.services.models.files import MIB, malicious, safetensors, torch_zip
 from tests.services.models.source import Source, serving_files
@@ -125,7 +126,7 @@ async def test_a_lost_connection_goes_on_behind_the_last_part(models: Running, s
     assert item["params"]["sha256"] == {"a.safetensors": hashlib.sha256(content).hexdigest()}
 
 
-@pytest.mark.parametrize("validator", ['ETag: "two"', "X: y", 'ETag: W/"weak"'])
+@pytest.mark.parametrize("validator", ['ETag: "two"', *slow(["X: y", 'ETag: W/"weak"'])])
 async def test_a_source_that_may_have_changed_is_fetched_from_the_beginning(
     models: Running, source: Source, validator: str
 ) -> None:

@@ -261,9 +261,10 @@ def _checked(job: Job, payload: bytes | dict[str, Any]) -> tuple[Payload, Canvas
 async def _encoded(images: list[Image.Image], provenance: Provenance, infotexts: Sequence[str] = ()) -> list[bytes]:
     """Each picture as a PNG file; the first ones have these texts."""
     texts = chain(infotexts, repeat(""))
+    makings = await asyncio.to_thread(lambda: [provenance.of(index) for index in range(len(images))])
     return await asyncio.gather(
         *(
-            asyncio.to_thread(results.png, image, provenance.of(index), text)
-            for index, (image, text) in enumerate(zip(images, texts, strict=False))
+            asyncio.to_thread(results.png, image, making, text)
+            for image, making, text in zip(images, makings, texts, strict=False)
         )
     )

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gpu_worker import noise, samplers
+from gpu_worker import noise
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import LATENT_SCALE, Evaluation, Step, denoise
 from gpu_worker.devices import on_device
 from gpu_worker.job import JobError
-from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of
+from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of, sampling_of
 from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.upscaling import Upscaler
 from gpu_worker.upscaling import upscaled as enlarged
@@ -63,14 +63,7 @@ def denoised(
     images = range(batch * first.batch_size, (batch + 1) * first.batch_size)
     generators = noise.generators([first.seed_of(image) for image in images])
     drawn = noise.first(request, images, generators)
-    sampling = samplers.create(
-        request.sampler_name,
-        models.scheduler_config,
-        request.schedule_steps,
-        generators,
-        request.sampler_eta,
-        request.first_step,
-    )
+    sampling = sampling_of(request, models, generators)
     noise.reseed(request, images, generators)
     on_evaluation = counted(first, batch, request, len(sampling.timesteps), on_step)
     noised = on_device(sampling.noised(scaled, drawn, 0), models.device)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import noise, samplers
+from gpu_worker import noise
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Step, Task, denoise
 from gpu_worker.devices import on_device
-from gpu_worker.tasks.stages import as_tensor, counted, decoded, latents_of
+from gpu_worker.samplers import Sampling
+from gpu_worker.tasks.stages import as_tensor, counted, decoded, latents_of, sampling_of
 from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.weights import Models
 from services.common.payloads import Img2Img
@@ -64,14 +65,7 @@ def denoised(
     images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
     generators = noise.generators([request.seed_of(image) for image in images])
     first = noise.first(request, images, generators)
-    sampling = samplers.create(
-        request.sampler_name,
-        models.scheduler_config,
-        request.schedule_steps,
-        generators,
-        request.sampler_eta,
-        request.first_step,
-    )
+    sampling = sampling_of(request, models, generators)
     noise.reseed(request, images, generators)
     mask = None if canvas.mask is None else torch.from_numpy(canvas.latent_mask)
     if mask is not None and request.inpainting_fill in {LATENT_NOISE, LATENT_NOTHING}:
@@ -86,7 +80,7 @@ def denoised(
 
 
 def _kept(
-    sampling: samplers.Sampling, originals: torch.Tensor, first: torch.Tensor, mask: torch.Tensor
+    sampling: Sampling, originals: torch.Tensor, first: torch.Tensor, mask: torch.Tensor
 ) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Puts the originals, with as much noise as the next evaluation expects, where nothing is painted."""
 

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import decoding
+from gpu_worker import decoding, samplers
 from gpu_worker.canvas import Canvas
 from gpu_worker.decoding import Decoded
 from gpu_worker.devices import on_device
+from gpu_worker.samplers import Sampling
 from gpu_worker.tiling import circular
 from gpu_worker.weights import Models
 from services.common.payloads import Generation
@@ -60,6 +61,18 @@ def context_of(request: Generation, canvas: Canvas, models: Models) -> torch.Ten
 def as_tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
     """Pixels as the VAE reads them: (1, 3, height, width) in -1..1."""
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def sampling_of(request: Generation, models: Models, generators: list[torch.Generator]) -> Sampling:
+    """A fresh sampler for the steps that a request makes of its schedule."""
+    return samplers.create(
+        request.sampler_name,
+        models.scheduler_config,
+        request.schedule_steps,
+        generators,
+        request.sampler_eta,
+        request.first_step,
+    )
 
 
 def counted(

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import noise, samplers
+from gpu_worker import noise
 from gpu_worker.canvas import Canvas
 from gpu_worker.denoise import Evaluation, Step, Task, denoise
 from gpu_worker.devices import on_device
 from gpu_worker.tasks import hires
-from gpu_worker.tasks.stages import counted, decoded
+from gpu_worker.tasks.stages import counted, decoded, sampling_of
 from gpu_worker.tasks.steering import Crew, steps_of
 from gpu_worker.upscaling import Upscaler
 from gpu_worker.weights import Models
@@ -58,9 +58,7 @@ def denoised(
     """The final latents of a batch, of shape (batch_size, 4, height/8, width/8)."""
     images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
     generators = noise.generators([request.seed_of(image) for image in images])
-    sampling = samplers.create(
-        request.sampler_name, models.scheduler_config, request.steps, generators, request.sampler_eta
-    )
+    sampling = sampling_of(request, models, generators)
     latents = on_device(sampling.latents(noise.first(request, images, generators)), models.device)
     noise.reseed(request, images, generators)
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)

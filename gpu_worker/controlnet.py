@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers.loaders import single_file_utils
 from diffusers.models.controlnets.controlnet import ControlNetModel
 
@@ -20,7 +19,7 @@ from gpu_worker.cache import CachedModel
 from gpu_worker.devices import on_device
 from gpu_worker.job import JobError
 from gpu_worker.tiling import circular
-from gpu_worker.weights import Models, Weights, read
+from gpu_worker.weights import Empty, Models, Weights, read
 from services.common.payloads.controlnet import BALANCED, CONTROL
 from services.common.payloads.models import stem
 
@@ -87,7 +86,7 @@ def load(file: CachedModel, models: Models, base_name: str) -> ControlNet:
     taken = inspect.signature(ControlNetModel).parameters
     config = {name: value for name, value in models.unet.config.items() if name in taken}
     config |= {"in_channels": _LATENT_CHANNELS, "global_pool_conditions": "shuffle" in stem(file.name).lower()}
-    with init_empty_weights():
+    with Empty():
         model: Any = ControlNetModel(**config)
     converted = _converted(weights, config)
     expected = model.state_dict()

@@ -19,11 +19,11 @@ from typing import Any
 
 import structlog
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers.loaders import single_file_utils
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from gpu_worker import devices, pickles
@@ -251,6 +251,15 @@ def family_config(family: str) -> Config:
     return config
 
 
+class Empty(TorchFunctionMode):
+    """Within it weights of new models have a shape, but no memory; buffers have theirs. It is of its thread alone:
+    accelerate's init_empty_weights exchanges a method of all modules, and what another thread made or filled meanwhile
+    would be empty too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
+
+
 @dataclass(frozen=True)
 class _Filler:
     """Makes models and fills them with weights of one file."""
@@ -265,7 +274,7 @@ class _Filler:
             JobError: weights are missing, or have shapes of another architecture.
         """
         try:
-            with init_empty_weights():
+            with Empty():
                 model = create()
         except (TypeError, ValueError) as error:
             raise JobError(f"{self.name} has metadata that describes no {part}: {error}") from None
@@ -320,7 +329,7 @@ def _load_text_encoders(weights: Weights, config: Config, fill: _Filler) -> tupl
     if "text_encoder_2" in config:
         prefix = _BIG_G if encoders else _BIG_G_OF_REFINER
         clip_config = CLIPTextConfig(**config["text_encoder_2"])
-        with init_empty_weights():
+        with Empty():
             empty = CLIPTextModelWithProjection(clip_config)
         converted = _convert.convert_open_clip_checkpoint(empty, weights, prefix=prefix)
         second = fill(lambda: CLIPTextModelWithProjection(clip_config), "second text encoder", converted)

@@ -4,13 +4,14 @@ import json
 import os
 import pickle
 import tarfile
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
@@ -44,10 +45,31 @@ def reason(path: Path, vae: Path | None = None) -> str:
     return str(caught.value)
 
 
+def test_models_without_memory_are_made_in_a_thread_while_others_load(tiny_checkpoint: Path) -> None:
+    entered, loaded = threading.Event(), threading.Event()
+
+    def make() -> torch.nn.Module:
+        with weights.Empty():
+            entered.set()
+            assert loaded.wait(60)
+            return torch.nn.Linear(2, 2)
+
+    with ThreadPoolExecutor(1) as other:
+        made = other.submit(make)
+        try:
+            assert entered.wait(60)
+            here = load(tiny_checkpoint).unet
+        finally:
+            loaded.set()
+        assert all(weight.is_meta for weight in made.result().parameters())
+    assert not any(weight.is_meta for weight in here.parameters())
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
 def test_every_name_and_shape_of_the_full_size_models_survives_the_original_layout(family: str) -> None:
     config = weights.family_config("sdxl") | weights.family_config(family)
-    with init_empty_weights():
+    with weights.Empty():
         unet, vae = UNet2DConditionModel(**config["unet"]), AutoencoderKL(**config["vae"])
     expected = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sdxl_refiner": 2_259_526_660}[family]  # as published
     assert sum(tensor.numel() for tensor in unet.parameters()) == expected
@@ -68,7 +90,7 @@ def test_every_name_and_shape_of_the_full_size_models_survives_the_original_layo
 def test_every_weight_of_the_full_size_text_encoders_is_found_under_its_original_name(family: str) -> None:
     config = weights.family_config(family)
     state: dict[str, torch.Tensor] = {}
-    with init_empty_weights():
+    with weights.Empty():
         if "text_encoder" in config:
             first = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
             assert sum(tensor.numel() for tensor in first.parameters()) == 123_060_480  # OpenAI's CLIP ViT-L/14
@@ -87,7 +109,7 @@ def test_every_weight_of_the_full_size_text_encoders_is_found_under_its_original
 def test_every_name_and_shape_of_a_full_size_controlnet_survives_the_original_layout(
     family: str, num_weights: int
 ) -> None:
-    with init_empty_weights():
+    with weights.Empty():
         unet = UNet2DConditionModel(**weights.family_config(family)["unet"])
         net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     assert sum(tensor.numel() for tensor in net.parameters()) == num_weights

@@ -7,7 +7,7 @@ section is a process of its own with a limit on its time; it writes DIR/NAME.jso
 stops no other. The next section imports and builds on the CPU while the one before it has the GPU. `--tiny` is for a
 trial on a machine without one.
 
-It needs the worker's own packages, and no generated code: torch, diffusers, transformers, accelerate, safetensors,
+It needs the worker's own packages, and no generated code: torch, diffusers, transformers, safetensors,
 numpy, scipy, torchsde, pillow, pydantic, structlog, httpx, protobuf.
 """
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -25,7 +24,7 @@ TEXT = [*(f"self_attn_{part}_proj" for part in ("k", "v", "q", "out")), "mlp_fc1
 def models(request: Any) -> Any:
     """The full-size models without their weights."""
     config = weights.family_config(request.param)
-    with init_empty_weights():
+    with weights.Empty():
         unet = UNet2DConditionModel(**config["unet"])
         encoders = [CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))]
         if request.param == "sdxl":

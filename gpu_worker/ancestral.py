@@ -1,5 +1,5 @@
 """Ancestral samplers as diffusers schedulers, with what diffusers' own lack: `eta`, the share of the noise that a step
-takes away and puts back anew, and for Euler every noise schedule.
+takes away and puts back anew, for Euler every noise schedule, and the whole of DPM++ 2S a.
 
 The levels of a step are k-diffusion's (`get_ancestral_step` in k_diffusion/sampling.py): with eta 0 a step is that of
 the sampler without noise, with 1 it is what diffusers' schedulers do.
@@ -44,6 +44,29 @@ class DPM2Ancestral(KDPM2AncestralDiscreteScheduler):
         logarithms: Any = self.log_sigmas  # which diffusers too gives it as a tensor
         between = np.array([self._sigma_to_t(sigma, logarithms) for sigma in middle[:-1]])
         self.timesteps[1::2] = torch.from_numpy(between)
+
+
+class DPM2SAncestral(DPM2Ancestral):
+    """`sample_dpmpp_2s_ancestral`: as DPM2 a it looks at the level in the middle of a step, but goes there and from the
+    step's beginning to its end by the clean latents, not by the slope."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, *_: Any, **__: Any) -> Any:
+        """The latents after an evaluation, in a tuple."""
+        is_first = self.state_in_first_order
+        index = self.step_index - (0 if is_first else 1)
+        before, middle, down = self.sigmas[index], self.sigmas_interpol[index], self.sigmas_down[index]
+        clean = self._clean(model_output, sample, before if is_first else middle)
+        begun, self.sample = (sample, sample) if is_first else (self.sample, None)
+        self._step_index += 1
+        if is_first:
+            return (clean.lerp(begun, middle / before),)
+        return (clean.lerp(begun, down / before) + torch.randn(sample.shape) * self.sigmas_up[index],)
+
+    def _clean(self, prediction: Any, latents: Any, sigma: torch.Tensor) -> Any:
+        """The latents without noise, by the model's prediction at that level."""
+        if self.config.prediction_type == "v_prediction":
+            return latents / (sigma**2 + 1) - prediction * (sigma / (sigma**2 + 1).sqrt())
+        return latents - prediction * sigma
 
 
 def _levels(before: torch.Tensor, after: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:

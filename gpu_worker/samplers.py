@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from gpu_worker import plans
-from gpu_worker.ancestral import DPM2Ancestral, EulerAncestral
+from gpu_worker.ancestral import DPM2Ancestral, DPM2SAncestral, EulerAncestral
 from gpu_worker.devices import on_device
 from gpu_worker.plans import Interval, Plan, combined
 from services.common.payloads.samplers import parts, sampler_of
@@ -50,14 +50,13 @@ SAMPLERS: dict[str, tuple[type[Any], Options]] = {
     "Heun": (HeunDiscreteScheduler, _LINSPACE),
     "DPM2": (KDPM2DiscreteScheduler, _LINSPACE),
     "DPM2 a": (DPM2Ancestral, _LINSPACE),
-    # Deterministic here: diffusers has no sampler with A1111's ancestral noise.
-    "DPM++ 2S a": (DPMSolverSinglestepScheduler, {"lower_order_final": True}),
+    "DPM++ 2S a": (DPM2SAncestral, _LINSPACE),
     "DPM++ 2M": _multistep(2, "dpmsolver++"),
     "DPM++ SDE": (DPMSolverSDEScheduler, _LINSPACE),
     "DPM++ 2M SDE": _multistep(2, "sde-dpmsolver++"),
     "DPM++ 2M SDE Heun": _multistep(2, "sde-dpmsolver++", solver_type="heun"),
     "DPM++ 3M SDE": _multistep(3, "sde-dpmsolver++"),
-    # An approximation: A1111's chooses its orders by the number of steps in another way.
+    # An approximation: A1111's adds noise, and chooses its orders by the number of steps in another way.
     "DPM fast": (DPMSolverSinglestepScheduler, {"solver_order": 3, "lower_order_final": True}),
     "DDIM": (DDIMScheduler, _LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
     "PLMS": (PNDMScheduler, _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 
 from services.common.payloads import Generation
@@ -23,7 +24,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Heun": ("HeunDiscrete", LINSPACE),
     "DPM2": ("KDPM2Discrete", LINSPACE),
     "DPM2 a": ("KDPM2AncestralDiscrete", LINSPACE),
-    "DPM++ 2S a": ("DPMSolverSinglestep", {"solver_order": 2, "lower_order_final": True}),
+    "DPM++ 2S a": ("KDPM2AncestralDiscrete", LINSPACE),
     "DPM++ 2M": ("DPMSolverMultistep", LINSPACE),
     "DPM++ SDE": ("DPMSolverSDE", LINSPACE),
     "DPM++ 2M SDE": ("DPMSolverMultistep", SDE),
@@ -54,6 +55,8 @@ def scheduler_of(name: str, seed: int | list[int]) -> Any:
         del options["steps_offset"]
     if kind == "EulerAncestralDiscrete" and ending:
         return _EulerAncestral(diffusers.EulerDiscreteScheduler(**options))
+    if name.startswith("DPM++ 2S a"):
+        return _DPM2SAncestral(**options)
     return getattr(diffusers, f"{kind}Scheduler")(**options)
 
 
@@ -68,6 +71,30 @@ class _EulerAncestral(diffusers.EulerAncestralDiscreteScheduler):  # type: ignor
         super().set_timesteps(num_inference_steps, device)
         self._levels.set_timesteps(num_inference_steps, device)
         self.sigmas, self.timesteps = self._levels.sigmas, self._levels.timesteps
+
+
+class _DPM2SAncestral(diffusers.KDPM2AncestralDiscreteScheduler):  # type: ignore[misc]
+    """sample_dpmpp_2s_ancestral of k_diffusion/sampling.py with eta 1, whose levels are those of DPM2 a; of models that
+    predict noise."""
+
+    def step(
+        self, model_output: Any, timestep: Any, sample: Any, generator: Any = None, return_dict: bool = True
+    ) -> Any:
+        second = self.sample is not None
+        index = self.step_index - second
+        sigma, middle, down = self.sigmas[index], self.sigmas_interpol[index], self.sigmas_down[index]
+        self._step_index += 1
+        t, t_next = -sigma.log(), -down.log()
+        if not second:
+            denoised = sample - sigma * model_output
+            self.sample = sample
+            if down == 0:
+                return (denoised,)
+            return (((-(t + (t_next - t) / 2)).exp() / sigma) * sample - (-(t_next - t) / 2).expm1() * denoised,)
+        denoised, x = sample - middle * model_output, self.sample
+        self.sample = None
+        noise = randn_tensor(x.shape, generator=generator, dtype=x.dtype)
+        return (down / sigma * x - (t - t_next).expm1() * denoised + noise * self.sigmas_up[index],)
 
 
 def pipeline_of(checkpoint: Path, tokenizer: Any, folder: Path) -> Any:

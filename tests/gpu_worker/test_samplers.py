@@ -12,6 +12,10 @@ from tests.gpu_worker import reference
 from tests.gpu_worker.driving import assert_close
 from tests.gpu_worker.tables import SAMPLER_NAMES
 
+ANCESTRAL = [
+    *("Euler a", "Euler a Karras", "DPM2 a", "DPM2 a Exponential"),
+    *("DPM++ 2S a", "DPM++ 2S a Karras", "DPM++ 2S a SGM Uniform"),
+]
 SHAPE = (1, 4, 8, 8)
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -57,10 +61,12 @@ def test_steps_are_those_of_the_scheduler_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("name", ["Euler a", "Euler a Karras", "DPM2 a", "DPM2 a Exponential"])
+@pytest.mark.parametrize("name", ANCESTRAL)
 def test_ancestral_steps_are_k_diffusions_for_any_eta(name: str, eta: float) -> None:
-    """get_ancestral_step, sample_euler_ancestral and sample_dpm_2_ancestral of k_diffusion/sampling.py, as formulas."""
-    levels = reference.scheduler_of(name.replace(" a", "").replace("DPM2", "Euler"), 0)
+    """get_ancestral_step and sample_euler_ancestral, sample_dpm_2_ancestral, sample_dpmpp_2s_ancestral of
+    k_diffusion/sampling.py, as formulas."""
+    solver = next(known for known in ("Euler", "DPM2", "DPM++ 2S") if name.startswith(known))
+    levels = reference.scheduler_of(name.replace(f"{solver} a", "Euler"), 0)
     levels.set_timesteps(6)
     first, generator = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(5)
 
@@ -75,10 +81,16 @@ def test_ancestral_steps_are_k_diffusions_for_any_eta(name: str, eta: float) -> 
         up = min(after, eta * (after**2 * (before**2 - after**2) / before**2).sqrt())
         down = (after**2 - up**2).sqrt()
         slope = derivative(x, before)
-        if name.startswith("DPM2") and down > 0:
-            middle = (before * down).sqrt()
-            slope = derivative(x + slope * (middle - before), middle)
-        x = x + slope * (down - before)
+        middle = (before * down).sqrt()
+        if solver == "DPM++ 2S" and down > 0:
+            t, h = -before.log(), before.log() - down.log()
+            s = t + h / 2
+            x_2 = (-s).exp() / (-t).exp() * x - (-h / 2).expm1() * (x - before * slope)
+            x = down / before * x - (-h).expm1() * (x_2 - middle * derivative(x_2, middle))
+        else:
+            if solver == "DPM2" and down > 0:
+                slope = derivative(x + slope * (middle - before), middle)
+            x = x + slope * (down - before)
         x = x + torch.randn(SHAPE, generator=generator) * up
     sampling = samplers.create(name, MODEL, 6, [torch.Generator().manual_seed(5)], eta)
     found = sampling.latents(first)

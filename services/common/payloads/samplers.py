@@ -25,7 +25,6 @@ class Sampler:
     fixed_eta: float | None = None
 
 
-_KARRAS = ("Uniform", "Karras", "Exponential", "Beta")
 _ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
 SAMPLERS = {
     "Euler": Sampler(_ALL),
@@ -34,7 +33,7 @@ SAMPLERS = {
     "Heun": Sampler(_ALL),
     "DPM2": Sampler(_ALL, "Karras"),
     "DPM2 a": Sampler(_ALL, "Karras", eta=1),
-    "DPM++ 2S a": Sampler(_KARRAS, "Karras", fixed_eta=0),
+    "DPM++ 2S a": Sampler(_ALL, "Karras", eta=1),
     "DPM++ 2M": Sampler(_ALL, "Karras"),
     "DPM++ SDE": Sampler(_ALL, "Karras", fixed_eta=1),
     "DPM++ 2M SDE": Sampler(_ALL, "Exponential", fixed_eta=1),

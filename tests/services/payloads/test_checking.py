@@ -110,10 +110,6 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
         ({"sampler_name": ["Euler"]}, 'sampler_name ["Euler"] is not known; possible: Euler, Euler a, LMS, Heun, '),
         ({"sampler_name": "Restart"}, 'sampler_name "Restart" cannot be run here; possible: Euler, '),
         ({"sampler_name": "DPM adaptive"}, 'sampler_name "DPM adaptive" cannot be run here; possible: Euler, '),
-        (
-            {"sampler_name": "DPM++ 2S a SGM Uniform"},
-            'scheduler "SGM Uniform" does not go with sampler_name "DPM++ 2S a"; possible: Automatic, Uniform, Karras',
-        ),
         ({"scheduler": "Polyexponential"}, 'scheduler "Polyexponential" does not go with sampler_name "Euler"'),
         (
             {"override_settings": {"CLIP_stop_at_last_layers": 13}},
@@ -195,8 +191,9 @@ def test_eta_is_the_payloads_or_the_settings_or_that_of_the_sampler(given: dict[
             {"sampler_name": "DPM++ 2M SDE", "override_settings": {"eta_ancestral": 0.5}},
             ["override_settings.eta_ancestral"],
         ),
-        ({"sampler_name": "DPM++ 2S a", "eta": 0}, []),
-        ({"sampler_name": "DPM++ 2S a", "eta": 0.5}, ["eta"]),
+        ({"sampler_name": "DPM++ 2S a", "eta": 0.5}, []),
+        ({"sampler_name": "DPM fast", "eta": 0}, []),
+        ({"sampler_name": "DPM fast", "eta": 0.5}, ["eta"]),
         ({"sampler_name": "Euler", "eta": 0.5}, []),
         ({"sampler_name": "DDIM", "enable_hr": True, "hr_sampler_name": "DPM++ SDE", "eta": 0.5}, ["eta"]),
     ],

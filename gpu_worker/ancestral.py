@@ -52,19 +52,20 @@ class DPM2SAncestral(DPM2Ancestral):
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *_: Any, **__: Any) -> Any:
         """The latents after an evaluation, in a tuple."""
-        is_first = self.state_in_first_order
-        index = self.step_index - (0 if is_first else 1)
+        is_first, position = self.state_in_first_order, int(self.step_index or 0)
+        index = position if is_first else position - 1
         before, middle, down = self.sigmas[index], self.sigmas_interpol[index], self.sigmas_down[index]
         clean = self._clean(model_output, sample, before if is_first else middle)
         begun, self.sample = (sample, sample) if is_first else (self.sample, None)
-        self._step_index += 1
+        self._step_index: Any = position + 1
         if is_first:
             return (clean.lerp(begun, middle / before),)
         return (clean.lerp(begun, down / before) + torch.randn(sample.shape) * self.sigmas_up[index],)
 
     def _clean(self, prediction: Any, latents: Any, sigma: torch.Tensor) -> Any:
         """The latents without noise, by the model's prediction at that level."""
-        if self.config.prediction_type == "v_prediction":
+        config: Any = self.config
+        if config.prediction_type == "v_prediction":
             return latents / (sigma**2 + 1) - prediction * (sigma / (sigma**2 + 1).sqrt())
         return latents - prediction * sigma
 

@@ -103,6 +103,13 @@ async def work(settings: WorkerSettings) -> int:
         )
     )
     engine.start()
+    try:
+        return await _work(settings, engine)
+    finally:
+        await engine.stop()
+
+
+async def _work(settings: WorkerSettings, engine: Engine) -> int:
     address, credentials = gateway(settings.server_url)
     async with Transfer() as transfer, plain_channel(address, credentials) as channel:
         cache = ModelCache(settings.cache_dir, settings.cache_max_bytes, transfer)
@@ -116,7 +123,6 @@ async def work(settings: WorkerSettings) -> int:
             if server is not None:
                 await server.stop(None)
             await worker.stop()
-            await engine.stop()
 
 
 async def _until_over(stream: WorkStream, engine: Engine, drain_seconds: float) -> int:

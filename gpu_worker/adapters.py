@@ -60,11 +60,6 @@ class Equipped:
     adapters: Adapters = Adapters()
 
 
-def key(file: CachedModel, base_key: tuple[str, ...]) -> tuple[str, ...]:
-    """What names a loaded addition: a LoRA or an embedding for each checkpoint, a ControlNet for all of a family."""
-    return (file.key,) if file.type == CONTROLNET else (file.key, *base_key)
-
-
 def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
     """Reads a LoRA, an embedding or a ControlNet for these models.
 

@@ -11,38 +11,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import structlog
 import torch
 
-from gpu_worker import adapters, devices, tasks, upscaling, weights
-from gpu_worker.adapters import Loaded
+from gpu_worker import devices, tasks
 from gpu_worker.batch import Batch
 from gpu_worker.cache import CachedModel
 from gpu_worker.denoise import Evaluation, predict
 from gpu_worker.devices import Cpu
 from gpu_worker.fault import leave_if_device_failed
 from gpu_worker.job import INTERNAL, JobError
+from gpu_worker.loading import Load, Loader
 from gpu_worker.placed import Placed
 from gpu_worker.preview import Previews
-from gpu_worker.resident import Resident
-from gpu_worker.run import Equipment, Produced, Run
+from gpu_worker.run import Produced, Run
 from gpu_worker.tuning import EngineSettings
-from services.common.payloads.models import UPSCALER
 
 log = structlog.get_logger()
 
 NO_MEMORY = "the GPU has not enough memory for this job"
-_ADDITIONS_SHARE = 4  # of the memory for models
 # How long the first call waits for those that came together with its first run.
 _GATHERING_SECONDS = 0.3
 # Of what a stage took, how much counts at the next: costly ones (a picture) and cheap ones (its way home) alternate.
 _MEMORY = 0.8
-
-# Reads a checkpoint, with the VAE of another file.
-Load = Callable[[CachedModel, CachedModel | None], weights.Models]
 
 
 @dataclass(frozen=True)
@@ -63,21 +56,11 @@ class Core:
         self, device: Cpu, settings: EngineSettings, on_loaded: Callable[[], None], load: Load | None = None
     ) -> None:
         self._device = device
-        self._settings = settings
-        dtype = weights.dtype_of(settings.precision, device.name)
-        self._load = load or (lambda base, vae: weights.load(base, vae, device.name, dtype))
-        self._waiting: deque[Run] = deque()  # for their models
+        self._max_pixels = settings.max_pixels or device.max_pixels
+        self._loader = Loader(device, settings, on_loaded, load)
         self._stages: deque[Run] = deque()
         self._batch: Batch[Run] = Batch()
-        model_bytes = settings.model_bytes or device.model_bytes
-        copy_bytes = device.copy_bytes if settings.copy_bytes is None else settings.copy_bytes
-        self._resident: Resident[Placed] = Resident(model_bytes, copy_bytes, on_loaded)
-        # LoRAs and embeddings, for the models that they were loaded for; ControlNets and upscalers.
-        self._additions: Resident[Loaded] = Resident(model_bytes // _ADDITIONS_SHARE, 0, on_loaded)
-        # Most files are in half precision.
-        self._bytes_per_file_byte = dtype.itemsize // 2
         self._previews = Previews()
-        self._pinned: dict[tuple[str, ...], CachedModel] = {}
         # What the device may not have done yet.
         self._ahead: deque[_Asked] = deque()
         # On the device, as far as it is known: what the last tick took, and what stages took lately, those by which
@@ -93,33 +76,31 @@ class Core:
     @property
     def max_pixels(self) -> int:
         """Rows x pixels that one UNet call may have now."""
-        bounds = [placed.bound.pixels for placed in self._resident.here]
-        return min(bounds, default=self._settings.max_pixels or self._device.max_pixels)
+        bounds = [placed.bound.pixels for placed in self._loader.here]
+        return min(bounds, default=self._max_pixels)
 
     @property
     def warm_models(self) -> tuple[str, ...]:
         """Keys of the files whose models are in memory."""
-        return self._resident.keys
+        return self._loader.keys
 
     def add(self, run: Run) -> None:
         """Takes a run; it ends with its `on_end`."""
-        self._waiting.append(run)
+        self._loader.add(run)
 
     def pin(self, files: list[CachedModel]) -> None:
         """Loads these checkpoints when no run waits for room, and lets them make room last."""
-        self._pinned = {(file.key,): file for file in files}
-        self._resident.pinned = frozenset(self._pinned)
+        self._loader.pin(files)
 
     def cancel(self, run: Run, reason: BaseException) -> None:
         """Ends a run wherever it is; nothing happens if it has ended."""
-        if run in self._waiting or run in self._stages or run in self._batch:
+        if run in self._loader or run in self._stages or run in self._batch:
             self._end(run, reason)
 
     def close(self) -> None:
         """Ends the threads that load and that draw previews."""
-        self._resident.close()
+        self._loader.close()
         self._previews.close()
-        self._additions.close()
 
     def work(self) -> None:
         """A tick, and about as much time for stages, so that neither waits long for the other."""
@@ -155,104 +136,14 @@ class Core:
         return max(time.monotonic() - began, self._stage_seconds[is_beginning])
 
     def start_waiting(self) -> None:
-        """Starts the runs whose models are here, and the loads there is room for, in order of arrival."""
-        for run in sorted(self._waiting, key=lambda run: not run.is_urgent):
-            try:
-                for equipment in run.equipment:
-                    self._take(equipment, run)
-                self._take_upscalers(run)
-            except torch.OutOfMemoryError as error:
-                if not self._resident.evict_unused():
-                    self._fail(run, error)
-                continue
-            except Exception as error:
+        """Starts the runs whose models are here."""
+        for run, error in self._loader.arrived():
+            if error is not None:
                 self._fail(run, error)
-                continue
-            if run.equipment and run.models is None and run.equipment[0].key not in self._resident:
-                return  # it waits for a place, which nobody behind it may take
-            if not run.is_started:
-                run.is_started = True
-                run.on_started()
-                run.lap()
-            if run.is_here:
+            else:
                 run.load_seconds = run.lap()
                 run.task = tasks.begin(run)
-                self._waiting.remove(run)
                 self._stages.append(run)
-        if not self._waiting:
-            self._load_pinned()
-
-    def _load_pinned(self) -> None:
-        for key, file in list(self._pinned.items()):
-            load = partial(self._placed, file, None)
-            try:
-                failure = self._resident.keep(key, load, self._num_bytes(file))
-            except OSError as error:  # the file is gone
-                failure = error
-            if failure is not None:
-                log.warning("a pinned checkpoint cannot be loaded", name=file.name, reason=str(failure))
-                del self._pinned[key]
-
-    def _take(self, equipment: Equipment, run: Run) -> None:
-        """Takes what is in memory of a checkpoint's models and begins to load the rest. A second one comes after the
-        first, and needs no place: two runs that had one each would wait for each other for ever."""
-        first = run.equipment[0]
-        if equipment is not first and first.placed is None:
-            return
-        if equipment.placed is None:
-            base, vae = equipment.base, equipment.vae
-            equipment.placed = self._resident.take(
-                equipment.key,
-                partial(self._placed, base, vae),
-                self._num_bytes(base, vae),
-                may_exceed=equipment is not first,
-            )
-            if equipment.placed is None:
-                return
-            self._settle(equipment.placed)
-        models = equipment.placed.models
-        if first.models is not None and models.family != first.models.family:
-            equipment.additions.clear()  # they are made for the first
-        for file in equipment.additions:
-            if file not in equipment.adapters:
-                load = partial(adapters.load, file, models, equipment.base.name)
-                found = self._added(file, adapters.key(file, equipment.key), load)
-                if found is not None:
-                    equipment.adapters[file] = found
-
-    def _take_upscalers(self, run: Run) -> None:
-        """Takes the upscalers that are in memory and begins to load the others."""
-        for file in run.files:
-            if file.type == UPSCALER and file not in run.upscalers:
-                found = self._added(file, (file.key,), partial(upscaling.load, file, self._device.name))
-                if found is not None:
-                    run.upscalers[file] = found
-
-    def _added(self, file: CachedModel, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
-        """What a file holds, in use until given back. None: it is not here yet."""
-        num_bytes = file.path.stat().st_size
-
-        def loaded() -> Loaded:
-            with self._device.aside():
-                return Loaded(load(), num_bytes, self._device.synchronize)
-
-        found = self._additions.take(key, loaded, num_bytes, may_exceed=True)
-        return found.content if found is not None else None
-
-    def _num_bytes(self, *files: CachedModel | None) -> int:
-        """What models are taken to need, before they are read."""
-        return self._bytes_per_file_byte * sum(file.path.stat().st_size for file in files if file)
-
-    def _placed(self, base: CachedModel, vae: CachedModel | None) -> Placed:
-        return Placed(self._load(base, vae), self._device, self._settings)
-
-    def _settle(self, placed: Placed) -> None:
-        """Makes models ready for ticks that may just have come to the device, where less memory is free since then."""
-        if not placed.is_settled:
-            placed.settle()
-            free_bytes = self._device.free_bytes()
-            for other in self._resident.here:
-                other.allow(free_bytes)
 
     def _tick(self) -> bool:
         """The next call. False: there is none."""
@@ -314,22 +205,18 @@ class Core:
         there are none or that was the answer to the last such call, half of it. A single row has what others can do
         without."""
         num_rows = sum(wish.num_rows for wish in wishes)
-        has_graphs = any(other.graphs for other in self._resident.here)
+        has_graphs = any(other.graphs for other in self._loader.here)
         placed.gave_up_graphs = has_graphs and not placed.gave_up_graphs
         has_hope = placed.gave_up_graphs or placed.bound.shrink(num_rows, wishes[0].row_pixels)
-        if not has_hope and not self._evict_unused():
+        if not has_hope and not self._loader.evict_unused():
             self._fail(runs[0], JobError(NO_MEMORY))
         devices.make_memory()
         log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=placed.bound.pixels)
 
-    def _evict_unused(self) -> bool:
-        """Frees what nobody uses now; False: there was nothing."""
-        return any([self._resident.evict_unused(), self._additions.evict_unused()])
-
     def _begin_again(self, run: Run) -> None:
         """After a stage that did not fit the memory, with which its task has ended: once more, with all the memory
         that there is to be had. What is random in it comes out the same."""
-        self._evict_unused()
+        self._loader.evict_unused()
         devices.make_memory()
         log.warning("out of memory in a stage: the job begins again", job_id=run.job_id)
         self._batch.remove(run)
@@ -375,17 +262,8 @@ class Core:
 
     def _end(self, run: Run, outcome: Produced | BaseException) -> None:
         self._batch.remove(run)
-        for queue in (self._waiting, self._stages):
-            if run in queue:
-                queue.remove(run)
-        for equipment in run.equipment:
-            for file in equipment.adapters:
-                self._additions.give_back(adapters.key(file, equipment.key))
-            if equipment.placed is not None:
-                self._resident.give_back(equipment.key)
-            equipment.placed, equipment.adapters = None, {}
-        for file in run.upscalers:
-            self._additions.give_back((file.key,))
-        run.upscalers = {}
+        if run in self._stages:
+            self._stages.remove(run)
+        self._loader.give_back(run)
         run.task = run.wish = None  # with them go the latents
         run.on_end(outcome)

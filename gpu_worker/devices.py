@@ -7,6 +7,7 @@ queue; what would wait for it, or take its memory for ever, is kept here.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ class Cuda(Cpu):
 
     def __init__(self) -> None:
         self._aside: torch.cuda.Stream | None = None
+        self._making = threading.Lock()  # checkpoints and additions are loaded in threads of their own
         self._capturing: torch.cuda.Stream | None = None
 
     @property
@@ -133,10 +135,13 @@ class Cuda(Cpu):
     @contextmanager
     def aside(self) -> Iterator[None]:
         # One stream for all loads: what the allocator has from one goes to the next.
-        self._aside = self._aside or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._aside):
-            yield
-        self._aside.synchronize()
+        with self._making:
+            stream = self._aside = self._aside or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
 
     @contextmanager
     def repeatable(self) -> Iterator[None]:

@@ -85,8 +85,9 @@ class Placed:
                 with torch.inference_mode():
                     return called(self.models.unet, *inputs)
 
-            # The first call also makes what libraries keep.
-            peak = min(self._device.peak_bytes(call) for _ in range(2))
+            # The first call also makes what libraries keep. A load that gives memory back meanwhile can hide all of
+            # it: then it is learnt when the models come again.
+            peak = max(0, min(self._device.peak_bytes(call) for _ in range(2)))
             self._bytes_per_pixel = peak / (_PROBE_ROWS * size * size * LATENT_SCALE**2)
         if self._device.can_capture and self._settings.graphs:
             self.graphs = Graphs(self._forward(self.models.unet), self._device, self._bytes_per_pixel)

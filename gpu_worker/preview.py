@@ -70,10 +70,7 @@ class Previews:
         while (sketch := self._sketches.get()) is not None:
             try:
                 jpeg = _jpeg(sketch)
-            except (
-                RuntimeError,
-                OSError,
-            ) as error:  # a picture is worth nothing when its job or the device is in trouble
+            except Exception as error:  # a picture is worth nothing when its job or the device is in trouble
                 log.warning("no preview", error=str(error))
                 continue
             sketch.show(jpeg)

@@ -66,7 +66,7 @@ class Resident(Generic[M]):
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys of the single files behind the models that are in memory."""
-        return tuple({name for key, entry in self._entries.items() if entry.models.done() for name in key})
+        return tuple({name for key, entry in self._entries.items() if entry.is_loaded for name in key})
 
     @property
     def here(self) -> list[M]:
@@ -112,6 +112,16 @@ class Resident(Generic[M]):
             if not entry.is_here:
                 self._fetch(entry, entry.models.result(), may_exceed=False, spared=self.pinned)
         return None
+
+    @property
+    def failures(self) -> set[Key]:
+        """The loads that failed and that nobody has heard of yet."""
+        return {key for key, entry in self._entries.items() if entry.models.done() and not entry.is_loaded}
+
+    def dismiss(self, failures: set[Key]) -> None:
+        """Forgets those that nobody asked for since: they would take up room and fail whoever comes next."""
+        for key in failures & self.failures:
+            del self._entries[key]
 
     def give_back(self, key: Key) -> None:
         """Ends one use."""

@@ -45,6 +45,7 @@ TORCH_OWNERS = {
     "clean.py",
     "controlnet.py",
     "core.py",
+    "loading.py",
     "preview.py",
     "denoise.py",
     "fault.py",

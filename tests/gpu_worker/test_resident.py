@@ -108,6 +108,18 @@ def test_a_load_that_fails_tells_whoever_wants_the_models_and_is_tried_again(loa
     assert loads.names == ["broken", "broken", "a"]
 
 
+def test_a_failure_that_nobody_asked_for_takes_no_room_and_fails_nobody_else(loads: Loads) -> None:
+    loads.use("a")
+    assert loads.take("broken") is None
+    assert loads.loaded.acquire(timeout=120)
+    assert loads.resident.keys == ("a",)
+    failures = loads.resident.failures
+    assert failures == {("broken",)}
+    loads.resident.dismiss(failures)
+    loads.take_in_the_end("a"), loads.take_in_the_end("b")
+    assert loads.take("broken") is None  # it waits for a place, and hears nothing old
+
+
 def test_models_larger_than_the_bound_come_alone() -> None:
     loads = Loads(5)
     loads.use("a")

@@ -67,6 +67,35 @@ async def test_a_token_holds_until_what_it_was_made_from_changes(identity: Any, 
     assert set(tokens) - await gone() == {"eve", "long", "service", "worker again"}
 
 
+async def test_a_review_of_what_was_found_to_hold_asks_the_database_again_after_a_change(
+    identity: Any, service_token: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = await identity.make_user("ann", ["train:all"])
+    tokens = [await token_of(identity, key) for key in (own, identity.first_key)]
+    looks, find = [], identity.store.find_key_use
+
+    async def looking(*args: Any) -> Any:
+        looks.append(args)
+        return await find(*args)
+
+    monkeypatch.setattr(identity.store, "find_key_use", looking)
+
+    async def review() -> list[bool]:
+        looks.clear()
+        request = pb.ReviewTokensRequest(tokens=tokens)
+        return list((await identity.stub.ReviewTokens(request, metadata=service_token("inference"))).holds)
+
+    assert await review() == [True, True]
+    assert len(looks) == len(tokens)
+    assert await review() == [True, True]
+    assert not looks
+    request = pb.CreateRoleRequest(role_name="role of ann", permissions=["train:list"])
+    await identity.stub.CreateRole(request, metadata=identity.admin)
+    assert await review() == [False, True]
+    assert await review() == [False, True]
+    assert len(looks) == 1
+
+
 async def test_only_services_may_review(identity: Any, worker_token: Any) -> None:
     for metadata in (identity.admin, worker_token(ENDPOINT), None):
         with pytest.raises(grpc.aio.AioRpcError):

@@ -51,6 +51,7 @@ def render(settings: GatewaySettings, template: str, secret: str, folder: Path) 
         "max_request_bytes": MAX_REQUEST_BYTES,
         "max_payload_bytes": MAX_PAYLOAD_BYTES,
         "max_response_bytes": MAX_RESPONSE_BYTES,
+        "max_heap_bytes": settings.max_heap_bytes,
         "identity": _replicas(settings.identity_address),
         "models": _replicas(settings.models_address),
         "endpoints": _replicas(settings.endpoints_address),

@@ -19,7 +19,8 @@ class GatewaySettings(Settings):
     """Addresses are `host:port`, those of a service's replicas with commas between them.
 
     `base_path` is what a public URL has before the API's paths, such as `/prod`. `metrics_certificates` is a folder
-    with `tls.crt`, `tls.key` and `ca.crt`: only who has a certificate of that CA may ask for metrics.
+    with `tls.crt`, `tls.key` and `ca.crt`: only who has a certificate of that CA may ask for metrics. Envoy needs up to
+    half as much memory again as `max_heap_bytes`, while it transcodes large bodies.
     """
 
     listen: str = Field("127.0.0.1:8080", pattern=ADDRESS)
@@ -39,6 +40,7 @@ class GatewaySettings(Settings):
     metrics_listen: str | None = Field(None, pattern=ADDRESS)
     metrics_certificates: Path | None = None
     concurrency: int = Field(1, ge=1)
+    max_heap_bytes: int = Field(1 << 30, ge=64 << 20)
     run_dir: Path | None = None
 
     @field_validator(

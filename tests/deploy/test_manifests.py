@@ -203,6 +203,17 @@ def test_prometheus_finds_the_certificates_that_the_gateway_asks_for(
     assert tls["serverName"] in names.get_values_for_type(x509.DNSName)
 
 
+def test_the_gateway_refuses_requests_long_before_its_memory_is_at_the_pods_limit(
+    rendered: dict[str, list[Manifest]],
+) -> None:
+    for objects in rendered.values():
+        (gateway,) = (found for found in workloads(objects) if found["metadata"]["name"] == "gateway")
+        (container,) = gateway["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["memory"] == "2Gi"
+        assert "ESD_MAX_HEAP_BYTES" not in {variable["name"] for variable in container["env"]}
+        assert GatewaySettings.model_fields["max_heap_bytes"].default * 2 == 2 << 30
+
+
 @pytest.mark.parametrize("overlay", ["local", "production"])
 @pytest.mark.parametrize("process", SETTINGS)
 def test_each_process_accepts_the_settings_and_secrets_that_it_gets(

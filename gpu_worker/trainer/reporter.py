@@ -114,6 +114,7 @@ class Reporter:
             self._state = None
             # A name of its own: the state that is on record stays as it is until this one is.
             file = await self._upload(latest, f"state-{latest_epoch:06}.pt")
+            self._tell_points()  # who goes on from this state does not do its steps again
             self._stream.tell(state=pb.KeptState(file=file, epoch=latest_epoch))
             latest.unlink()
             await self._upload_boards()

@@ -1,7 +1,8 @@
 """A node whose pods are processes of this machine: what a kubelet does, as far as our pods need it.
 
 It registers a Node with GPUs, runs the container of each pod bound to it, mounts Secrets and empty folders (by
-rewriting the environment: there is no root file system to mount them in), restarts what ends, and stops by SIGTERM.
+rewriting the environment: there is no root file system to mount them in), restarts what ends, and stops by SIGTERM, and
+SIGKILL after the grace period.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 _BACKOFF_SECONDS = 0.2
 _BEAT_SECONDS = 2.0
+_LEAST_GRACE_SECONDS = 2  # that a kubelet gives, also to what was deleted without any
+_SIGNAL_BASE = 128  # how runtimes tell that a signal ended a container
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -54,6 +57,10 @@ class ProcessKubelet:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
 
+    def kill(self, pod: Any) -> None:
+        """The pod's process is killed, as the kernel does when memory is short."""
+        self._processes[pod.metadata.uid].kill()
+
     async def _beats(self) -> None:
         while True:
             await asyncio.sleep(_BEAT_SECONDS)
@@ -79,10 +86,11 @@ class ProcessKubelet:
             async for event in events.stream(self._core.list_pod_for_all_namespaces, field_selector=mine):
                 pod = event["object"]
                 uid = pod.metadata.uid
+                is_leaving = event["type"] == "DELETED" or pod.metadata.deletion_timestamp
                 if event["type"] != "DELETED" and uid not in self._pods:
                     self._pods[uid] = asyncio.create_task(self._run(pod))
-                elif pod.metadata.deletion_timestamp and (process := self._processes.pop(uid, None)):
-                    process.send_signal(signal.SIGTERM)
+                elif is_leaving and (process := self._processes.pop(uid, None)):
+                    _stop(process, pod.metadata.deletion_grace_period_seconds or 0)
                 elif pod.metadata.deletion_timestamp and pod.status.phase in _ENDED:
                     await self._remove(pod)
 
@@ -106,12 +114,15 @@ class ProcessKubelet:
                     if process.returncode is None:
                         process.kill()
                         await process.wait()
-                if self._processes.pop(uid, None) is None:
-                    break  # it was told to go
+                was_told_to_go = self._processes.pop(uid, None) is None
+                code = _SIGNAL_BASE - code if code < 0 else code
                 words = log.read_bytes()[-2048:].decode(errors="replace")
                 end = {"terminated": {"exitCode": code, "message": words, "finishedAt": _now()}}
                 if pod.spec.restart_policy == "Never":
                     await self._tell(pod, 0, end, None, phase="Failed" if code else "Succeeded")
+                if was_told_to_go:
+                    break
+                if pod.spec.restart_policy == "Never":
                     return
                 await self._tell(pod, num_restarts, {"waiting": {"reason": "CrashLoopBackOff"}}, end)
                 await asyncio.sleep(_BACKOFF_SECONDS)
@@ -168,6 +179,15 @@ class ProcessKubelet:
         name, namespace = pod.metadata.name, pod.metadata.namespace
         with suppress(ApiException):  # it is gone already
             await _until_heard(lambda: self._core.patch_namespaced_pod_status(name, namespace, {"status": status}))
+
+
+def _stop(process: asyncio.subprocess.Process, grace_seconds: int) -> None:
+    def kill() -> None:
+        if process.returncode is None:
+            process.kill()
+
+    process.send_signal(signal.SIGTERM)
+    asyncio.get_running_loop().call_later(max(grace_seconds, _LEAST_GRACE_SECONDS), kill)
 
 
 async def _until_heard(call: Callable[[], Awaitable[Any]]) -> None:

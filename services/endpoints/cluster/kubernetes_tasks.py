@@ -26,8 +26,10 @@ from services.endpoints.cluster.kubernetes_api import (
 )
 from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import name_of
-from services.endpoints.cluster.tail import last_words_in
+from services.endpoints.cluster.tail import how_it_ended, last_words_in
 from services.endpoints.task_store import State, Task
+
+_NO_MEMORY = "OOMKilled"  # a container's reason, by its runtime
 
 
 class KubernetesTasks:
@@ -123,7 +125,10 @@ def _last_failure(pods: list[Any]) -> str:
     for pod in reversed(pods):
         for container in pod.status.container_statuses or ():
             if (end := container.state.terminated) and end.exit_code:
-                return f"it ended with code {end.exit_code}: {last_words_in(end.message or '') or 'its log is empty'}"
+                if end.reason == _NO_MEMORY:
+                    return "it was ended since it needs more memory than its instance type has"
+                words = last_words_in(end.message or "") or "its log is empty"
+                return f"it {how_it_ended(end.exit_code)}: {words}"
         if pod.status.phase == "Failed":
             return f"it was ended by the cluster: {pod.status.message or pod.status.reason or 'nobody says why'}"
     return "its pod is gone"

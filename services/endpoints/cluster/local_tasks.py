@@ -17,12 +17,10 @@ from services.common.process import EXIT_INTERRUPTED
 from services.endpoints.cluster import TaskState
 from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, Machine
 from services.endpoints.cluster.process import Process, start
-from services.endpoints.cluster.tail import last_words
+from services.endpoints.cluster.tail import how_it_ended, last_words
 from services.endpoints.task_store import State, Task, TaskStore
 
 log = structlog.get_logger()
-
-_SIGNAL_BASE = 128  # a shell's exit code of a command that a signal ended (POSIX, 2.8.2)
 
 
 class LocalTasks:
@@ -87,7 +85,7 @@ class LocalTasks:
             )
         words = last_words(self._log_file(task)) or "its log is empty"
         log.warning("an attempt of a task failed", task_id=task.id, attempt=task.num_attempts, exit=code, last=words)
-        reason = f"it {_in_words(code)}: {words}"
+        reason = f"it {how_it_ended(code)}: {words}"
         if num_failures >= task.max_attempts:
             return TaskState(State.FAILED, task.num_attempts, reason)
         return self._again(task, num_failures, f"attempt {num_failures} of {task.max_attempts} failed: {reason}")
@@ -144,11 +142,3 @@ class LocalTasks:
 
     def _exit_file(self, task: Task) -> Path:
         return self._machine.folder(task.id) / f"attempt-{task.num_attempts}.exit"
-
-
-def _in_words(code: int | None) -> str:
-    if code is None:
-        return "was killed"
-    if code > _SIGNAL_BASE:
-        return f"was ended by signal {code - _SIGNAL_BASE}"
-    return f"ended with code {code}"

@@ -1,4 +1,5 @@
-"""Reads from a worker's log why it ended: one sentence, without tracebacks, for whoever looks at the endpoint.
+"""Says how a worker or task ended, and reads from its log why: one sentence, without tracebacks, for whoever looks at
+the endpoint.
 
 Keeps the log of a worker that lives for months from growing for as long.
 """
@@ -19,7 +20,17 @@ _ERRORS = {"error", "critical"}
 # A line of services/common/logs.py on a console: time, level, event, and its values.
 _CONSOLE = re.compile(r"^\S+Z \[(?P<level>\w+) *\] (?P<event>.*?)(?P<values>(?: +\w+=.*)?)$")
 _REASON = re.compile(r"""\breason=("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\S+)""")
+_SIGNAL_BASE = 128  # an exit code of what a signal ended, by a shell (POSIX, 2.8.2) or a container's runtime
 _TRACEBACK = re.compile(r"^(\s|Traceback |\+ |\| |$)")
+
+
+def how_it_ended(code: int | None) -> str:
+    """How a command has ended, in words; None: it was killed together with whoever would have known."""
+    if code is None:
+        return "was killed"
+    if code > _SIGNAL_BASE:
+        return f"was ended by signal {code - _SIGNAL_BASE}"
+    return f"ended with code {code}"
 
 
 def last_words(log_file: Path) -> str:

@@ -145,9 +145,10 @@ def test_a_task_is_begun_as_often_as_it_may_and_looks_like_a_worker_otherwise() 
     assert container_of(found)["securityContext"] == container_of(deployment(Profile()))["securityContext"]
 
 
-def failed_pod(number: int, exit_code: int, *conditions: str) -> client.V1Pod:
+def failed_pod(number: int, exit_code: int, *conditions: str, reason: str = "Error") -> client.V1Pod:
     """A pod of a task that has ended so."""
-    end = client.V1ContainerState(terminated=client.V1ContainerStateTerminated(exit_code=exit_code, message="no more"))
+    ending = client.V1ContainerStateTerminated(exit_code=exit_code, reason=reason, message="no more")
+    end = client.V1ContainerState(terminated=ending)
     ended = client.V1ContainerStatus(name="w", image="i", image_id="i", ready=False, restart_count=0, state=end)
     conditions_of = [client.V1PodCondition(type=kind, status="True") for kind in conditions]
     return client.V1Pod(
@@ -163,3 +164,16 @@ def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:
     assert (state.state, state.reason) == ("waiting", "attempt 1 of 3 failed: it ended with code 1: no more")
     others = [failed_pod(4, 1), failed_pod(5, 1)]
     assert kubernetes_tasks._state(TASK, job, [*pods, *others]).state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("pod", "reason"),
+    [
+        (failed_pod(1, 3), "it ended with code 3: no more"),
+        (failed_pod(1, 137), "it was ended by signal 9: no more"),
+        (failed_pod(1, 137, reason="OOMKilled"), "it was ended since it needs more memory than its instance type has"),
+    ],
+)
+def test_a_failed_task_says_how_its_last_pod_ended(pod: client.V1Pod, reason: str) -> None:
+    job = client.V1Job(status=client.V1JobStatus(failed=TASK.max_attempts))
+    assert kubernetes_tasks._state(TASK, job, [pod]).reason == reason

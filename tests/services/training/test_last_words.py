@@ -12,6 +12,7 @@ import pytest
 from esd.training.v1 import training_pb2 as pb
 from gpu_worker.job import JobError
 from gpu_worker.trainer import stream
+from gpu_worker.trainer.listening import Plan, Progress
 from gpu_worker.trainer.loop import Stopped
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.session import TrainerSettings, _Session
@@ -122,3 +123,40 @@ async def test_a_training_fails_of_what_the_service_can_never_take(
     told = await events(service, created.id)
     assert told[-1].ended.status == "Failed"
     assert told[-1].ended.reason == f"the training service cannot go on: {INTERNAL}"
+
+
+class Noting(TrainStream):
+    """A stream that remembers what kinds of events were told."""
+
+    kinds: list[str]
+
+    def tell(self, **event: Any) -> None:
+        self.kinds += event
+        super().tell(**event)
+
+
+async def test_the_steps_of_an_epoch_are_told_before_its_state_with_which_a_later_trainer_would_leave_them_out(
+    service: Service, tmp_path: Path
+) -> None:
+    created = await service.create()
+    told = Noting(Given(service.tokens.trainer(created.id)), service.channel, "cpu", lambda: None)
+    told.kinds = []
+    (tmp_path / "state.pt").write_bytes(b"after epoch 1")
+
+    async with Transfer() as transfer, asyncio.TaskGroup() as group:
+        talking = group.create_task(told.run())
+        await told.welcome()
+        reporter = Reporter(told, transfer, tmp_path, lambda: False)
+        sending = group.create_task(reporter.run())
+
+        def train() -> None:
+            reporter.begun(Plan(num_pictures=1, num_epochs=2, num_steps=2, first_step=0))
+            reporter.stepped(Progress(step=1, epoch=1, loss=1, average_loss=1, rates={}, seconds_left=1))
+            reporter.kept(tmp_path / "state.pt", 1)
+
+        await asyncio.to_thread(train)
+        await reporter.flush()
+        await told.all_kept()
+        talking.cancel()
+        sending.cancel()
+    assert told.kinds.index("progress") < told.kinds.index("state")

@@ -102,6 +102,11 @@ def open_school(api: Api, model: str) -> School:
     """Uploads four pictures with captions for a user who may train on the model."""
     files = {f"{number}.png": circle(60 * number) for number in range(4)}
     data_path = add_dataset(api, "zogs", files | {f"{number}.txt": b"a zog, green" for number in range(4)})
+    return School(api, model, path_of(api, model), data_path)
+
+
+def path_of(api: Api, model: str) -> str:
+    """The S3 path of a base model's only file."""
     models = api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
     (found,) = [row for row in models if row["name"] == [model]]
-    return School(api, model, f"{found['s3Location']}/{model}", data_path)
+    return f"{found['s3Location']}/{model}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from deploy.local.stack import Stack
 from tests.e2e.conftest import PICTURE, Api, Studio, finished, upload, wait_for
-from tests.e2e.school import School, add_dataset, open_school
+from tests.e2e.school import School, add_dataset, open_school, path_of
+from tests.gpu_worker import tiny_sdxl
 from tests.pictures import circle
 from tests.services.models.files import safetensors
 
@@ -83,6 +85,26 @@ def test_a_training_shows_how_far_it_is_and_ends_as_a_lora_that_can_be_prompted(
     assert draw(school, "a zog <lora:zog:1>", ["zog.safetensors"]) != plain, "it acts"
 
 
+def test_a_training_on_sdxl_ends_as_a_lora_of_all_its_parts(school: School, tmp_path: Path) -> None:
+    checkpoint = tiny_sdxl.make(tmp_path / "tiny-xl.safetensors").path
+    assert upload(school.api, checkpoint).status == 200
+    xl = replace(school, model=checkpoint.name, model_path=path_of(school.api, checkpoint.name))
+    answer = xl.post({"fm_type": "sd_xl"}, output_name="zog-xl")
+    assert answer.status == 200, answer.body
+    told = list(xl.events(answer.data["id"]))
+    assert told[-1]["ended"]["status"] == "Completed", told[-1]
+    assert Image.open(io.BytesIO(xl.api.get(next(e["preview"]["url"] for e in told if "preview" in e)))).size == (
+        64,
+        64,
+    )
+    row = xl.checkpoint(answer.data["id"])
+    assert row is not None
+    assert (row["status"], row["name"]) == ("Active", ["zog-xl.safetensors", "zog-xl-000001.safetensors"])
+    plain = draw(xl, "a zog", ["zog-xl.safetensors"])
+    assert draw(xl, "a zog <lora:zog-xl:1>", ["zog-xl.safetensors"]) != plain, "it acts"
+    assert draw(xl, "a zog <lora:zog-xl:1:0>", ["zog-xl.safetensors"]) != plain, "so do the text encoders' parts alone"
+
+
 def trainers(stack: Stack) -> list[psutil.Process]:
     """The trainers of the stack under test."""
     below = psutil.Process(stack.launcher_pid).children(recursive=True)
@@ -129,8 +151,7 @@ def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
 ) -> None:
     (tmp_path / "odd.safetensors").write_bytes(safetensors())
     assert upload(school.api, tmp_path / "odd.safetensors").status == 200
-    models = school.api.ok("GET", "/checkpoints?types=Stable-diffusion&per_page=100")["checkpoints"]
-    (odd,) = [f"{row['s3Location']}/{row['name'][0]}" for row in models if row["name"] == ["odd.safetensors"]]
+    odd = path_of(school.api, "odd.safetensors")
     broken = add_dataset(school.api, "broken", {"0.png": b"no picture", "1.txt": b"a zog"})
     begun = {
         "fm_type is sd_xl, but": {"fm_type": "sd_xl"},

@@ -22,6 +22,7 @@ log = structlog.get_logger()
 HOUR = 3600
 DAY = 24 * HOUR
 GIB = 1024**3
+STORE_IS_AWAY = "the object store does not answer at present; try again later"
 T = TypeVar("T")
 
 
@@ -220,7 +221,7 @@ class Blobs:
         except ClientError as error:
             raise _error(error, names.get("Key", "")) from error
         except BotoCoreError as error:
-            raise Unavailable("the object store does not answer at present") from error
+            raise Unavailable(STORE_IS_AWAY) from error
 
 
 def _session(settings: BlobSettings) -> boto3.Session:
@@ -236,6 +237,7 @@ def _client(session: boto3.Session, endpoint_url: str | None) -> Any:
             signature_version="s3v4",
             s3={"addressing_style": "path" if endpoint_url else "auto"},
             max_pool_connections=16,
+            connect_timeout=10,
             retries={"mode": "standard", "max_attempts": 4},
             # Newer checksum headers are not known to every S3 that is not AWS's.
             request_checksum_calculation="when_required",
@@ -252,4 +254,4 @@ def _error(error: ClientError, key: str) -> Exception:
         return InvalidArgument(f"the object store refuses the parts of {key}: {error.response['Error']['Message']}")
     # Whatever else the store dislikes (our key, the bucket, the load) no caller can mend.
     log.error("the object store refuses", key=key, code=code, operation=error.operation_name)
-    return Unavailable("the object store does not answer at present")
+    return Unavailable(STORE_IS_AWAY)

@@ -190,7 +190,8 @@ class Inference:
 
         Raises:
             InvalidArgument: the id is unknown or the payload wrong. PermissionDenied. FailedPrecondition: there is no
-            payload, or the Real-time job failed. ResourceExhausted: the owner's quota is used up.
+            payload, or the Real-time job failed. ResourceExhausted: the owner's quota is used up. Unavailable: the
+            object store is away; nothing has changed.
         """
         submit_time = now()
         job = _known(job_id, await self._find(job_id))

@@ -9,13 +9,14 @@ from typing import Any
 from uuid import uuid4
 
 from services.common import payloads
-from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
-from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.blobs import STORE_IS_AWAY, BlobNotFound, Blobs, BlobTooLarge
+from services.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.inference.rows import ASYNC, Job, now
 from services.inference.submitting.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
 
 _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
+_STORE_SECONDS = 30.0  # for which a client waits; a store that is cut off would take minutes to be given up
 
 Before = Callable[[], Awaitable[None]]
 
@@ -41,10 +42,11 @@ class Freezer:
         """What the client uploaded.
 
         Raises:
-            InvalidArgument: it is too large, or empty. FailedPrecondition: there is nothing.
+            InvalidArgument: it is too large, or empty. FailedPrecondition: there is nothing. Unavailable: the store is
+            away.
         """
         try:
-            content = await self._blobs.get(job.input_key, max_bytes=MAX_BYTES)
+            content: bytes = await _in_time(self._blobs.get(job.input_key, max_bytes=MAX_BYTES))
         except BlobTooLarge as error:
             raise InvalidArgument(
                 f"the payload has {error.size_bytes} bytes; at most {MAX_BYTES} are possible"
@@ -64,7 +66,7 @@ class Freezer:
         before there is an object is awaited.
 
         Raises:
-            InvalidArgument: it cannot be run as it is.
+            InvalidArgument: it cannot be run as it is. Unavailable: the store is away.
         """
         fetched = now()
         checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
@@ -73,7 +75,7 @@ class Freezer:
         in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
         if not in_row:
             await before_put()
-            await self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded)
+            await _in_time(self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded))
         return {
             "payload": checked.fields if in_row else None,
             "payload_sha256": checked.sha256,
@@ -91,7 +93,15 @@ class Freezer:
             job.payload_string = payload_string
         else:
             await before_put()
-            await self._blobs.put(job.input_key, content)
+            await _in_time(self._blobs.put(job.input_key, content))
+
+
+async def _in_time(work: Awaitable[Any]) -> Any:
+    try:
+        async with asyncio.timeout(_STORE_SECONDS):
+            return await work
+    except TimeoutError:
+        raise Unavailable(STORE_IS_AWAY) from None
 
 
 async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> Any:

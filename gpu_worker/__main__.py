@@ -26,7 +26,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.importing import uncollected
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.stream import Refused, WorkStream
-from gpu_worker.transfer import Transfer
+from gpu_worker.transfer import RESULT_PATIENCE_SECONDS, Transfer
 from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 from services.common import logs
@@ -111,7 +111,10 @@ async def work(settings: WorkerSettings) -> int:
 
 async def _work(settings: WorkerSettings, engine: Engine) -> int:
     address, credentials = gateway(settings.server_url)
-    async with Transfer() as transfer, plain_channel(address, credentials) as channel:
+    async with (
+        Transfer(upload_patience_seconds=RESULT_PATIENCE_SECONDS) as transfer,
+        plain_channel(address, credentials) as channel,
+    ):
         cache = ModelCache(settings.cache_dir, settings.cache_max_bytes, transfer)
         worker = Worker(engine, cache, transfer, settings.max_jobs)
         tokens = TokenSource(address, read_secret(settings.secret_file), credentials)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,7 @@ class Job:
     def __init__(self, spec: worker_pb2.JobSpec, emit: Callable[[worker_pb2.JobEvent], None]) -> None:
         self.spec = spec
         self.emit = emit
+        self.taken_at = time.monotonic()
         self.cancelled = False
         self.has_uploaded = False  # or begun to
         self.audience = Audience()

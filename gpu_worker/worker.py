@@ -22,7 +22,7 @@ from gpu_worker.infotext import infotext
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
 from gpu_worker.provenance import Provenance
 from gpu_worker.run import Produced
-from gpu_worker.transfer import Transfer
+from gpu_worker.transfer import Transfer, Unreached, UrlExpired
 from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
@@ -31,6 +31,7 @@ from services.common.payloads.models import HYPERNETWORK
 log = structlog.get_logger()
 
 _MAX_UPLOADING = 4  # for each job that the engine may have
+_FRESH_SECONDS = 60.0  # URLs that the store calls expired so soon after they came: new ones would be no better
 
 
 class Worker:
@@ -48,17 +49,20 @@ class Worker:
         self._num_uploading = 0
         self.on_change: Callable[[], None] = lambda: None
         engine.ready.add_done_callback(lambda _: self.on_change())
-        engine.on_warm = self._say_warm
+        engine.on_warm = self._say_change
+        transfer.reach.on_change = self._say_change
 
     @property
     def room(self) -> int:
         """How many more jobs the worker can take now: those that fit into one UNet call, so that jobs wait where
-        another worker can have them. While results are uploaded the GPU takes the next job."""
+        another worker can have them. While results are uploaded the GPU takes the next job. While the object store is
+        away there is no room."""
         ready = self._engine.ready
         if (
             not ready.done()
             or ready.cancelled()
             or ready.exception()
+            or self._transfer.reach.is_away
             or self._num_uploading >= _MAX_UPLOADING * self._max_jobs
         ):
             return 0
@@ -80,7 +84,7 @@ class Worker:
         self._tasks[job] = asyncio.create_task(self._run(job))
         self.on_change()
 
-    def _say_warm(self) -> None:
+    def _say_change(self) -> None:
         self.on_change()  # which whoever serves the worker sets later
 
     def preload(self, models: list[worker_pb2.ModelFile]) -> None:
@@ -107,12 +111,21 @@ class Worker:
             self._engine.pin(files)
             for model in models:
                 try:
-                    files.append(await held.enter_async_context(self._cache.hold(model)))
+                    files.append(await self._held(model, held))
                 except (JobError, OSError) as error:  # of a disk, say; the others are held on
                     log.warning("a model cannot be kept ready", name=model.name, reason=str(error))
                     continue
                 self._engine.pin(list(files))
             await asyncio.Event().wait()
+
+    async def _held(self, model: worker_pb2.ModelFile, held: AsyncExitStack) -> CachedModel:
+        """The file in the cache, whenever the object store is there to fetch it from."""
+        while True:
+            try:
+                return await held.enter_async_context(self._cache.hold(model))
+            except Unreached as error:
+                log.warning("a model that is to be kept ready waits for the object store", reason=str(error))
+                await self._transfer.reach.wait()
 
     async def _run(self, job: Job) -> None:
         with structlog.contextvars.bound_contextvars(job_id=job.id):
@@ -120,6 +133,10 @@ class Worker:
                 last = worker_pb2.JobEvent(done=await self._do(job))
             except JobCancelled:
                 last = _failed(job, "the job was cancelled", cancelled=True)
+            except Unreached as error:
+                last = _failed(job, str(error), postponed=True)
+            except UrlExpired as error:
+                last = _failed(job, str(error), postponed=time.monotonic() - job.taken_at > _FRESH_SECONDS)
             except JobError as error:
                 last = _failed(job, str(error))
             except Exception:  # the job fails; the worker lives
@@ -244,8 +261,10 @@ def is_last(event: worker_pb2.JobEvent) -> bool:
     return event.WhichOneof("event") in ("done", "failed")
 
 
-def _failed(job: Job, reason: str, cancelled: bool = False) -> worker_pb2.JobEvent:
-    failed = worker_pb2.JobFailed(reason=reason, cancelled=cancelled, nothing_uploaded=not job.has_uploaded)
+def _failed(job: Job, reason: str, *, cancelled: bool = False, postponed: bool = False) -> worker_pb2.JobEvent:
+    failed = worker_pb2.JobFailed(
+        reason=reason, cancelled=cancelled, postponed=postponed, nothing_uploaded=not job.has_uploaded
+    )
     return worker_pb2.JobEvent(failed=failed)
 
 

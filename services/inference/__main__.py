@@ -56,6 +56,11 @@ class InferenceSettings(ServiceSettings):
 
     lease_seconds: float = Field(30.0, ge=10.0, description="silence after which a worker's jobs go to others")
     grace_seconds: float = Field(5.0, ge=0.0, description="time for a worker whose stream broke to come back")
+    store_outage_seconds: float = Field(
+        24 * 3600.0,
+        ge=0.0,
+        description="time for which a job is tried again while workers cannot reach the object store",
+    )
     max_queued_jobs_per_user: int = Field(
         1000, ge=0, description="jobs of one user that may wait at once; 0: any number"
     )
@@ -117,6 +122,7 @@ async def main() -> None:
         lease_seconds=settings.lease_seconds,
         renew_seconds=settings.lease_seconds / 6,
         grace_seconds=settings.grace_seconds,
+        outage_seconds=settings.store_outage_seconds,
     )
     jobs = JobStore(database, Quotas(settings.max_queued_jobs_per_user, settings.max_gpu_seconds_per_hour))
     rehoming = Rehoming(pools, peers)

@@ -72,6 +72,7 @@ class Job(SQLModel, table=True):
     start_time: datetime | None = Field(default=None, sa_type=_TIME)
     num_claims: int = 0
     num_lost: int = 0
+    postponed_since: datetime | None = Field(default=None, sa_type=_TIME)
 
     result_lease: UUID | None = None
     image_names: list[str] | None = Field(default=None, sa_type=_JSON)
@@ -162,7 +163,7 @@ class Job(SQLModel, table=True):
         self.cost_seconds, self.submit_time, self.output_id = cost_seconds, submit_time, output_id
         self.priority_class = 0 if self.inference_type == REAL_TIME else 1
         self.passed_over = self.num_claims = self.num_lost = 0
-        self.start_time = self.claim_time = self.complete_time = None
+        self.start_time = self.claim_time = self.complete_time = self.postponed_since = None
         self.deadline_time = None
         self.result_lease = self.image_names = self.result_objects = self.failure = None
         self.is_cancelled = self.is_output_missing = False
@@ -203,6 +204,15 @@ class Job(SQLModel, table=True):
         self.num_lost += self.is_running
         if self.num_lost >= MAX_LOST:
             self._fail(f"the worker was lost while running this job, {self.num_lost} times in a row")
+        self._release()
+
+    def postpone(self, reason: str, time: datetime, max_seconds: float) -> None:
+        """Is queued again, because its worker could not reach the object store; fails when that has gone on for so long
+        since the first time. It is no attempt that was lost."""
+        self._check("postpone")
+        self.postponed_since = self.postponed_since or time
+        if (time - self.postponed_since).total_seconds() >= max_seconds:
+            self._fail(f"the object store could not be reached for {max_seconds:g} s; the last attempt: {reason}")
         self._release()
 
     @property

@@ -27,6 +27,7 @@ TRANSITIONS: dict[str, tuple[frozenset[State], frozenset[State]]] = {
     "move": (frozenset({State.QUEUED}), frozenset({State.QUEUED})),
     "start": (_LEASED, frozenset({State.RUNNING})),
     "lose": (_LEASED, frozenset({State.QUEUED, State.FAILED})),
+    "postpone": (_LEASED, frozenset({State.QUEUED, State.FAILED})),
     "succeed": (_LEASED, frozenset({State.SUCCEED})),
     "fail": (_LEASED | {State.QUEUED}, frozenset({State.FAILED})),
     "cancel": (_LEASED | {State.CREATED, State.QUEUED}, frozenset({State.FAILED})),

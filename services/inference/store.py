@@ -201,7 +201,8 @@ class JobStore:
         async with self._database.atomic() as run:
             for job in await read_jobs(run, _LATE):
                 await _take_back(run, job)
-                job.fail(f"the deadline passed: the job had not ended {job.deadline_seconds:g} s after its start")
+                reason = f"the deadline passed: the job had not ended {job.deadline_seconds:g} s after its start"
+                job.fail(reason + (", as the object store could not be reached" if job.postponed_since else ""))
                 await save_job(run, job)
                 await notify(run, JOB_ENDED, str(job.id))
             (next_one,) = await run(_TO_NEXT_DEADLINE)

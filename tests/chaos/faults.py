@@ -15,7 +15,7 @@ import psutil
 
 from deploy.local.home import SERVICES
 from deploy.local.stack import Stack
-from tests.chaos.line import Line
+from tests.line import Line
 
 # One round; what jobs hang on most comes twice.
 KINDS = (

@@ -25,9 +25,9 @@ from services.common.payloads import Generation
 from tests.chaos.clients import Refused, Submission, User
 from tests.chaos.faults import Faults
 from tests.chaos.history import Change, History
-from tests.chaos.line import Line
 from tests.chaos.painting import painted
 from tests.chaos.verdict import IsRight, Judge, Pixels, Verdict
+from tests.line import Line
 
 _ENDPOINTS = {"Async": 2, "Real-time": 1}  # workers
 _USERS = ("ada", "bob", "cleo", "dan")

@@ -70,7 +70,7 @@ def as_cached(path: Path, kind: str = "Stable-diffusion") -> CachedModel:
 
 @dataclass
 class ObjectStore:
-    """Objects behind URLs. `failures` is how many of the next requests answer 503."""
+    """Objects of a bucket behind URLs. `failures` is how many of the next requests for one answer 503."""
 
     url: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -84,7 +84,9 @@ class ObjectStore:
 
     async def handle(self, request: web.Request) -> web.Response:
         """GET and PUT."""
-        name = request.path.lstrip("/")
+        name = request.match_info["name"]
+        if not name:  # the question whether there is a store
+            return web.Response(status=503 if self.failures else 403)
         self.requests.append((request.method, name))
         if self.failures:
             self.failures -= 1
@@ -102,12 +104,12 @@ async def store() -> AsyncIterator[ObjectStore]:
     """An object store on a port of its own."""
     found = ObjectStore()
     application = web.Application(client_max_size=2**28)
-    application.router.add_route("*", "/{name:.*}", found.handle)
+    application.router.add_route("*", "/bucket/{name:.*}", found.handle)
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/bucket"
     yield found
     await runner.cleanup()
 

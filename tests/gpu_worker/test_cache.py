@@ -15,7 +15,7 @@ import pytest
 from esd.worker.v1 import worker_pb2
 from gpu_worker.cache import ModelCache
 from gpu_worker.job import JobError
-from gpu_worker.transfer import Transfer
+from gpu_worker.transfer import Transfer, Unreached
 from tests.gpu_worker.conftest import ObjectStore
 from tests.services.models.files import sparse_tars
 
@@ -253,9 +253,27 @@ async def test_a_busy_store_is_asked_again_and_a_missing_object_is_not(store: Ob
     assert len(store.requests) == 3
 
 
-async def test_a_store_that_stays_down_fails_the_job_in_bounded_time(store: ObjectStore, transfer: Transfer) -> None:
+async def test_a_store_that_stays_down_is_given_up_in_bounded_time(store: ObjectStore, transfer: Transfer) -> None:
     store.failures = 10**6
-    with pytest.raises(JobError, match=r"image_0\.png cannot be uploaded: the object store answers 503"):
+    with pytest.raises(Unreached, match=r"image_0\.png cannot be uploaded: the object store answers 503"):
         await transfer.upload(f"{store.url}/image_0.png", b"png", "image_0.png")
-    with pytest.raises(JobError, match="the object store does not answer"):
+    with pytest.raises(Unreached, match="the object store does not answer"):
         await transfer.upload("http://127.0.0.1:1/x", b"png", "image_0.png")
+
+
+async def test_of_many_jobs_that_wait_for_a_model_one_asks_a_store_that_stays_down(
+    store: ObjectStore, cache: ModelCache
+) -> None:
+    wanted = model(store, "x.ckpt", b"weights")
+    store.failures = 10**6
+
+    async def hold() -> None:
+        async with cache.hold(wanted):
+            pass
+
+    with pytest.raises(Unreached, match="the object store answers 503"):
+        await hold()
+    store.requests.clear()
+    with pytest.raises(Unreached, match=r"x\.ckpt cannot be downloaded: the object store has not answered for a while"):
+        await hold()
+    assert not store.requests

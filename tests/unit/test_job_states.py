@@ -1,4 +1,5 @@
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,6 +16,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "queue": ({"steps": 1}, "00", 1, 1.0, now(), None, {}),
     "move": (uuid4(), "esd-async-other", "any"),
     "lose": (),
+    "postpone": ("the store is away", now(), 60.0),
     "succeed": ([IMAGE], {}),
     "fail": ("broken",),
     "cancel": ("not wanted",),
@@ -70,3 +72,19 @@ def test_architecture_has_the_same_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|", ARCHITECTURE.read_text(), re.MULTILINE)
     told = {change: (set(sources.split(", ")), set(targets.split(", "))) for change, sources, targets in rows}
     assert told == {change: (set(sources), set(targets)) for change, (sources, targets) in TRANSITIONS.items()}
+
+
+def test_a_job_is_postponed_for_so_long_and_fails_then_with_the_reason_whatever_it_was_lost_for() -> None:
+    job, first = job_in(State.RUNNING), now()
+    for seconds in (0, 30, 59):
+        job.postpone(
+            "x.ckpt cannot be downloaded: the object store answers 503", first + timedelta(seconds=seconds), 60.0
+        )
+        assert (job.state, job.num_lost) == (State.QUEUED, 0)
+        job.lease_id, job.worker_id, job.is_running = uuid4(), "w", True
+    job.postpone("x.ckpt cannot be downloaded: the object store answers 503", first + timedelta(seconds=60), 60.0)
+    assert job.state == State.FAILED
+    assert job.failure == (
+        "the object store could not be reached for 60 s; "
+        "the last attempt: x.ckpt cannot be downloaded: the object store answers 503"
+    )

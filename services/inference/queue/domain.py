@@ -36,6 +36,7 @@ class Limits:
     sweep_seconds: float = 7.0  # the safety net under every notification
     contended_seconds: float = 0.1  # until a claim that met only locked rows tries again
     retry_seconds: float = 2.0  # until results are read back again when a store did not answer
+    outage_seconds: float = 24 * 3600.0  # of an object store that workers do not reach, until a job fails of it
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,14 @@ class Queue:
     async def give_back(self, stream: WorkerStream, lease_id: UUID) -> bool:
         """The worker stops with a job that nobody told it to stop: others may have it. False when the lease is lost."""
         return await self._store.give_back(stream.endpoint_id, lease_id)
+
+    async def postpone(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
+        """The worker cannot reach the object store: the job is tried again, until that has taken too long. False when
+        the lease is lost."""
+        job = await self._store.postpone(stream.endpoint_id, lease_id, reason, self.limits.outage_seconds)
+        if job is not None:
+            log.warning("job postponed", job=str(job.id), reason=reason, status=job.status)
+        return job is not None
 
     # --- the background ---
 

@@ -206,8 +206,11 @@ class _WorkSession:
                     self._take_back(lease_id)
             case "failed" if leased.event.failed.cancelled:
                 # Nobody told the worker to, or the lease would be lost by now: it stops, and the job goes to others.
-                await self._queue.give_back(stream, lease_id)
+                await self._give_back(stream, lease_id)
                 self._end(lease_id, recorded=True)
+            case "failed" if leased.event.failed.postponed:
+                self._drop(lease_id)  # first, as its loss will be notified
+                self._end(lease_id, await self._queue.postpone(stream, lease_id, leased.event.failed.reason))
             case "failed":
                 failed = leased.event.failed
                 recorded = await self._queue.fail(
@@ -278,7 +281,7 @@ class _WorkSession:
         self._drop(lease_id)
 
     async def _give_back(self, stream: WorkerStream, lease_id: UUID) -> None:
-        """Others may have a job that the worker was not told of."""
+        """Others may have a job that its worker does not go on with, or was not told of."""
         self._drop(lease_id)
         await self._queue.give_back(stream, lease_id)
 

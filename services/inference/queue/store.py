@@ -5,7 +5,7 @@ Who gets which job is decided in claim.py. Whatever a worker tells counts only u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -59,6 +59,7 @@ _UNDER_LEASE = select(JOB).where((JOB.c.lease_id == _LEASE) | (JOB.c.result_leas
 _HELD = (JOB.c.lease_id == _LEASE) & UNDER_WAY
 _HELD_HERE = select(JOB).where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
 _HELD_HERE_LOCKED = locked(_HELD_HERE)
+_NOW = select(func.clock_timestamp().label("time"))
 _START = (
     update(JOB)
     .where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
@@ -172,6 +173,15 @@ class LeaseStore:
             await _release(run, jobs)
             return bool(jobs)
 
+    async def postpone(self, endpoint_id: UUID, lease_id: UUID, reason: str, max_seconds: float) -> Job | None:
+        """The same where a worker cannot reach the object store (`Job.postpone`); None when the lease is lost."""
+        async with self._database.atomic() as run:
+            job = await read_job(run, _HELD_HERE_LOCKED, endpoint=endpoint_id, lease=lease_id)
+            if job is not None:
+                (now,) = await run(_NOW)
+                await _let_go(run, job, lambda: job.postpone(reason, now["time"], max_seconds))
+            return job
+
     async def welcome(self, worker: Worker, held_leases: list[UUID]) -> list[UUID]:
         """Binds a worker to its new stream; answers which leases it keeps and requeues what it does not know of."""
         async with self._database.atomic() as run:
@@ -227,12 +237,17 @@ async def _reap(run: Run) -> int:
 
 async def _release(run: Run, jobs: list[Job]) -> None:
     for job in jobs:
-        if job.worker_id is not None and job.lease_id is not None:
-            await notify(run, LEASES_LOST, job.worker_id)
-            await note_leftovers(run, [job.lease_prefix(job.lease_id)])
-        job.lose()
-        await save_job(run, job)
-        if job.is_ended:
-            await notify(run, JOB_ENDED, str(job.id))
-        else:
-            await notify(run, JOBS_QUEUED, str(job.endpoint_id))
+        await _let_go(run, job, job.lose)
+
+
+async def _let_go(run: Run, job: Job, change: Callable[[], None]) -> None:
+    """Makes the change that takes the job from its worker, and tells who has to know."""
+    if job.worker_id is not None and job.lease_id is not None:
+        await notify(run, LEASES_LOST, job.worker_id)
+        await note_leftovers(run, [job.lease_prefix(job.lease_id)])
+    change()
+    await save_job(run, job)
+    if job.is_ended:
+        await notify(run, JOB_ENDED, str(job.id))
+    else:
+        await notify(run, JOBS_QUEUED, str(job.endpoint_id))

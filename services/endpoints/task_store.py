@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, DateTime, delete, func, select, update
+from sqlalchemy import BigInteger, Column, ColumnElement, DateTime, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import Field, SQLModel, col
 
@@ -47,7 +47,7 @@ class Task(SQLModel, table=True):
     service: str
     instance_type: str
     max_attempts: int
-    deadline_seconds: int | None = None
+    deadline_seconds: int | None = Field(default=None, sa_type=BigInteger)
     state: str = State.WAITING
     reason: str = ""
     stop_requested: bool = False

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import DateTime
+from sqlalchemy import DateTime, SmallInteger
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Field, SQLModel
 
@@ -56,8 +56,8 @@ class Job(SQLModel, table=True):
     num_images: int = 0
     output_id: UUID | None = None
     submit_time: datetime | None = Field(default=None, sa_type=_TIME)
-    priority_class: int = 1
-    priority: int = 0
+    priority_class: int = Field(default=1, sa_type=SmallInteger)
+    priority: int = Field(default=0, sa_type=SmallInteger)
     deadline_seconds: float | None = None
     deadline_time: datetime | None = Field(default=None, sa_type=_TIME)
     cost_seconds: float = 0.0

@@ -32,7 +32,7 @@ class CheckpointFile(SQLModel, table=True):
     parts_number: int
     complete: bool = False
     reserved: bool = True
-    size_bytes: int = 0
+    size_bytes: int = Field(default=0, sa_type=sa.BigInteger)
     sha256: str = ""
     next_key: str | None = None
 
@@ -102,7 +102,7 @@ class CheckpointCount(SQLModel, table=True):
     type: str = Field(primary_key=True)
     status: str = Field(primary_key=True)
     owners: list[str] = Field(sa_type=ARRAY(sa.Text))
-    num: int
+    num: int = Field(sa_type=sa.BigInteger)
 
 
 class Viewer(NamedTuple):

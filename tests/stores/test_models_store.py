@@ -114,6 +114,16 @@ async def test_a_checkpoint_is_active_when_all_files_are_complete(store: ModelSt
     assert await store.resolve_files([("Lora", "b")], Viewer("bob", [])) == {}
 
 
+async def test_a_file_may_be_larger_than_numbers_of_32_bits(store: ModelStore) -> None:
+    made = checkpoint("a")
+    await store.add_checkpoint(made)
+    await store.save_complete(made.id, "a", Inspected(7_000_000_000, "ff"), ACTIVE)
+    kept = await store.get_checkpoint(made.id)
+    assert (kept.status, kept.files[0].size_bytes, kept.params["size"]) == (ACTIVE, 7_000_000_000, {"a": 7_000_000_000})
+    found = await store.resolve_files([("Lora", "a")], ANN)
+    assert found["Lora", "a"].size_bytes == 7_000_000_000
+
+
 async def test_a_refusal_frees_the_names(store: ModelStore) -> None:
     made = checkpoint("a")
     await store.add_checkpoint(made)

@@ -76,10 +76,10 @@ class Background:
                 log.warning("an object to rename is gone", key=old)
                 return
             if not await self._store.save_moved(parsed, old, new, self._renamed_keep):
-                await self._blobs.delete(new)  # deleted or renamed again meanwhile
+                await self.remove_object(checkpoint_id, new)  # deleted, renamed again or moved already meanwhile
 
     async def remove_object(self, checkpoint_id: str, key: str) -> None:
-        """Removes what a renamed file has left at its old key, unless a later rename has come back to that."""
+        """Removes the object of a checkpoint under a key that no file of it has, or will have, any more."""
         for checkpoint in await self._store.find_checkpoints([UUID(checkpoint_id)]):
             if any(key in (file.key, file.next_key) for file in checkpoint.files):
                 return

@@ -1,17 +1,27 @@
 """Renaming a checkpoint: the name at once, the object in the background, over real parts."""
 
 import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
 
 from esd.models.v1 import models_pb2 as pb
-from services.common.blobs import BlobNotFound
+from services.common.audit import Audit
+from services.common.blobs import BlobNotFound, Blobs
 from services.common.database import Database
+from services.models.background import Background
+from services.models.chores import Chores
+from services.models.domain import Models
+from services.models.rows import ACTIVE, Checkpoint, CheckpointFile
+from services.models.store import ModelStore
+from tests.conftest import S3Access
 from tests.services.models.conftest import RENAMED_KEEP_HOURS, Running, refused
 from tests.services.models.files import safetensors
-from tests.serving import Metadata
+from tests.serving import AUDIT_KEY, Metadata
 
 
 async def _rename(models: Running, checkpoint_id: str, name: str, by: Metadata | None = None) -> tuple[int, str]:
@@ -139,6 +149,40 @@ async def test_deleting_while_the_object_moves_leaves_nothing(models: Running) -
     await _rename(models, checkpoint_id, "b")
     await models.delete([checkpoint_id])
     await _keys(models, checkpoint_id)
+
+
+class _Twins(Blobs):
+    """Two who copy at the same time: none goes on before both have done so."""
+
+    def __init__(self, s3: S3Access) -> None:
+        super().__init__(s3.settings())
+        self._both = asyncio.Barrier(2)
+
+    async def copy(self, key: str, target: str, *sizes: int) -> None:
+        await super().copy(key, target, *sizes)
+        await self._both.wait()
+
+
+async def test_two_who_move_an_object_at_once_leave_it_where_the_row_says(
+    lend_database: Callable[[str], str], s3: S3Access
+) -> None:
+    url, blobs = lend_database("models"), _Twins(s3)
+    database, chores = Database(url), Chores(url)
+    await chores.prepare()
+    store = ModelStore(database, chores, Audit("models", AUDIT_KEY))
+    made = Checkpoint(id=uuid4(), type="Lora", status=ACTIVE, owners=["x"], created_at=datetime.now(UTC), params={})
+    made.files.append(
+        CheckpointFile(checkpoint_id=made.id, position=0, name="a", key="twins/a", upload_id="", parts_number=1)
+    )
+    await store.add_checkpoint(made)
+    await blobs.put("twins/a", b"weights")
+    await store.save_name(made.id, "a", "b", "twins/b")
+    background = Background(Models(store, blobs, users=None), store, blobs, 1, 1)  # type: ignore[arg-type]
+    await asyncio.gather(*(background.move_objects(str(made.id)) for _ in range(2)))
+    (file,) = (await store.get_checkpoint(made.id)).files
+    assert (file.key, file.next_key) == ("twins/b", None)
+    assert await blobs.get(file.key) == b"weights"
+    await database.dispose()
 
 
 async def test_a_large_object_is_copied_by_parts(models: Running) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from services.models.rows import CheckpointFile
 
 MAX_PARAMS_BYTES = 64 * 1024
 MAX_NAME_BYTES = 255  # of a file on the worker's disk
+_MAX_NUMBERS = 10  # of parts that a sentence lists
 _UNSEEN = {"Cc", "Cf"}  # controls and formats: a terminal obeys some, others turn a name's reading around
 
 
@@ -84,7 +86,7 @@ def complete_parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int,
         raise InvalidArgument(f"{file.name}: the tags of {_numbers(missing)} of {file.parts_number} are missing")
     if unknown := sorted(set(numbers) - expected):
         raise InvalidArgument(f"{file.name}: there is no {_numbers(unknown)}, the upload has {file.parts_number}")
-    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+    if twice := sorted(number for number, count in Counter(numbers).items() if count > 1):
         raise InvalidArgument(f"{file.name}: {_numbers(twice)} is given more than once")
     return sorted((tag.part_number, tag.etag) for tag in tags)
 
@@ -109,4 +111,5 @@ def _check_seen(field: str, name: str) -> None:
 
 
 def _numbers(numbers: list[int]) -> str:
-    return f"part{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    more = f" and {len(numbers) - _MAX_NUMBERS} more" if len(numbers) > _MAX_NUMBERS else ""
+    return f"part{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_MAX_NUMBERS]))}{more}"

@@ -14,6 +14,7 @@ from services.models.checks import file_name
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx", ".yaml")
 _MAY_PASS = frozenset({408, 425, 429})
+_MAX_DISPOSITION = 2048  # characters: the reading of hostile ones takes the square of their number
 
 
 def name_in(url: Url) -> str:
@@ -27,7 +28,8 @@ def name_of(answer: Answer) -> str:
     Raises:
         UrlRefused: none of them is the name of a model's file.
     """
-    disposition = re.sub(r"[^\x20-\x7e\xa0-\xff]", "", answer.headers.get("content-disposition", ""))
+    disposition = answer.headers.get("content-disposition", "")[:_MAX_DISPOSITION]
+    disposition = re.sub(r"[^\x20-\x7e\xa0-\xff]", "", disposition)
     header = Message()
     header["Content-Disposition"] = disposition
     extended = re.search(r"(?i);\s*filename\*\s*=\s*utf-8'[^';]*'([^;\s]+)", disposition)  # RFC 6266: it wins

@@ -302,6 +302,7 @@ async def test_deleting_during_an_import_leaves_nothing(models: Running, source:
         ({"content-disposition": 'attachment; filename="..\\\\x.pt"'}, ["https://x/"], "x.pt"),
         ({"content-disposition": 'inline; filename="x.exe"'}, ["https://x/a.vae.pt"], "a.vae.pt"),
         ({"content-disposition": "a" * 5000}, ["https://x/first.pt", "https://y/no"], "first.pt"),
+        ({"content-disposition": f"{'a;' * 5000} filename=late.pt"}, ["https://x/first.pt"], "first.pt"),
         ({}, ["https://x/first.pt", "https://y/last.BIN"], "last.BIN"),
         ({}, ["https://x/a%2Fb%20c.yaml"], "b c.yaml"),
         ({}, ["https://x/a%00.pt"], None),

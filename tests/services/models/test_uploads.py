@@ -6,13 +6,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
 
 import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
-from services.models.checks import stored_parts
+from services.common.errors import InvalidArgument
+from services.models.checks import Tag, complete_parts, stored_parts
+from services.models.rows import CheckpointFile
 from tests.services.models.conftest import Running, refused, tag
 from tests.services.models.files import MIB, malicious, safetensors, tar, torch_zip, weights
 
@@ -141,6 +144,26 @@ async def test_tags_of_parts_that_were_never_uploaded_are_refused(models: Runnin
 @pytest.mark.parametrize("etag", ["9aB-1", "9ab-1", "9AB-1"])
 def test_a_part_is_completed_by_the_etag_that_the_object_store_has_for_it(etag: str) -> None:
     assert stored_parts("a", [(1, etag)], {1: "9aB-1"}) == [(1, "9aB-1")]
+
+
+class _Number(int):
+    """A part's number that counts how often it is compared."""
+
+    num_compared = 0
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        _Number.num_compared += 1
+        return int(self) == other
+
+
+def test_many_tags_are_refused_without_comparing_each_with_each() -> None:
+    file = CheckpointFile(checkpoint_id=uuid4(), position=0, name="a", key="a", upload_id="u", parts_number=20)
+    with pytest.raises(
+        InvalidArgument, match="parts 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 10 more is given more than once"
+    ):
+        complete_parts(file, [Tag(_Number(number % 20 + 1), "e") for number in range(2000)])
+    assert _Number.num_compared < 20 * 2000
 
 
 async def test_parts_that_are_too_small_are_refused_by_file(models: Running) -> None:

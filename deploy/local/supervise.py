@@ -31,7 +31,7 @@ from services.common.process import adopt_orphans
 
 ROOT = Path(__file__).resolve().parents[2]
 _PAUSE_SECONDS = 0.5  # before a process that died in its first second is started again
-_STOP_SECONDS = 15  # for each process, before it is killed
+_STOP_SECONDS = 15  # for each process, before it is killed; longer than the gateway's ESD_STOP_SECONDS
 _ORPHAN_SECONDS = 5  # for workers that outlived the endpoints service
 _NAME_WIDTH = 10
 

@@ -214,6 +214,15 @@ def test_the_gateway_refuses_requests_long_before_its_memory_is_at_the_pods_limi
         assert GatewaySettings.model_fields["max_heap_bytes"].default * 2 == 2 << 30
 
 
+def test_the_gateway_is_given_the_time_in_which_it_ends(rendered: dict[str, list[Manifest]]) -> None:
+    for objects in rendered.values():
+        (gateway,) = (found for found in workloads(objects) if found["metadata"]["name"] == "gateway")
+        pod = gateway["spec"]["template"]["spec"]
+        environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+        bound = int(environment["ESD_LINGER_SECONDS"]) + int(environment["ESD_STOP_SECONDS"])
+        assert bound < pod["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("overlay", ["local", "production"])
 @pytest.mark.parametrize("process", SETTINGS)
 def test_each_process_accepts_the_settings_and_secrets_that_it_gets(

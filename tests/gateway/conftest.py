@@ -265,8 +265,9 @@ def store() -> Iterator[Store]:
 
 @dataclass
 class Gateway:
-    """A running gateway: its addresses and a client of each listener that holds a good key."""
+    """A running gateway: its process, its addresses and a client of each listener that holds a good key."""
 
+    process: asyncio.subprocess.Process
     address: str
     webui_address: str
     client: httpx.AsyncClient
@@ -303,7 +304,7 @@ async def running_gateway(folder: Path, services: str, **settings: str) -> Async
             httpx.AsyncClient(base_url=f"{scheme}://{address}", headers=headers, timeout=30, verify=verify) as client,
             httpx.AsyncClient(base_url=f"{scheme}://{webui}", headers=headers, timeout=30, verify=verify) as other,
         ):
-            yield Gateway(address, webui, client, other)
+            yield Gateway(process, address, webui, client, other)
     finally:
         if process.returncode is None:
             process.terminate()

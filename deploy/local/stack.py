@@ -19,7 +19,7 @@ from typing import IO
 from deploy.local.home import Home, default_home, run_folder
 from deploy.local.plan import Options, Plan, make_plan
 from deploy.local.postgres import Postgres
-from gateway.settings import GatewaySettings, refuse_open_door
+from gateway.settings import GatewaySettings, refuse_open_door, refuse_unusable_certificate
 from services.common.process import bound
 from services.common.settings import load
 
@@ -118,7 +118,9 @@ def run(options: Options) -> None:
 def _check_settings(plan: Plan) -> None:
     """Has the gateway's settings judged here, so that a wrong one ends the start at once."""
     os.environ.update(next(program.environment for program in plan.programs if program.name == "gateway"))
-    refuse_open_door(load(GatewaySettings))
+    settings = load(GatewaySettings)
+    refuse_open_door(settings)
+    refuse_unusable_certificate(settings)
 
 
 def _new_state(plan: Plan, home: Home) -> State:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.local import audit, keys, verify
+from deploy.local import audit, environment, keys, verify
 from deploy.local.home import SERVICES
 from deploy.local.terminal import HomeOption, fail, folder
 
@@ -33,6 +33,7 @@ SMALL_PART_BYTES = 5 * 2**20  # the smallest that S3 takes, so that the demo's o
 
 def main() -> None:
     """The console script."""
+    environment.settle()
     app()
 
 

@@ -34,11 +34,14 @@ def folder(home: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Gateway:
-    """A gateway and a key to ask it with, for its owner or for another user."""
+    """A gateway and a key to ask it with, for its owner or for another user.
+
+    What goes to `this_machine` is asked past proxies, and its certificate is not looked at.
+    """
 
     url: str
     key_file: Path
-    verify: bool = True
+    this_machine: bool = False
     username: str | None = None
 
     @classmethod
@@ -55,8 +58,7 @@ class Gateway:
             fail(
                 f"no stack runs in {folder(home)}: start one with `esd up`, or name a gateway with --url and --key-file"
             )
-        # The certificate is not looked at: the question goes to this machine.
-        return cls(state.probe_url, key_file or Path(state.api_key_file), verify=False, username=username)
+        return cls(state.probe_url, key_file or Path(state.api_key_file), this_machine=True, username=username)
 
     def call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         """The data of the answer; what is refused ends the command with the service's own sentence."""
@@ -66,8 +68,7 @@ class Gateway:
             headers = {"x-api-key": self.key_file.read_text().strip()}
             if self.username is not None:
                 headers["username"] = self.username
-            with httpx.Client(verify=self.verify, timeout=_SECONDS) as client:
-                answer = client.request(method, self.url + path, json=body or None, headers=headers)
+            answer = httpx.request(method, self.url + path, json=body or None, headers=headers, **self._way())
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--key-file {self.key_file}: {getattr(error, 'strerror', None) or 'this is no text'}")
         except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -88,7 +89,10 @@ class Gateway:
         import httpx  # noqa: PLC0415
 
         try:
-            answer = httpx.get(url, verify=self.verify, timeout=_SECONDS).raise_for_status()
+            answer = httpx.get(url, **self._way()).raise_for_status()
         except httpx.HTTPError as error:
             fail(f"the result cannot be had: {error}")
         return answer.content
+
+    def _way(self) -> dict[str, Any]:
+        return {"verify": not self.this_machine, "trust_env": not self.this_machine, "timeout": _SECONDS}

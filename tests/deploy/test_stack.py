@@ -24,6 +24,8 @@ from deploy.local.stack import AlreadyRunningError, Stack, run
 from tests.processes import ROOT
 
 NAMES = {"postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"}
+# A proxy that does not answer, one that httpx cannot use, and what no PostgreSQL of ours could satisfy.
+HOSTILE = {"http_proxy": "http://127.0.0.1:1", "all_proxy": "socks5://127.0.0.1:1", "PGSSLMODE": "verify-full"}
 
 
 def esd(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +51,7 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def stack(home: Path) -> Iterator[Stack]:
-    with Stack(home, webui=True) as stack:
+    with Stack(home, webui=True, env_overrides=HOSTILE) as stack:
         yield stack
 
 
@@ -80,7 +82,7 @@ def test_everything_listens_on_this_machine_only(stack: Stack) -> None:
 
 @pytest.mark.slow
 def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
-    shown = esd("status", "--home", stack.home)
+    shown = esd("status", "--home", stack.home, **HOSTILE)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     for name, pid in stack.processes().items():
         assert re.search(rf"{name} .*{pid} .*RUNNING .*ok", shown.stdout), shown.stdout

@@ -68,7 +68,7 @@ def assert_pictures(home: Path, prompt: str) -> None:
 @pytest.mark.slow
 def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_running(home: Path) -> None:
     port = free_port()
-    demo = make_demo(home, port)
+    demo = make_demo(home, port, http_proxy="http://127.0.0.1:1")  # which is not asked
     said, _ = demo.communicate(timeout=300)
     assert demo.returncode == 0, said
     assert_pictures(home, demo_model.PROMPT)

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Fails where there is no .venv yet, one without pip (no python3-venv), or one whose Python has been replaced.
+HAS_PIP := $(BIN)/python -c 'import pip' 2>/dev/null
 # Through the environment, so that a prompt may contain any character.
 export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -9,6 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install check fix test test-slow test-k8s test-images up demo bench chaos
+.PHONY: $(shell $(HAS_PIP) || echo $(VENV)/.installed)
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,13 +20,13 @@ install: $(VENV)/.installed  ## Make .venv with the pinned dependencies and gene
 
 $(VENV)/.installed: pyproject.toml constraints.txt protos/generate.py $(shell find protos -name '*.proto')
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(HAS_PIP) || $(PYTHON) -m venv --clear $(VENV)
 	@# The pip that Python brings takes twice as long to read the package index.
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
 	@# Bytecode is made of what gets imported, when it is: all of it would take a third of the installation.
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@# Alone, without the torchvision that it declares: gpu_worker/upscaling.py says why.
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps spandrel
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps spandrel
 	@touch $@
 
 check: install  ## Lint, types, proto rules

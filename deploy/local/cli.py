@@ -49,15 +49,16 @@ def up(
     from deploy.local.plan import Options, PortInUseError  # noqa: PLC0415 - `esd --help` stays quick
     from deploy.local.postgres import PostgresUnavailableError  # noqa: PLC0415
     from deploy.local.stack import AlreadyRunningError, run  # noqa: PLC0415
+    from deploy.local.supervise import ProgramFailedError  # noqa: PLC0415
 
     host, colon, port = listen.rpartition(":")
     if not (host and colon and port.isdigit()):
         fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
     try:
         run(Options(folder(home), listen, webui_port, insecure, replicas))
-    except (AlreadyRunningError, PortInUseError, PostgresUnavailableError) as error:
+    except (AlreadyRunningError, PortInUseError, PostgresUnavailableError, ProgramFailedError) as error:
         fail(str(error))
-    except PermissionError as error:
+    except OSError as error:  # read-only, no folder, no room on the disk
         fail(f"ESD_HOME={folder(home)}: {error.strerror} ({error.filename})")
 
 

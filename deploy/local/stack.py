@@ -80,7 +80,7 @@ def run(options: Options) -> None:
     """Runs the stack in this process until TERM or INT.
 
     Raises:
-        AlreadyRunningError, PortInUseError, PostgresUnavailableError: the message is for the user.
+        AlreadyRunningError, PortInUseError, PostgresUnavailableError, ProgramFailedError: the message is for the user.
     """
     from deploy.local.supervise import Supervision  # noqa: PLC0415 - only the launcher pays for it
 
@@ -96,15 +96,23 @@ def run(options: Options) -> None:
         state = _new_state(plan, home)
         file = home.run / "stack.json"
         state.save(file)
+        is_saved = True
 
         def on_state(name: str, word: str, pid: int | None) -> None:
+            nonlocal is_saved
             if name == "ready" and word == "EXITED" and not state.ready:
                 state.ready = True
                 webui = f", webui {plan.webui_url}" if plan.webui_url else ""
                 supervision.say(f"ready: {plan.url}{webui} - the first API key is in {home.api_key_file}")
             if name in state.processes:
                 state.processes[name].state, state.processes[name].pid = word, pid
-            state.save(file)
+            try:
+                state.save(file)
+                is_saved = True
+            except OSError as error:  # such as a full disk, which the stack outlives
+                if is_saved:
+                    supervision.say(f"{file} cannot be written, so `esd status` shows old states: {error.strerror}")
+                is_saved = False
 
         supervision = Supervision(plan.programs, home.run, on_state)
         supervision.say(f"starting in {home.path}")

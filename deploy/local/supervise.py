@@ -10,6 +10,7 @@ Chosen over circus, which polls for deaths, opens unauthenticated ZeroMQ sockets
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -30,7 +31,9 @@ from deploy.local.plan import Program
 from services.common.process import adopt_orphans
 
 ROOT = Path(__file__).resolve().parents[2]
-_PAUSE_SECONDS = 0.5  # before a process that died in its first second is started again
+_QUICK_SECONDS = 10  # what dies sooner is started again after a pause, which doubles each time
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+_WRONG_SETTING = 2  # the exit status of who has said which of its settings is wrong (services.common.settings)
 _STOP_SECONDS = 15  # for each process, before it is killed; longer than the gateway's ESD_STOP_SECONDS
 _ORPHAN_SECONDS = 5  # for workers that outlived the endpoints service
 _NAME_WIDTH = 10
@@ -38,37 +41,63 @@ _NAME_WIDTH = 10
 OnState = Callable[[str, str, int | None], None]  # name, supervisor's word for the state, pid
 
 
+class ProgramFailedError(RuntimeError):
+    """A program cannot run with the settings that it has; the message names it and has its last line."""
+
+
 class Supervision(Supervisor):  # type: ignore[misc]
-    """Runs the programs in order of their stages: a stage starts when the one-time programs of the last have ended."""
+    """Runs the programs in order of their stages: a stage starts when the one-time programs of the last have ended.
+
+    What dies comes back, for ever. Only while the stages start, who says that a setting is wrong ends everything.
+    """
 
     def __init__(self, programs: Iterable[Program], folder: Path, on_state: OnState) -> None:
         self._programs = {program.name: program for program in programs}
         self._on_state = on_state
         self._partial: dict[str, bytes] = {}
+        self._last_lines: dict[str, str] = {}
+        self._pauses: dict[str, float] = {}
+        self._starting = {program.name for program in self._programs.values() if program.once}
+        self._failure: str | None = None
+        self._survives_hangup = False
         super().__init__(self._options(folder))
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._stage = 0
 
     def run_until_stopped(self) -> None:
-        """Returns when a signal (TERM, INT) or `stop` has ended everything, descendants of descendants included."""
+        """Returns when a signal (TERM, INT, HUP) or `stop` has ended everything, descendants of descendants included.
+
+        Raises:
+            ProgramFailedError: a setting was wrong, and everything has ended.
+        """
         adopt_orphans()
+        self._survives_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         try:
             with contextlib.suppress(ExitNow):  # how supervisor says that all have stopped
                 self.main()
         finally:
             signal.set_wakeup_fd(-1)
             self._stop_orphans()
+        if self._failure is not None:
+            raise ProgramFailedError(self._failure)
 
     def stop(self) -> None:
         """Stops everything, in reverse order of the stages."""
         os.kill(os.getpid(), signal.SIGTERM)
 
     def say(self, text: str, name: str = "esd") -> None:
-        """Writes a line of the one log."""
-        print(f"{name:<{_NAME_WIDTH}} | {text}", flush=True)
+        """Writes a line of the one log. Should it have no room, or no reader any more, everything goes on without."""
+        try:
+            print(f"{name:<{_NAME_WIDTH}} | {text}", flush=True)
+        except OSError as error:
+            if error.errno in {errno.EIO, errno.EPIPE}:  # the terminal or the pipe's reader has gone for good
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def runforever(self) -> None:
         """The loop. (supervisor's hook: called after it has set its signal handlers.)"""
+        if self._survives_hangup:  # nohup, which supervisor's handler would undo
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # Without this a death would be noticed at the next second only: Python goes on polling after a signal.
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         self.options.get_socket_map()[self._wake_reader] = _Waker(self._wake_reader)
@@ -83,11 +112,8 @@ class Supervision(Supervisor):  # type: ignore[misc]
         lines = ["[supervisord]", "nodaemon=true", "logfile=/dev/null", "logfile_maxbytes=0"]
         for program in self._programs.values():
             lines += [f"[program:{program.name}]", "command=true", "autostart=false", "redirect_stderr=true"]
-            lines += ["stdout_logfile=NONE", "stdout_events_enabled=true", "startretries=1000000000"]
-            lines += [
-                f"autorestart={'unexpected' if program.once else 'true'}",
-                f"startsecs={0 if program.once else 1}",
-            ]
+            # Whether and when something starts again is decided in _start_again.
+            lines += ["stdout_logfile=NONE", "stdout_events_enabled=true", "autorestart=false", "startsecs=0"]
             lines += [f"stopsignal={program.stop_signal}", f"stopwaitsecs={_STOP_SECONDS}", f"priority={program.stage}"]
         for stage in {program.stage for program in self._programs.values()}:
             names = [program.name for program in self._programs.values() if program.stage == stage]
@@ -118,13 +144,25 @@ class Supervision(Supervisor):  # type: ignore[misc]
         process = event.process
         name, program = process.config.name, self._programs[process.config.name]
         pid = process.pid or None
-        if process.state == ProcessStates.BACKOFF:
-            process.backoff, process.delay = 1, time.time() + _PAUSE_SECONDS
+        ended = program.once and process.state == ProcessStates.EXITED and event.expected
+        if process.state in {ProcessStates.EXITED, ProcessStates.BACKOFF} and not ended:
+            self._start_again(process)
         over = process.state in {ProcessStates.EXITED, ProcessStates.BACKOFF, ProcessStates.STOPPED}
         self._on_state(name, getProcessStateDescription(process.state), None if over else pid)
-        if program.once and process.state == ProcessStates.EXITED and event.expected:
+        if ended:
+            self._starting.discard(name)
             self._next_stage()
         self._wake()
+
+    def _start_again(self, process: Any) -> None:
+        """Has supervisor start what died once more, unless it says during the start that a setting is wrong."""
+        name = process.config.name
+        if self._starting and process.exitstatus == _WRONG_SETTING and self._failure is None:
+            self._failure = f"{name}: {self._last_lines.get(name, 'a setting is wrong')}"
+            self.stop()
+        now = time.time()
+        self._pauses[name] = pause_after(now - process.laststart, self._pauses.get(name, 0.0))
+        process.state, process.backoff, process.delay = ProcessStates.BACKOFF, 1, now + self._pauses[name]
 
     def _next_stage(self) -> None:
         """Starts the next stages up to one that ends with a one-time program that has not ended yet."""
@@ -140,7 +178,8 @@ class Supervision(Supervisor):  # type: ignore[misc]
         if rest:
             self._partial[name] = rest
         for line in lines:
-            self.say(line.decode(errors="replace"), name)
+            self._last_lines[name] = line.decode(errors="replace")
+            self.say(self._last_lines[name], name)
 
     def _processes(self) -> list[Any]:
         return [process for group in self.process_groups.values() for process in group.processes.values()]
@@ -153,10 +192,19 @@ class Supervision(Supervisor):  # type: ignore[misc]
         """Ends what the services have left: workers, which outlive the endpoints service by design."""
         orphans = psutil.Process().children(recursive=True)
         for orphan in orphans:
-            orphan.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                orphan.terminate()
         for orphan in psutil.wait_procs(orphans, timeout=_ORPHAN_SECONDS)[1]:
-            orphan.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                orphan.kill()
         psutil.wait_procs(orphans, timeout=_ORPHAN_SECONDS)
+
+
+def pause_after(lived_seconds: float, last_pause_seconds: float) -> float:
+    """Seconds until what died starts again: none if it has lived for a while, else twice as many as the last time."""
+    if lived_seconds >= _QUICK_SECONDS:
+        return 0.0
+    return min(max(2 * last_pause_seconds, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
 
 
 class _Waker:

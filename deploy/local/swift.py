@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import eventlet
 
@@ -114,7 +114,10 @@ def main() -> None:
     etc = _configure(root)
     set_swift_dir(str(etc))
     # What Swift's own way of starting does with fallocate_reserve, for objects whose size is known.
-    utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(_reserve())
+    try:
+        utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(_reserve())
+    except ValueError:
+        _refuse(f"setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%, are wanted (given: {_reserve()!r})")
     logging.disable(logging.INFO)
 
     # Relative socket names, because a socket's path ends at 107 bytes and the folder may be anywhere.
@@ -220,7 +223,7 @@ def _check_xattrs(root: Path) -> None:
     try:
         os.setxattr(probe, "user.swift.metadata", b"x" * 1024)
     except OSError as error:
-        sys.exit(
+        _refuse(
             f"the file system of ESD_HOME ({root}) keeps no extended attributes ({error.strerror}), which the object "
             "store needs: put ESD_HOME on a local disk with ext4, xfs or btrfs, not on NFS"
         )
@@ -228,10 +231,16 @@ def _check_xattrs(root: Path) -> None:
         probe.unlink()
 
 
+def _refuse(sentence: str) -> NoReturn:
+    """Ends the start of the whole stack: that is what this exit status says."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _setting(name: str) -> str:
     value = os.environ.get(name)
     if not value:
-        sys.exit(f"{name} is not set")
+        _refuse(f"{name} is not set")
     return value
 
 

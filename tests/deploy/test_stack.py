@@ -109,6 +109,27 @@ def test_a_killed_database_comes_back_and_is_used_again(stack: Stack) -> None:
 
 
 @pytest.mark.slow
+def test_a_state_that_cannot_be_written_stops_nothing(stack: Stack) -> None:
+    """As on a full disk."""
+
+    def kill() -> None:
+        pid = psutil.Process(stack.launcher_pid).children()[0].pid
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not psutil.pid_exists(pid))
+
+    obstacle = stack.home / "run" / "stack.new"
+    obstacle.mkdir()
+    kill()
+    wait_for(lambda: "stack.json cannot be written" in stack.log_file.read_text())
+    kill()
+    obstacle.rmdir()
+    kill()
+    children = psutil.Process(stack.launcher_pid).children
+    wait_for(lambda: set(stack.processes().values()) == {child.pid for child in children()})
+    assert stack.log_file.read_text().count("cannot be written") == 1
+
+
+@pytest.mark.slow
 def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: Path) -> None:
     first = Stack(home / "other")
     first.start()
@@ -149,6 +170,7 @@ def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:
         ({"ESD_LISTEN": "nonsense"}, "ESD_LISTEN=nonsense"),
         ({"ESD_BASE_PATH": "prod"}, "ESD_BASE_PATH"),
         ({"ESD_LOG_LEVEL": "loud"}, "ESD_LOG_LEVEL"),
+        ({"ESD_SWIFT_RESERVE": "loads"}, "swift: setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%"),
     ],
 )
 def test_a_wrong_setting_ends_the_start_by_name(home: Path, environment: dict[str, str], said: str) -> None:

@@ -1,4 +1,5 @@
 """Settings from the environment: every variable starts with `ESD_`, and a wrong value stops the process by name.
+An empty variable is one that is not set.
 
 ESD_SETTINGS_DIR may name a folder with a file per setting, as Kubernetes mounts a Secret: a file `esd_database_url`
 there is ESD_DATABASE_URL, unless the environment has it too.
@@ -18,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """The base of every process's settings."""
 
-    model_config = SettingsConfigDict(env_prefix="ESD_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="ESD_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
     log_format: str = Field("console", pattern="^(console|json)$")
@@ -27,7 +28,7 @@ class Settings(BaseSettings):
 class BlobSettings(BaseSettings):
     """Where the bucket is. Services talk to `endpoint_url`; presigned URLs are signed for `public_url`."""
 
-    model_config = SettingsConfigDict(env_prefix="ESD_S3_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="ESD_S3_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     bucket: str
     region: str = "us-east-1"
@@ -69,7 +70,8 @@ def load(settings: type[S]) -> S:
     """Reads the environment, and the folder that ESD_SETTINGS_DIR names.
 
     Raises:
-        SystemExit: a value is missing or wrong; the message names each variable, its value and what is allowed.
+        SystemExit: a value is missing or wrong; the message names each variable, its value and what is allowed. The
+            status is 2, by which the one-machine stack knows that another try would not help.
     """
     folder = os.environ.get(SETTINGS_DIR) or None
     if folder is not None and not os.path.isdir(folder):

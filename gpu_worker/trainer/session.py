@@ -1,8 +1,8 @@
 """A training of the service: `python -m gpu_worker train`, started as a task. Fetches what it needs, trains in a thread
 of its own, and uploads what that leaves, in order.
 
-Exit codes: 0 when the service has heard how the training ended, or has no more use for it; 5 when the process
-was asked to leave and the training goes on elsewhere; else it is tried again, so often.
+Exit codes: 0 when the service has heard how the training ended, or has no more use for it; 5 when the training goes on
+elsewhere, since this process was asked to leave or another trainer has taken over; else it is tried again, so often.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpu_worker.job import JobError, to_python
 from gpu_worker.trainer import dataset, listening, steps
 from gpu_worker.trainer.loop import Loop, Stopped, within_memory
 from gpu_worker.trainer.reporter import Reporter
-from gpu_worker.trainer.stream import Dismissed, TrainStream
+from gpu_worker.trainer.stream import Dismissed, Superseded, TrainStream
 from gpu_worker.transfer import Transfer
 from services.common.clients import TokenSource, plain_channel
 from services.common.errors import InvalidArgument
@@ -88,7 +88,7 @@ async def _outcome(talking: asyncio.Task[None], working: asyncio.Task[int]) -> i
             await talking
         except Dismissed as dismissal:
             log.info("this trainer leaves", reason=str(dismissal))
-            return 0
+            return EXIT_INTERRUPTED if isinstance(dismissal, Superseded) else 0
     return await working
 
 

@@ -35,6 +35,10 @@ class Dismissed(Exception):
     """The service has no more use for this trainer; the message says why."""
 
 
+class Superseded(Dismissed):
+    """Another trainer goes on with the training."""
+
+
 class TrainStream:
     """Keeps the stream for as long as the trainer lives. `on_stop` is called when the training shall stop."""
 
@@ -60,7 +64,7 @@ class TrainStream:
         """Keeps the stream until cancelled.
 
         Raises:
-            Dismissed: the training is gone, has ended or is another trainer's.
+            Dismissed: the training is gone or has ended; Superseded: it is another trainer's.
             grpc.aio.AioRpcError: the service fails again and again, even at hearing that.
         """
         delay = _FIRST_DELAY_SECONDS
@@ -175,6 +179,8 @@ class TrainStream:
                 _, answer = self._wants.get(message.urls.request_id, (None, None))
                 if answer is not None and not answer.done():
                     answer.set_result(list(message.urls.urls))
+            case "stop" if message.stop.goes_on_elsewhere:
+                raise Superseded("another trainer has taken over this training")
             case "stop":
                 log.info("asked to stop")
                 self._on_stop()

@@ -50,8 +50,9 @@ class Training(SQLModel, table=True):
     dataset_prefix: str
     regularisation_prefix: str = ""
 
-    # The trainer that has it, and up to which of its events all are kept.
+    # The trainer that has it, those that had it before, and up to which of its events all are kept.
     session: UUID | None = None
+    earlier_sessions: list[str] = Field(default_factory=list, sa_type=_JSON)
     num_kept: int = Field(default=0, sa_type=BigInteger)
     state: dict[str, Any] | None = Field(default=None, sa_type=_JSON)
     files: list[dict[str, Any]] = Field(default_factory=list, sa_type=_JSON)
@@ -109,9 +110,16 @@ class Training(SQLModel, table=True):
 
     def take(self, session: UUID) -> None:
         """A trainer has it from now on; one that came before is not heard any more."""
-        if session != self.session:
-            self.session, self.num_kept = session, 0
-            self.status, self.waits_for = STARTING, ""
+        if session == self.session:
+            return
+        if self.session is not None:
+            self.earlier_sessions = [*self.earlier_sessions, str(self.session)]
+        self.session, self.num_kept = session, 0
+        self.status, self.waits_for = STARTING, ""
+
+    def was_left_by(self, session: UUID) -> bool:
+        """Whether a trainer had it that another one has taken it from."""
+        return str(session) in self.earlier_sessions
 
     def leave(self) -> None:
         """Its trainer has told everything after a stop."""

@@ -23,6 +23,7 @@ from services.training import facts, trainers
 from services.training.rows import PHASES, Training
 from services.training.signals import TRAINING_MOVED
 from services.training.store import TrainingStore
+from services.training.trainer_store import TakenOver
 from services.training.trainers import Trainers, Welcome
 
 log = structlog.get_logger()
@@ -78,6 +79,9 @@ class _TrainSession:
             await first(self._read(training, session, requests), self._watch(session), stopping.wait())
             if stopping.is_set():
                 raise Unavailable(_RECONNECT)
+        except TakenOver:
+            self._send(stop=pb.TrainerStop(goes_on_elsewhere=True))
+            raise
         finally:
             self.outbox.put_nowait(None)
 
@@ -133,7 +137,7 @@ class _TrainSession:
             while True:
                 training = await self._store.get(self._training_id)
                 if training is not None and training.session not in {session, None}:
-                    raise FailedPrecondition(f"another trainer has taken over training {self._training_id}")
+                    raise TakenOver(self._training_id)
                 if (training is None or training.is_ended) and not has_said_so:
                     self._send(stop=pb.TrainerStop())
                     has_said_so = True

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.common.errors import FailedPrecondition
 from services.common.leftovers import leave_behind
 from services.training import facts, rows
 from services.training.rows import Event, Metric, Training
@@ -22,6 +23,13 @@ _MAX_LINES = 5000  # of a training's log that are kept
 _MAX_LINE = 2000  # characters
 
 
+class TakenOver(FailedPrecondition):
+    """Another trainer has the training now, and goes on with it."""
+
+    def __init__(self, training_id: UUID) -> None:
+        super().__init__(f"another trainer has taken over training {training_id}")
+
+
 class TrainerStore:
     """What trainers do with trainings."""
 
@@ -29,20 +37,33 @@ class TrainerStore:
         self._database = database
 
     async def take(self, training_id: UUID, session_id: UUID) -> Training | None:
-        """Gives the training to a session, unless it has ended; None: there is none."""
+        """Gives the training to a session, unless it has ended; None: there is none.
+
+        Raises:
+            TakenOver: the session had it before. A trainer that was away does not take it from its successor.
+        """
         async with self._database.transaction() as session:
             training = await session.get(Training, training_id, with_for_update=True)
             if training is not None and not training.is_ended:
+                if training.was_left_by(session_id):
+                    raise TakenOver(training_id)
                 training.take(session_id)
                 await notify(session, TRAINING_MOVED, str(training_id))
             return training
 
     async def record(self, training_id: UUID, session_id: UUID, sequence: int, fact: facts.Fact) -> Training | None:
-        """Keeps what a trainer told, once; None: the training is not the session's any more, or has ended."""
-        held = select(Training).where(col(Training.id) == training_id, col(Training.session) == session_id)
+        """Keeps what a trainer told, once; None: the training has ended.
+
+        Raises:
+            TakenOver.
+        """
         async with self._database.transaction() as session:
-            training = await session.scalar(held.with_for_update())
-            if training is None or (sequence > training.num_kept and training.is_ended and not training.is_leaving):
+            training = await session.get(Training, training_id, with_for_update=True)
+            if training is None or (training.is_ended and training.session != session_id):
+                return None
+            if training.session != session_id:
+                raise TakenOver(training_id)
+            if sequence > training.num_kept and training.is_ended and not training.is_leaving:
                 return None
             if sequence > training.num_kept:
                 training.num_kept = sequence

@@ -45,7 +45,8 @@ class Trainers:
         """Gives the training to a trainer; one that had it before is not heard any more.
 
         Raises:
-            NotFound: it is gone. FailedPrecondition: it has ended, or its dataset has too many files.
+            NotFound: it is gone. TakenOver: another one has it since. FailedPrecondition: it has ended, or its dataset
+            has too many files.
         """
         training = await self._store.take(training_id, session)
         if training is None:
@@ -70,7 +71,8 @@ class Trainers:
         """Keeps what a trainer tells.
 
         Raises:
-            FailedPrecondition: the training is another trainer's, has ended, or a file is not what was told.
+            TakenOver: the training is another trainer's. FailedPrecondition: it has ended, or a file is not what was
+            told.
         """
         if isinstance(fact, facts.Saved | facts.Preview | facts.Board):
             await self._keep(training, session, fact.file)
@@ -78,7 +80,7 @@ class Trainers:
             await self._check(training, session, fact.file)
         kept = await self._store.record(training.id, session, sequence, fact)
         if kept is None:
-            raise FailedPrecondition(f"training {training.id} has ended, or another trainer has taken it over")
+            raise FailedPrecondition(f"training {training.id} has ended")
         if isinstance(fact, facts.Removed) and _is_network(fact.name):
             await self._blobs.delete(training.output_prefix + fact.name)
         return kept

@@ -38,12 +38,14 @@ class ProcessKubelet:
         self._pods: dict[str, asyncio.Task[None]] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._line = asyncio.Event()  # set while the API server and this node hear each other
+        self._line.set()
 
     async def __aenter__(self) -> ProcessKubelet:
         labels = {"kubernetes.io/hostname": self._name, "nvidia.com/gpu.present": "true"}
         await self._core.create_node({"metadata": {"name": self._name, "labels": labels}})
         await self._beat()
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._beats())]
+        self._talk()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -57,15 +59,30 @@ class ProcessKubelet:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
 
+    async def fall_silent(self) -> None:
+        """The network is gone: the processes run on, and the API server and this node do not hear each other."""
+        self._line.clear()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def come_back(self) -> None:
+        """The network is there again."""
+        self._line.set()
+        self._talk()
+
     def kill(self, pod: Any) -> None:
         """The pod's process is killed, as the kernel does when memory is short."""
         self._processes[pod.metadata.uid].kill()
 
+    def _talk(self) -> None:
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._beats())]
+
     async def _beats(self) -> None:
         while True:
-            await asyncio.sleep(_BEAT_SECONDS)
             with suppress(ApiException, aiohttp.ClientError):  # the next one may get through
                 await self._beat()
+            await asyncio.sleep(_BEAT_SECONDS)
 
     async def _beat(self) -> None:
         room = {"cpu": "64", "memory": "256Gi", "pods": "50", "nvidia.com/gpu": str(self._gpus)}
@@ -133,7 +150,7 @@ class ProcessKubelet:
         name, namespace = pod.metadata.name, pod.metadata.namespace
         with suppress(ApiException):
             now = {"gracePeriodSeconds": 0}
-            await _until_heard(lambda: self._core.delete_namespaced_pod(name, namespace, body=now))
+            await self._until_heard(lambda: self._core.delete_namespaced_pod(name, namespace, body=now))
 
     async def _environment(self, pod: Any, folder: Path) -> dict[str, str]:
         """The container's environment with its mounts as folders of this machine."""
@@ -178,7 +195,18 @@ class ProcessKubelet:
         status = {"phase": phase, "startTime": _now(), "conditions": conditions, "containerStatuses": [container]}
         name, namespace = pod.metadata.name, pod.metadata.namespace
         with suppress(ApiException):  # it is gone already
-            await _until_heard(lambda: self._core.patch_namespaced_pod_status(name, namespace, {"status": status}))
+            await self._until_heard(lambda: self._core.patch_namespaced_pod_status(name, namespace, {"status": status}))
+
+    async def _until_heard(self, call: Callable[[], Awaitable[Any]]) -> None:
+        """Makes the call again while nobody answers."""
+        while True:
+            await self._line.wait()
+            try:
+                await call()
+            except (aiohttp.ClientError, TimeoutError):
+                await asyncio.sleep(_BACKOFF_SECONDS)
+            else:
+                return
 
 
 def _stop(process: asyncio.subprocess.Process, grace_seconds: int) -> None:
@@ -188,17 +216,6 @@ def _stop(process: asyncio.subprocess.Process, grace_seconds: int) -> None:
 
     process.send_signal(signal.SIGTERM)
     asyncio.get_running_loop().call_later(max(grace_seconds, _LEAST_GRACE_SECONDS), kill)
-
-
-async def _until_heard(call: Callable[[], Awaitable[Any]]) -> None:
-    """Makes the call again while nobody answers."""
-    while True:
-        try:
-            await call()
-        except (aiohttp.ClientError, TimeoutError):
-            await asyncio.sleep(_BACKOFF_SECONDS)
-        else:
-            return
 
 
 def _now() -> str:

@@ -86,6 +86,14 @@ class Site:
 
         self.do(kill())
 
+    def come_back(self, node: ProcessKubelet) -> None:
+        """A node that was away is there again."""
+
+        async def come_back() -> None:
+            node.come_back()
+
+        self.do(come_back())
+
     def objects(self) -> list[str]:
         """What there is of all endpoints, by kind and name."""
         core, apps = client.CoreV1Api(self.api), client.AppsV1Api(self.api)

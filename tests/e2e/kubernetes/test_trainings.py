@@ -135,6 +135,16 @@ def test_a_training_whose_pod_is_gone_or_whose_node_is_lost_goes_on_in_another(s
     site.do(site.add_node(f"{lost}-again"))
 
 
+def test_a_node_that_was_only_away_does_not_end_the_training_that_went_on_elsewhere(school: School, site: Site) -> None:
+    lesson = Lesson(school, site, "returned")
+    lesson.has_saved(8)
+    away = site.nodes[lesson.pod().spec.node_name]
+    site.do(away.fall_silent())
+    epochs = [0, lesson.goes_on()]
+    site.come_back(away)
+    check_completed(lesson, epochs)
+
+
 def test_a_training_whose_pods_are_killed_three_times_fails_with_the_reason_and_keeps_what_it_saved(
     school: School, site: Site
 ) -> None:

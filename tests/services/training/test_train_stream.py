@@ -152,9 +152,25 @@ async def test_a_later_trainer_goes_on_from_the_last_state_and_the_earlier_one_i
             assert second.welcome.state.size_bytes == len(b"after epoch 2")
             [url] = await second.urls(pb.URL_KIND_STATE, "state.pt")
             assert (await service.http.get(url)).content == b"after epoch 2"
+            assert (await first.until("stop")).goes_on_elsewhere
             assert await first.end() == grpc.StatusCode.FAILED_PRECONDITION
             await second.tell(failed=pb.TrainerFailed(reason="enough"))
     assert not [event for event in await events(service, created.id) if event.HasField("log")]
+
+
+async def test_a_trainer_that_was_away_does_not_take_the_training_back_from_its_successor(service: Service) -> None:
+    created, session = await service.create(), str(uuid4())
+    async with service.trainer(created.id, session):
+        pass  # its stream breaks
+    async with service.trainer(created.id) as successor:
+        call = service.trainers.Train(metadata=service.tokens.trainer(created.id))
+        await call.write(pb.TrainRequest(hello=pb.TrainerHello(session=session)))
+        assert (await next_of(call)).stop.goes_on_elsewhere
+        assert await next_of(call) is None
+        assert await call.code() == grpc.StatusCode.FAILED_PRECONDITION
+        await successor.tell(log=pb.TrainerLog(line="here I am"))
+        await successor.tell(failed=pb.TrainerFailed(reason="enough"))
+    assert [event.log.line for event in await events(service, created.id) if event.HasField("log")] == ["here I am"]
 
 
 async def test_a_stop_reaches_the_trainer_and_what_was_saved_stays(service: Service) -> None:

@@ -22,4 +22,4 @@ def varied(caption: str, config: Training, epoch: int, chance: random.Random) ->
         chance.shuffle(others)
     if config.caption_tag_dropout_rate:
         others = [tag for tag in others if chance.random() >= config.caption_tag_dropout_rate]
-    return f"{config.caption_separator} ".join(kept + others)
+    return ", ".join(kept + others)  # whatever separated them, as kohya does

@@ -28,21 +28,16 @@ _MAX_ENLARGEMENT = 4.0  # a picture that would have to grow more than this shows
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the dataset. `size` is its own (width, height), `bucket` the one that it is trained at."""
+    """A picture of the dataset. `size` is its own (width, height), `scaled` the one to which it is brought, `bucket`
+    that of its middle, which is trained."""
 
     path: Path
     caption: str
     size: Size
+    scaled: Size
     bucket: Size
     repeats: int
     is_regularisation: bool
-
-    @property
-    def scaled(self) -> Size:
-        """The size to which it is scaled so that it just covers its bucket."""
-        factor = max(self.bucket[0] / self.size[0], self.bucket[1] / self.size[1])
-        width, height = (max(side, round(own * factor)) for own, side in zip(self.size, self.bucket, strict=True))
-        return width, height
 
     @property
     def crop(self) -> tuple[int, int]:
@@ -137,15 +132,16 @@ def _picture(path: Path, concept: Concept, config: Training, buckets: Buckets, i
     """
     name = f"{concept.path.name}/{path.name}"
     size = pictures.loaded(_opened(path, name), name).size
-    bucket = buckets.shape_of(size)
-    enlargement = max(bucket[0] / size[0], bucket[1] / size[1])
+    fit = buckets.fit(size)
+    enlargement = max(fit.scaled[0] / size[0], fit.scaled[1] / size[1])
     if enlargement > _MAX_ENLARGEMENT:
         raise pictures.Damaged(
             f"{name} is too small: {size[0]}x{size[1]} pixels would be enlarged {enlargement:.1f} times to "
-            f"{bucket[0]}x{bucket[1]}; at most {_MAX_ENLARGEMENT:.0f} times is possible"
+            f"{fit.bucket[0]}x{fit.bucket[1]}; at most {_MAX_ENLARGEMENT:.0f} times is possible"
         )
     caption = _caption(path, config.caption_extension)
-    return Picture(path, concept.name if caption is None else caption, size, bucket, concept.repeats, is_regularisation)
+    text = concept.name if caption is None else caption
+    return Picture(path, text, size, fit.scaled, fit.bucket, concept.repeats, is_regularisation)
 
 
 def _opened(path: Path, name: str) -> Image.Image:

@@ -62,7 +62,7 @@ def create_schedule(config: Training, optimizer: Any, num_steps: int) -> Any:
             config.lr_scheduler,
             optimizer,
             step_rules=config.lr_scheduler_args.get("step_rules"),
-            num_warmup_steps=round(warmup * num_steps) if warmup < 1 else int(warmup),
+            num_warmup_steps=int(warmup * num_steps if warmup < 1 else warmup),
             num_training_steps=num_steps,
             num_cycles=config.lr_scheduler_num_cycles,
             power=config.lr_scheduler_power,

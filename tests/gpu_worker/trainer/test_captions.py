@@ -39,5 +39,5 @@ def test_some_tags_are_dropped_but_not_those_to_be_kept() -> None:
     assert found == {"zog, red", "zog, red, round", "zog, red, on grass", CAPTION}
 
 
-def test_tags_may_have_another_separator() -> None:
-    assert many("a; b", shuffle_caption=True, caption_separator=";") == {"a; b", "b; a"}
+def test_tags_may_have_another_separator_and_are_joined_by_commas_as_kohya_does() -> None:
+    assert many("a; b", shuffle_caption=True, caption_separator=";") == {"a, b", "b, a"}

@@ -330,9 +330,8 @@ def test_sizes_are_not_rounded_where_the_models_are_bf16(trainings: Trainings, t
 
 
 def test_sdxl_is_told_sizes_and_crops_of_what_it_sees() -> None:
-    picture = Picture(Path("a.png"), "", (1000, 500), (640, 384), 1, is_regularisation=False)
-    assert picture.scaled == (768, 384)
+    picture = Picture(Path("a.png"), "", (1000, 500), (768, 384), (640, 384), 1, is_regularisation=False)
     assert _sizes(picture, flip=False) == [500, 1000, 0, 64, 384, 640]
-    uneven = Picture(Path("a.png"), "", (1001, 500), (640, 384), 1, is_regularisation=False)
+    uneven = Picture(Path("a.png"), "", (1001, 500), (769, 384), (640, 384), 1, is_regularisation=False)
     left = _sizes(uneven, flip=False)[3]
     assert left + 640 + _sizes(uneven, flip=True)[3] == uneven.scaled[0]

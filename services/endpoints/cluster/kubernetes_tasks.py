@@ -49,7 +49,13 @@ class KubernetesTasks:
                     await self._delete(task.id)
                 is_running = any(exists(pod) for pod in pods)
                 return TaskState(State.RUNNING if is_running else State.WAITING, task.num_attempts, task.reason)
-            return _state(task, jobs[0], pods) if jobs else await self._create(task)
+            if not jobs:
+                return await self._create(task)
+            state = _state(task, jobs[0], pods)
+            if state.state != State.WAITING or not _is_left_with_lost(jobs[0], pods):
+                return state
+            await self._delete(task.id)
+            return await self._create(task, _num_failed(jobs[0]))
 
     async def _delete(self, task_id: str) -> None:
         with unless_missing():
@@ -60,10 +66,12 @@ class KubernetesTasks:
                 _request_timeout=TIMEOUT_SECONDS,
             )
 
-    async def _create(self, task: Task) -> TaskState:
+    async def _create(self, task: Task, num_failed: int = 0) -> TaskState:
         """Makes the Job, once: what runs for hours is not changed by a newer version of this service."""
         try:
-            manifest = manifests.job(task, self._api.profile(task.instance_type), self._api.program(task.kind))
+            manifest = manifests.job(
+                task, self._api.profile(task.instance_type), self._api.program(task.kind), num_failed
+            )
             with unless_there():
                 made = await self._api.batch.create_namespaced_job(
                     self._api.namespace, manifest, _request_timeout=TIMEOUT_SECONDS
@@ -86,7 +94,7 @@ def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     pods = [pod for pod in pods if not _is_interrupted(pod)]
     phases = [pod.status.phase for pod in pods]
     conditions = {found.type for found in job.status.conditions or () if found.status == "True"}
-    num_failed = max(job.status.failed or 0, phases.count("Failed"))
+    num_failed = max(_num_failed(job), phases.count("Failed"))
     if "Succeeded" in phases or "Complete" in conditions:
         return TaskState(State.SUCCEEDED, max(num_failed + 1, task.num_attempts))
     if num_failed >= task.max_attempts or "Failed" in conditions:
@@ -97,6 +105,22 @@ def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     if not reason and num_failed:
         reason = f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}"
     return TaskState(State.WAITING, max(num_failed, task.num_attempts), reason or task.reason)
+
+
+def _num_failed(job: Any) -> int:
+    """How many attempts the Job remembers as failed, with those of the Job that it stands in for."""
+    return (job.status.failed or 0) + int((job.metadata.annotations or {}).get(manifests.FAILED_BEFORE, 0))
+
+
+def _is_left_with_lost(job: Any, pods: list[Any]) -> bool:
+    """Whether all that may run of the Job is on a node that was lost.
+
+    A Job with a podFailurePolicy waits until such a pod has Failed (Kubernetes 1.28 and newer), which nobody says until
+    the Node is removed. Another Job does not wait for it, and should it come back it finds itself superseded.
+    """
+    own = [pod for pod in pods if job.metadata.uid in {owner.uid for owner in pod.metadata.owner_references or ()}]
+    running = [pod for pod in own if pod.status.phase not in {"Succeeded", "Failed"}]
+    return bool(running) and all(is_lost(pod) for pod in running)
 
 
 def _is_interrupted(pod: Any) -> bool:

@@ -11,6 +11,7 @@ from services.endpoints.cluster.pods import OWNER, Program, labels_of, name_of, 
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.task_store import Task
 
+FAILED_BEFORE = "esd/failed-before"  # the annotation of a Job that stands in for another one
 DISRUPTED = "DisruptionTarget"  # the condition of a pod that was evicted, preempted or on a node that went
 KEDA_GROUP, KEDA_VERSION, SCALED_OBJECTS = "keda.sh", "v1alpha1", "scaledobjects"
 _KEDA_AUTHENTICATION = "esd-keda"  # deploy/kubernetes/components/keda
@@ -79,8 +80,8 @@ def scaled_object(pool: Pool, following: Following, scaler_address: str) -> dict
     }
 
 
-def job(task: Task, profile: Profile, program: Program) -> dict[str, Any]:
-    """The task's Job: its pod runs once for each attempt.
+def job(task: Task, profile: Profile, program: Program, num_failed: int = 0) -> dict[str, Any]:
+    """The task's Job: its pod runs once for each attempt. `num_failed` attempts were an earlier Job's.
 
     The deadline is the control loop's affair, since it counts from the first beginning and over all attempts. The
     pod's own is for the time when no control loop runs.
@@ -93,10 +94,14 @@ def job(task: Task, profile: Profile, program: Program) -> dict[str, Any]:
         "metadata": {
             "name": name_of(task.id),
             "labels": labels_of(task.id),
-            "annotations": {"esd/task-kind": task.kind, "esd/instance-type": task.instance_type},
+            "annotations": {
+                "esd/task-kind": task.kind,
+                "esd/instance-type": task.instance_type,
+                FAILED_BEFORE: str(num_failed),
+            },
         },
         "spec": {
-            "backoffLimit": task.max_attempts - 1,
+            "backoffLimit": task.max_attempts - num_failed - 1,
             # Whom the cluster sends away has not failed.
             "podFailurePolicy": {
                 "rules": [

@@ -136,6 +136,7 @@ def test_a_task_is_begun_as_often_as_it_may_and_looks_like_a_worker_otherwise() 
     found = manifests.job(TASK, Profile(), PROGRAM)
     worker, task = (of["spec"]["template"]["spec"] for of in (deployment(Profile()), found))
     assert found["spec"]["backoffLimit"] == 2
+    assert manifests.job(TASK, Profile(), PROGRAM, num_failed=2)["spec"]["backoffLimit"] == 0
     assert {rule["action"] for rule in found["spec"]["podFailurePolicy"]["rules"]} == {"Ignore"}
     assert task["activeDeadlineSeconds"] == 3600
     assert {name for name in task if task[name] != worker.get(name)} == {
@@ -158,7 +159,7 @@ def failed_pod(number: int, exit_code: int, *conditions: str, reason: str = "Err
 
 
 def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:
-    job = client.V1Job(status=client.V1JobStatus(failed=1))
+    job = client.V1Job(metadata=client.V1ObjectMeta(), status=client.V1JobStatus(failed=1))
     pods = [failed_pod(1, 5), failed_pod(2, 137, "DisruptionTarget"), failed_pod(3, 1)]
     state = kubernetes_tasks._state(TASK, job, pods)
     assert (state.state, state.reason) == ("waiting", "attempt 1 of 3 failed: it ended with code 1: no more")
@@ -175,5 +176,5 @@ def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:
     ],
 )
 def test_a_failed_task_says_how_its_last_pod_ended(pod: client.V1Pod, reason: str) -> None:
-    job = client.V1Job(status=client.V1JobStatus(failed=TASK.max_attempts))
+    job = client.V1Job(metadata=client.V1ObjectMeta(), status=client.V1JobStatus(failed=TASK.max_attempts))
     assert kubernetes_tasks._state(TASK, job, [pod]).reason == reason

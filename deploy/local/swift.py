@@ -56,6 +56,7 @@ node_timeout = {patience}
 # is no other to ask. By default ten answers that come late, or one upload that the disk has no room for, make the proxy
 # refuse everything for a minute: errors must not be remembered.
 _PATIENCE = 60
+_MAX_PARTS = 10_000  # of an upload, as on AWS; Swift's own 1,000 end an import of 100 GB at its twelfth
 _PROXY_CONF = """\
 [DEFAULT]
 swift_dir = {etc}
@@ -88,6 +89,7 @@ use = egg:swift#bulk
 use = egg:swift#copy
 [filter:slo]
 use = egg:swift#slo
+max_manifest_segments = {parts}
 [filter:dlo]
 use = egg:swift#dlo
 [filter:versioned_writes]
@@ -97,6 +99,7 @@ allow_object_versioning = true
 use = egg:swift#symlink
 [filter:s3api]
 use = egg:swift#s3api
+max_upload_part_num = {parts}
 location = {region}
 check_bucket_owner = false
 cors_preflight_allow_origin = *
@@ -192,7 +195,8 @@ def _configure(root: Path) -> Path:
     account, _, user = _setting("ESD_S3_ACCESS_KEY").partition(":")
     secret = Path(_setting("ESD_S3_SECRET_KEY_FILE")).read_text().strip()
     region = os.environ.get("ESD_S3_REGION", "us-east-1")
-    proxy = _PROXY_CONF.format(etc=etc, account=account, user=user, secret=secret, region=region, patience=_PATIENCE)
+    limits = {"patience": _PATIENCE, "parts": _MAX_PARTS}
+    proxy = _PROXY_CONF.format(etc=etc, account=account, user=user, secret=secret, region=region, **limits)
     _write(etc / "proxy-server.conf", proxy)
     return etc
 

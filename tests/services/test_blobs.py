@@ -37,3 +37,11 @@ async def test_parts_that_the_store_does_not_have_are_the_callers_mistake(blobs:
     with pytest.raises(InvalidArgument):
         await blobs.complete_multipart(key, upload_id, [(1, "0" * 32)])
     await blobs.abort_multipart(key, upload_id)
+
+
+async def test_parts_are_numbered_up_to_ten_thousand_as_on_aws(blobs: Blobs) -> None:
+    key = f"test/{uuid4()}"
+    upload_id = await blobs.create_multipart(key)
+    etag = await blobs.put_part(key, upload_id, 10_000, b"the last")
+    await blobs.complete_multipart(key, upload_id, [(10_000, etag)])
+    assert await blobs.get(key) == b"the last"

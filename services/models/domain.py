@@ -19,7 +19,7 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.common.times import time_text
 from services.common.users import Users
-from services.models.checks import Tag, check_params, complete_parts, file_name, stored_parts
+from services.models.checks import Tag, check_params, complete_parts, file_name, printable, stored_parts
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
 from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile, Viewer
@@ -162,7 +162,7 @@ class Models:
         if open_files and not set(given) & set(checkpoint.names):
             raise InvalidArgument(
                 f"multi_parts_tags names none of the checkpoint's files ({', '.join(checkpoint.names)}) but "
-                f"{', '.join(sorted(given))}"
+                f"{printable(', '.join(sorted(given)))}"
             )
         parts = {file.name: complete_parts(file, given[file.name]) for file in named}
         for file in named:
@@ -271,7 +271,7 @@ class Models:
         try:
             findings = await self._inspect(file, size)
         except Refused as refusal:
-            reason = f"{file.name} {refusal}"
+            reason = printable(f"{file.name} {refusal}")
             await self.refuse(checkpoint, reason)
             raise FailedPrecondition(reason) from None
         if not sha256:
@@ -292,15 +292,18 @@ class Models:
 
         return await asyncio.to_thread(inspect, file.name, size, fetch)
 
-    async def refuse(self, checkpoint: Checkpoint, reason: str, only_open: bool = False) -> None:
+    async def refuse(
+        self, checkpoint: Checkpoint, reason: str, only_open: bool = False, keeps_objects: bool = False
+    ) -> None:
         """Ends a checkpoint with a file that must not be loaded.
 
-        It becomes `Disabled` with the reason in `params.error`, its objects go, in the background, and its names are
-        free again: what people want next is to upload the mended file under the same name. The row stays, so that they
-        can read why.
+        It becomes `Disabled` with the reason in `params.error`, its objects go, in the background, unless it keeps
+        them, and its names are free again: what people want next is to upload the mended file under the same name. The
+        row stays, so that they can read why.
         """
+        reason = printable(reason)  # it may quote a hostile file
         log.warning("checkpoint refused", checkpoint=str(checkpoint.id), reason=reason)
-        await self._store.save_refusal(checkpoint.id, reason, only_open)
+        await self._store.save_refusal(checkpoint.id, reason, only_open, keeps_objects)
 
     async def delete_objects(self, checkpoint: Checkpoint) -> None:
         """Ends the checkpoint's open uploads and removes its objects."""

@@ -87,7 +87,7 @@ class Trained:
         new = [_file(checkpoint, position, file.name) for position, file in enumerate(files)]
         kept = await self._store.save_files(checkpoint.id, new) if new else []
         if not kept:
-            await self._store.save_refusal(checkpoint.id, reason or "the training left no file", keeps_objects=True)
+            await self._models.refuse(checkpoint, reason or "the training left no file", keeps_objects=True)
         else:
             try:
                 for file in kept:

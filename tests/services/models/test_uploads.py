@@ -14,10 +14,10 @@ from google.protobuf.json_format import MessageToDict
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
 from services.common.errors import InvalidArgument
-from services.models.checks import Tag, complete_parts, stored_parts
+from services.models.checks import MAX_SENTENCE, Tag, complete_parts, stored_parts
 from services.models.rows import CheckpointFile
 from tests.services.models.conftest import Running, refused, tag
-from tests.services.models.files import MIB, malicious, safetensors, tar, torch_zip, weights
+from tests.services.models.files import MIB, malicious, safetensors, tar, torch_zip, weights, with_header
 
 
 async def test_a_file_in_one_part_is_uploaded_and_activated(models: Running) -> None:
@@ -191,6 +191,17 @@ async def test_a_truncated_file_is_refused_and_can_be_uploaded_again_under_its_n
         await models.update(created.checkpoint.id, tags)
     again = await models.upload("a.safetensors", safetensors())
     assert (await models.show(again))["status"] == "Active"
+
+
+async def test_what_a_hostile_file_says_of_itself_is_cut_and_escaped_before_it_is_kept(models: Running) -> None:
+    hostile = {f"\0\ud800\u202eü{'x' * 100_000}": {"dtype": "no"}}
+    created = await models.create(("a.safetensors", 1))
+    tags = {"a.safetensors": await models.put(created, "a.safetensors", with_header(hostile, b""))}
+    async with refused("FAILED_PRECONDITION", r"the header's entry of tensor \x00\ud800\u202eüxxx"):
+        await models.update(created.checkpoint.id, tags)
+    item = await models.show(created.checkpoint.id)
+    assert item["status"] == "Disabled"
+    assert len(item["params"]["error"]) == MAX_SENTENCE
 
 
 async def test_code_in_a_pickle_is_refused_and_never_executed(models: Running, tmp_path: Path) -> None:

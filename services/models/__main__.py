@@ -20,7 +20,7 @@ from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
-from services.models.import_store import IMPORT, MAX_ATTEMPTS, ImportStore
+from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
@@ -45,15 +45,16 @@ async def main() -> None:
     store = ModelStore(database, chores, audit)
     models = Models(store, blobs, users, settings.look_max_bytes)
     outbound = Outbound(settings.import_allowed_networks)
-    limits = Limits(settings.import_max_bytes, settings.import_max_hours)
+    limits = Limits(settings.import_max_bytes, settings.import_max_hours, settings.max_imports_per_user)
     imports = Imports(models, store, ImportStore(database, chores, audit), blobs, outbound, limits)
     background = Background(models, store, blobs, settings.upload_max_hours, settings.renamed_keep_hours)
     chores.add(MOVE_OBJECTS, background.move_objects)
     chores.add(REMOVE_OBJECT, background.remove_object)
     chores.add(REMOVE_REFUSED, background.remove_refused)
-    chores.add(LOOK, background.look)
+    chores.add(LOOK, background.look, is_counted=True)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)
-    chores.add(IMPORT, imports.run, queue=LONG, max_attempts=MAX_ATTEMPTS)
+    chores.add(IMPORT, imports.run, queue=LONG)
+    chores.add_periodic("end_overdue_imports", "*/10 * * * *", imports.end_overdue)
     datasets = Datasets(DatasetStore(database, audit), blobs)
     chores.add_periodic("empty_dataset_folders", "* * * * *", datasets.empty_folders)
     servicer = ModelsServicer(models, imports, datasets, Trained(models, store, blobs))

@@ -10,12 +10,14 @@ from uuid import UUID
 import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
-from services.common.errors import FailedPrecondition
+from services.common.errors import FailedPrecondition, Unavailable
 from services.models.domain import Models
-from services.models.rows import INITIAL
+from services.models.rows import INITIAL, Checkpoint, CheckpointFile
 from services.models.store import CheckpointNotFound, ModelStore
 
 log = structlog.get_logger()
+
+_MAX_LOOKS = 10  # at one file, unless what is in the way may pass
 
 
 class Background:
@@ -38,18 +40,28 @@ class Background:
             for checkpoint in found:
                 await self._models.refuse(checkpoint, reason, only_open=True)
 
-    async def look(self, checkpoint_id: str, file_name: str, status: str) -> None:
+    async def look(self, checkpoint_id: str, file_name: str, status: str, num_tried: int = 0) -> None:
         """Looks at a file that was too large to be looked at while its client waited, and sets the status."""
+        for checkpoint in await self._store.find_checkpoints([UUID(checkpoint_id)]):
+            for file in checkpoint.files:
+                if file.name == file_name and not file.complete and checkpoint.status == INITIAL:
+                    await self._look(checkpoint, file, status, is_last=num_tried + 1 >= _MAX_LOOKS)
+
+    async def _look(self, checkpoint: Checkpoint, file: CheckpointFile, status: str, is_last: bool) -> None:
+        words = {"checkpoint": str(checkpoint.id), "file": file.name}
         try:
-            checkpoint = await self._store.get_checkpoint(UUID(checkpoint_id))
-            file = next(file for file in checkpoint.files if file.name == file_name)
-            if file.complete or checkpoint.status != INITIAL:
-                return
             await self._models.keep(checkpoint, file, status=status)
         except BlobNotFound:
-            await self._models.refuse(checkpoint, f"{file_name} is gone from the object store; upload it again")
+            await self._models.refuse(checkpoint, f"{file.name} is gone from the object store; upload it again")
         except (CheckpointNotFound, FailedPrecondition) as end:  # it was deleted meanwhile, or refused, and says why
-            log.info("nothing to look at any more", checkpoint=checkpoint_id, file=file_name, reason=str(end))
+            log.info("nothing to look at any more", reason=str(end), **words)
+        except Unavailable:
+            raise
+        except Exception:
+            if not is_last:
+                raise
+            log.exception("a file cannot be looked at", **words)
+            await self._models.refuse(checkpoint, f"{file.name} cannot be looked at; the service's log has the details")
 
     async def remove_refused(self, checkpoint_id: str) -> None:
         """Removes what a refused checkpoint has left in the object store."""

@@ -31,7 +31,7 @@ _MAX_WAIT_SECONDS = 300
 _MAX_DOUBLINGS = 10  # the wait is the longest by then
 _POLL_SECONDS = 1.0  # for those that wait: nothing tells when their time has come
 
-# Called with the deferred arguments, and with `is_last` where attempts are counted: no other follows it.
+# Called with the deferred arguments, and with `num_tried` where attempts are counted: how many there were before.
 Work = Callable[..., Awaitable[None]]
 
 
@@ -50,15 +50,15 @@ class Chores:
         self._first_wait_seconds = first_wait_seconds
         self._concurrency = concurrency
 
-    def add(self, name: str, work: Work, queue: str = SHORT, max_attempts: int | None = None) -> None:
-        """Says who does the chores of this name. Without `max_attempts` each is tried until it is done."""
+    def add(self, name: str, work: Work, queue: str = SHORT, is_counted: bool = False) -> None:
+        """Says who does the chores of this name. Each is tried until it is done."""
 
         async def run(context: procrastinate.JobContext, /, **arguments: Any) -> None:
-            if max_attempts is not None:
-                arguments["is_last"] = context.job.attempts + 1 >= max_attempts
+            if is_counted:
+                arguments["num_tried"] = context.job.attempts
             await work(**arguments)
 
-        retry = _Again(self._first_wait_seconds, max_attempts)
+        retry = _Again(self._first_wait_seconds)
         self._app.task(name=name, queue=queue, pass_context=True, retry=retry)(run)
 
     def add_periodic(self, name: str, cron: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -76,15 +76,19 @@ class Chores:
         lock: str,
         arguments: Mapping[str, str],
         wait: timedelta | None = None,
+        priority: int = 0,
     ) -> None:
         """Has the chore done once the session's transaction commits, or when it has waited after that.
 
-        Chores of one `lock` are done one by one; those that wait let the others go first.
+        Chores of one `lock` are done one by one; those that wait let the others go first. In a queue the one of the
+        highest priority is next.
         """
         raw = await (await session.connection()).get_raw_connection()
         await session.execute(sa.text(f"SET LOCAL search_path TO public, {_SCHEMA}"))
-        later: Any = {"schedule_in": {"seconds": int(wait.total_seconds())}, "priority": -1} if wait else {}
-        task = self._app.configure_task(name, lock=lock, connection=raw.driver_connection, **later)
+        later: Any = {"schedule_in": {"seconds": int(wait.total_seconds())}} if wait else {}
+        task = self._app.configure_task(
+            name, lock=lock, connection=raw.driver_connection, priority=-1 if wait else priority, **later
+        )
         await task.defer_async(**arguments)
 
     async def prepare(self) -> None:
@@ -138,15 +142,12 @@ class Chores:
 class _Again(procrastinate.BaseRetryStrategy):
     """At once after the end of a process, else after a wait that doubles."""
 
-    def __init__(self, first_wait_seconds: float, max_attempts: int | None) -> None:
+    def __init__(self, first_wait_seconds: float) -> None:
         self._first_wait_seconds = first_wait_seconds
-        self._max_attempts = max_attempts
 
-    def get_retry_decision(self, *, exception: BaseException, job: Job) -> procrastinate.RetryDecision | None:
-        """When to try again; None for never."""
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> procrastinate.RetryDecision:
+        """When to try again."""
         if isinstance(exception, asyncio.CancelledError):
             return procrastinate.RetryDecision(retry_in={"seconds": 0})
-        if self._max_attempts is not None and job.attempts + 1 >= self._max_attempts:
-            return None
         wait_seconds = min(self._first_wait_seconds * 2 ** min(job.attempts, _MAX_DOUBLINGS), _MAX_WAIT_SECONDS)
         return procrastinate.RetryDecision(retry_in={"milliseconds": int(wait_seconds * 1000)})

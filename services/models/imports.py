@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -19,7 +19,7 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
 from services.common.outbound import Outbound, Unreachable, Url, UrlRefused, parse_url
 from services.common.times import time_text
-from services.models.checks import check_params
+from services.models.checks import check_params, printable
 from services.models.domain import Models, prefix_of, sha256_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 _NAME_SECONDS = 10.0
 _MAX_ASKED = 20  # sources at once, for all requests together
+_MAX_FAILURES = 10  # of attempts without a part between them
+_OVERDUE_HOURS = 1.0  # what may follow the transfer, beyond the hours that an import may take
 _INTERNAL = "an internal error ended the import; the service's log has the details"
 
 
@@ -57,6 +59,7 @@ class Imports:
 
         Raises:
             InvalidArgument: a URL that cannot be fetched, a hash for no URL, or params that are too large. NameInUse.
+            ResourceExhausted: too many imports of the creator have not ended.
         """
         check_params(params)
         different = list(dict.fromkeys(urls))
@@ -87,7 +90,7 @@ class Imports:
             if name:
                 checkpoint.files.append(new_file(checkpoint.id, name, prefix_of(checkpoint) + name))
             added.append((checkpoint, Import(checkpoint_id=checkpoint.id, url=str(url), sha256=hashes.get(text, ""))))
-        await self._imports.add_imports(added)
+        await self._imports.add_imports(creator.username, added, self._limits.max_per_user)
 
     async def _name(self, url: Url) -> str:
         """The name of the file, for which the source is asked where the URL has none (contract 4.2).
@@ -102,39 +105,56 @@ class Imports:
                 return name_of(answer)
         return ""
 
-    async def run(self, checkpoint_id: str, is_last: bool) -> None:
-        """One attempt at an import, as a chore.
+    async def run(self, checkpoint_id: str) -> None:
+        """One attempt at an import, as a chore. What the source is to blame for counts; what this side is, may pass.
 
         Raises:
-            Unavailable: what may pass, unless this is the last attempt.
+            Unavailable: so another attempt is to follow.
         """
         taken = await self._imports.begin(UUID(checkpoint_id))
         if taken is None:
             return
         checkpoint, held = taken
         try:
-            await self._attempt(checkpoint, held)
+            try:
+                await self._attempt(checkpoint, held)
+            except Unavailable as error:
+                is_ours = not isinstance(error, Unreachable)
+                if is_ours or await self._imports.save_failure(held) < _MAX_FAILURES:
+                    log.warning("import to be tried again", checkpoint=checkpoint_id, reason=str(error))
+                    raise
+                await self._fail(held, str(error))
+            except EsdError as error:
+                await self._fail(held, str(error))
+            except Superseded:
+                raise
+            except Exception:
+                log.exception("import failed", checkpoint=checkpoint_id)
+                if await self._imports.save_failure(held) < _MAX_FAILURES:
+                    raise
+                await self._fail(held, _INTERNAL)
         except Superseded:
             await self._clean_up(checkpoint)
-        except Unavailable as error:
-            if not is_last:
-                log.warning("import to be tried again", checkpoint=checkpoint_id, reason=str(error))
-                raise
-            await self._fail(checkpoint, str(error))
-        except EsdError as error:
-            await self._fail(checkpoint, str(error))
-        except Exception:
-            log.exception("import failed", checkpoint=checkpoint_id)
-            if not is_last:
-                raise
-            await self._fail(checkpoint, _INTERNAL)
+
+    async def end_overdue(self) -> None:
+        """Ends imports that no attempt has ended in their time: whatever kept all of them from it."""
+        begin = datetime.now(UTC) - timedelta(hours=self._limits.max_hours + _OVERDUE_HOURS)
+        for checkpoint, held in await self._imports.find_imports(begin):
+            log.warning("import is overdue", checkpoint=str(checkpoint.id))
+            with contextlib.suppress(Superseded):
+                await self._fail(held, self._too_long)
+
+    @property
+    def _too_long(self) -> str:
+        return f"the import took longer than {self._limits.max_hours:g} h"
 
     async def _attempt(self, checkpoint: Checkpoint, held: Import) -> None:
-        if checkpoint.error is not None:  # an earlier attempt ended before it had cleaned up
-            await self._fail(checkpoint, checkpoint.error)
+        if checkpoint.error is not None:  # an earlier attempt ended before it had said so
+            await self._fail(held, checkpoint.error)
             return
         if checkpoint.is_unfinished:
-            left = checkpoint.created_at.timestamp() + self._limits.max_hours * 3600 - datetime.now(UTC).timestamp()
+            assert held.began_at is not None, "this attempt has begun"
+            left = held.began_at.timestamp() + self._limits.max_hours * 3600 - datetime.now(UTC).timestamp()
             digest = ""
             if not held.parts or held.bytes_done != held.bytes_total:
                 try:
@@ -143,7 +163,7 @@ class Imports:
                 except TimeoutError:
                     if not clock.expired():
                         raise
-                    raise UrlRefused(f"the import took longer than {self._limits.max_hours:g} h") from None
+                    raise UrlRefused(self._too_long) from None
             checkpoint = await self._store.get_checkpoint(checkpoint.id)
             await self._complete(checkpoint, held, digest)
         await self._store.save_status(checkpoint.id, ACTIVE)
@@ -206,12 +226,15 @@ class Imports:
             raise FailedPrecondition(f"the SHA-256 is {digest}, not {held.sha256.lower()}")
         await self._models.keep(checkpoint, file, digest)
 
-    async def _fail(self, checkpoint: Checkpoint, reason: str) -> None:
-        current = await self._store.find_checkpoints([checkpoint.id])
-        for found in current:
-            await self._models.refuse(found, found.error or reason)
-        await self._imports.remove(checkpoint.id)
-        await self._clean_up(checkpoint)
+    async def _fail(self, held: Import, reason: str) -> None:
+        """Ends the import, if it is this attempt's still: another may have followed, and be well.
+
+        Raises:
+            Superseded.
+        """
+        reason = printable(reason)  # it may quote the source
+        await self._imports.save_refusal(held, reason)
+        log.warning("import refused", checkpoint=str(held.checkpoint_id), reason=reason)
 
     async def _clean_up(self, checkpoint: Checkpoint) -> None:
         """After a deletion, removes what this attempt had made meanwhile; another attempt's work stays."""

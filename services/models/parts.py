@@ -17,10 +17,11 @@ _MAX_PARTS = 9_000  # S3 takes 10,000
 
 @dataclass(frozen=True)
 class Limits:
-    """What an import may take. The time counts from the request."""
+    """What an import may take, its time from its first attempt, and how many that have not ended a user may have."""
 
     max_bytes: int = 100 * GIB
     max_hours: float = 24
+    max_per_user: int = 0
 
     @property
     def part_bytes(self) -> int:

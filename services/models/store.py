@@ -15,6 +15,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from services.common.audit import Audit
@@ -118,11 +119,8 @@ class ModelStore:
 
     async def find_used_name(self, names: Sequence[str]) -> str | None:
         """One of the names that is in use."""
-        wanted = sa.select(col(CheckpointFile.name)).where(
-            col(CheckpointFile.reserved), col(CheckpointFile.name).in_(names)
-        )
         async with self._database.transaction() as session:
-            return (await session.execute(wanted.limit(1))).scalar()
+            return await used_name(session, names)
 
     async def add_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Adds a checkpoint with its files.
@@ -313,15 +311,7 @@ class ModelStore:
             checkpoint = await session.get(Checkpoint, checkpoint_id, with_for_update=True)
             if checkpoint is None or (only_open and not checkpoint.has_open_upload):
                 return
-            before = checkpoint.facts()
-            checkpoint.status, checkpoint.error = DISABLED, error
-            checkpoint.params = checkpoint.params | {"error": error}
-            for file in checkpoint.files:
-                file.reserved = False
-            await self._audit.record(session, "checkpoint.refuse", str(checkpoint_id), before, checkpoint.facts())
-            if not keeps_objects:
-                arguments = {"checkpoint_id": str(checkpoint_id)}
-                await self._chores.defer(session, REMOVE_REFUSED, str(checkpoint_id), arguments)
+            await disable(session, checkpoint, error, None if keeps_objects else self._chores, self._audit)
 
     async def remove_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> None:
         """Forgets the checkpoints and their files."""
@@ -334,6 +324,28 @@ class ModelStore:
             await session.execute(sa.delete(Checkpoint).where(wanted))
             for checkpoint_id, before in facts.items():
                 await self._audit.record(session, "checkpoint.delete", str(checkpoint_id), before=before)
+
+
+async def used_name(session: AsyncSession, names: Sequence[str]) -> str | None:
+    """One of the names that is in use."""
+    wanted = sa.select(col(CheckpointFile.name)).where(
+        col(CheckpointFile.reserved), col(CheckpointFile.name).in_(names)
+    )
+    return (await session.execute(wanted.limit(1))).scalar()
+
+
+async def disable(
+    session: AsyncSession, checkpoint: Checkpoint, error: str, chores: Chores | None, audit: Audit
+) -> None:
+    """Ends a locked checkpoint with a reason, frees its names, and has its objects removed by one of the chores."""
+    before = checkpoint.facts()
+    checkpoint.status, checkpoint.error = DISABLED, error
+    checkpoint.params = checkpoint.params | {"error": error}
+    for file in checkpoint.files:
+        file.reserved = False
+    if chores:
+        await chores.defer(session, REMOVE_REFUSED, str(checkpoint.id), {"checkpoint_id": str(checkpoint.id)})
+    await audit.record(session, "checkpoint.refuse", str(checkpoint.id), before, checkpoint.facts())
 
 
 async def _locked(session: Any, checkpoint_id: UUID) -> Checkpoint:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from services.common.audit import Audit
 from services.common.database import Database
+from services.common.errors import ResourceExhausted
 from services.models.chores import Chores
 from services.models.import_store import Import, ImportStore
 from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointFile, Viewer
@@ -209,7 +210,8 @@ async def test_an_import_and_its_chore_are_there_together_or_not_at_all(database
 
     async def add(*names: str) -> None:
         made = [checkpoint(name) for name in names]
-        await imports.add_imports([(each, Import(checkpoint_id=each.id, url=f"https://x/{each.id}")) for each in made])
+        added = [(each, Import(checkpoint_id=each.id, url=f"https://x/{each.id}")) for each in made]
+        await imports.add_imports("ann", added, 0)
 
     async def count() -> list[int]:
         tables = ("checkpoints", "imports", "chores.procrastinate_jobs", "audit")
@@ -218,6 +220,29 @@ async def test_an_import_and_its_chore_are_there_together_or_not_at_all(database
 
     await add("a.pt", "b.pt")
     assert await count() == [2, 2, 2, 2]
-    with pytest.raises(NameInUse):
+    with pytest.raises(NameInUse, match=r"^a\.pt already exists"):
         await add("c.pt", "a.pt")
     assert await count() == [2, 2, 2, 2]
+
+
+async def test_imports_of_who_has_fewer_come_first(database: Database, database_url: str) -> None:
+    chores = Chores(database_url)
+    await chores.prepare()
+    imports = ImportStore(database, chores, Audit("models", AUDIT_KEY))
+
+    async def add(creator: str, *names: str) -> None:
+        made = [checkpoint(name) for name in names]
+        for each in made:
+            each.params = {"creator": creator}
+        await imports.add_imports(
+            creator, [(each, Import(checkpoint_id=each.id, url="https://x/")) for each in made], 3
+        )
+
+    await add("ann", "a.pt", "b.pt")
+    await add("ann", "c.pt")
+    await add("bob", "d.pt")
+    with pytest.raises(ResourceExhausted, match="3 imports of ann have not ended; with 1 more"):
+        await add("ann", "e.pt")
+    async with database.transaction() as session:
+        found = await session.execute(sa.text("SELECT priority FROM chores.procrastinate_jobs ORDER BY id"))
+        assert found.scalars().all() == [0, -1, -2, 0]

@@ -40,7 +40,7 @@ from services.models.chores import LONG, Chores
 from services.models.dataset_store import DatasetStore
 from services.models.datasets import Datasets
 from services.models.domain import Models
-from services.models.import_store import IMPORT, MAX_ATTEMPTS, ImportStore
+from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
@@ -53,6 +53,7 @@ UPLOAD_MAX_HOURS = 48
 RENAMED_KEEP_HOURS = 168
 LOOK_MAX_BYTES = 20 * 1024 * 1024
 MAX_IMPORT_BYTES = 64 * 1024 * 1024
+LIMITS = Limits(MAX_IMPORT_BYTES, max_per_user=30)
 SECRET = "the models service's secret"
 
 
@@ -68,6 +69,7 @@ class Running:
     blobs: Blobs
     http: httpx.AsyncClient
     tokens: Tokens
+    background: Background
     admin: Metadata = field(init=False)
     ann: Metadata = field(init=False)
     bob: Metadata = field(init=False)
@@ -180,9 +182,7 @@ async def service(
         identity = await stack.enter_async_context(channel_to(identity_address, TokenSource(identity_address, SECRET)))
         domain = Models(store, blobs, Users(identity), LOOK_MAX_BYTES)
         outbound = Outbound([ipaddress.ip_network("127.0.0.0/8")])
-        imports = Imports(
-            domain, store, ImportStore(database, chores, audit), blobs, outbound, Limits(MAX_IMPORT_BYTES)
-        )
+        imports = Imports(domain, store, ImportStore(database, chores, audit), blobs, outbound, LIMITS)
         datasets = Datasets(DatasetStore(database, audit), blobs)
         servicer = ModelsServicer(domain, imports, datasets, Trained(domain, store, blobs))
 
@@ -194,12 +194,13 @@ async def service(
         chores.add(MOVE_OBJECTS, background.move_objects)
         chores.add(REMOVE_OBJECT, background.remove_object)
         chores.add(REMOVE_REFUSED, background.remove_refused)
-        chores.add(LOOK, background.look)
+        chores.add(LOOK, background.look, is_counted=True)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)
-        chores.add(IMPORT, imports.run, queue=LONG, max_attempts=MAX_ATTEMPTS)
+        chores.add(IMPORT, imports.run, queue=LONG)
+        chores.add_periodic("end_overdue_imports", "*/1 * * * * */1", imports.end_overdue)
         chores.add_periodic("empty_dataset_folders", "*/1 * * * * */1", datasets.empty_folders)
         doing = asyncio.create_task(chores.run())
-        yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens), database
+        yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens, background), database
         await cancelling.cancel([doing])
     await database.dispose()
 

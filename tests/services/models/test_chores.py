@@ -20,24 +20,24 @@ async def test_chores_that_are_cancelled_at_any_moment_of_their_start_leave_noth
         assert asyncio.all_tasks() == before, f"cancelled after {num_turns} turns"
 
 
-@pytest.mark.parametrize(("max_attempts", "expected"), [(3, 3), pytest.param(None, 11, marks=pytest.mark.slow)])
-async def test_a_chore_is_tried_until_it_is_done_or_as_often_as_was_said(
-    database_url: str, max_attempts: int | None, expected: int
+@pytest.mark.parametrize(("is_counted", "expected"), [(True, 3), pytest.param(False, 11, marks=pytest.mark.slow)])
+async def test_a_chore_is_tried_until_it_is_done_and_told_how_often_if_it_wants_to_know(
+    database_url: str, is_counted: bool, expected: int
 ) -> None:
     num_attempts, done = 0, asyncio.Event()
 
-    async def fail(name: str, is_last: bool = False) -> None:
+    async def fail(name: str, num_tried: int = -1) -> None:
         nonlocal num_attempts
+        assert num_tried == (num_attempts if is_counted else -1)
         num_attempts += 1
-        assert is_last == (num_attempts == max_attempts)
         if num_attempts == expected:
             done.set()
-        if is_last or num_attempts < expected:
+        else:
             raise OSError("the store is down")
 
     database, chores = Database(database_url, pool_size=1), Chores(database_url, first_wait_seconds=0)
     await chores.prepare()
-    chores.add("fail", fail, max_attempts=max_attempts)
+    chores.add("fail", fail, is_counted=is_counted)
     async with database.transaction() as session:
         await chores.defer(session, "fail", "lock", {"name": "x"})
     running = asyncio.create_task(chores.run())

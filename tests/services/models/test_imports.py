@@ -5,13 +5,17 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import unquote
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.database import Database
+from services.common.errors import Unavailable
 from services.common.outbound import Answer, UrlRefused, parse_url
+from services.models import imports
+from services.models.import_store import ImportStore
 from services.models.sources import SUFFIXES, name_in, name_of, validator_of
 from tests.gpu_worker.tables import slow
 from tests.services.models.conftest import MAX_IMPORT_BYTES, Running, refused
@@ -54,6 +58,13 @@ async def _until(models: Running, test: Callable[[dict[str, Any]], bool]) -> dic
                 assert len(items) == 1
                 return items[0]
             await asyncio.sleep(0.03)
+
+
+async def _num_chores(database: Database) -> int:
+    """How many imports are to be done or under way."""
+    chores = "SELECT count(*) FROM chores.procrastinate_jobs WHERE task_name = 'import'"
+    async with database.transaction() as session:
+        return int((await session.execute(sa.text(chores))).scalar_one())
 
 
 async def _ended(models: Running, status: str) -> dict[str, Any]:
@@ -239,9 +250,97 @@ async def test_an_import_ends_when_its_time_is_over(
     source.statuses["/a.safetensors"] = [503] * 5
     await _import(models, url)
     async with service[1].transaction() as session:
-        await session.execute(sa.text("UPDATE checkpoints SET created_at = created_at - interval '25 hours'"))
+        await session.execute(sa.text("UPDATE imports SET began_at = now() - interval '25 hours'"))
     item = await _ended(models, "Disabled")
     assert "the import took longer than 24 h" in item["params"]["error"]
+
+
+async def test_the_time_that_an_import_has_waited_is_not_its_own(
+    models: Running, source: Source, service: tuple[Running, Database]
+) -> None:
+    url = source.put("/a.safetensors", safetensors())
+    source.statuses["/a.safetensors"] = [503] * 3
+    await _import(models, url)
+    async with service[1].transaction() as session:
+        await session.execute(sa.text("UPDATE checkpoints SET created_at = created_at - interval '25 hours'"))
+    await _ended(models, "Active")
+
+
+async def test_an_import_that_no_attempt_has_ended_in_its_time_is_ended(
+    models: Running, source: Source, service: tuple[Running, Database]
+) -> None:
+    url = source.put("/a.safetensors", safetensors())
+    source.statuses["/a.safetensors"] = [503] * 100
+    await _import(models, url)
+    await _until(models, lambda _: bool(source.asked))
+    async with service[1].transaction() as session:
+        await session.execute(sa.text("SET LOCAL search_path TO public, chores"))
+        await session.execute(sa.text("DELETE FROM chores.procrastinate_jobs WHERE task_name = 'import'"))
+        await session.execute(sa.text("UPDATE imports SET began_at = now() - interval '26 hours'"))
+    item = await _ended(models, "Disabled")
+    assert item["params"]["error"] == "the import took longer than 24 h"
+    await models.create(("a.safetensors", 1))  # the name is free
+
+
+async def test_only_what_the_source_is_to_blame_for_counts(
+    models: Running, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, num_refused = models.blobs.create_multipart, 0
+
+    async def refuse(key: str) -> str:
+        nonlocal num_refused
+        num_refused += 1
+        if num_refused < 3:
+            raise Unavailable("the store is away")
+        return await create(key)
+
+    monkeypatch.setattr(imports, "_MAX_FAILURES", 2)
+    monkeypatch.setattr(models.blobs, "create_multipart", refuse)
+    source.statuses["/a.safetensors"] = [503]
+    await _import(models, source.put("/a.safetensors", safetensors()))
+    assert (await _ended(models, "Active"))["name"] == ["a.safetensors"]
+    source.statuses["/b.safetensors"] = [503, 503]
+    await _import(models, source.put("/b.safetensors", safetensors()))
+    async with asyncio.timeout(120):
+        while not (ended := [item for item in await _items(models) if item["status"] == "Disabled"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.03)
+    assert "answers 503" in ended[0]["params"]["error"]
+
+
+async def test_an_attempt_that_another_has_followed_ends_nothing_but_itself(
+    models: Running, source: Source, service: tuple[Running, Database]
+) -> None:
+    _, database = service
+    source.chunked = True
+    source.gate.clear()
+    url = source.put("/a.safetensors", safetensors(MIB))
+    source.stop_after["/a.safetensors"] = [2 * MIB]
+    await _import(models, url)
+    item = await _until(models, lambda item: bool(item["params"]["multipart_upload"]))
+    upload = item["params"]["multipart_upload"]["a.safetensors"]
+    store = ImportStore(database, None, None)  # type: ignore[arg-type] - for what changes nothing but its own row
+    assert await store.begin(UUID(item["id"]))
+    await models.blobs.abort_multipart(upload["key"], upload["uploadId"])
+    source.gate.set()
+    async with asyncio.timeout(120):
+        while await _num_chores(database):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert (await _items(models))[0]["status"] == "Initial"
+    assert await store.begin(UUID(item["id"])), "it is still to be done"
+
+
+async def test_a_user_has_so_many_imports_at_once(models: Running, source: Source) -> None:
+    urls = [source.put(f"/{number}.safetensors", safetensors()) for number in range(31)]
+    for url in urls:
+        source.stop_after[url.removeprefix(source.url(""))] = [0] * 99
+    source.gate.clear()
+    await _import(models, *urls[:20])
+    async with refused("RESOURCE_EXHAUSTED", "20 imports of ann have not ended", "more than 30"):
+        await _import(models, *urls[20:])
+    await _import(models, *urls[21:])
+    bobs = source.put("/bob.safetensors", safetensors())
+    await _import(models, bobs, by=models.bob)
+    await models.delete([item["id"] for item in await _items(models)], by=models.admin)
 
 
 async def test_a_redirect_to_a_private_address_ends_the_import(models: Running, source: Source) -> None:

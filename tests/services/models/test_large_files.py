@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 
 from services.common.database import Database
@@ -85,6 +86,29 @@ async def test_a_large_file_that_is_no_model_is_disabled_with_the_reason(models:
     assert item["status"] == "Disabled"
     assert item["params"]["error"] == "broken.safetensors is corrupt: 1 bytes follow its last tensor"
     await until(lambda: nothing_left(models, created.checkpoint.id))
+
+
+async def test_a_look_that_fails_for_no_known_reason_is_the_last_after_a_while(
+    models: Running, service: tuple[Running, Database]
+) -> None:
+    created = await models.create(("large.safetensors", 1))
+    tags = {"large.safetensors": await models.put(created, "large.safetensors", LARGE)}
+    checkpoint_id = created.checkpoint.id
+    async with refusing(service[1], "UPDATE OF sha256 ON checkpoint_files FOR EACH ROW"):
+        await models.update(checkpoint_id, tags)
+        with pytest.raises(sa.exc.DBAPIError):
+            await models.background.look(checkpoint_id, "large.safetensors", "Active", num_tried=8)
+        assert (await models.show(checkpoint_id))["status"] == "Initial"
+        await models.background.look(checkpoint_id, "large.safetensors", "Active", num_tried=9)
+        item = await models.show(checkpoint_id)
+    assert item["status"] == "Disabled"
+    assert "large.safetensors cannot be looked at" in item["params"]["error"]
+
+
+async def test_there_is_nothing_to_look_at_under_a_name_that_is_gone(models: Running) -> None:
+    checkpoint_id = await models.upload("a.safetensors", safetensors())
+    await models.background.look(checkpoint_id, "old.safetensors", "Active", num_tried=0)
+    assert (await models.show(checkpoint_id))["status"] == "Active"
 
 
 async def test_large_and_small_files_of_one_checkpoint_make_it_active_together(models: Running) -> None:

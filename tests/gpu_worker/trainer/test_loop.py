@@ -18,7 +18,7 @@ from gpu_worker.job import JobError
 from gpu_worker.trainer import dataset, previews
 from gpu_worker.trainer.dataset import Picture
 from gpu_worker.trainer.loop import STATE, Loop, Stopped, _sizes
-from gpu_worker.trainer.steps import Outcome
+from gpu_worker.trainer.steps import Batch, Outcome
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.trainer.conftest import Trainings, draw
@@ -125,6 +125,23 @@ def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_sto
     assert after.plans[0].first_step == len(before.losses)
     assert_same(tmp_path / "whole" / "last.safetensors", tmp_path / "halves" / "last.safetensors")
     assert not (tmp_path / "halves" / STATE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SDXL", "LoKr"])
+def test_a_seed_makes_trainings_of_every_kind_repeatable(trainings: Trainings, tmp_path: Path, kind: str) -> None:
+    keys = CHANCES | {"max_train_epochs": 1}
+    if kind == "SDXL":
+        trainings.checkpoint = tiny_sdxl.make(tmp_path / "tiny-xl.safetensors").path
+    else:
+        lokr = ["algo=lokr", "factor=4", "rank_dropout=0.1", "module_dropout=0.1"]
+        keys |= {"network_module": "lycoris.kohya", "network_args": lokr, "network_dropout": 0}
+    assert trainings.run(out="once", **keys).losses == trainings.run(out="again", **keys).losses
+    once, again = tmp_path / "once" / "last.safetensors", tmp_path / "again" / "last.safetensors"
+    assert_same(once, again)
+    trainings.run(out="otherwise", **(keys | {"seed": 6}))
+    with pytest.raises(AssertionError):
+        assert_same(once, tmp_path / "otherwise" / "last.safetensors")
 
 
 @pytest.mark.slow
@@ -278,6 +295,24 @@ def test_a_caption_becomes_a_preview_or_none_but_never_ends_a_training(trainings
     caption.write_text("a cat <lora:zog:much>")
     assert trainings.loop(notes, sample_every_n_epochs=1)._previews._requests == []
     assert notes.lines[0].startswith("no preview of 'a cat <lora:zog:much>': ")
+
+
+def test_a_regularisation_picture_counts_by_the_prior_loss_weight(trainings: Trainings, tmp_path: Path) -> None:
+    draw(tmp_path / "others" / "1_thing" / "a.png")
+    losses = []
+    for weight in (1.0, 0.5):
+        loop = trainings.loop(Notes(), reg_data_dir=str(tmp_path / "others"), prior_loss_weight=weight)
+        loop._encode()
+        own, other = loop._dataset.pictures[0], loop._dataset.pictures[-1]
+
+        def batch(*pictures: Picture, loop: Loop = loop) -> Batch:
+            return loop._batch(pictures, 1, random.Random(0), torch.Generator())
+
+        counts = batch(own, other).weights
+        assert counts is not None
+        assert (counts.tolist(), batch(own).weights) == ([1, weight], None)
+        losses.append(float(loop._steps.loss(batch(other), torch.Generator().manual_seed(0)).detach()))
+    assert losses[1] == pytest.approx(0.5 * losses[0])
 
 
 @pytest.mark.slow

@@ -90,12 +90,29 @@ def test_what_has_no_effect_is_noted_or_refused_where_it_is_on() -> None:
         assert [sentence.split(":")[0].removesuffix(" true") for sentence in said] == [name]
 
 
-def test_every_key_that_is_known_is_read_somewhere() -> None:
-    sources = [*(ROOT / "gpu_worker" / "trainer").glob("*.py"), Path(training.__file__)]
-    nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+def test_every_key_that_is_known_is_read_where_a_training_runs() -> None:
+    read = {name for source in (ROOT / "gpu_worker" / "trainer").glob("*.py") if source.name != "saving.py"
+            for name in _read_of(source, {"config", "_config"})}  # fmt: skip
+    derived = {  # properties of the configuration, with the keys that each reads
+        definition.name: _attributes(definition, {"self"})
+        for definition in ast.walk(ast.parse(Path(training.__file__).read_text()))
+        if isinstance(definition, ast.FunctionDef) and "property" in map(ast.unparse, definition.decorator_list)
+    }
+    read |= {key for name, keys in derived.items() if name in read for key in keys}
+    of_the_file_alone = {"save_precision", "training_comment"}
+    assert of_the_file_alone <= _read_of(ROOT / "gpu_worker" / "trainer" / "saving.py", {"config"})
     only_one_is_possible = {"save_model_as"}
-    assert Training.model_fields.keys() - read == only_one_is_possible
+    assert Training.model_fields.keys() - read == of_the_file_alone | only_one_is_possible
+
+
+def _read_of(source: Path, owners: set[str]) -> set[str]:
+    return _attributes(ast.parse(source.read_text()), owners)
+
+
+def _attributes(tree: ast.AST, owners: set[str]) -> set[str]:
+    """What is read of whatever has one of these names, `config.seed` as well as `self._config.seed`."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if ast.unparse(node.value).rpartition(".")[2] in owners}
 
 
 def test_what_other_tools_write_for_every_kind_of_network_is_taken_where_it_is_off() -> None:

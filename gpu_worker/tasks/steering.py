@@ -80,7 +80,7 @@ def _guidance(request: Generation, equipped: Equipped) -> Callable[[int], Guidan
 
     @cache
     def encoded(text: str, is_negative: bool) -> Conditioning:
-        return _encode(equipped, text, request, is_negative)
+        return _encode(equipped, text, request, is_negative, is_none=is_negative and has_no_negative)
 
     @cache
     def steering(texts: tuple[tuple[str, float], ...], negative: str) -> Guidance:
@@ -92,6 +92,9 @@ def _guidance(request: Generation, equipped: Equipped) -> Callable[[int], Guidan
     def at(text: str, step: int) -> str:
         return prompts.at_step(text, step, request.prompt_steps, before)
 
+    # As in A1111, a negative prompt that is empty only in some steps is a text there too.
+    has_no_negative = not any(at(request.negative_text, step) for step in range(request.prompt_steps + 1))
+
     def at_step(step: int) -> Guidance:
         texts = tuple((at(text, step), weight) for text, weight in request.texts)
         return steering(texts, at(request.negative_text, step))
@@ -99,13 +102,13 @@ def _guidance(request: Generation, equipped: Equipped) -> Callable[[int], Guidan
     return at_step
 
 
-def _encode(equipped: Equipped, text: str, request: Generation, is_negative: bool) -> Conditioning:
+def _encode(equipped: Equipped, text: str, request: Generation, is_negative: bool, is_none: bool) -> Conditioning:
     """What the UNet is told of a text; SDXL also of the picture's size, its refiner of a score for beauty."""
     models = equipped.models
     hidden, pooled = prompt.encode(models, text, request.clip_skip, equipped.adapters)
     if pooled is None:
         return Conditioning(hidden, None)
-    if is_negative and not text:  # SDXL was trained with nothing in the place of no text
+    if is_none:  # SDXL was trained with nothing in the place of no text
         hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
     wanted = [_SCORES[is_negative]] if models.is_refiner else [request.height, request.width]
     sizes = [request.height, request.width, 0, 0, *wanted]

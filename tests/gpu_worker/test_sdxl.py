@@ -1,6 +1,5 @@
 """SDXL: a tiny checkpoint in Stability's layout against diffusers' own pipeline."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 from safetensors.torch import load_file, save_file
 
-from gpu_worker import embeddings, lora, prompt, weights
-from gpu_worker.adapters import Adapters
+from gpu_worker import prompt, weights
 from gpu_worker.canvas import Canvas, prepared
 from gpu_worker.tasks import hires, img2img, txt2img
 from services.common.payloads import samplers
-from services.common.payloads.prompts import Lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import (
     assert_close,
@@ -131,62 +128,6 @@ def test_a_long_prompt_has_the_pooled_text_of_its_first_chunk(models: weights.Mo
     assert long.shape == (1, 2 * 77, first.shape[2])
     assert torch.allclose(pooled, first_pooled, atol=1e-6)
     assert torch.allclose(long[:, :77], first, atol=1e-6)
-
-
-LAYERS = {
-    # Diffusers' names, and those of kohya's files for SDXL: the original layout's.
-    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    ),
-    "down_blocks.0.resnets.0.conv1": "lora_unet_input_blocks_1_0_in_layers_2",
-    "mid_block.attentions.0.proj_in": "lora_unet_middle_block_1_proj_in",
-}
-TEXTS = {
-    "text_encoder": ("encoder.layers.0.self_attn.q_proj", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"),
-    "text_encoder_2": ("text_model.encoder.layers.1.mlp.fc1", "lora_te2_text_model_encoder_layers_1_mlp_fc1"),
-}
-
-
-def with_network(sdxl: TinySdxl, path: Path, seed: int, use: Lora) -> tuple[lora.Network, Any]:
-    """A file for all parts of the checkpoint, and diffusers' pipeline with its changes in its weights."""
-    random = torch.Generator().manual_seed(seed)
-    merged = copy.deepcopy(sdxl.pipeline)
-    places = [(merged.unet, name, known, use.unet_scale) for name, known in LAYERS.items()]
-    places += [(getattr(merged, part), name, known, use.text_scale) for part, (name, known) in TEXTS.items()]
-    state = {}
-    for model, name, known, scale in places:
-        weight = model.get_submodule(name).weight
-        down = torch.randn((4, *weight.shape[1:]), generator=random) * 0.3
-        up = torch.randn((weight.shape[0], 4, *(1 for _ in weight.shape[2:])), generator=random) * 0.3
-        state |= {f"{known}.lora_down.weight": down, f"{known}.lora_up.weight": up, f"{known}.alpha": torch.tensor(2.0)}
-        change = (up.reshape(-1, 4) @ down.reshape(4, -1)).reshape(weight.shape) * 2 / 4
-        weight.data += scale * change
-    save_file(state, path)
-    return lora.load(as_cached(path, "Lora"), sdxl.models, "tiny-xl"), merged
-
-
-def test_jobs_with_different_networks_equal_each_the_pipeline_with_its_merge(sdxl: TinySdxl, tmp_path: Path) -> None:
-    uses = [Lora("0", 0.8, 0.6), Lora("1", 0.0, 1.0)]
-    found = [with_network(sdxl, tmp_path / f"{use.name}.safetensors", 5 + i, use) for i, use in enumerate(uses)]
-    requests = [changed(REQUEST, seed=seed, cfg_scale=(7, 1, 4)[seed], batch_size=1) for seed in range(3)]
-    adapters = [Adapters(((network, use),)) for (network, _), use in zip(found, uses, strict=True)]
-    tasks = [
-        (i, latents(r, sdxl.models, a)) for i, (r, a) in enumerate(zip(requests, [*adapters, Adapters()], strict=True))
-    ]
-    pipelines = [merged for _, merged in found] + [sdxl.pipeline]
-    for request, made, pipeline in zip(requests, drive(tasks, max_rows=4), pipelines, strict=True):
-        assert_close(made, pipeline_latents(pipeline, request.sampler_name, request))
-
-
-def test_an_embedding_stands_for_vectors_of_both_text_encoders(models: weights.Models, tmp_path: Path) -> None:
-    tokens = models.text_encoders[0].tokenizer("green fox", add_special_tokens=False).input_ids
-    vectors = [encoder.model.get_input_embeddings().weight[tokens].clone() for encoder in models.text_encoders]
-    save_file(dict(zip(("clip_l", "clip_g"), vectors, strict=True)), tmp_path / "amypt.safetensors")
-    found = embeddings.load(as_cached(tmp_path / "amypt.safetensors", "embeddings"), models, "tiny-xl")
-    with torch.inference_mode():
-        one = prompt.encode(models, "a (amypt:1.2), cat", 1, Adapters((), {"amypt": found}))
-        other = prompt.encode(models, "a (green fox:1.2), cat", 1)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["Euler a", "DPM++ 2M", "DDIM"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import boto3
@@ -22,6 +24,7 @@ log = structlog.get_logger()
 HOUR = 3600
 DAY = 24 * HOUR
 GIB = 1024**3
+_COPIES_AT_ONCE = 4
 STORE_IS_AWAY = "the object store does not answer at present; try again later"
 T = TypeVar("T")
 
@@ -33,6 +36,15 @@ class Blob:
     key: str
     size_bytes: int
     etag: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An open multipart upload."""
+
+    key: str
+    upload_id: str
+    opened_at: datetime
 
 
 class BlobNotFound(NotFound):
@@ -128,21 +140,29 @@ class Blobs:
             await self._run(self._client.copy_object, Key=target, CopySource=source)
             return
         upload_id = await self.create_multipart(target)
-        at_once = asyncio.Semaphore(4)
+        names = {"Key": target, "UploadId": upload_id, "CopySource": source}
+        left = deque(enumerate(range(0, size_bytes, part_bytes), 1))
+        parts: list[tuple[int, str]] = []
 
-        async def copy_part(number: int, first: int) -> tuple[int, str]:
-            last = min(first + part_bytes, size_bytes) - 1
-            names = {"Key": target, "UploadId": upload_id, "PartNumber": number, "CopySource": source}
-            async with at_once:
-                answer = await self._run(
-                    self._client.upload_part_copy, CopySourceRange=f"bytes={first}-{last}", **names
-                )
-            return number, answer["CopyPartResult"]["ETag"].strip('"')
+        async def copy_parts() -> None:
+            while left:
+                number, first = left.popleft()
+                span = f"bytes={first}-{min(first + part_bytes, size_bytes) - 1}"
+                try:
+                    answer = await self._run(
+                        self._client.upload_part_copy, PartNumber=number, CopySourceRange=span, **names
+                    )
+                except BaseException:
+                    left.clear()
+                    raise
+                parts.append((number, answer["CopyPartResult"]["ETag"].strip('"')))
 
         try:
-            firsts = range(0, size_bytes, part_bytes)
-            parts = await asyncio.gather(*(copy_part(number, first) for number, first in enumerate(firsts, 1)))
-            await self.complete_multipart(target, upload_id, parts)
+            # All have ended before the upload does: the store would keep a part that comes later.
+            ends = await asyncio.gather(*(copy_parts() for _ in range(_COPIES_AT_ONCE)), return_exceptions=True)
+            for error in filter(None, ends):
+                raise error
+            await self.complete_multipart(target, upload_id, sorted(parts))
         except BaseException:
             await asyncio.shield(self.abort_multipart(target, upload_id))
             raise
@@ -205,6 +225,24 @@ class Blobs:
             await self._run(self._client.abort_multipart_upload, Key=key, UploadId=upload_id)
         except BlobNotFound:
             return
+
+    async def find_uploads(self, prefix: str) -> list[Upload]:
+        """All open uploads below a prefix."""
+        uploads: list[Upload] = await self._run(self._find_uploads, prefix=prefix)
+        return uploads
+
+    async def abort_uploads(self, prefix: str) -> None:
+        """Gives up all open uploads below a prefix."""
+        for upload in await self.find_uploads(prefix):
+            await self.abort_multipart(upload.key, upload.upload_id)
+
+    def _find_uploads(self, prefix: str, **bucket: str) -> list[Upload]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Prefix=prefix, **bucket)
+        return [
+            Upload(item["Key"], item["UploadId"], item["Initiated"])
+            for page in pages
+            for item in page.get("Uploads", [])
+        ]
 
     def _find(self, prefix: str, **bucket: str) -> list[Blob]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Prefix=prefix, **bucket)

@@ -11,7 +11,7 @@ import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, Unavailable
-from services.models.domain import Models
+from services.models.domain import Models, checkpoint_of
 from services.models.rows import INITIAL, Checkpoint, CheckpointFile
 from services.models.store import CheckpointNotFound, ModelStore
 
@@ -39,6 +39,14 @@ class Background:
         while found := await self._store.find_stale_uploads(before):
             for checkpoint in found:
                 await self._models.refuse(checkpoint, reason, only_open=True)
+        await self._end_stray_uploads(before)
+
+    async def _end_stray_uploads(self, before: datetime) -> None:
+        """Ends uploads from before then whose checkpoint is not there: the request that opened them was cut short."""
+        for upload in await self._blobs.find_uploads(""):
+            checkpoint_id = checkpoint_of(upload.key)
+            if upload.opened_at < before and checkpoint_id and not await self._store.find_checkpoints([checkpoint_id]):
+                await self._blobs.abort_multipart(upload.key, upload.upload_id)
 
     async def look(self, checkpoint_id: str, file_name: str, status: str, num_tried: int = 0) -> None:
         """Looks at a file that was too large to be looked at while its client waited, and sets the status."""
@@ -83,6 +91,7 @@ class Background:
                 continue
             old, new = file.key, file.next_key
             try:
+                await self._blobs.abort_uploads(new)  # of a copy that was cut short
                 await self._blobs.copy(old, new)
             except BlobNotFound:
                 log.warning("an object to rename is gone", key=old)

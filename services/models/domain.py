@@ -30,6 +30,7 @@ log = structlog.get_logger()
 PART_URL_SECONDS = 24 * 3600  # the legacy hour is shorter than the upload of a large model
 LOOK_MAX_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
 _CHUNK_BYTES = 1024 * 1024
+_CUSTOM = "/checkpoint/custom/"
 EVERYTHING = "user:all"
 
 
@@ -209,7 +210,7 @@ class Models:
         await self._store.remove_checkpoints([checkpoint.id for checkpoint in found])
         # A chore may have made an object between the two; from here on it finds no row, and removes what it makes.
         for checkpoint in found:
-            await self._blobs.delete_prefix(prefix_of(checkpoint))
+            await self.delete_objects(checkpoint)
 
     async def resolve_checkpoints(self, names: Sequence[tuple[str, str]], viewer: Viewer) -> list[Resolved | None]:
         """For each (type, name) the active file that the viewer may use, or None."""
@@ -306,8 +307,8 @@ class Models:
         await self._store.save_refusal(checkpoint.id, reason, only_open, keeps_objects)
 
     async def delete_objects(self, checkpoint: Checkpoint) -> None:
-        """Ends the checkpoint's open uploads and removes its objects."""
-        await self._abort_uploads(checkpoint)
+        """Ends the checkpoint's open uploads, also those of which no row tells, and removes its objects."""
+        await self._blobs.abort_uploads(prefix_of(checkpoint))
         await self._blobs.delete_prefix(prefix_of(checkpoint))
 
     async def _abort_uploads(self, checkpoint: Checkpoint) -> None:
@@ -322,7 +323,13 @@ def prefix_of(checkpoint: Checkpoint) -> str:
 
 
 def _folder(kind: str, checkpoint_id: UUID, own_folder: str | None) -> str:
-    return own_folder or f"{kind}/checkpoint/custom/{checkpoint_id}/"
+    return own_folder or f"{kind}{_CUSTOM}{checkpoint_id}/"
+
+
+def checkpoint_of(key: str) -> UUID | None:
+    """The id of the checkpoint in whose folder an object of a client's is; None for other objects."""
+    _, is_one, path = key.partition(_CUSTOM)
+    return _uuid(path.partition("/")[0]) if is_one else None
 
 
 def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:

@@ -239,4 +239,4 @@ class Imports:
     async def _clean_up(self, checkpoint: Checkpoint) -> None:
         """After a deletion, removes what this attempt had made meanwhile; another attempt's work stays."""
         if not await self._store.find_checkpoints([checkpoint.id]):
-            await self._blobs.delete_prefix(prefix_of(checkpoint))
+            await self._models.delete_objects(checkpoint)

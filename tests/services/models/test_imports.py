@@ -389,6 +389,7 @@ async def test_deleting_during_an_import_leaves_nothing(models: Running, source:
     again = await _ended(models, "Active")
     assert again["id"] != item["id"]
     await _no_objects(models, item)
+    assert await models.blobs.find_uploads(f"Lora/checkpoint/custom/{item['id']}/") == []
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from botocore.exceptions import ClientError
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.audit import Audit
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.database import Database
+from services.common.errors import Unavailable
 from services.models.background import Background
 from services.models.chores import Chores
 from services.models.domain import Models
@@ -176,12 +178,14 @@ async def test_two_who_move_an_object_at_once_leave_it_where_the_row_says(
     )
     await store.add_checkpoint(made)
     await blobs.put("twins/a", b"weights")
+    await blobs.create_multipart("twins/b")  # of a copy that was cut short
     await store.save_name(made.id, "a", "b", "twins/b")
     background = Background(Models(store, blobs, users=None), store, blobs, 1, 1)  # type: ignore[arg-type]
     await asyncio.gather(*(background.move_objects(str(made.id)) for _ in range(2)))
     (file,) = (await store.get_checkpoint(made.id)).files
     assert (file.key, file.next_key) == ("twins/b", None)
     assert await blobs.get(file.key) == b"weights"
+    assert await blobs.find_uploads("twins/") == []
     await database.dispose()
 
 
@@ -193,3 +197,18 @@ async def test_a_large_object_is_copied_by_parts(models: Running) -> None:
     assert "-3" in (await models.blobs.head("copied")).etag, "three parts"
     with pytest.raises(BlobNotFound):
         await models.blobs.copy("none", "copied")
+
+
+async def test_a_copy_of_which_a_part_fails_leaves_no_upload_and_copies_no_more(s3: S3Access) -> None:
+    blobs, asked = Blobs(s3.settings()), []
+    await blobs.put("large", bytes(16 * 1024 * 1024))
+
+    def fail(PartNumber: int, **names: Any) -> None:  # noqa: N803 - as boto3 has it
+        asked.append(PartNumber)
+        raise ClientError({"Error": {"Code": "SlowDown", "Message": ""}}, "UploadPartCopy")
+
+    blobs._client.upload_part_copy = fail
+    with pytest.raises(Unavailable):
+        await blobs.copy("large", "failed", max_single_bytes=1, part_bytes=1024 * 1024)
+    assert sorted(asked) == [1, 2, 3, 4]
+    assert await blobs.find_uploads("failed") == []

@@ -1,16 +1,20 @@
 """Uploads that are never finished: over real parts, with the chore running every second."""
 
 import asyncio
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 
 from services.common.audit import Audit
-from services.common.blobs import BlobNotFound
+from services.common.blobs import BlobNotFound, Blobs
 from services.common.database import Database
+from services.models.background import Background
 from services.models.chores import Chores
+from services.models.domain import Models
+from services.models.rows import Checkpoint
 from services.models.store import ModelStore
 from tests.services.models.conftest import UPLOAD_MAX_HOURS, Running
 from tests.services.models.files import safetensors
@@ -29,6 +33,30 @@ async def _is_open(models: Running, upload: Any) -> bool:
     except BlobNotFound:
         return False
     return True
+
+
+async def test_an_upload_without_a_checkpoint_is_ended_and_others_are_left(
+    lend_database: Callable[[str], str], blobs: Blobs
+) -> None:
+    url = lend_database("models")
+    database, chores = Database(url), Chores(url)
+    await chores.prepare()
+    store = ModelStore(database, chores, Audit("models", AUDIT_KEY))
+    kept = Checkpoint(id=uuid4(), type="Lora", owners=["x"], created_at=datetime.now(UTC), params={})
+    await store.add_checkpoint(kept)
+    keys = [f"Lora/checkpoint/custom/{uuid4()}/stray", f"Lora/checkpoint/custom/{kept.id}/a", f"elsewhere/{uuid4()}/a"]
+    for key in keys:
+        await blobs.create_multipart(key)
+
+    async def open_keys() -> list[str]:
+        return [upload.key for upload in await blobs.find_uploads("") if upload.key in keys]
+
+    background = Background(Models(store, blobs, users=None), store, blobs, 1, 1)  # type: ignore[arg-type]
+    await background.end_stale_uploads()
+    assert sorted(await open_keys()) == sorted(keys), "they are young"
+    await Background(Models(store, blobs, users=None), store, blobs, -1, 1).end_stale_uploads()  # type: ignore[arg-type]
+    assert sorted(await open_keys()) == sorted(keys[1:])
+    await database.dispose()
 
 
 async def test_an_upload_that_is_not_finished_in_time_is_ended(

@@ -25,7 +25,7 @@ from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
 from services.models.settings import ModelsSettings
-from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, REMOVE_REFUSED, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, REMOVE_OBJECTS, REMOVE_REFUSED, ModelStore
 from services.models.trained import Trained
 
 
@@ -50,6 +50,7 @@ async def main() -> None:
     background = Background(models, store, blobs, settings.upload_max_hours, settings.renamed_keep_hours)
     chores.add(MOVE_OBJECTS, background.move_objects)
     chores.add(REMOVE_OBJECT, background.remove_object)
+    chores.add(REMOVE_OBJECTS, background.remove_objects)
     chores.add(REMOVE_REFUSED, background.remove_refused)
     chores.add(LOOK, background.look, is_counted=True)
     chores.add_periodic("end_stale_uploads", "*/10 * * * *", background.end_stale_uploads)

@@ -76,6 +76,11 @@ class Background:
         for checkpoint in await self._store.find_checkpoints([UUID(checkpoint_id)]):
             await self._models.delete_objects(checkpoint)
 
+    async def remove_objects(self, prefix: str) -> None:
+        """Removes what a deleted checkpoint has left in the object store."""
+        await self._blobs.abort_uploads(prefix)
+        await self._blobs.delete_prefix(prefix)
+
     async def move_objects(self, checkpoint_id: str) -> None:
         """Copies the objects of renamed files to their new keys. Until then each is found, and used, under the old.
 

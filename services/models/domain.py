@@ -195,7 +195,7 @@ class Models:
         return True
 
     async def delete_checkpoints(self, viewer: Viewer, checkpoint_ids: Sequence[str]) -> None:
-        """Deletes checkpoints with their open uploads and objects; unknown ids are skipped.
+        """Deletes checkpoints, and in the background their open uploads and objects; unknown ids are skipped.
 
         Raises:
             PermissionDenied: one is somebody else's; none is deleted then.
@@ -204,13 +204,8 @@ class Models:
         found = await self._store.find_checkpoints(sorted(parsed))
         for checkpoint in found:
             _check_owner(viewer, checkpoint)
-        for checkpoint in found:
-            await self.delete_objects(checkpoint)
-        # Rows go last: what is cut short here can be asked for again.
-        await self._store.remove_checkpoints([checkpoint.id for checkpoint in found])
-        # A chore may have made an object between the two; from here on it finds no row, and removes what it makes.
-        for checkpoint in found:
-            await self.delete_objects(checkpoint)
+        # Another chore may make an object after they are removed: it finds no row, and removes what it makes.
+        await self._store.remove_checkpoints({checkpoint.id: prefix_of(checkpoint) for checkpoint in found})
 
     async def resolve_checkpoints(self, names: Sequence[tuple[str, str]], viewer: Viewer) -> list[Resolved | None]:
         """For each (type, name) the active file that the viewer may use, or None."""

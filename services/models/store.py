@@ -6,7 +6,7 @@ will want to upload the mended file under the same name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ MOVE_OBJECTS = "move_objects"  # a chore
 LOOK = "look_at_object"  # a chore
 REMOVE_OBJECT = "remove_object"  # a chore
 REMOVE_REFUSED = "remove_refused"  # a chore
+REMOVE_OBJECTS = "remove_objects"  # a chore
 _MAX_STALE = 100  # that are looked at together
 # The words of params whose values are kept by the names of files.
 _WORDS_BY_NAME = frozenset({"multipart_upload", "size", "sha256", "format", "architecture", "kind"})
@@ -196,9 +197,9 @@ class ModelStore:
             )
             return checkpoint
 
-    async def save_files(self, checkpoint_id: UUID, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+    async def save_files(self, checkpoint_id: UUID, files: Sequence[CheckpointFile]) -> list[CheckpointFile] | None:
         """Gives a checkpoint these files in place of those that it has, but for those whose names others have; answers
-        the ones it got.
+        the ones it got, or None where it is not `Initial` any more, and keeps what it has.
 
         Raises:
             CheckpointNotFound: it was deleted meanwhile.
@@ -210,6 +211,8 @@ class ModelStore:
         )
         async with self._database.transaction() as session:
             checkpoint = await _locked(session, checkpoint_id)
+            if checkpoint.status != INITIAL:
+                return None
             names = set((await session.execute(taken)).scalars())
             kept = [file for file in files if file.name not in names]
             checkpoint.files.clear()
@@ -313,17 +316,23 @@ class ModelStore:
                 return
             await disable(session, checkpoint, error, None if keeps_objects else self._chores, self._audit)
 
-    async def remove_checkpoints(self, checkpoint_ids: Sequence[UUID]) -> None:
-        """Forgets the checkpoints and their files."""
-        wanted = col(Checkpoint.id).in_(checkpoint_ids)
+    async def remove_checkpoints(self, prefixes: Mapping[UUID, str], keeps_active: bool = False) -> list[UUID]:
+        """Forgets the checkpoints and their files, and has all objects below their prefixes removed in the background.
+
+        Answers those that stay: with `keeps_active` the Active ones.
+        """
+        wanted = sa.select(Checkpoint).where(col(Checkpoint.id).in_(prefixes)).order_by(col(Checkpoint.id))
         async with self._database.transaction() as session:
-            found = await session.execute(
-                sa.select(Checkpoint).where(wanted).order_by(col(Checkpoint.id)).with_for_update()
-            )
-            facts = {checkpoint.id: checkpoint.facts() for checkpoint in found.scalars()}
-            await session.execute(sa.delete(Checkpoint).where(wanted))
+            found = (await session.execute(wanted.with_for_update())).scalars().all()
+            kept = [checkpoint.id for checkpoint in found if keeps_active and checkpoint.status == ACTIVE]
+            facts = {checkpoint.id: checkpoint.facts() for checkpoint in found if checkpoint.id not in kept}
+            await session.execute(sa.delete(Checkpoint).where(col(Checkpoint.id).in_(facts)))
+            for checkpoint_id, prefix in prefixes.items():
+                if checkpoint_id not in kept:
+                    await self._chores.defer(session, REMOVE_OBJECTS, prefix, {"prefix": prefix})
             for checkpoint_id, before in facts.items():
                 await self._audit.record(session, "checkpoint.delete", str(checkpoint_id), before=before)
+            return kept
 
 
 async def used_name(session: AsyncSession, names: Sequence[str]) -> str | None:

@@ -74,18 +74,15 @@ class Trained:
         return (checkpoint.names, "") if checkpoint.status == ACTIVE else ([], checkpoint.error or "")
 
     async def delete_checkpoint(self, checkpoint_id: UUID) -> bool:
-        """Deletes the checkpoint with its objects, unless it is Active; True: it is."""
-        found = await self._store.find_checkpoints([checkpoint_id])
-        if found and found[0].status == ACTIVE:
-            return True
-        await self._store.remove_checkpoints([checkpoint_id])
-        await self._blobs.delete_prefix(folder_of(checkpoint_id))
-        return False
+        """Deletes the checkpoint, and in the background its objects, unless it is Active; True: it is."""
+        return bool(await self._store.remove_checkpoints({checkpoint_id: folder_of(checkpoint_id)}, keeps_active=True))
 
     async def _finish(self, checkpoint: Checkpoint, files: Sequence[TrainedFile], reason: str) -> Checkpoint:
         hashes = {file.name: file.sha256 for file in files}
         new = [_file(checkpoint, position, file.name) for position, file in enumerate(files)]
         kept = await self._store.save_files(checkpoint.id, new) if new else []
+        if kept is None:  # another replica was told too, and has ended it
+            return await self._store.get_checkpoint(checkpoint.id)
         if not kept:
             await self._models.refuse(checkpoint, reason or "the training left no file", keeps_objects=True)
         else:

@@ -138,7 +138,7 @@ async def test_a_refusal_frees_the_names(store: ModelStore) -> None:
 async def test_changes_to_a_checkpoint_that_is_gone_say_so(store: ModelStore) -> None:
     made = checkpoint("a")
     await store.add_checkpoint(made)
-    await store.remove_checkpoints([made.id])
+    await store.remove_checkpoints({made.id: "prefix/"})
     await store.save_refusal(made.id, "bad")
     with pytest.raises(CheckpointNotFound, match=str(made.id)):
         await store.save_complete(made.id, "a", Inspected(1, ""))
@@ -147,6 +147,30 @@ async def test_changes_to_a_checkpoint_that_is_gone_say_so(store: ModelStore) ->
     with pytest.raises(CheckpointNotFound):
         await store.get_checkpoint(made.id)
     assert await store.find_checkpoints([made.id]) == []
+
+
+async def test_files_of_a_checkpoint_that_has_ended_are_not_replaced(store: ModelStore) -> None:
+    made = checkpoint("a")
+    await store.add_checkpoint(made)
+    new = CheckpointFile(checkpoint_id=made.id, position=0, name="a", key="a", upload_id="", parts_number=0)
+    assert [file.name for file in await store.save_files(made.id, [new]) or ()] == ["a"]
+    await store.save_complete(made.id, "a", Inspected(5, "ff"), ACTIVE)
+    assert await store.save_files(made.id, [new]) is None
+    (file,) = (await store.get_checkpoint(made.id)).files
+    assert (file.complete, file.size_bytes) == (True, 5)
+
+
+async def test_active_checkpoints_can_be_kept_when_others_go(store: ModelStore, database: Database) -> None:
+    rows = [checkpoint("a"), checkpoint("b")]
+    for row in rows:
+        await store.add_checkpoint(row)
+    await store.save_complete(rows[0].id, "a", Inspected(5, "ff"), ACTIVE)
+    prefixes = {row.id: f"{row.names[0]}/" for row in rows}
+    assert await store.remove_checkpoints(prefixes, keeps_active=True) == [rows[0].id]
+    assert [row.names for row in await store.find_checkpoints(list(prefixes))] == [["a"]]
+    async with database.transaction() as session:
+        found = await session.execute(sa.text("SELECT args FROM chores.procrastinate_jobs"))
+        assert found.scalars().all() == [{"prefix": "b/"}]
 
 
 MANY = """
@@ -199,7 +223,7 @@ async def test_counts_follow_every_change(store: ModelStore) -> None:
     await store.save_complete(rows[2].id, "2", Inspected(5, "ff"))
     await store.save_status(rows[2].id, DISABLED)
     assert (await total(), await total(statuses=[INITIAL]), await total(statuses=[DISABLED])) == (4, 2, 2)
-    await store.remove_checkpoints([row.id for row in rows[1:]])
+    await store.remove_checkpoints({row.id: f"{row.id}/" for row in rows[1:]})
     assert (await total(), await total(owners=["a"]), await total(statuses=[INITIAL])) == (1, 1, 0)
 
 

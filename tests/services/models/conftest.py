@@ -44,7 +44,7 @@ from services.models.import_store import IMPORT, ImportStore
 from services.models.imports import Imports
 from services.models.parts import Limits
 from services.models.servicer import ModelsServicer
-from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, REMOVE_REFUSED, ModelStore
+from services.models.store import LOOK, MOVE_OBJECTS, REMOVE_OBJECT, REMOVE_OBJECTS, REMOVE_REFUSED, ModelStore
 from services.models.trained import Trained
 from tests.databases import Databases
 from tests.serving import AUDIT_KEY, Metadata, Tokens, serving
@@ -130,6 +130,12 @@ class Running:
         items = MessageToDict(await self.list(per_page="100"))["checkpoints"]
         return next(item for item in items if item["id"] == checkpoint_id)
 
+    async def emptied(self, prefix: str) -> None:
+        """Returns when there are no objects and no open uploads below a prefix."""
+        async with asyncio.timeout(120):
+            while await self.blobs.find(prefix) or await self.blobs.find_uploads(prefix):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)  # the store tells nobody
+
     async def delete(self, ids: Iterable[str], by: Metadata | None = None) -> None:
         """Deletes checkpoints."""
         await self.stub.DeleteCheckpoints(pb.DeleteCheckpointsRequest(checkpoint_id_list=ids), metadata=by or self.ann)
@@ -193,6 +199,7 @@ async def service(
         background = Background(domain, store, blobs, UPLOAD_MAX_HOURS, RENAMED_KEEP_HOURS)
         chores.add(MOVE_OBJECTS, background.move_objects)
         chores.add(REMOVE_OBJECT, background.remove_object)
+        chores.add(REMOVE_OBJECTS, background.remove_objects)
         chores.add(REMOVE_REFUSED, background.remove_refused)
         chores.add(LOOK, background.look, is_counted=True)
         chores.add_periodic("end_stale_uploads", "*/1 * * * * */1", background.end_stale_uploads)

@@ -10,6 +10,7 @@ from google.protobuf import struct_pb2
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from esd.models.v1 import models_pb2 as pb
+from services.common.errors import Unavailable
 from tests.services.models.conftest import Running, refused
 from tests.services.models.files import safetensors
 
@@ -138,6 +139,25 @@ async def test_callers_see_what_their_roles_own(models: Running) -> None:
         await names(by=models.ann, username="carl")
 
 
+async def test_a_deletion_is_done_at_once_and_its_objects_go_when_the_store_answers(
+    models: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint_id = await models.upload("a.safetensors", safetensors())
+    delete, num_refused = models.blobs.delete_prefix, 0
+
+    async def refuse(prefix: str) -> int:
+        nonlocal num_refused
+        num_refused += 1
+        if num_refused < 3:
+            raise Unavailable("the store is away")
+        return await delete(prefix)
+
+    monkeypatch.setattr(models.blobs, "delete_prefix", refuse)
+    await models.delete([checkpoint_id])
+    assert (await models.list()).total == 0
+    await models.emptied(f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/")
+
+
 async def test_others_can_neither_change_nor_delete(models: Running) -> None:
     checkpoint_id = (await models.create(("a.yaml", 1))).checkpoint.id
     own = (await models.create(("b.yaml", 1), by=models.bob)).checkpoint.id
@@ -157,7 +177,7 @@ async def test_deleting_removes_objects_and_open_uploads_and_frees_names(models:
     await models.delete([done, done, opened.checkpoint.id, "no-uuid", "5f7a2f6e-0000-4000-8000-000000000000"])
     assert (await models.list()).total == 0
     for checkpoint_id in (done, opened.checkpoint.id):
-        assert await models.blobs.find(f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/") == []
+        await models.emptied(f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/")
     with pytest.raises(AssertionError):
         await models.put(opened, "b.yaml", b"x")  # its URL leads nowhere now
     await models.create(("a.safetensors", 1), ("b.yaml", 1))

@@ -78,6 +78,6 @@ async def test_only_what_is_not_active_is_deleted_with_its_training(models: Runn
         request = pb.DeleteTrainedCheckpointRequest(checkpoint_id=training_id)
         answer = await models.stub.DeleteTrainedCheckpoint(request, metadata=models.tokens.service("training"))
         assert answer.was_kept == was_kept
-    assert [blob.key for blob in await models.blobs.find(f"kohya/train/{initial}/")] == []
+    await models.emptied(f"kohya/train/{initial}/")
     async with refused("PERMISSION_DENIED"):
         await models.stub.DeleteTrainedCheckpoint(request, metadata=models.admin)

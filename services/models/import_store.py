@@ -105,11 +105,11 @@ class ImportStore:
             row.began_at = row.began_at or datetime.now(UTC)
             return checkpoint, row
 
-    async def find_imports(self, began_before: datetime) -> list[tuple[Checkpoint, Import]]:
+    async def find_imports(self, began_before: datetime) -> list[Import]:
         """Imports that began before then."""
-        wanted = sa.select(Checkpoint, Import).join(Import).where(col(Import.began_at) < began_before)
+        wanted = sa.select(Import).where(col(Import.began_at) < began_before)
         async with self._database.transaction() as session:
-            return [(checkpoint, row) for checkpoint, row in await session.execute(wanted)]
+            return list((await session.execute(wanted)).scalars())
 
     async def save_name(self, held: Import, name: str, key: str) -> Checkpoint:
         """Gives the import's file its name.

@@ -19,7 +19,7 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
 from services.common.outbound import Outbound, Unreachable, Url, UrlRefused, parse_url
 from services.common.times import time_text
-from services.models.checks import check_params, printable
+from services.models.checks import check_params, first_repeated, printable
 from services.models.domain import Models, prefix_of, sha256_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts
@@ -68,7 +68,9 @@ class Imports:
         parsed = [parse_url(url) for url in different]
         names = await asyncio.gather(*(self._name(url) for url in parsed))
         known = [name for name in names if name]
-        if used := next((name for name in known if known.count(name) > 1), await self._store.find_used_name(known)):
+        if twice := first_repeated(known):
+            raise InvalidArgument(f"urls: two of them name a file {twice}")
+        if used := await self._store.find_used_name(known):
             raise NameInUse(used)
         now = datetime.now(UTC)
         added = []
@@ -139,8 +141,7 @@ class Imports:
     async def end_overdue(self) -> None:
         """Ends imports that no attempt has ended in their time: whatever kept all of them from it."""
         begin = datetime.now(UTC) - timedelta(hours=self._limits.max_hours + _OVERDUE_HOURS)
-        for checkpoint, held in await self._imports.find_imports(begin):
-            log.warning("import is overdue", checkpoint=str(checkpoint.id))
+        for held in await self._imports.find_imports(begin):
             with contextlib.suppress(Superseded):
                 await self._fail(held, self._too_long)
 

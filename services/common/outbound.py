@@ -15,8 +15,10 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -30,6 +32,8 @@ log = structlog.get_logger()
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+# Of their own: where nobody answers for names, each waits for a minute, and would hold up whatever else uses threads.
+_LOOK_UPS = ThreadPoolExecutor(8, thread_name_prefix="look-up")
 
 MAX_URL_LENGTH = 4096
 MAX_REDIRECTS = 10
@@ -293,7 +297,8 @@ def _next(at: Url, location: str) -> Url:
 
 async def _look_up(host: str, port: int) -> list[str]:
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, look_up)
     except socket.gaierror as error:
         if error.errno == socket.EAI_AGAIN:
             raise

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -312,3 +313,11 @@ def test_what_is_shown_of_a_url_has_no_query() -> None:
     assert parse_url("HTTPS://Example.com/a b?token=x#y").shown == "https://example.com/a%20b"
     assert str(parse_url("http://example.com:8080")) == "http://example.com:8080/"
     assert parse_url("http://bücher.example/").host == "xn--bcher-kva.example"
+
+
+def test_names_are_looked_up_in_threads_of_their_own() -> None:
+    ended, loop = ThreadPoolExecutor(1), asyncio.new_event_loop()
+    ended.shutdown()
+    loop.set_default_executor(ended)
+    assert loop.run_until_complete(outbound._look_up("127.0.0.1", 80)) == ["127.0.0.1"]
+    loop.close()

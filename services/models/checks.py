@@ -78,6 +78,11 @@ def check_params(params: dict[str, Any]) -> None:
         )
 
 
+def first_repeated(names: Sequence[str]) -> str | None:
+    """The first of the names that is there more than once; None where each is there once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def complete_parts(file: CheckpointFile, tags: Sequence[Tag]) -> list[tuple[int, str]]:
     """(number, ETag) of all parts of the file, in order.
 

@@ -17,6 +17,7 @@ from services.common.times import time_text
 from services.models.rows import Viewer
 
 INITIALED = "Initialed"
+MAX_ITEMS = 10_000  # of a dataset, which is shown as a whole
 
 
 class DatasetNotFound(NotFound):
@@ -48,6 +49,13 @@ class DatasetEmptied(FailedPrecondition):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"dataset {name} is being deleted; try again in a minute, or choose another name")
+
+
+class DatasetFull(FailedPrecondition):
+    """The dataset would have too many files."""
+
+    def __init__(self, name: str, num_items: int) -> None:
+        super().__init__(f"dataset {name} would have {num_items} files, {MAX_ITEMS} are possible")
 
 
 class Dataset(SQLModel, table=True):
@@ -116,7 +124,7 @@ class DatasetStore:
 
         Raises:
             DatasetHidden: there is one of the name that the viewer may not see. DatasetNameKept: there was one lately.
-            DatasetEmptied: it is being deleted.
+            DatasetEmptied: it is being deleted. DatasetFull.
         """
         values = dataset.model_dump()
         statement = insert(Dataset).values(values)
@@ -140,6 +148,9 @@ class DatasetStore:
                     raise DatasetEmptied(kept.name)
                 await session.delete(kept)
             await session.execute(add.on_conflict_do_update(index_elements=["dataset_name", "key"], set_=replaced))
+            of_it = sa.select(sa.func.count()).where(col(DatasetItem.dataset_name) == dataset.name)
+            if (num_items := (await session.execute(of_it)).scalar_one()) > MAX_ITEMS:
+                raise DatasetFull(dataset.name, num_items)
             action = "dataset.update" if before else "dataset.create"
             after = dataset.facts() | {"owners": owners, "added": [item.name for item in items]}
             await self._audit.record(session, action, dataset.name, facts, after)

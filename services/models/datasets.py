@@ -19,7 +19,7 @@ import structlog
 
 from services.common.blobs import DAY, HOUR, Blobs
 from services.common.errors import InvalidArgument, Unavailable
-from services.models.checks import check_params, file_name, folder
+from services.models.checks import check_params, file_name, first_repeated, folder
 from services.models.dataset_store import (
     Dataset,
     DatasetHidden,
@@ -79,7 +79,7 @@ class Datasets:
         Raises:
             InvalidArgument: a name that cannot be a file's or folder's, one given twice, or params that are too large.
             DatasetHidden: somebody else has a dataset of this name. DatasetNameKept: had one lately.
-            DatasetEmptied: one is being deleted.
+            DatasetEmptied: one is being deleted. DatasetFull: there are too many files.
         """
         check_params(params)
         now = datetime.now(UTC)
@@ -95,8 +95,7 @@ class Datasets:
             item.params = {"original_file_name": file.filename} | file.params
             items.append(item)
         keys = [item.key for item in items]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
+        if twice := first_repeated(keys):
             raise InvalidArgument(f"content: {twice.rpartition('/')[2]} is given more than once")
         await self._store.save_dataset(dataset, items, creator)
         urls = await asyncio.to_thread(lambda: [self._blobs.presign_put(key, UPLOAD_URL_SECONDS) for key in keys])
@@ -120,8 +119,8 @@ class Datasets:
         Raises:
             DatasetNotFound: there is none of the name, or the viewer may not see it.
         """
-        dataset, _ = await self._store.get_dataset(name)
-        if not viewer.sees(dataset.owners):
+        found = await self._store.find_datasets([name])
+        if not any(viewer.sees(dataset.owners) for dataset in found):
             raise DatasetNotFound(name)
         return _folder(name)
 
@@ -131,8 +130,8 @@ class Datasets:
         Raises:
             DatasetNotFound, DatasetHidden.
         """
-        dataset, _ = await self._store.get_dataset(name)
-        _check_owner(viewer, dataset)
+        for dataset in await self._store.find_datasets([name]):
+            _check_owner(viewer, dataset)
         await self._store.save_status(name, status)
 
     async def delete_datasets(self, viewer: Viewer, names: Sequence[str]) -> None:

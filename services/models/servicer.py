@@ -26,7 +26,7 @@ from services.models.trained import Trained, TrainedFile
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MAX_PAGE = 2**31 - 1
-MAX_PER_PAGE = 10_000
+MAX_PER_PAGE = 1000  # each with params of up to 64 KiB
 
 
 class ModelsServicer(DatasetRpcs, models_pb2_grpc.ModelsServiceServicer):

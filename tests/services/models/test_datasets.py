@@ -19,6 +19,7 @@ from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
 from services.common.database import Database
 from services.common.errors import InvalidArgument
+from services.models import dataset_store
 from services.models.dataset_store import Place
 from services.models.datasets import make_key, parse_key
 from tests.services.models.conftest import Running, refused
@@ -315,6 +316,15 @@ async def test_the_webui_client_deletes_without_naming_anybody(models: Running) 
         await _get(models, "d", nobody)
     await _delete(models, ["d"], nobody)
     assert await _list(models, models.admin) == ([], None)
+
+
+async def test_a_dataset_has_so_many_files_at_most(models: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_store, "MAX_ITEMS", 3)
+    await _create(models, "d", models.ann, ["1.png", "2.png"])
+    await _create(models, "d", models.ann, ["2.png", "3.png"])
+    async with refused("FAILED_PRECONDITION", "dataset d would have 5 files, 3 are possible"):
+        await _create(models, "d", models.ann, ["4.png", "5.png"])
+    assert len((await _get(models, "d", models.ann))["data"]) == 3
 
 
 async def test_two_who_create_the_same_name_at_once_share_nothing(models: Running) -> None:

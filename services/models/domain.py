@@ -19,7 +19,7 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.common.times import time_text
 from services.common.users import Users
-from services.models.checks import Tag, check_params, complete_parts, file_name, printable, stored_parts
+from services.models.checks import Tag, check_params, complete_parts, file_name, first_repeated, printable, stored_parts
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
 from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile, Viewer
@@ -93,7 +93,9 @@ class Models:
         if not names:
             raise InvalidArgument("filenames or urls must name at least one file")
         check_params(params)
-        if used := next((name for name in names if names.count(name) > 1), await self._store.find_used_name(names)):
+        if twice := first_repeated(names):
+            raise InvalidArgument(f"filenames: {twice} is given more than once")
+        if used := await self._store.find_used_name(names):
             raise NameInUse(used)
         now = datetime.now(UTC)
         checkpoint = Checkpoint(
@@ -242,8 +244,8 @@ class Models:
         if not file.upload_id:  # it waits to be looked at
             return
         try:
-            stored = await self._blobs.list_parts(file.key, file.upload_id)
-            await self._blobs.complete_multipart(file.key, file.upload_id, stored_parts(file.name, parts, stored))
+            stored = stored_parts(file.name, parts, await self._blobs.list_parts(file.key, file.upload_id))
+            await self._finish(file, stored)
         except BlobNotFound:
             try:
                 await self._blobs.head(file.key)
@@ -252,6 +254,13 @@ class Models:
                     f"{file.name}: the upload is not open any more and left no object; delete the checkpoint and "
                     "create it again"
                 ) from None
+
+    async def _finish(self, file: CheckpointFile, parts: list[tuple[int, str]]) -> None:
+        try:
+            await self._blobs.complete_multipart(file.key, file.upload_id, parts)
+        except InvalidArgument as error:  # that all but the last are too small, say
+            again = "upload its parts again to their URLs, or delete the checkpoint and create it again"
+            raise InvalidArgument(f"{error}; {again}") from None
 
     async def keep(
         self, checkpoint: Checkpoint, file: CheckpointFile, sha256: str = "", status: str | None = None

@@ -74,10 +74,13 @@ class Parts:
         """Stores what is left, and answers the import with all its parts.
 
         Raises:
-            UrlRefused: there was nothing.
+            UrlRefused: there was nothing, or more than was announced. Unreachable: there was less.
         """
         if self._received == 0:
             raise UrlRefused("the file is empty")
+        if self._held.bytes_total is not None and self._received != self._held.bytes_total:
+            counts = f"{self._received} bytes came of the {self._held.bytes_total} that were announced"
+            raise Unreachable(counts) if self._received < self._held.bytes_total else UrlRefused(counts)
         if self._num_filled:
             await self._store()
         await self._settle(is_last=True)

@@ -250,7 +250,7 @@ class ModelStore:
         """Renames the first file if it is still called `old`, and has its object moved to `next_key`.
 
         Raises:
-            CheckpointNotFound: it was deleted meanwhile. NameInUse.
+            CheckpointNotFound: it was deleted meanwhile. FailedPrecondition: it was renamed meanwhile. NameInUse.
         """
         try:
             async with self._database.transaction() as session:
@@ -258,7 +258,7 @@ class ModelStore:
                 before = checkpoint.facts()
                 file = checkpoint.files[0]
                 if file.name != old:
-                    return
+                    raise FailedPrecondition(f"{old} was renamed to {file.name} meanwhile")
                 file.name, file.next_key = new, None if next_key == file.key else next_key
                 checkpoint.params = {
                     word: {new if key == old else key: kept for key, kept in value.items()}

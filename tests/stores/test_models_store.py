@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from services.common.audit import Audit
 from services.common.database import Database
-from services.common.errors import ResourceExhausted
+from services.common.errors import FailedPrecondition, ResourceExhausted
 from services.models.chores import Chores
 from services.models.import_store import Import, ImportStore
 from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointFile, Viewer
@@ -158,6 +158,14 @@ async def test_files_of_a_checkpoint_that_has_ended_are_not_replaced(store: Mode
     assert await store.save_files(made.id, [new]) is None
     (file,) = (await store.get_checkpoint(made.id)).files
     assert (file.complete, file.size_bytes) == (True, 5)
+
+
+async def test_of_two_who_rename_a_file_the_later_is_told_that_it_has_another_name(store: ModelStore) -> None:
+    made = checkpoint("a")
+    await store.add_checkpoint(made)
+    await store.save_name(made.id, "a", "b", "b")
+    with pytest.raises(FailedPrecondition, match="a was renamed to b meanwhile"):
+        await store.save_name(made.id, "a", "c", "c")
 
 
 async def test_active_checkpoints_can_be_kept_when_others_go(store: ModelStore, database: Database) -> None:

@@ -83,7 +83,7 @@ async def test_a_name_belongs_to_one_file_of_all_checkpoints(models: Running) ->
     used = "a.safetensors already exists, please use another or rename/delete exists"
     async with refused("FAILED_PRECONDITION", used):
         await models.create((" a.safetensors ", 1), kind="Lora", by=models.bob)
-    async with refused("FAILED_PRECONDITION", "b already exists"):
+    async with refused("INVALID_ARGUMENT", "filenames: b is given more than once"):
         await models.create(("b", 1), (" b", 1))
     results = await asyncio.gather(*(models.create(("c", 1)) for _ in range(4)), return_exceptions=True)
     errors = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]

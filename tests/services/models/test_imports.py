@@ -163,6 +163,22 @@ async def test_a_body_without_a_length_is_taken(models: Running, source: Source)
     assert item["params"]["size"] == {"a.safetensors": str(len(content))}
 
 
+async def test_a_body_that_ends_before_the_length_that_was_announced_first_goes_on(
+    models: Running, source: Source
+) -> None:
+    content = safetensors(23 * MIB)
+    source.gate.clear()
+    url = source.put("/a.safetensors", content)
+    source.stop_after["/a.safetensors"] = [11 * MIB, MIB]
+    await _import(models, url)
+    await _until(models, lambda item: item["params"]["import"]["bytes_done"] == str(5 * MIB))
+    source.chunked = True  # so the next answer ends wherever its connection does
+    source.gate.set()
+    item = await _ended(models, "Active")
+    assert len(source.asked) == 3
+    assert item["params"]["size"] == {"a.safetensors": str(len(content))}
+
+
 async def test_names_come_from_the_sender_or_a_url_on_the_way(models: Running, source: Source) -> None:
     source.put("/files/x", safetensors())
     source.heads["/files/x"] = 'Content-Disposition: attachment; filename="my model.safetensors"\r\n'
@@ -362,7 +378,7 @@ async def test_bad_requests_are_refused_at_once(models: Running) -> None:
     ]:
         async with refused("INVALID_ARGUMENT", words):
             await _import(models, *urls, sha256=sha256)
-    async with refused("FAILED_PRECONDITION", "a.safetensors already exists"):
+    async with refused("INVALID_ARGUMENT", "urls: two of them name a file a.safetensors"):
         await _import(models, good, "https://example.com/b/a.safetensors")
     assert await _items(models) == []
 

@@ -170,7 +170,7 @@ async def test_parts_that_are_too_small_are_refused_by_file(models: Running) -> 
     created = await models.create(("b.safetensors", 2))
     content = safetensors()
     tags = await models.put(created, "b.safetensors", content[:50], content[50:])
-    async with refused("INVALID_ARGUMENT", "b.safetensors"):
+    async with refused("INVALID_ARGUMENT", "b.safetensors", "upload its parts again to their URLs"):
         await models.update(created.checkpoint.id, {"b.safetensors": tags})
     assert (await models.show(created.checkpoint.id))["status"] == "Initial"
 

@@ -23,8 +23,10 @@ log = structlog.get_logger()
 
 HOUR = 3600
 DAY = 24 * HOUR
+MIB = 1024**2
 GIB = 1024**3
 _COPIES_AT_ONCE = 4
+_MAX_COPIED_PARTS = 1000
 STORE_IS_AWAY = "the object store does not answer at present; try again later"
 T = TypeVar("T")
 
@@ -128,8 +130,9 @@ class Blobs:
         """Writes an object."""
         await self._run(self._client.put_object, Key=key, Body=content)
 
-    async def copy(self, key: str, target: str, max_single_bytes: int = GIB, part_bytes: int = GIB // 2) -> None:
-        """Copies an object within the store; a large one by parts, several at a time (S3 ends at 5 GB for one copy).
+    async def copy(self, key: str, target: str, max_single_bytes: int = 128 * MIB, part_bytes: int = 64 * MIB) -> None:
+        """Copies an object within the store; a large one by parts, several at a time. The store is silent while it
+        copies one, and must have done so before we take it for dead: within a minute, on the slowest disk.
 
         Raises:
             BlobNotFound: there is no such object.
@@ -139,6 +142,7 @@ class Blobs:
         if size_bytes <= max_single_bytes:
             await self._run(self._client.copy_object, Key=target, CopySource=source)
             return
+        part_bytes = max(part_bytes, -(-size_bytes // _MAX_COPIED_PARTS))
         upload_id = await self.create_multipart(target)
         names = {"Key": target, "UploadId": upload_id, "CopySource": source}
         left = deque(enumerate(range(0, size_bytes, part_bytes), 1))

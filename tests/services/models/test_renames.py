@@ -14,7 +14,7 @@ from esd.models.v1 import models_pb2 as pb
 from services.common.audit import Audit
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.database import Database
-from services.common.errors import Unavailable
+from services.common.errors import InvalidArgument, Unavailable
 from services.models.background import Background
 from services.models.chores import Chores
 from services.models.domain import Models
@@ -212,3 +212,18 @@ async def test_a_copy_of_which_a_part_fails_leaves_no_upload_and_copies_no_more(
         await blobs.copy("large", "failed", max_single_bytes=1, part_bytes=1024 * 1024)
     assert sorted(asked) == [1, 2, 3, 4]
     assert await blobs.find_uploads("failed") == []
+
+
+async def test_a_copy_has_parts_that_are_quick_to_copy_but_a_thousand_at_most(s3: S3Access) -> None:
+    blobs, spans = Blobs(s3.settings()), []
+    await blobs.put("large", bytes(16 * 1024 * 1024))
+
+    def note(CopySourceRange: str, **names: Any) -> Any:  # noqa: N803 - as boto3 has it
+        spans.append(CopySourceRange)
+        return {"CopyPartResult": {"ETag": "none"}}
+
+    blobs._client.upload_part_copy = note
+    with pytest.raises(InvalidArgument):
+        await blobs.copy("large", "not copied", max_single_bytes=1, part_bytes=1)
+    assert len(spans) == 1000
+    assert f"bytes={16778 * 999}-{16 * 1024 * 1024 - 1}" in spans

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,10 +25,11 @@ HOUR = 3600
 DAY = 24 * HOUR
 MIB = 1024**2
 GIB = 1024**3
-_COPIES_AT_ONCE = 4
+_AT_ONCE = 4  # of many alike; others want to ask too
 _MAX_COPIED_PARTS = 1000
 STORE_IS_AWAY = "the object store does not answer at present; try again later"
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -145,27 +146,16 @@ class Blobs:
         part_bytes = max(part_bytes, -(-size_bytes // _MAX_COPIED_PARTS))
         upload_id = await self.create_multipart(target)
         names = {"Key": target, "UploadId": upload_id, "CopySource": source}
-        left = deque(enumerate(range(0, size_bytes, part_bytes), 1))
-        parts: list[tuple[int, str]] = []
 
-        async def copy_parts() -> None:
-            while left:
-                number, first = left.popleft()
-                span = f"bytes={first}-{min(first + part_bytes, size_bytes) - 1}"
-                try:
-                    answer = await self._run(
-                        self._client.upload_part_copy, PartNumber=number, CopySourceRange=span, **names
-                    )
-                except BaseException:
-                    left.clear()
-                    raise
-                parts.append((number, answer["CopyPartResult"]["ETag"].strip('"')))
+        async def copy_part(numbered: tuple[int, int]) -> tuple[int, str]:
+            number, first = numbered
+            span = f"bytes={first}-{min(first + part_bytes, size_bytes) - 1}"
+            answer = await self._run(self._client.upload_part_copy, PartNumber=number, CopySourceRange=span, **names)
+            return number, answer["CopyPartResult"]["ETag"].strip('"')
 
         try:
             # All have ended before the upload does: the store would keep a part that comes later.
-            ends = await asyncio.gather(*(copy_parts() for _ in range(_COPIES_AT_ONCE)), return_exceptions=True)
-            for error in filter(None, ends):
-                raise error
+            parts = await _each(copy_part, enumerate(range(0, size_bytes, part_bytes), 1))
             await self.complete_multipart(target, upload_id, sorted(parts))
         except BaseException:
             await asyncio.shield(self.abort_multipart(target, upload_id))
@@ -182,10 +172,7 @@ class Blobs:
 
     async def delete_prefix(self, prefix: str) -> int:
         """Deletes all objects below a prefix and answers how many there were."""
-        found = await self.find(prefix)
-        for blob in found:
-            await self.delete(blob.key)
-        return len(found)
+        return len(await _each(self.delete, [blob.key for blob in await self.find(prefix)]))
 
     async def create_multipart(self, key: str) -> str:
         """Opens a multipart upload and answers its id."""
@@ -264,6 +251,27 @@ class Blobs:
             raise _error(error, names.get("Key", "")) from error
         except BotoCoreError as error:
             raise Unavailable(STORE_IS_AWAY) from error
+
+
+async def _each(work: Callable[[U], Awaitable[T]], items: Iterable[U]) -> list[T]:
+    """Does the work for all items, some at once, and answers what came of it in any order.
+
+    Where one fails no other begins, and those under way have ended before its error is raised.
+    """
+    left, done = deque(items), list[T]()
+
+    async def take() -> None:
+        while left:
+            try:
+                done.append(await work(left.popleft()))
+            except BaseException:
+                left.clear()
+                raise
+
+    ends = await asyncio.gather(*(take() for _ in range(_AT_ONCE)), return_exceptions=True)
+    for error in filter(None, ends):
+        raise error
+    return done
 
 
 def _session(settings: BlobSettings) -> boto3.Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import ssl
 import stat
 import subprocess
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
-from tests.gateway.conftest import KEY, ROOT, Seen, running_gateway
+from tests.gateway.conftest import KEY, ROOT, Gateway, Seen, running_gateway
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
@@ -54,6 +55,15 @@ async def test_the_rendered_file_is_for_its_owner_only(services: tuple[str, Seen
     async with running_gateway(tmp_path, services[0]):
         assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
         assert stat.S_IMODE((tmp_path / "run" / "envoy.yaml").stat().st_mode) == 0o600
+
+
+async def test_nobody_else_listens_on_its_ports(gateway: Gateway) -> None:
+    for address in (gateway.address, gateway.webui_address):
+        host, port = address.split(":")
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with pytest.raises(OSError, match="in use"):
+                other.bind((host, int(port)))
 
 
 def refusal(tmp_path: Path, **settings: str) -> str:

@@ -24,7 +24,9 @@ app.command()(verify.verify)
 ListenOption = Annotated[
     str, typer.Option(envvar="ESD_LISTEN", help="The gateway's host:port; port 0 takes a free one.")
 ]
-WebuiOption = Annotated[int | None, typer.Option(envvar="ESD_WEBUI_PORT", help="A second port, for WebUI clients.")]
+WebuiOption = Annotated[
+    int | None, typer.Option(envvar="ESD_WEBUI_PORT", min=0, max=65535, help="A second port, for WebUI clients.")
+]
 ReplicasOption = Annotated[int, typer.Option(envvar="ESD_REPLICAS", min=1, max=8, help="Processes of each service.")]
 InsecureOption = Annotated[bool, typer.Option(envvar="ESD_INSECURE", help="Listen beyond loopback without TLS.")]
 
@@ -46,17 +48,17 @@ def up(
     replicas: ReplicasOption = 1,
 ) -> None:
     """Run the whole stack in the foreground, until Ctrl-C."""
-    from deploy.local.plan import Options, PortInUseError  # noqa: PLC0415 - `esd --help` stays quick
+    from deploy.local.plan import Options, PortRefusedError  # noqa: PLC0415 - `esd --help` stays quick
     from deploy.local.postgres import PostgresUnavailableError  # noqa: PLC0415
     from deploy.local.stack import AlreadyRunningError, run  # noqa: PLC0415
     from deploy.local.supervise import ProgramFailedError  # noqa: PLC0415
 
     host, colon, port = listen.rpartition(":")
-    if not (host and colon and port.isdigit()):
+    if not (host and colon and port.isdecimal() and int(port) < 2**16):
         fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
     try:
         run(Options(folder(home), listen, webui_port, insecure, replicas))
-    except (AlreadyRunningError, PortInUseError, PostgresUnavailableError, ProgramFailedError) as error:
+    except (AlreadyRunningError, PortRefusedError, PostgresUnavailableError, ProgramFailedError) as error:
         fail(str(error))
     except OSError as error:  # read-only, no folder, no room on the disk
         fail(f"ESD_HOME={folder(home)}: {error.strerror} ({error.filename})")

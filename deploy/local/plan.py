@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.local.home import AUDITED, S3_ACCESS_KEY, S3_BUCKET, S3_REGION, SERVICES, Home
-from deploy.local.ports import free_port, is_free
+from deploy.local.ports import free_port, try_to_bind
 from deploy.local.postgres import Postgres
 from deploy.local.store import Store
 from gateway.settings import split_address
@@ -19,10 +20,12 @@ from services.common.process import LAUNCHER_PID, bound
 DEFAULT_LISTEN = "127.0.0.1:8080"
 # Settings of the gateway that are taken from the launcher's own environment.
 _FILES = ("ESD_TLS_CERT_FILE", "ESD_TLS_KEY_FILE")
+# From the addresses that stand for all of this machine's to those at which it finds itself.
+_ITSELF = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
 
 
-class PortInUseError(RuntimeError):
-    """A port that users asked for is taken; the message names it and the setting."""
+class PortRefusedError(RuntimeError):
+    """A port that users asked for is taken, or cannot be had; the message names it and the setting."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ def make_plan(options: Options, home: Home) -> Plan:
     """Chooses the ports and lays out the processes.
 
     Raises:
-        PortInUseError: something listens on the port of the gateway or of the webui.
+        PortRefusedError: nobody can listen on the port of the gateway or of the webui.
     """
     host, gateway_port = split_address(options.listen)
+    if gateway_port and gateway_port == options.webui_port:
+        raise PortRefusedError(f"the webui needs a port of its own: --webui-port is {gateway_port} like the gateway's")
     gateway_port = _take(host, gateway_port, "--listen or ESD_LISTEN")
     webui_port = options.webui_port
     if webui_port is not None:
@@ -77,11 +82,10 @@ def make_plan(options: Options, home: Home) -> Plan:
     services = {replica: name for name in SERVICES for replica in _replicas(name, options.replicas)}
     ports = {name: free_port() for name in ("postgres", "swift", *services)}
     scheme = "https" if os.environ.get("ESD_TLS_CERT_FILE") else "http"
-    reachable = bracketed = f"[{host}]" if ":" in host else host
-    if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
-        reachable = socket.gethostname()
+    bracketed = f"[{host}]" if ":" in host else host
+    reachable = socket.gethostname() if host in _ITSELF else bracketed
     url = os.environ.get("ESD_PUBLIC_URL") or f"{scheme}://{reachable}:{gateway_port}"
-    local = "127.0.0.1" if host in {"0.0.0.0", "::"} else bracketed  # noqa: S104 - compared, not bound
+    local_url = f"{scheme}://{_ITSELF.get(host, bracketed)}:{gateway_port}"
 
     postgres, store = Postgres(home, ports["postgres"]), Store(home, ports["swift"])
     common = _common_environment(home, store, url, ports)
@@ -94,12 +98,17 @@ def make_plan(options: Options, home: Home) -> Plan:
         "ESD_RUN_DIR": str(home.run / "gateway"),
         **{name: str(Path(os.environ[name]).absolute()) for name in _FILES if os.environ.get(name)},
     }
-    ready = {**common, "ESD_PROBE_URL": f"{scheme}://{local}:{gateway_port}{os.environ.get('ESD_BASE_PATH', '')}"}
+    ready = {**common, "ESD_PROBE_URL": local_url + os.environ.get("ESD_BASE_PATH", "")}
+    # This machine's workers need no name of it. With TLS they do: that in the certificate.
+    of_workers = common if scheme == "https" else {**common, "ESD_PUBLIC_URL": local_url}
     programs = [
         Program("postgres", postgres.command(), {}, ports["postgres"], stop_signal="INT"),
         Program("swift", store.command(), store.environment(), ports["swift"]),
         _step("bootstrap", home, {"ESD_POSTGRES_PORT": str(ports["postgres"]), "ESD_SWIFT_PORT": str(ports["swift"])}),
-        *(_service(replica, name, home, postgres, common, ports[replica]) for replica, name in services.items()),
+        *(
+            _service(replica, name, home, postgres, of_workers if name == "endpoints" else common, ports[replica])
+            for replica, name in services.items()
+        ),
         Program("gateway", bound([sys.executable, "-m", "gateway"]), gateway, gateway_port, stage=3),
         _step("ready", home, ready, stage=3),
     ]
@@ -152,7 +161,7 @@ def _service(replica: str, name: str, home: Home, postgres: Postgres, common: di
             "ESD_PASSWORD_KEY_FILE": str(home.password_key_file),
         }
     if name == "endpoints":
-        # With ESD_CLUSTER=kubernetes, workers run on a cluster that reaches ESD_PUBLIC_URL; the rest stays here.
+        # With ESD_CLUSTER=kubernetes, workers run on a cluster that reaches this gateway; the rest stays here.
         environment |= {"ESD_CLUSTER": os.environ.get("ESD_CLUSTER", "local"), "ESD_WORKER_DIR": str(home.worker)}
     return Program(replica, bound([sys.executable, "-m", f"services.{name}"]), environment, port, stage=2)
 
@@ -165,8 +174,12 @@ def _step(name: str, home: Home, environment: dict[str, str], stage: int = 1) ->
 def _take(host: str, port: int, setting: str) -> int:
     if port == 0:
         return free_port()
-    if not is_free("127.0.0.1" if host == "localhost" else host, port):
-        raise PortInUseError(
-            f"port {port} of {host} is in use: stop what listens there, or choose another with {setting}"
-        )
+    try:
+        try_to_bind("127.0.0.1" if host == "localhost" else host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            problem = f"port {port} of {host} is in use: stop what listens there, or choose another with {setting}"
+        else:
+            problem = f"nobody can listen on port {port} of {host} here ({error.strerror}): see {setting}"
+        raise PortRefusedError(problem) from None
     return port

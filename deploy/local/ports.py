@@ -23,11 +23,16 @@ def free_port() -> int:
 
 def is_free(host: str, port: int) -> bool:
     """Says whether a server could listen on host:port now."""
+    try:
+        try_to_bind(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def try_to_bind(host: str, port: int) -> None:
+    """Raises OSError if no server could listen on host:port now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as attempt:
         attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            attempt.bind((host, port))
-        except OSError:
-            return False
-    return True
+        attempt.bind((host, port))

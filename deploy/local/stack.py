@@ -80,7 +80,7 @@ def run(options: Options) -> None:
     """Runs the stack in this process until TERM or INT.
 
     Raises:
-        AlreadyRunningError, PortInUseError, PostgresUnavailableError, ProgramFailedError: the message is for the user.
+        AlreadyRunningError, PortRefusedError, PostgresUnavailableError, ProgramFailedError: messages are for the user.
     """
     from deploy.local.supervise import Supervision  # noqa: PLC0415 - only the launcher pays for it
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deploy.local import audit, environment, keys, verify
-from deploy.local.home import SERVICES
+from deploy.local.home import SERVICES, CannotRunError
 from deploy.local.terminal import HomeOption, fail, folder
 
 if TYPE_CHECKING:
@@ -48,17 +48,15 @@ def up(
     replicas: ReplicasOption = 1,
 ) -> None:
     """Run the whole stack in the foreground, until Ctrl-C."""
-    from deploy.local.plan import Options, PortRefusedError  # noqa: PLC0415 - `esd --help` stays quick
-    from deploy.local.postgres import PostgresUnavailableError  # noqa: PLC0415
-    from deploy.local.stack import AlreadyRunningError, run  # noqa: PLC0415
-    from deploy.local.supervise import ProgramFailedError  # noqa: PLC0415
+    from deploy.local.plan import Options  # noqa: PLC0415 - `esd --help` stays quick
+    from deploy.local.stack import run  # noqa: PLC0415
 
     host, colon, port = listen.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 2**16):
         fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
     try:
         run(Options(folder(home), listen, webui_port, insecure, replicas))
-    except (AlreadyRunningError, PortRefusedError, PostgresUnavailableError, ProgramFailedError) as error:
+    except CannotRunError as error:
         fail(str(error))
     except OSError as error:  # read-only, no folder, no room on the disk
         fail(f"ESD_HOME={folder(home)}: {error.strerror} ({error.filename})")

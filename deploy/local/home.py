@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from deploy.local.files import write_durably
 from services.identity.keys import new_api_key
 
 SERVICES = ("identity", "models", "endpoints", "inference", "training")
@@ -31,6 +32,14 @@ AUDITED = ("identity", "models", "endpoints")
 S3_ACCESS_KEY = "esd:esd"  # Swift's tempauth wants account:user
 S3_BUCKET = "esd"
 S3_REGION = "us-east-1"
+
+
+class CannotRunError(RuntimeError):
+    """Why a stack cannot run here; the message is for its user."""
+
+
+class HomeDamagedError(CannotRunError):
+    """A file of ESD_HOME is not what was written; the message names it and says what can be done."""
 
 
 def default_home() -> Path:
@@ -43,9 +52,16 @@ def default_home() -> Path:
 def run_folder(home: Path) -> Path:
     """Returns ESD_HOME/run, made if it is not there. Who takes the lock in it first may make secrets."""
     # As root other users may pass through (not list), because PostgreSQL runs as one of them.
-    home.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-    folder = home / "run"
+    if not home.exists():
+        home.mkdir(parents=True)
+        home.chmod(0o711 if os.geteuid() == 0 else 0o700)  # whatever the umask says
+    return private_folder(home / "run")
+
+
+def private_folder(folder: Path) -> Path:
+    """Returns the folder, made if it is not there, and closed to other users."""
     folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
     return folder
 
 
@@ -55,20 +71,18 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.run = run_folder(self.path)
-        self.secrets = self._private_folder("secrets")
-        self.worker = self._private_folder("worker")
-        self.swift = self._private_folder("swift")
+        self.secrets = private_folder(self.path / "secrets")
+        self.worker = private_folder(self.path / "worker")
+        self.swift = private_folder(self.path / "swift")
         self.postgres = self.path / "postgres"
 
         self.api_key_file = self.kept("api-key", new_api_key)
         self.password_key_file = self.kept("password-key", lambda: Fernet.generate_key().decode())
         self.s3_secret_key_file = self.kept("s3-secret-key", _random)
         self.signing_key_file = self.kept("signing-key.pem", _new_signing_key)
-        self.verifying_key_file = self.kept(
-            "verifying-key.pem", lambda: _public_half(self.signing_key_file.read_bytes())
-        )
+        self.verifying_key_file = self._derived("verifying-key.pem", _public_half(self.signing_key_file.read_bytes()))
         hashes = {name: hashlib.sha256(self.secret(name).encode()).hexdigest() for name in (*SERVICES, "gateway")}
-        self.secret_hashes_file = self.kept("secret-hashes.json", lambda: json.dumps(hashes, indent=2))
+        self.secret_hashes_file = self._derived("secret-hashes.json", json.dumps(hashes, indent=2))
 
     def secret_file(self, name: str) -> Path:
         """Returns the file with the secret of a service or of the gateway."""
@@ -96,20 +110,24 @@ class Home:
         """The secret key that belongs to S3_ACCESS_KEY."""
         return self.s3_secret_key_file.read_text()
 
-    def _private_folder(self, name: str) -> Path:
-        folder = self.path / name
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
-
     def kept(self, name: str, make: Callable[[], str]) -> Path:
-        """The file of a secret, made if it is not there."""
+        """The file of a secret, made if it is not there.
+
+        Raises:
+            HomeDamagedError: it is empty.
+        """
         file = self.secrets / name
         if not file.exists():
-            # Written aside and renamed: a start that is cut off leaves no half secret.
-            part = file.with_name(f".{name}.{os.getpid()}")
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
-                output.write(make())
-            part.rename(file)
+            write_durably(file, make())
+        elif not file.stat().st_size:
+            raise HomeDamagedError(f"{file} is empty: put a copy of it back, or remove it to have another secret made")
+        return file
+
+    def _derived(self, name: str, text: str) -> Path:
+        """A file that follows from secrets, written anew where they have changed."""
+        file = self.secrets / name
+        if not file.exists() or file.read_text() != text:
+            write_durably(file, text)
         return file
 
 

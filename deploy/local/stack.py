@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from deploy.local.home import Home, default_home, run_folder
+from deploy.local.home import CannotRunError, Home, default_home, run_folder
 from deploy.local.plan import Options, Plan, make_plan
 from deploy.local.postgres import Postgres
 from gateway.settings import GatewaySettings, refuse_open_door, refuse_unusable_certificate
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _LOG_LINES = 40
 
 
-class AlreadyRunningError(RuntimeError):
+class AlreadyRunningError(CannotRunError):
     """A stack runs on this home; the message says which."""
 
 
@@ -67,10 +67,10 @@ def read_state(home: Path) -> State | None:
     """Returns the state of the stack that runs on this home, None if there is none."""
     try:
         with (home / "run" / "lock").open() as lock:
-            if _try_lock(lock):
+            if _try_lock(lock, fcntl.LOCK_SH):
                 return None  # nobody holds it: the file is of a stack that was killed
         values = json.loads((home / "run" / "stack.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     processes = {name: ProcessState(**process) for name, process in values.pop("processes").items()}
     return State(**values, processes=processes)
@@ -80,7 +80,7 @@ def run(options: Options) -> None:
     """Runs the stack in this process until TERM or INT.
 
     Raises:
-        AlreadyRunningError, PortRefusedError, PostgresUnavailableError, ProgramFailedError: messages are for the user.
+        CannotRunError: it cannot start.
     """
     from deploy.local.supervise import Supervision  # noqa: PLC0415 - only the launcher pays for it
 
@@ -89,12 +89,13 @@ def run(options: Options) -> None:
             state = read_state(options.home)
             where = f" (pid {state.pid}, {state.url})" if state else ""
             raise AlreadyRunningError(f"the stack of {options.home.resolve()} is running already{where}")
+        file = run_folder(options.home) / "stack.json"
+        file.unlink(missing_ok=True)  # of a stack that was killed
         home = Home(options.home)
         plan = make_plan(options, home)
         _check_settings(plan)
         Postgres(home, plan.ports["postgres"]).prepare()
         state = _new_state(plan, home)
-        file = home.run / "stack.json"
         state.save(file)
         is_saved = True
 
@@ -140,16 +141,16 @@ def _new_state(plan: Plan, home: Home) -> State:
 def _lock(file: IO[str]) -> bool:
     """Takes the lock for good. Tries for a second, since whoever reads the state holds it for a moment."""
     end = time.monotonic() + 1
-    while not _try_lock(file):
+    while not _try_lock(file, fcntl.LOCK_EX):
         if time.monotonic() > end:
             return False
         time.sleep(0.02)
     return True
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[str], kind: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -213,7 +214,7 @@ class Stack:
 
     def start(self, timeout_seconds: float = 300) -> None:
         """Starts and returns when everything answers. Raises StackFailedError with the end of the log."""
-        self.home.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        run_folder(self.home)
         command = [sys.executable, "-m", "deploy.local.cli", "up", *self._arguments]
         with os.fdopen(os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             self._process = subprocess.Popen(

@@ -27,6 +27,7 @@ from supervisor.options import ServerOptions
 from supervisor.states import ProcessStates, getProcessStateDescription
 from supervisor.supervisord import Supervisor
 
+from deploy.local.home import CannotRunError
 from deploy.local.plan import Program
 from services.common.process import adopt_orphans
 
@@ -41,7 +42,7 @@ _NAME_WIDTH = 10
 OnState = Callable[[str, str, int | None], None]  # name, supervisor's word for the state, pid
 
 
-class ProgramFailedError(RuntimeError):
+class ProgramFailedError(CannotRunError):
     """A program cannot run with the settings that it has; the message names it and has its last line."""
 
 

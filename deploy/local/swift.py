@@ -12,6 +12,7 @@ This file is only ever run: eventlet patches the whole process, so nothing of ou
 """
 
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -32,9 +33,12 @@ from swift.common.middleware.s3api.s3response import NoSuchUpload  # noqa: E402
 from swift.common.ring import RingBuilder  # noqa: E402
 from swift.common.utils import set_swift_dir  # noqa: E402
 
+from deploy.local.files import write_durably  # noqa: E402
+
 # The ring wants an address per server; these "ports" are names that connect() below maps to sockets.
 _INTERNAL = {"object": 6200, "container": 6201, "account": 6202}
 _BACKLOG = 512
+_UNUSABLE = re.compile(r"#|%\(|%[0-9a-fA-F]{2}")  # in paths: PasteDeploy takes them for something else
 _REQUESTS_AT_ONCE = 1024
 
 _SERVER_CONF = """\
@@ -113,6 +117,8 @@ def main() -> None:
     """Serves until it is killed; writes are durable, so that needs no farewell."""
     host, _, port = _setting("ESD_LISTEN").rpartition(":")
     root = Path(_setting("ESD_SWIFT_DIR")).resolve()
+    if _UNUSABLE.search(str(root)):
+        _refuse(f"the object store cannot be in {root}: its path may have no #, no %( and no %20 or the like")
     _check_xattrs(root)
     etc = _configure(root)
     set_swift_dir(str(etc))
@@ -181,23 +187,26 @@ def _configure(root: Path) -> Path:
     etc, node = root / "etc", root / "node"
     etc.mkdir(mode=0o700, exist_ok=True)
     (node / "d1").mkdir(parents=True, exist_ok=True)
-    if not (etc / "swift.conf").exists():
+    suffix_file = etc / "swift.conf"
+    if not suffix_file.exists():
         suffix = secrets.token_hex(16)
         policy = "[storage-policy:0]\nname = one\ndefault = yes\n"
-        _write(etc / "swift.conf", f"[swift-hash]\nswift_hash_path_suffix = {suffix}\n{policy}")
+        write_durably(suffix_file, f"[swift-hash]\nswift_hash_path_suffix = {suffix}\n{policy}")
+    elif not suffix_file.stat().st_size:
+        _refuse(f"{suffix_file} is empty: put a copy of it back; without it no object is found")
     for kind, port in _INTERNAL.items():
         ring = etc / f"{kind}.ring.gz"
         if not ring.exists():
             _make_ring(ring, port)
         reserve = _reserve() if kind == "object" else "0"  # the lists of objects are small, and are needed to delete
         conf = _SERVER_CONF.format(etc=etc, node=node, kind=kind, patience=_PATIENCE, reserve=reserve)
-        _write(etc / f"{kind}-server.conf", conf)
+        write_durably(etc / f"{kind}-server.conf", conf)
     account, _, user = _setting("ESD_S3_ACCESS_KEY").partition(":")
     secret = Path(_setting("ESD_S3_SECRET_KEY_FILE")).read_text().strip()
     region = os.environ.get("ESD_S3_REGION", "us-east-1")
     limits = {"patience": _PATIENCE, "parts": _MAX_PARTS}
     proxy = _PROXY_CONF.format(etc=etc, account=account, user=user, secret=secret, region=region, **limits)
-    _write(etc / "proxy-server.conf", proxy)
+    write_durably(etc / "proxy-server.conf", proxy)
     return etc
 
 
@@ -206,17 +215,7 @@ def _make_ring(file: Path, port: int) -> None:
     address = {"ip": "127.0.0.1", "port": port, "replication_ip": "127.0.0.1", "replication_port": port}
     builder.add_dev({"id": 0, "region": 1, "zone": 1, "device": "d1", "weight": 1.0, "meta": "", **address})
     builder.rebalance()
-    part = file.with_suffix(".new")
-    builder.get_ring().save(str(part))
-    part.rename(file)
-
-
-def _write(file: Path, text: str) -> None:
-    """Replaces the file at once and keeps it to this user: the proxy's holds the secret key."""
-    part = file.with_suffix(".new")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
-        output.write(text)
-    part.rename(file)
+    builder.get_ring().save(str(file))  # synced and renamed by Swift
 
 
 def _check_xattrs(root: Path) -> None:

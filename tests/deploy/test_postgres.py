@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -10,8 +11,9 @@ import pytest
 
 from deploy.local.home import Home
 from deploy.local.ports import free_port
-from deploy.local.postgres import ADMIN, Postgres
+from deploy.local.postgres import ADMIN, Postgres, _reachable
 from deploy.local.store import process_environment
+from services.common.process import bound
 from tests.processes import running
 
 
@@ -57,11 +59,55 @@ def test_committed_rows_survive_a_kill(database_home: Home) -> None:
         process.wait()
         psutil.wait_procs(below)  # while one of them is there, the next server does not start
     again = Postgres(database_home, free_port())
-    again.prepare()
-    with running(again.command(), process_environment()):
-        again.wait_until_up()
-        with psycopg.connect(again.url("models").replace("+psycopg", "")) as connection:
+    # The machine began anew, and gave the dead server's number to another process of the same user.
+    started, starting = os.pipe()
+    command = bound(["sh", "-c", "echo; exec sleep 1000"], user=again._user)
+    with open(started) as words, open(starting, "wb") as log, running(command, process_environment(), log) as other:
+        words.readline()
+        lock = database_home.postgres / "postmaster.pid"
+        lock.write_text(lock.read_text().replace(str(process.pid), str(other.pid), 1))
+        again.prepare()
+        assert_keeps_its_rows(again)
+
+
+def assert_keeps_its_rows(server: Postgres) -> None:
+    with running(server.command(), process_environment()):
+        server.wait_until_up()
+        with psycopg.connect(server.url("models").replace("+psycopg", "")) as connection:
             assert connection.execute("SELECT number FROM kept").fetchone() == (1,)
+
+
+def test_the_lock_of_a_server_that_runs_is_left(postgres: Postgres, esd_home: Home) -> None:
+    postgres.prepare()
+    assert (esd_home.postgres / "postmaster.pid").exists()
+
+
+def test_a_role_has_the_password_that_is_in_the_home_now(postgres: Postgres, esd_home: Home) -> None:
+    postgres.bootstrap(["endpoints"])
+    (esd_home.secrets / "postgres-endpoints.password").unlink()
+    postgres.bootstrap(["endpoints"])
+    connect(postgres, "endpoints", esd_home.database_password("endpoints"), "endpoints").close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as another user")
+def test_the_database_user_reaches_what_was_made_under_a_strict_umask(monkeypatch: pytest.MonkeyPatch) -> None:
+    umask = os.umask(0o077)
+    try:
+        with tempfile.TemporaryDirectory(prefix="esd-test-") as folder:
+            Path(folder).chmod(0o711)
+            home = Home(Path(folder) / "home")
+            (home.path / "postgres-18-0.1").mkdir()  # what another version of the wheel left
+            server = Postgres(home, free_port())
+            with monkeypatch.context() as patch:
+                patch.setattr("deploy.local.postgres._reachable", lambda *_: False)  # the wheel
+                binaries = server._binaries()
+            assert server._user is not None
+            assert _reachable(binaries / "postgres", server._user)
+            files = {path: stat.S_IMODE(path.stat().st_mode) for path in binaries.parent.rglob("*")}
+            assert set(files.values()) == {0o755, 0o644}
+            assert [path.name for path in home.path.glob("postgres-18*")] == [binaries.parent.name]
+    finally:
+        os.umask(umask)
 
 
 @pytest.fixture

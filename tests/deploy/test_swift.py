@@ -1,6 +1,7 @@
 """The embedded object store: signatures are checked, data lasts, browsers may upload."""
 
 import signal
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -14,7 +15,7 @@ from deploy.local.home import S3_ACCESS_KEY, S3_BUCKET, S3_REGION, Home
 from deploy.local.ports import free_port
 from deploy.local.store import Store, process_environment
 from tests.conftest import S3Access
-from tests.processes import running
+from tests.processes import ROOT, running
 
 PUBLIC = "http://images.example:8080"  # the address of the gateway, which passes Host on unchanged
 FORBIDDEN = HTTPStatus.FORBIDDEN
@@ -139,6 +140,15 @@ def test_a_bucket_is_there_as_soon_as_it_is_made_and_no_longer_than_it_is(s3: S3
 @pytest.fixture
 def store_home(esd_home: Home) -> Home:
     return Home(esd_home.path / "store")
+
+
+@pytest.mark.parametrize("name", ["a#b", "%(here)s", "a%20b"])
+def test_a_folder_that_its_configuration_cannot_name_is_refused(tmp_path: Path, name: str) -> None:
+    store = Store(Home(tmp_path / name), free_port())
+    environment = process_environment() | store.environment()
+    refused = subprocess.run(store.command(), cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert refused.returncode == 2
+    assert f"the object store cannot be in {tmp_path / name}" in refused.stderr.decode()
 
 
 def test_objects_and_their_metadata_survive_a_kill(store_home: Home) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,7 +107,8 @@ def demo(
         fail(f"--checkpoint {checkpoint}: there is no such file")
     path = folder(home)
     output = output or path / "demo"
-    state = read_state(path)
+    while (state := read_state(path)) is not None and not state.ready:
+        time.sleep(0.1)  # somebody else's `esd up` is starting: the state is a file of that process
     if state is not None:
         _draw(state.url, Path(state.api_key_file).read_text(), checkpoint, prompt, size, output)
         return
@@ -126,6 +128,7 @@ def demo(
 
 def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, size: int | None, output: Path) -> None:
     """The demo proper, and how to go on."""
+    import httpx  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     from deploy.local.demo import PART_BYTES, DemoFailed, Picture, run  # noqa: PLC0415
@@ -142,6 +145,8 @@ def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, s
         files = run(url, api_key, checkpoint, picture, output, console, part_bytes)
     except DemoFailed as error:
         fail(str(error))
+    except httpx.TransportError as error:  # it was stopped meanwhile
+        fail(f"the stack at {url} does not answer any more: {error}")
     console.print(f"\n{len(files)} files in {output}", soft_wrap=True)
     console.print(f"the API was at {url}; `esd up` keeps it there, and `esd status` shows the first key's file")
 
@@ -161,8 +166,11 @@ async def _health(state: State, api_key: str) -> dict[str, bool]:
 def _workers(launcher: int) -> list[int]:
     import psutil  # noqa: PLC0415
 
-    children = psutil.Process(launcher).children(recursive=True)
-    return [child.pid for child in children if "gpu_worker" in child.cmdline()]
+    try:
+        children = psutil.Process(launcher).children(recursive=True)
+        return [child.pid for child in children if "gpu_worker" in child.cmdline()]
+    except psutil.Error:  # the stack is ending
+        return []
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -12,15 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from deploy.local.cli import _workers
 from deploy.local.home import run_folder
-from deploy.local.plan import Options
-from deploy.local.stack import AlreadyRunningError, Stack, run
+from deploy.local.plan import Options, PortRefusedError
+from deploy.local.stack import AlreadyRunningError, Stack, State, read_state, run
 from tests.processes import ROOT
 
 NAMES = {"postgres", "swift", "identity", "models", "endpoints", "inference", "training", "gateway"}
@@ -43,10 +46,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    # A long path, since sockets' paths end at 107 bytes.
+    # A long path, since sockets' paths end at 107 bytes, with what has a meaning in configuration files.
     with tempfile.TemporaryDirectory(prefix="esd-stack-") as folder:
         Path(folder).chmod(0o711)
-        yield Path(folder) / ("long-" * 20)
+        yield Path(folder) / ("long % " * 15)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,21 @@ def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: 
     assert esd("status", "--home", home / "other").returncode == 1
 
 
+def test_the_state_of_a_stack_that_was_killed_is_forgotten_before_anything_is_started(tmp_path: Path) -> None:
+    file = run_folder(tmp_path) / "stack.json"
+    file.write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PortRefusedError):
+        run(Options(tmp_path, f"127.0.0.1:{taken.getsockname()[1]}"))
+    assert not file.exists()
+
+
+def test_two_who_read_the_state_do_not_take_each_other_for_a_stack(tmp_path: Path) -> None:
+    (run_folder(tmp_path) / "stack.json").write_text("{}")
+    with (run_folder(tmp_path) / "lock").open("a") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        assert read_state(tmp_path) is None
+
+
 def test_who_has_not_the_lock_makes_no_secrets(tmp_path: Path) -> None:
     """Two first starts at once would make hashes that belong to the secrets of the other."""
     with (run_folder(tmp_path) / "lock").open("a") as lock:
@@ -152,6 +170,44 @@ def test_who_has_not_the_lock_makes_no_secrets(tmp_path: Path) -> None:
         with pytest.raises(AlreadyRunningError, match="is running already"):
             run(Options(tmp_path))
     assert not (tmp_path / "secrets").exists()
+
+
+def test_a_launcher_that_has_just_ended_has_no_workers() -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    assert _workers(ended.pid) == []
+
+
+def test_the_demo_waits_for_a_stack_that_starts_and_says_when_it_has_gone(tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text("esd_key")
+    state = State(1, "http://127.0.0.1:1", None, "http://127.0.0.1:1", str(key_file))
+    file = run_folder(tmp_path) / "stack.json"
+    with (run_folder(tmp_path) / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.mkfifo(file)
+        command = [sys.executable, "-m", "deploy.local.cli", "demo", "--home", str(tmp_path)]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as demo:
+            with file.open("w") as answer:  # once it asks
+                os.mkfifo(tmp_path / "next")
+                (tmp_path / "next").replace(file)
+                answer.write(json.dumps(asdict(state)))
+            with file.open("w") as answer:  # once it asks again
+                answer.write(json.dumps(asdict(replace(state, ready=True))))
+            _, said = demo.communicate(timeout=120)
+    assert demo.returncode == 1
+    assert said.startswith("the stack at http://127.0.0.1:1 does not answer any more: ")
+    assert said.count("\n") == 1
+
+
+def test_a_home_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for command in ("up", "status"):
+        refused = esd(command, "--home", file)
+        assert refused.returncode == 1
+        assert str(file) in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:

@@ -104,12 +104,10 @@ def read(pipeline: Any, *chunks: str) -> Text:
 
 
 @torch.inference_mode()
-def by_formula(
-    request: Txt2Img, told: Callable[[int], Told], step: Callable[..., torch.Tensor] | None = None
-) -> torch.Tensor:
+def by_formula(request: Txt2Img, told: Callable[[int], Told], scheduler: Any = None) -> torch.Tensor:
     """The final latents of a picture of 64x64, every text in a UNet call of its own. `told` answers for an evaluation's
-    number; `step`, given scheduler, number, latents, prediction and generator, is in the place of the scheduler's."""
-    scheduler = scheduler_of(request.sampler_name, [request.seed])
+    number. The scheduler is that of the sampler's name, or another in its place."""
+    scheduler = scheduler or scheduler_of(request.sampler_name, [request.seed])
     scheduler.set_timesteps(request.steps)
     generator = torch.Generator().manual_seed(request.seed)
     x = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
@@ -126,10 +124,7 @@ def by_formula(
         else:
             away = output(now.negative, now.wanted[1])
             prediction = away + sum(request.cfg_scale * weight * (found - away) for found, weight in outputs)
-        if step is not None:
-            x = step(scheduler, index, x, prediction, generator)
-        else:
-            x = scheduler.step(prediction, time, x, generator=generator, return_dict=False)[0]
+        x = scheduler.step(prediction, time, x, generator=generator, return_dict=False)[0]
     return x
 
 

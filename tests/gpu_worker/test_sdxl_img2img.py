@@ -26,6 +26,9 @@ from tests.gpu_worker.test_img2img import BOX, MASKED, PAINTED, REQUEST, origina
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make
 from tests.pictures import encoded, mask, noise
 
+PAINTED_PIXELS = torch.zeros(1, 1, 64, 64)
+PAINTED_PIXELS[:, :, BOX[1] : BOX[3], BOX[0] : BOX[2]] = 1
+
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> TinySdxl:
@@ -40,7 +43,7 @@ def of_pipeline(kind: Any, parts: dict[str, Any], request: Img2Img, **options: A
     pipeline.set_progress_bar_config(disable=True)
     found: torch.Tensor = pipeline(
         prompt=[request.prompt] * len(seeds),
-        negative_prompt=[request.negative_prompt] * len(seeds),
+        negative_prompt=[request.negative_prompt] * len(seeds) if request.negative_prompt else None,
         image=original(parts["vae"]).repeat(len(seeds), 1, 1, 1),
         strength=min(1.0, (request.num_steps + 0.5) / request.steps),
         num_inference_steps=request.steps,
@@ -65,6 +68,7 @@ def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(sdxl: TinySdxl
             steps=4 + index % 3,
             cfg_scale=(7.0, 1.0, 4.5)[index % 3],
             batch_size=1 + (index == 2),
+            negative_prompt=("", "blurry")[index % 2],
         )
         for index, (name, strength) in enumerate(cases)
     ]
@@ -72,6 +76,19 @@ def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(sdxl: TinySdxl
     tasks = [(2 * index % 5, img2img_latents(request, sdxl.models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive([*tasks, (0, plain)]), strict=False):
         assert_close(found, of_pipeline(StableDiffusionXLImg2ImgPipeline, sdxl.components, request))
+
+
+def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(sdxl: TinySdxl) -> None:
+    requests = [
+        changed(MASKED, sampler_name=name, seed=seed, steps=4 + seed, negative_prompt=("", "blurry")[seed % 2])
+        for seed, name in enumerate(("Euler a", "DPM++ 2M", "DDIM"))
+    ]
+    tasks = [(index, img2img_latents(request, sdxl.models)) for index, request in enumerate(requests)]
+    given: dict[str, Any] = {"mask_image": PAINTED_PIXELS, "masked_image_latents": torch.zeros(1, 4, 8, 8)}
+    for request, found in zip(requests, drive(tasks), strict=True):
+        size = {"width": 64, "height": 64}
+        expected = of_pipeline(StableDiffusionXLInpaintPipeline, sdxl.components, request, **given, **size)
+        assert_close(found, expected)
 
 
 def test_an_inpainting_unet_has_the_latents_of_the_inpainting_pipeline(sdxl: TinySdxl, tmp_path: Path) -> None:
@@ -85,8 +102,6 @@ def test_an_inpainting_unet_has_the_latents_of_the_inpainting_pipeline(sdxl: Tin
     assert models.is_sdxl
     assert models.is_inpainting
     stays = 1 - torch.from_numpy(np.asarray(mask(BOX), dtype=np.float32) / 255)
-    painted = torch.zeros(1, 1, 64, 64)
-    painted[:, :, BOX[1] : BOX[3], BOX[0] : BOX[2]] = 1
     clean, known = (original(sdxl.parts["vae"], keep=keep) for keep in (1, stays))
     requests = [
         changed(MASKED, seed=seed, sampler_name=name, denoising_strength=strength)
@@ -98,7 +113,7 @@ def test_an_inpainting_unet_has_the_latents_of_the_inpainting_pipeline(sdxl: Tin
             StableDiffusionXLInpaintPipeline,
             sdxl.components | {"unet": models.unet},
             request,
-            mask_image=painted,
+            mask_image=PAINTED_PIXELS,
             masked_image_latents=known,
             width=64,
             height=64,

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from esd.training.v1 import training_pb2 as pb
-from gpu_worker.job import JobError
 from gpu_worker.trainer import listening
+from gpu_worker.trainer.files import Files
 from gpu_worker.trainer.stream import TrainStream
-from gpu_worker.transfer import Transfer
 
-log = structlog.get_logger()
-
-_UPLOAD_ATTEMPTS = 10  # each with the patience of transfer.py, so that an outage of minutes costs nothing
 _TOLD_SECONDS = 1.0
 _MAX_POINTS = 1000  # of one progress
 
@@ -28,9 +22,9 @@ class Reporter:
     """Hears of a training in its thread (see Listener), and does everything on the event loop. `folder` is what the
     training writes to. Of states that wait, the latest is uploaded."""
 
-    def __init__(self, stream: TrainStream, transfer: Transfer, folder: Path, wants_stop: Callable[[], bool]) -> None:
+    def __init__(self, stream: TrainStream, files: Files, folder: Path, wants_stop: Callable[[], bool]) -> None:
         self._stream = stream
-        self._transfer = transfer
+        self._files = files
         self._folder = folder
         self._wants_stop = wants_stop
         self._loop = asyncio.get_running_loop()
@@ -79,7 +73,7 @@ class Reporter:
         """See Listener."""
 
         async def upload() -> None:
-            if await asyncio.to_thread(path.exists):  # else it was removed again meanwhile
+            with contextlib.suppress(FileNotFoundError):  # it was removed again meanwhile
                 file = await self._upload(path, path.name)
                 self._stream.tell(saved=pb.SavedNetwork(file=file, epoch=epoch, is_last=is_last))
 
@@ -170,17 +164,7 @@ class Reporter:
 
     async def _upload(self, path: Path, name: str) -> pb.UploadedFile:
         content = await asyncio.to_thread(path.read_bytes)
-        for attempt in range(1, _UPLOAD_ATTEMPTS + 1):
-            [url] = await self._stream.urls(pb.URL_KIND_UPLOAD, [name])
-            try:
-                await self._transfer.upload(url, content, name)
-                break
-            except JobError as error:
-                if attempt == _UPLOAD_ATTEMPTS:
-                    raise
-                log.warning("an upload is tried again", file=name, reason=str(error))
-        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
-        return pb.UploadedFile(name=name, size_bytes=len(content), sha256=sha256)
+        return await self._files.upload(name, content)
 
     def _call(self, work: Callable[[], Any]) -> None:
         self._loop.call_soon_threadsafe(work)

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from pydantic import Field
@@ -25,6 +25,7 @@ from gpu_worker.addresses import gateway
 from gpu_worker.cache import CachedModel, ModelCache
 from gpu_worker.job import JobError, to_python
 from gpu_worker.trainer import dataset, listening, steps
+from gpu_worker.trainer.files import Files
 from gpu_worker.trainer.loop import Loop, Stopped, within_memory
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.stream import Dismissed, Superseded, TrainStream
@@ -36,9 +37,8 @@ from services.common.process import EXIT_INTERRUPTED
 from services.common.settings import Settings, read_secret
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
-_URLS_AT_ONCE = 100
-_FETCHES_AT_ONCE = 8
 _BASE = "Stable-diffusion"
 
 
@@ -100,16 +100,22 @@ class _Session:
         self._device = device
         self._folder = folder
         self._transfer = transfer
-        self._is_stopped = self._is_interrupted = False
+        self._stopping = asyncio.Event()
+        self._is_interrupted = False
         self.stream: TrainStream
 
     def stop(self) -> None:
         """The training shall end within a step."""
-        self._is_stopped = True
+        self._stopping.set()
 
     def interrupt(self) -> None:
         """This process shall end; the training goes on elsewhere."""
-        self._is_interrupted = self._is_stopped = True
+        self._is_interrupted = True
+        self._stopping.set()
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._stopping.is_set()
 
     async def run(self) -> int:
         """Fetches, trains, uploads; answers the exit code."""
@@ -134,17 +140,21 @@ class _Session:
         JobError: the training cannot be done. Stopped: it shall not go on.
         """
         config = check_training(to_python(welcome.config) | self._places(welcome))
-        reporter = Reporter(self.stream, self._transfer, self._folder / "out", lambda: self._is_stopped)
+        files = Files(self.stream, self._transfer)
+        reporter = Reporter(self.stream, files, self._folder / "out", lambda: self._is_stopped)
         for line in (*config.notes, *(f"the key {name} is not known here and does nothing" for name in config.unknown)):
             reporter.log(line)
         self._phase("Downloading")
-        cache = ModelCache(self._settings.cache_dir, self._settings.cache_max_bytes, self._transfer)
         async with contextlib.AsyncExitStack() as held:
-            await self._fetch_all(pb.URL_KIND_PICTURE, welcome.pictures, Path(config.train_data_dir))
-            await self._fetch_all(pb.URL_KIND_REGULARISATION, welcome.regularisation, self._folder / "regularisation")
-            pictures = await asyncio.to_thread(dataset.read, config, reporter.log)
-            base = await held.enter_async_context(cache.hold(await self._model(welcome)))
-            state = await self._state(welcome)
+
+            async def fetch() -> tuple[dataset.Dataset, CachedModel, Path | None]:
+                others = self._folder / "regularisation"
+                await files.download_all(pb.URL_KIND_PICTURE, welcome.pictures, Path(config.train_data_dir))
+                await files.download_all(pb.URL_KIND_REGULARISATION, welcome.regularisation, others)
+                pictures = await asyncio.to_thread(dataset.read, config, reporter.log)
+                return pictures, await self._base(files, welcome, held), await self._state(files, welcome)
+
+            pictures, base, state = await self._unless_stopped(fetch())
             self._phase("Training")
             training = asyncio.to_thread(self._loop, config, base, pictures, reporter, welcome.fm_type, state)
             await self._reported(training, reporter)
@@ -166,7 +176,7 @@ class _Session:
         try:
             await asyncio.wait([working, sending], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                self._is_stopped = True
+                self._stopping.set()
                 await asyncio.wait([working])
                 await sending
             await working
@@ -211,48 +221,44 @@ class _Session:
 
     # --- what is fetched ---
 
-    async def _fetch_all(self, kind: pb.UrlKind, files: Iterable[pb.InputFile], folder: Path) -> None:
-        """Fetches the files of a dataset, some at a time, with URLs that are fresh."""
-        wanted = [file for file in files if _is_plain(file.name)]
-        at_once = asyncio.Semaphore(_FETCHES_AT_ONCE)
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work makes.
 
-        async def fetch(file: pb.InputFile, url: str) -> None:
-            path = folder / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            async with at_once:
-                await self._transfer.download(url, path, file.name)
-
-        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        for start in range(0, len(wanted), _URLS_AT_ONCE):
-            if self._is_stopped:
+        Raises:
+            Stopped: the training was to stop before that; the work is given up.
+        """
+        working, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
                 raise Stopped
-            some = wanted[start : start + _URLS_AT_ONCE]
-            urls = await self.stream.urls(kind, [file.name for file in some])
-            await asyncio.gather(*(fetch(file, url) for file, url in zip(some, urls, strict=True)))
+            return await working
+        finally:
+            for task in (working, stopping):
+                task.cancel()
+            await asyncio.gather(working, stopping, return_exceptions=True)
 
-    async def _model(self, welcome: pb.TrainerWelcome) -> worker_pb2.ModelFile:
-        """The base model, with a URL should it not be in the cache."""
-        [url] = await self.stream.urls(pb.URL_KIND_BASE, [welcome.base.name])
-        return worker_pb2.ModelFile(
-            type=_BASE,
-            name=welcome.base.name,
-            url=url,
-            size_bytes=welcome.base.size_bytes,
-            cache_key=welcome.base_cache_key,
-            sha256=welcome.base.sha256,
-        )
+    async def _base(self, files: Files, welcome: pb.TrainerWelcome, held: contextlib.AsyncExitStack) -> CachedModel:
+        """The base model, from the cache if it is there; it stays there while it is held."""
+        cache = ModelCache(self._settings.cache_dir, self._settings.cache_max_bytes, self._transfer)
 
-    async def _state(self, welcome: pb.TrainerWelcome) -> Path | None:
+        async def hold(url: str) -> CachedModel:
+            model = worker_pb2.ModelFile(
+                type=_BASE,
+                name=welcome.base.name,
+                url=url,
+                size_bytes=welcome.base.size_bytes,
+                cache_key=welcome.base_cache_key,
+                sha256=welcome.base.sha256,
+            )
+            return await held.enter_async_context(cache.hold(model))
+
+        return await files.attempt(pb.URL_KIND_BASE, welcome.base.name, hold)
+
+    async def _state(self, files: Files, welcome: pb.TrainerWelcome) -> Path | None:
         """The state of an earlier session, if there is one."""
         if not welcome.HasField("state"):
             return None
         path, state = self._folder / "earlier-state.pt", welcome.state
-        [url] = await self.stream.urls(pb.URL_KIND_STATE, [state.name])
-        await self._transfer.download(url, path, "the state of the training", state.size_bytes, state.sha256)
+        await files.download(pb.URL_KIND_STATE, state.name, path, state.size_bytes, state.sha256)
         return path
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a file's name is a path downwards."""
-    parts = name.split("/")
-    return all(part not in {"", ".", ".."} for part in parts) and "\\" not in name and "\0" not in name

@@ -1,5 +1,6 @@
 """Every key of a full-size network is one that kohya would write, and none is missing."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_worker import weights
+from gpu_worker.trainer import networks
 from gpu_worker.trainer.layers import PRESETS, Layer, text_layers, unet_layers
 from services.common.payloads import network_args
 from services.common.payloads.training import check_training
@@ -119,6 +121,46 @@ def test_a_locon_has_the_convolutions_too_with_their_own_rank_and_an_alpha_of_1(
     assert by_rank == {(32, 16.0), (8, 1.0)}
     assert {layer.rank for layer in found if layer.kohya.endswith(("_op", "conv1", "in_layers_2"))} == {8}
     assert {layer.rank for layer in found if layer.kohya.endswith(("time_emb_proj", "skip_connection"))} == {32}
+
+
+# Shapes of weights of the published models, which kohya's files share: by names of layers, (outputs, inputs, kernel).
+SHAPES = {
+    "sd15": {
+        "lora_unet_down_blocks_0_attentions_0_proj_in": (320, 320, 1, 1),
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (320, 768),
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj": (10240, 1280),
+        "lora_unet_up_blocks_3_resnets_0_conv1": (320, 960, 3, 3),
+        "lora_te_text_model_encoder_layers_11_mlp_fc1": (3072, 768),
+    },
+    "sdxl": {
+        "lora_unet_input_blocks_4_1_proj_in": (640, 640),
+        "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_k": (1280, 2048),
+        "lora_unet_output_blocks_8_0_in_layers_2": (320, 640, 3, 3),
+        "lora_te1_text_model_encoder_layers_11_mlp_fc1": (3072, 768),
+        "lora_te2_text_model_encoder_layers_31_self_attn_q_proj": (1280, 1280),
+    },
+}
+
+
+def test_a_file_has_two_factors_and_an_alpha_of_each_layer_and_nothing_else(models: Any) -> None:
+    config = check_training({"network_dim": 32, "network_alpha": 16, "network_args": ["conv_dim=8"]})
+    if models.is_sdxl:
+        names = [*sdxl_attentions(), *sdxl_convolutions(), *text_keys("lora_te1", 12), *text_keys("lora_te2", 32)]
+    else:
+        names = [*sd15_attentions(), *sd15_convolutions(), *text_keys("lora_te", 12)]
+    layers = [*unet_layers(models, config), *(layer for found in text_layers(models, config) for layer in found)]
+    weights_of: dict[str, Any] = {layer.kohya: layer.module.weight for layer in layers}
+    for name, shape in SHAPES["sdxl" if models.is_sdxl else "sd15"].items():
+        assert weights_of[name].shape == shape
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        outputs, inputs, *kernel = weights_of[name].shape
+        rank = 8 if kernel == [3, 3] else 32
+        expected[f"{name}.lora_down.weight"] = (rank, inputs, *kernel)
+        expected[f"{name}.lora_up.weight"] = (outputs, rank, *(1 for _ in kernel))
+        expected[f"{name}.alpha"] = ()
+    tensors = networks.create(copy.deepcopy(models), config).tensors()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
 
 
 def test_one_part_alone_may_be_trained(models: Any) -> None:

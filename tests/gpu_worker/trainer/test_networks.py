@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gpu_worker import lora, weights
-from gpu_worker.trainer import networks
+from gpu_worker.trainer import dataset, networks, saving
 from gpu_worker.weights import Models
 from services.common.payloads.training import Training, check_training
 from tests.gpu_worker import tiny_sdxl
@@ -42,13 +42,18 @@ def plain(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def shaken(models: Models, config: Training, path: Path) -> networks.Network:
-    """A network in the models whose weights are random, not 0, and its file."""
+    """A network in the models whose weights are random, not 0, and the file that a training writes of it, in fp16."""
     network = networks.create(models, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (*network.unet, *network.texts):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    save_file({name: tensor.clone() for name, tensor in network.tensors().items()}, path)
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(drawn.half())  # as the file will have it
+    found = dataset.Dataset((dataset.Picture(Path("1_zog/a.png"), "zog", (64, 64), (64, 64), (64, 64), 1, False),))
+    config = config.model_copy(update={"save_precision": "fp16"})
+    origin = saving.Origin(config, found, "base.safetensors", "ab" * 32, models.is_sdxl, 1, 1, 1, 1, 0.0)
+    saving.write(path, network.tensors(), origin, epoch=1, step=1)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     return network
 
 
@@ -97,7 +102,7 @@ def test_the_engine_computes_with_the_file_what_the_trainer_computes_with_the_ne
 
 
 @pytest.mark.parametrize("family", ["sd15", *slow(["sdxl"])])
-def test_diffusers_loads_the_file_with_equal_results(
+def test_diffusers_and_the_engine_load_the_file_with_equal_results(
     family: str, plain: dict[str, Models], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     models, file = copy.deepcopy(plain[family]), tmp_path / "made.safetensors"
@@ -118,8 +123,12 @@ def test_diffusers_loads_the_file_with_equal_results(
             dtype=models.dtype,
         )
     )
-    for ours, other in zip(outputs(models), theirs, strict=True):
+    engine = outputs(plain[family], lora.load(as_cached(file, "Lora"), plain[family], "tiny"))
+    before = outputs(plain[family])
+    for trained, ours, other, without in zip(outputs(models), engine, theirs, before, strict=True):
+        assert_close(trained, other)
         assert_close(ours, other)
+        assert (other - without).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lora", *slow([kind for kind in KINDS if kind != "lora"])])

@@ -43,6 +43,8 @@ class World(models_pb2_grpc.ModelsServiceServicer, endpoints_pb2_grpc.TaskServic
     """What the other services know: one checkpoint and two datasets of the role Designer, tasks and what was asked."""
 
     bucket: str
+    size_bytes: int = 17  # of the checkpoint
+    sha256: str = "ab" * 32
     task: endpoints_pb2.Task = field(default_factory=lambda: endpoints_pb2.Task(state=endpoints_pb2.TASK_STATE_RUNNING))
     is_away: bool = False  # the endpoints service
     is_stuck: bool = False  # the models service, after it has opened a checkpoint
@@ -65,8 +67,8 @@ class World(models_pb2_grpc.ModelsServiceServicer, endpoints_pb2_grpc.TaskServic
             name=name.name,
             s3_location=f"s3://{self.bucket}/{folder}",
             key=f"{folder}/{MODEL}",
-            size_bytes=17,
-            sha256="ab" * 32,
+            size_bytes=self.size_bytes,
+            sha256=self.sha256,
         )
         return models_pb2.ResolveCheckpointsResponse(checkpoints=[found])
 

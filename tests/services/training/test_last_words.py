@@ -12,6 +12,7 @@ import pytest
 from esd.training.v1 import training_pb2 as pb
 from gpu_worker.job import JobError
 from gpu_worker.trainer import stream
+from gpu_worker.trainer.files import Files
 from gpu_worker.trainer.listening import Plan, Progress
 from gpu_worker.trainer.loop import Stopped
 from gpu_worker.trainer.reporter import Reporter
@@ -45,7 +46,7 @@ class Scripted(_Session):
 
     async def _train(self, welcome: pb.TrainerWelcome) -> None:
         self.told = threading.Event()
-        reporter = Reporter(self.stream, self._transfer, self._folder, lambda: self._is_stopped)
+        reporter = Reporter(self.stream, Files(self.stream, self._transfer), self._folder, lambda: self._is_stopped)
 
         def work() -> None:
             path = self._folder / "demo-000001.safetensors"
@@ -146,7 +147,7 @@ async def test_the_steps_of_an_epoch_are_told_before_its_state_with_which_a_late
     async with Transfer() as transfer, asyncio.TaskGroup() as group:
         talking = group.create_task(told.run())
         await told.welcome()
-        reporter = Reporter(told, transfer, tmp_path, lambda: False)
+        reporter = Reporter(told, Files(told, transfer), tmp_path, lambda: False)
         sending = group.create_task(reporter.run())
 
         def train() -> None:
@@ -160,3 +161,29 @@ async def test_the_steps_of_an_epoch_are_told_before_its_state_with_which_a_late
         talking.cancel()
         sending.cancel()
     assert told.kinds.index("progress") < told.kinds.index("state")
+
+
+async def test_a_network_that_is_removed_before_its_turn_is_not_told_and_ends_nothing(
+    service: Service, tmp_path: Path
+) -> None:
+    created = await service.create()
+    told = Noting(Given(service.tokens.trainer(created.id)), service.channel, "cpu", lambda: None)
+    told.kinds = []
+    old, new = tmp_path / "demo-000001.safetensors", tmp_path / "demo-000002.safetensors"
+    old.write_bytes(b"first")
+    new.write_bytes(b"second")
+    async with Transfer() as transfer, asyncio.TaskGroup() as group:
+        talking = group.create_task(told.run())
+        await told.welcome()
+        reporter = Reporter(told, Files(told, transfer), tmp_path, lambda: False)
+        reporter.saved(old, 1, 4, is_last=False)
+        reporter.saved(new, 2, 8, is_last=False)
+        reporter.removed(old)
+        old.unlink()
+        sending = group.create_task(reporter.run())
+        await asyncio.sleep(0)  # what the training's thread said is in the queue then
+        await reporter.flush()
+        await told.all_kept()
+        talking.cancel()
+        sending.cancel()
+    assert told.kinds == ["saved", "removed"]

@@ -181,6 +181,7 @@ def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(s
     told = school.events(training_id)
     assert any("going on after epoch" in event.get("log", {}).get("line", "") for event in told)
     survivors = trainers(stack)
+    assert survivors
     kill_service(stack, school)
     heard = len(school.steps(training_id))
     wait_for(lambda: len(school.steps(training_id)) > heard)
@@ -194,6 +195,27 @@ def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(s
     row = school.checkpoint(training_id)
     assert row is not None
     assert (row["name"][0], len(row["name"])) == ("tough.safetensors", 10)
+
+
+def test_a_third_death_of_its_trainer_ends_a_training_that_keeps_what_it_saved(stack: Stack, school: School) -> None:
+    training_id = school.begin(output_name="doomed", max_train_epochs=100_000, sample_every_n_epochs=0)
+    assert saved(school.events(training_id)) == "doomed-000001.safetensors"
+    for _ in range(3):
+        heard = len(school.steps(training_id))
+        wait_for(lambda heard=heard: len(school.steps(training_id)) > heard)
+        killed = trainers(stack)
+        assert killed
+        for process in killed:
+            process.kill()
+        psutil.wait_procs(killed, timeout=60)
+    ended = school.until(training_id)
+    assert ended["job_status"] == "Failed"
+    assert ended["params"]["resp"]["error_msg"].startswith("the trainer failed: ")
+    wait_for(lambda: (school.checkpoint(training_id) or {})["status"] != "Initial")
+    kept = school.checkpoint(training_id)
+    assert kept is not None
+    assert (kept["status"], kept["name"][-1]) == ("Active", "doomed-000001.safetensors")
+    assert trainers(stack) == []
 
 
 def test_a_stop_acts_within_a_step_or_while_it_waits_and_what_was_saved_stays(stack: Stack, school: School) -> None:

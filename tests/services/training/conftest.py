@@ -259,7 +259,15 @@ class Service:
                 await session.execute(text("UPDATE training SET create_time = create_time - interval '1 hour'"))
                 await session.execute(text("SELECT pg_notify('trainings_due', '')"))
             async with asyncio.timeout(120):
-                await moved.wait()
+                while await self._is_there(job_id):
+                    await moved.wait()  # also woken by what is no deletion, such as the listener's first connection
+                    moved.clear()
+
+    async def _is_there(self, job_id: str) -> bool:
+        """Whether the training has a row, which nobody may see."""
+        async with self.database.transaction() as session:
+            found = await session.scalar(text("SELECT count(*) FROM training WHERE id = :id"), {"id": job_id})
+        return bool(found)
 
     @asynccontextmanager
     async def trainer(self, job_id: str, session: str = "") -> AsyncIterator[ScriptedTrainer]:

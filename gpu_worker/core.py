@@ -74,9 +74,14 @@ class Core:
         return not self._batch and not self._stages
 
     @property
+    def here(self) -> list[Placed]:
+        """The checkpoints on the device."""
+        return self._loader.here
+
+    @property
     def max_pixels(self) -> int:
         """Rows x pixels that one UNet call may have now."""
-        bounds = [placed.bound.pixels for placed in self._loader.here]
+        bounds = [placed.bound.pixels for placed in self.here]
         return min(bounds, default=self._max_pixels)
 
     @property
@@ -205,7 +210,7 @@ class Core:
         there are none or that was the answer to the last such call, half of it. A single row has what others can do
         without."""
         num_rows = sum(wish.num_rows for wish in wishes)
-        has_graphs = any(other.graphs for other in self._loader.here)
+        has_graphs = any(other.graphs for other in self.here)
         placed.gave_up_graphs = has_graphs and not placed.gave_up_graphs
         has_hope = placed.gave_up_graphs or placed.bound.shrink(num_rows, wishes[0].row_pixels)
         if not has_hope and not self._loader.evict_unused():

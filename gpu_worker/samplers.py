@@ -8,29 +8,31 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler, DPMSolverSDEScheduler
-from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from gpu_worker import plans
-from gpu_worker.ancestral import DPM2Ancestral, DPM2SAncestral, EulerAncestral
 from gpu_worker.devices import on_device
+from gpu_worker.kdiffusion import (
+    DPM2M,
+    DPM3M,
+    DPM2Ancestral,
+    DPM2MHeun,
+    DPM2SAncestral,
+    DPMFast,
+    DPMSde,
+    EulerAncestral,
+    KDiffusion,
+)
 from gpu_worker.plans import Interval, Plan, combined
 from services.common.payloads.samplers import parts, sampler_of
 
 Options = dict[str, Any]
-
-
-def _multistep(order: int, algorithm: str, **options: Any) -> tuple[type[Any], Options]:
-    base = {"timestep_spacing": "linspace", "solver_order": order, "algorithm_type": algorithm}
-    return DPMSolverMultistepScheduler, base | options
 
 
 # Options that bend the noise levels.
@@ -48,16 +50,15 @@ SAMPLERS: dict[str, tuple[type[Any], Options]] = {
     "Euler a": (EulerAncestral, _LINSPACE),
     "LMS": (LMSDiscreteScheduler, _LINSPACE),
     "Heun": (HeunDiscreteScheduler, _LINSPACE),
-    "DPM2": (KDPM2DiscreteScheduler, _LINSPACE),
+    "DPM2": (DPM2Ancestral, _LINSPACE),
     "DPM2 a": (DPM2Ancestral, _LINSPACE),
     "DPM++ 2S a": (DPM2SAncestral, _LINSPACE),
-    "DPM++ 2M": _multistep(2, "dpmsolver++"),
-    "DPM++ SDE": (DPMSolverSDEScheduler, _LINSPACE),
-    "DPM++ 2M SDE": _multistep(2, "sde-dpmsolver++"),
-    "DPM++ 2M SDE Heun": _multistep(2, "sde-dpmsolver++", solver_type="heun"),
-    "DPM++ 3M SDE": _multistep(3, "sde-dpmsolver++"),
-    # An approximation: A1111's adds noise, and chooses its orders by the number of steps in another way.
-    "DPM fast": (DPMSolverSinglestepScheduler, {"solver_order": 3, "lower_order_final": True}),
+    "DPM++ 2M": (DPM2M, _LINSPACE),
+    "DPM++ SDE": (DPMSde, _LINSPACE),
+    "DPM++ 2M SDE": (DPM2M, _LINSPACE),
+    "DPM++ 2M SDE Heun": (DPM2MHeun, _LINSPACE),
+    "DPM++ 3M SDE": (DPM3M, _LINSPACE),
+    "DPM fast": (DPMFast, _LINSPACE),
     "DDIM": (DDIMScheduler, _LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
     "PLMS": (PNDMScheduler, _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
     # bh1 of order 3 gives NaN at the final noise level 0.
@@ -134,8 +135,9 @@ def create(
     first_step: int = 0,
 ) -> Sampling:
     """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` counts for
-    those that have a choice of it; of the steps, those before `first_step` are left out."""
-    eta = sampler_of(name).eta if eta is None else eta
+    those that have one; of the steps, those before `first_step` are left out."""
+    own_eta = sampler_of(name).eta
+    eta = own_eta if own_eta is None or eta is None else eta
     options = tuple((key, model_config[key]) for key in _MODEL_OPTIONS if key in model_config)
     return Sampling(_plan(name, options, num_steps, eta, first_step), num_steps - first_step, generators)
 
@@ -148,9 +150,12 @@ def _plan(
     kind, own_options = SAMPLERS[sampler]
     taken = inspect.signature(kind).parameters
     options = {key: value for key, value in model_options if key in taken}
-    scheduler = kind(**(options | own_options | SCHEDULES[schedule]))
-    if isinstance(scheduler, EulerAncestral | DPM2Ancestral):
-        scheduler.eta = eta
+    options |= own_options | SCHEDULES[schedule]
+    if num_steps == 1 and options.get("timestep_spacing") == "linspace":
+        options["timestep_spacing"] = "trailing"  # numpy's linspace has the lowest level then, not the highest
+    scheduler = kind(**options)
+    if isinstance(scheduler, KDiffusion):
+        scheduler.eta = eta or 0.0
     steps = {"original_inference_steps": max(_LCM_STEPS, num_steps)} if kind is LCMScheduler else {}
     scheduler.set_timesteps(num_steps, device="cpu", **steps)
     first = first_step * scheduler.order

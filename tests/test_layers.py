@@ -57,7 +57,7 @@ TORCH_OWNERS = {
     "graphs.py",
     "placed.py",
     "plans.py",
-    "ancestral.py",
+    "kdiffusion.py",
     "samplers.py",
     "weights.py",
     "pickles.py",

@@ -207,7 +207,7 @@ def latency(core: Core, model: CachedModel, pipeline: Any, num_jobs: int) -> Tab
 def overhead(core: TimedCore, model: CachedModel, steps: int) -> Table:
     """The last table."""
     table = Table("sampler", "tick", "outside the UNet", "share", "target", title="A tick of 8 guided jobs, 64x64")
-    core.watch(core._resident.here[0].models.unet)
+    core.watch(core.here[0].models.unet)
     for sampler in ("Euler", "Euler a", "DPM++ 2M Karras", "UniPC"):
         core.tick_seconds = core.unet_seconds = core.num_ticks = 0
         at_once(core, model, [changed(request, sampler_name=sampler) for request in jobs(64, 8, steps)])

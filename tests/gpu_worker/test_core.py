@@ -66,9 +66,8 @@ class Driven:
         if self.core.is_idle and self.core._loader._waiting:  # for a load
             self.loaded.acquire(timeout=120)
             self.core.work()
-        for entry in self.core._loader._resident._entries.values():
-            if entry.models.done() and entry.models.exception() is None:
-                self._watch(entry.models.result().models.unet)
+        for placed in self.core.here:
+            self._watch(placed.models.unet)
 
     def _watch(self, unet: Any) -> None:
         if not hasattr(unet, "is_watched"):
@@ -173,7 +172,7 @@ def ahead(tiny_checkpoint: Path) -> Iterator[Driven]:
     found = Driven(tiny_checkpoint, device=device)
     found.add("first", REQUEST)
     found.until_ended("first")
-    models = found.core._loader._resident.here[0].models
+    models = found.core.here[0].models
     device.takes(models.unet, 3600)
     device.takes(models.vae.decoder, 2400)
     found.num_rows.clear()
@@ -200,7 +199,7 @@ def test_jobs_that_come_while_one_runs_join_it_as_soon_as_a_tick_allows(ahead: D
 
 
 def test_a_first_call_waits_for_no_more_than_it_has_room_for(ahead: Driven, tiny_checkpoint: Path) -> None:
-    ahead.core._loader._resident.here[0].bound.allow(6 * 64 * 64)
+    ahead.core.here[0].bound.allow(6 * 64 * 64)
     for name in map(str, range(8)):
         ahead.add(name, changed(REQUEST, seed=int(name)))
     ahead.core.work()
@@ -219,7 +218,7 @@ def test_a_first_call_waits_no_longer_than_its_bound(ahead: Driven, monkeypatch:
 def test_pictures_of_others_hold_up_a_job_for_about_a_tick(ahead: Driven) -> None:
     """A decoding is asked for in no time; what counts is the device's."""
     decoded: list[int] = []
-    decoder = ahead.core._loader._resident.here[0].models.vae.decoder
+    decoder = ahead.core.here[0].models.vae.decoder
     decoder.register_forward_pre_hook(lambda *_: decoded.append(len(ahead.num_rows)))
     ahead.add("pictures", changed(REQUEST, steps=2))
     ahead.add("long", changed(REQUEST, steps=60))
@@ -339,7 +338,7 @@ def test_a_call_that_fits_without_the_graphs_is_not_halved(tiny_checkpoint: Path
     driven = Driven(tiny_checkpoint, device=Recorder())
     driven.add("first", REQUEST)
     driven.until_ended("first")
-    placed = driven.core._loader._resident.here[0]
+    placed = driven.core.here[0]
     assert placed.graphs
     refused: list[int] = []
 
@@ -380,7 +379,7 @@ def test_graphs_that_come_again_save_no_call_from_being_halved(tiny_checkpoint: 
 def test_a_picture_whose_decoding_does_not_fit_is_decoded_in_tiles(driven: Driven) -> None:
     driven.add("first", REQUEST)
     driven.until_ended("first")
-    vae = driven.core._loader._resident.here[0].models.vae
+    vae = driven.core.here[0].models.vae
 
     def before(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
         if arguments[0].shape[-1] > 16:
@@ -409,7 +408,7 @@ def test_a_single_row_that_does_not_fit_fails_its_job_only(driven: Driven) -> No
 
 def test_a_single_row_has_the_memory_of_checkpoints_that_nobody_uses(driven: Driven, others: list[Path]) -> None:
     def before(rows: torch.Tensor) -> None:
-        if len(driven.core._loader._resident.here) > 1:
+        if len(driven.core.here) > 1:
             raise torch.OutOfMemoryError
 
     driven.add("other", REQUEST, others[0])
@@ -430,7 +429,7 @@ def test_a_job_of_which_a_stage_does_not_fit_begins_once_more(driven: Driven, ti
         if left:
             raise left.pop()
 
-    driven.core._loader._resident.here[0].models.text_encoders[0].model.register_forward_pre_hook(before)
+    driven.core.here[0].models.text_encoders[0].model.register_forward_pre_hook(before)
     driven.add("short", REQUEST)
     driven.until_ended("short")
     if times == 1:

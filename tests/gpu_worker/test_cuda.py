@@ -90,7 +90,7 @@ class Driven:
     @property
     def placed(self) -> Placed:
         """The checkpoint on the device."""
-        return self.core._resident.here[0]
+        return self.core.here[0]
 
     def _recorded(self, request: Any, *arguments: Any) -> Generator[Any, Any, torch.Tensor]:
         latents = yield from self._denoised(request, *arguments)
@@ -307,7 +307,7 @@ def test_checkpoints_move_and_memory_does_not_grow(files: list[CachedModel]) -> 
     other = Driven(EngineSettings(precision="float16", model_bytes=size, copy_bytes=100 * size))
     requests = [changed(REQUEST, steps=3) for _ in range(3)]
     expected = [other.run([changed(REQUEST, steps=3)], file)[0].images[0].astype(int) for file in files]
-    assert len(other.core._resident.here) < 3
+    assert len(other.core.here) < 3
     assert len(other.core.warm_models) == 3
     for index in range(6):
         other.run([changed(requests[0])], files[index % 3])

@@ -19,10 +19,8 @@ class Sampler:
 
     schedules: tuple[str, ...] = ("Uniform",)
     automatic: str = "Uniform"
-    # The share of new noise in a step where A1111's takes an `eta`: what it is when nobody says anything, or what it
-    # always is here.
+    # The share of new noise in a step, of those that have one, where nobody says it.
     eta: float | None = None
-    fixed_eta: float | None = None
 
 
 _ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
@@ -35,11 +33,11 @@ SAMPLERS = {
     "DPM2 a": Sampler(_ALL, "Karras", eta=1),
     "DPM++ 2S a": Sampler(_ALL, "Karras", eta=1),
     "DPM++ 2M": Sampler(_ALL, "Karras"),
-    "DPM++ SDE": Sampler(_ALL, "Karras", fixed_eta=1),
-    "DPM++ 2M SDE": Sampler(_ALL, "Exponential", fixed_eta=1),
-    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential", fixed_eta=1),
-    "DPM++ 3M SDE": Sampler(_ALL, "Exponential", fixed_eta=1),
-    "DPM fast": Sampler(fixed_eta=0),
+    "DPM++ SDE": Sampler(_ALL, "Karras", eta=1),
+    "DPM++ 2M SDE": Sampler(_ALL, "Exponential", eta=1),
+    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential", eta=1),
+    "DPM++ 3M SDE": Sampler(_ALL, "Exponential", eta=1),
+    "DPM fast": Sampler(eta=1),
     "DDIM": Sampler(eta=0),
     "PLMS": Sampler(),
     "UniPC": Sampler(),

@@ -77,7 +77,7 @@ def checked_form(
     passes = [(name, field) for name, field in _SCHEDULES if name in known and given.get(name)]
     ignored += [field for name, field in passes if samplers.ignores(given[name], given.get(field))]
     given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
-    given.setdefault("ignored", ignored + _unused_etas(given, [given[name] for name, _ in passes]))
+    given.setdefault("ignored", ignored)
     given |= as_fields(given.get("alwayson_scripts"))
     if given.get("refiner_checkpoint") in _OFF:
         given.pop("refiner_checkpoint", None)
@@ -95,15 +95,6 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
     others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
     misplaced = prompts.read(negative)
     return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
-
-
-def _unused_etas(given: dict[str, Any], names: list[str]) -> list[str]:
-    """Names of what says another eta than one of these samplers always has."""
-    fixed = [eta for eta in (samplers.sampler_of(name).fixed_eta for name in names) if eta is not None]
-    settings = given.get("override_settings")
-    ancestral = settings.get("eta_ancestral") if isinstance(settings, dict) else None
-    said = {"eta": given.get("eta"), "override_settings.eta_ancestral": ancestral}
-    return [name for name, eta in said.items() if eta is not None and any(eta != other for other in fixed)]
 
 
 def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:

@@ -24,7 +24,7 @@ SCHEDULERS = (
 # kohya's names of samplers, with A1111's.
 _SAMPLERS = {
     "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
-    "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM fast",
+    "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2M",
 }  # fmt: skip
 _MAX_PIXELS = 2048 * 2048
 _ALIASES = {

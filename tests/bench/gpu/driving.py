@@ -60,7 +60,7 @@ class Driver:
 
     def placed(self) -> Any:
         """The checkpoint that is on the device."""
-        return self.core._resident.here[0]
+        return self.core.here[0]
 
 
 class Clock:

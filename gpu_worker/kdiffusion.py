@@ -1,0 +1,276 @@
+"""k-diffusion's samplers, which A1111's are, as diffusers schedulers: those that diffusers lacks, whose timesteps it
+rounds or whose `eta` it has fixed. `eta` is the share of the noise that a step takes away and puts back anew.
+
+The formulas are those of k_diffusion/sampling.py, in terms of what the model takes the clean latents for. Noise levels
+are diffusers' Euler's: any schedule, and timesteps with fractions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import exp, expm1, log, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+# Where DPM-Solver looks at the noise within a step of each order, in parts of the step.
+_FRACTIONS = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
+
+
+class KDiffusion(EulerDiscreteScheduler):
+    """What they share. `eta` is set before the timesteps."""
+
+    eta = 1.0
+    # A1111 makes one level more for these, and leaves out the lowest.
+    leaves_out_lowest = False
+
+    def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
+        """As diffusers'."""
+        super().set_timesteps(num_inference_steps + self.leaves_out_lowest, *options, **named)
+        if self.leaves_out_lowest:
+            self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
+            self.timesteps = self.timesteps[:-1]
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, *_: Any, **__: Any) -> Any:
+        """The latents after an evaluation, in a tuple."""
+        clean = super().step(model_output, timestep, sample, return_dict=False)[1]
+        return (self._after(sample, clean, int(self.step_index or 0) - 1),)
+
+    @abstractmethod
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        """The latents after the evaluation of that index, in which they were x."""
+
+    def _times(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """The timesteps of noise levels."""
+        logarithms = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().log().numpy()
+        return torch.tensor([float(self._sigma_to_t(np.array(float(sigma)), logarithms)) for sigma in sigmas])
+
+
+class EulerAncestral(KDiffusion):
+    """`sample_euler_ancestral`."""
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        before, after = self.sigmas[index : index + 2]
+        down, up = _ancestral(before, after, self.eta)
+        return clean.lerp(x, down / before) + torch.randn(x.shape) * up
+
+
+class _TwoLooks(KDiffusion):
+    """Looks a second time in each step, at a level in its middle, but in the last one, which goes to no noise."""
+
+    order = 2
+    _begun: Any  # the latents that the step began with
+
+    def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
+        """As diffusers', each level but the last with that in the middle behind it."""
+        super().set_timesteps(num_inference_steps, *options, **named)
+        levels = self.sigmas[:-1]
+        middles = self._middle(levels[:-1], levels[1:])
+        self.sigmas = torch.cat([_alternating(levels, middles), self.sigmas[-1:]])
+        self.timesteps = _alternating(self.timesteps, self._times(middles).to(self.timesteps))
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        if index == len(self.sigmas) - 2:
+            return clean
+        before, middle, after = self.sigmas[index - index % 2 :][:3]
+        if index % 2:
+            return self._second(self._begun, x, clean, before, middle, after)
+        self._begun = x
+        return self._first(x, clean, before, middle)
+
+    def _middle(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """The level half way, in log-SNR, to where a step without its new noise ends."""
+        return (before * _ancestral(before, after, self.eta)[0]).sqrt()
+
+    def _first(self, x: Any, clean: Any, before: Any, middle: Any) -> Any:
+        """The latents to look at in the middle."""
+        return clean.lerp(x, middle / before)
+
+    @abstractmethod
+    def _second(self, begun: Any, x: Any, clean: Any, before: Any, middle: Any, after: Any) -> Any:
+        """The latents after the step, which began with others."""
+
+
+class DPM2Ancestral(_TwoLooks):
+    """`sample_dpm_2_ancestral`, which is `sample_dpm_2` where eta is 0."""
+
+    leaves_out_lowest = True
+
+    def _second(self, begun: Any, x: Any, clean: Any, before: Any, middle: Any, after: Any) -> Any:
+        down, up = _ancestral(before, after, self.eta)
+        return begun + (x - clean) * ((down - before) / middle) + torch.randn(x.shape) * up
+
+
+class DPM2SAncestral(_TwoLooks):
+    """`sample_dpmpp_2s_ancestral`."""
+
+    def _second(self, begun: Any, x: Any, clean: Any, before: Any, middle: Any, after: Any) -> Any:
+        down, up = _ancestral(before, after, self.eta)
+        return clean.lerp(begun, down / before) + torch.randn(x.shape) * up
+
+
+class DPMSde(_TwoLooks):
+    """`sample_dpmpp_sde`: new noise comes in the middle too, all of it from one process in time.
+
+    Such a process is rough: what a rounding moves by 1e-7 is another noise by 3e-4. So the levels go through logarithms
+    as they do there.
+    """
+
+    noise_sampler: Any = None
+
+    def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
+        """As diffusers'."""
+        super().set_timesteps(num_inference_steps, *options, **named)
+        self.sigmas[::2] = self.sigmas[::2].log().exp()
+
+    def _middle(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        begin, end = before.log(), after.log()
+        return (begin + (end - begin) / 2).exp()
+
+    def _first(self, x: Any, clean: Any, before: Any, middle: Any) -> Any:
+        down, up = _ancestral(before, middle, self.eta)
+        return clean.lerp(x, down / before) + self.noise_sampler(before, middle) * up
+
+    def _second(self, begun: Any, x: Any, clean: Any, before: Any, middle: Any, after: Any) -> Any:
+        down, up = _ancestral(before, after, self.eta)
+        return clean.lerp(begun, down / before) + self.noise_sampler(before, after) * up
+
+
+class _Multistep(KDiffusion):
+    """Looks back at the clean latents of the steps before, in terms of h, the steps' lengths in log-SNR."""
+
+    noise_sampler: Any = None
+
+    def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
+        """As diffusers'."""
+        super().set_timesteps(num_inference_steps, *options, **named)
+        self._before: list[Any] = []  # what was taken for the clean latents, latest first
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        before, after = (float(sigma) for sigma in self.sigmas[index : index + 2])
+        known, self._before = self._before, [clean, *self._before[:1]]
+        if after == 0:
+            return clean
+        h = log(before / after)
+        ratios = [self._length(index - back) / h for back in range(1, len(known) + 1)]
+        whole = h * (1 + self.eta)
+        result = clean.lerp(x, exp(-whole)) + self._correction(whole, clean, known, ratios)
+        if self.eta:
+            result = result + self.noise_sampler(before, after) * (after * sqrt(-expm1(-2 * self.eta * h)))
+        return result
+
+    def _length(self, index: int) -> float:
+        return log(float(self.sigmas[index] / self.sigmas[index + 1]))
+
+    @abstractmethod
+    def _correction(self, whole: float, clean: Any, known: list[Any], ratios: list[float]) -> Any:
+        """By what was known in the steps before, whose lengths are these parts of this one's. `whole` is h with what
+        new noise takes away."""
+
+
+class DPM2M(_Multistep):
+    """`sample_dpmpp_2m_sde` with the solver `midpoint`, which is `sample_dpmpp_2m` where eta is 0."""
+
+    def _correction(self, whole: float, clean: Any, known: list[Any], ratios: list[float]) -> Any:
+        return (clean - known[0]) * (self._factor(whole) / ratios[0]) if known else 0.0
+
+    def _factor(self, whole: float) -> float:
+        return -expm1(-whole) / 2
+
+
+class DPM2MHeun(DPM2M):
+    """`sample_dpmpp_2m_sde` with the solver `heun`."""
+
+    def _factor(self, whole: float) -> float:
+        return expm1(-whole) / whole + 1
+
+
+class DPM3M(DPM2MHeun):
+    """`sample_dpmpp_3m_sde`."""
+
+    leaves_out_lowest = True
+
+    def _correction(self, whole: float, clean: Any, known: list[Any], ratios: list[float]) -> Any:
+        if len(known) < 2:
+            return super()._correction(whole, clean, known, ratios)
+        phi_2 = self._factor(whole)
+        phi_3 = phi_2 / whole - 1 / 2
+        near, far = (clean - known[0]) / ratios[0], (known[0] - known[1]) / ratios[1]
+        bend = (near - far) / sum(ratios)
+        return (near + bend * ratios[0]) * phi_2 - bend * phi_3
+
+
+@dataclass(frozen=True)
+class _Look:
+    """An evaluation at a noise level, and what follows: the latents that the step began with, less these parts of the
+    noise seen then and of how far this one differs from it; at the step's end new noise."""
+
+    sigma: float
+    is_first: bool
+    of_noise: float
+    of_difference: float
+    up: float = 0.0
+
+
+class DPMFast(KDiffusion):
+    """`sample_dpm_fast`: DPM-Solver-fast (Lu et al. 2022, algorithm 3.3), which has as many looks as there are steps,
+    three to a stretch of evenly spaced log-SNR and less to the last ones. What begins later begins such a row of its
+    own. It ends at the lowest noise level of the model, as A1111's does."""
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Has the looks begin at a level of the uniform schedule; to be called after set_timesteps."""
+        super().set_begin_index(begin_index)
+        lowest = sqrt(1 / float(self.alphas_cumprod[0]) - 1)
+        levels = self.sigmas[begin_index:-1]
+        self._looks = list(_looks(float(levels[0]), lowest, len(levels), self.eta))
+        sigmas = torch.tensor([look.sigma for look in self._looks])
+        self.sigmas[begin_index:-1] = sigmas
+        self.timesteps[begin_index:] = self._times(sigmas)
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        look = self._looks[index - int(self.begin_index or 0)]
+        noise = (x - clean) / look.sigma
+        if look.is_first:
+            self._begun, self._noise = x, noise
+        after = self._begun - look.of_noise * self._noise - look.of_difference * (noise - self._noise)
+        return after + look.up * torch.randn(x.shape) if look.up else after
+
+
+def _looks(highest: float, lowest: float, num_looks: int, eta: float) -> Iterator[_Look]:
+    """In terms of t, the negative logarithm of the noise level; h is the length of a step."""
+    num_steps = num_looks // 3 + 1
+    orders = [3] * (num_steps - 1) + [num_looks % 3] if num_looks % 3 else [3] * (num_steps - 2) + [2, 1]
+    times = np.linspace(-log(highest), -log(lowest), num_steps + 1)
+    for order, t, t_after in zip(orders, times[:-1], times[1:], strict=True):
+        down = float(_ancestral(torch.tensor(exp(-t)), torch.tensor(exp(-t_after)), eta)[0])
+        t_next = min(times[-1], -log(down)) if down > 0 else times[-1]
+        h = t_next - t
+        for look, fraction in enumerate(_FRACTIONS[order]):
+            is_last = look + 1 == order
+            to = h if is_last else _FRACTIONS[order][look + 1] * h
+            sigma = exp(-(t + to))
+            by = expm1(to) / 2 if order < max(_FRACTIONS) else expm1(to) / to - 1
+            yield _Look(
+                sigma=exp(-(t + fraction * h)),
+                is_first=not look,
+                of_noise=sigma * expm1(to),
+                of_difference=sigma * by * to / (fraction * h) if look else 0.0,
+                up=sqrt(max(0.0, exp(-t_after) ** 2 - exp(-t_next) ** 2)) if is_last else 0.0,
+            )
+
+
+def _ancestral(before: Any, after: Any, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`get_ancestral_step`: down to which noise level a step goes, and how much noise it adds, from one level to the
+    next."""
+    up = torch.minimum(after, eta * (after**2 * (before**2 - after**2) / before**2).sqrt())
+    return (after**2 - up**2).sqrt(), up
+
+
+def _alternating(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Those of both in turn; of the second there is one less."""
+    pairs = torch.stack([first[:-1], second], 1).flatten()
+    return torch.cat([pairs, first[-1:]])

@@ -265,7 +265,8 @@ def _looks(highest: float, lowest: float, num_looks: int, eta: float) -> Iterato
 
 def _ancestral(before: Any, after: Any, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`get_ancestral_step`: down to which noise level a step goes, and how much noise it adds, from one level to the
-    next."""
+    next. In double precision, as little may be left of the difference of squares."""
+    before, after = before.double(), after.double()
     up = torch.minimum(after, eta * (after**2 * (before**2 - after**2) / before**2).sqrt())
     return (after**2 - up**2).sqrt(), up
 

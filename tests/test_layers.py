@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +131,11 @@ def test_the_worker_knows_no_service_and_only_its_owners_know_torch(path: Path) 
     in_tasks = "tasks" in path.parts or "trainer" in path.parts
     if any(starts(module, "torch") or starts(module, "diffusers") for module in found):
         assert in_tasks or path.name in TORCH_OWNERS, f"{path.name} must not import torch"
+
+
+def test_who_runs_next_is_decided_without_torch() -> None:
+    command = "import sys, gpu_worker.batch, gpu_worker.resident, gpu_worker.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("path", python_files("services/common/payloads"), ids=lambda path: path.name)

@@ -30,6 +30,7 @@ class Kind:
 
 
 def ancestral(before: Any, after: Any, eta: float) -> Any:
+    before, after = before.double(), after.double()
     up = min(after, eta * (after**2 * (before**2 - after**2) / before**2) ** 0.5)
     return (after**2 - up**2) ** 0.5, up
 
@@ -73,7 +74,7 @@ def dpm_2_ancestral(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
         if down == 0:
             x = x + d * (down - before)
         else:
-            middle = before.log().lerp(down.log(), 0.5).exp()
+            middle = before.double().log().lerp(down.log(), 0.5).exp()
             x_2 = x + d * (middle - before)
             x = x + (x_2 - (yield x_2, middle)) / middle * (down - before)
             x = x + noise() * up
@@ -238,7 +239,7 @@ KINDS = {
 
 class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
     """A loop over the levels of diffusers' Euler, for models that predict noise. The levels at which it looks are known
-    after it has gone through once with nothing."""
+    after it has gone through once with nothing. Latents are kept in double precision between the looks."""
 
     kind: Kind
     eta: float
@@ -250,6 +251,7 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         super().set_timesteps(num_inference_steps + self.kind.discards, device)
+        self._times = dict(zip(self.sigmas.tolist(), self.timesteps.tolist(), strict=False))
         self._levels = torch.cat([self.sigmas[:-2], self.sigmas[-1:]]) if self.kind.discards else self.sigmas.clone()
         self._looks(0)
 
@@ -269,9 +271,16 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
                 x_and_sigma = solver.send(torch.zeros(1))
         log_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().log().numpy()
         times = [float(self._sigma_to_t(torch.tensor(sigma).numpy(), log_sigmas)) for sigma in looks]
-        # Those before where it begins are of no use, but count.
+        # Levels have the times that they were made from.
+        times[:: self.order] = [self._times.get(sigma, time) for sigma, time in zip(looks, times, strict=True)][
+            :: self.order
+        ]
+        # Those before where it begins are of no use, but count. Pipelines look at the times before they say where.
         self.sigmas = torch.tensor([float(self._levels[0])] * begin + looks + [0.0])
-        self.timesteps = torch.tensor([0.0] * begin + times)
+        if begin:
+            self.timesteps[begin:] = torch.tensor(times)
+        else:
+            self.timesteps = torch.tensor(times)
 
     def step(
         self, model_output: Any, timestep: Any, sample: Any, generator: Any = None, return_dict: bool = True
@@ -281,14 +290,16 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
             positive = self._levels[self._levels > 0]
             # The levels of the process are those of the whole schedule.
             self._process = BrownianTreeNoiseSampler(sample, positive.min(), positive.max(), seed=self.seeds)
-            self._solver = self.kind.loop(sample, self._used, partial(self._noise, sample), self.eta)
-            next(self._solver)
-        denoised = sample - self.sigmas[self.step_index] * model_output
+            self._solver = self.kind.loop(sample.double(), self._used, partial(self._noise, sample), self.eta)
+            self._x, _ = next(self._solver)
+        denoised = self._x - self.sigmas[self.step_index].double() * model_output
         self._step_index += 1
         try:
-            return (self._solver.send(denoised)[0],)
+            self._x, _ = self._solver.send(denoised)
         except StopIteration as end:
-            return (end.value,)
+            self._solver = self._generator = None  # it may be copied now
+            self._x = end.value
+        return (self._x.float(),)
 
     def _noise(self, like: torch.Tensor, *interval: Any) -> torch.Tensor:
         if self.kind.is_brownian:

@@ -74,6 +74,26 @@ async def test_a_short_job_does_not_wait_for_a_long_one_and_cancelling_one_leave
     assert (await other).HasField("done")
 
 
+async def test_a_real_time_job_goes_before_those_that_nobody_waits_for(worker: Worker, make_spec: Any) -> None:
+    assert (await submit(worker, make_spec())[1]).HasField("done")
+    steps, begun = [0], asyncio.Event()
+
+    def hear(event: worker_pb2.JobEvent) -> None:
+        if event.HasField("progress"):
+            steps.append(event.progress.step)
+            begun.set()
+
+    long = Job(make_spec(steps=150, n_iter=2), hear)
+    worker.submit(long)
+    await begun.wait()
+    urgent = make_spec(steps=100, width=128, height=64)
+    urgent.is_real_time = True
+    before = steps[-1]
+    assert (await submit(worker, urgent)[1]).HasField("done")
+    assert steps[-1] - before < 30
+    long.cancel()
+
+
 async def test_room_counts_jobs_and_what_fits_into_one_call(worker: Worker, engine: Engine, make_spec: Any) -> None:
     assert worker.room == engine.max_pixels // (2 * 512 * 512)  # nothing is known of the jobs yet
     assert (await submit(worker, make_spec())[1]).HasField("done")
@@ -87,7 +107,7 @@ async def test_room_counts_jobs_and_what_fits_into_one_call(worker: Worker, engi
 
 
 async def test_the_queue_is_asked_for_several_jobs_and_runs_them_together(worker: Worker, make_spec: Any) -> None:
-    specs = {f"lease-{index}": make_spec(steps=20, seed=index) for index in range(MAX_JOBS)}
+    specs = {f"lease-{index}": make_spec(steps=100, seed=index) for index in range(MAX_JOBS)}
     async with services() as peers, plain_channel(peers.address) as channel:
         stream = WorkStream(worker, TokenSource(peers.address, SECRET), channel, "worker-1")
         task = asyncio.create_task(stream.run())

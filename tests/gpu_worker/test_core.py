@@ -165,9 +165,10 @@ def test_jobs_that_come_while_others_run_share_their_ticks_and_leave_with_the_sa
 
 
 @pytest.fixture
-def ahead(tiny_checkpoint: Path) -> Iterator[Driven]:
+def ahead(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driven]:
     """With a job behind it, so that the models are here; a tick takes an hour of its device, a text nothing, a picture
-    40 minutes."""
+    40 minutes. Those who come together are waited for, however slow the machine is."""
+    monkeypatch.setattr("gpu_worker.core._GATHERING_SECONDS", 600.0)
     device = Ahead()
     found = Driven(tiny_checkpoint, device=device)
     found.add("first", REQUEST)

@@ -190,6 +190,28 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert reason.startswith("wrong.safetensors is a LoRA for another architecture than tiny.safetensors")
 
 
+async def test_every_checkpoint_and_the_vae_of_a_job_are_told_by_hash(
+    generate: Any, store: ObjectStore, make_spec: Any, tmp_path: Path
+) -> None:
+    spec = make_spec(refiner_checkpoint="refiner", refiner_switch_at=0.5, enable_hr=True, hr_checkpoint_name="second")
+    hashes = {"model": spec.models[0].sha256}
+    for seed, (name, kind, key) in enumerate(
+        [
+            ("refiner.safetensors", "Stable-diffusion", "model:refiner"),
+            ("second.safetensors", "Stable-diffusion", "model:second"),
+            ("vae.safetensors", "VAE", "vae"),
+        ],
+        start=2,
+    ):
+        tiny.write(tmp_path / name, seed=seed)
+        hashes[key] = add_file(spec, store, kind, name, (tmp_path / name).read_bytes())
+    assert (await generate(spec))[-1].HasField("done")
+    picture = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
+    assert all(f'"{key}": "{sha256}"' in picture.text["parameters"] for key, sha256 in hashes.items())
+    param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
+    assert json.loads(param["info"])["hashes"] == hashes
+
+
 async def test_what_a_controlnet_looked_at_is_a_picture_of_the_result(
     generate: Any, store: ObjectStore, make_spec: Any
 ) -> None:

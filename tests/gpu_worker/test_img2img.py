@@ -140,7 +140,7 @@ def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(
     ]
     tasks = [(2 * index % 5, img2img_latents(request, models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
-        assert_close(found, of_inpainting(parts, request))
+        assert_close(found, of_inpainting(parts, request), least=1)
 
 
 def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights.Models) -> None:
@@ -203,7 +203,7 @@ def test_an_inpainting_unet_reads_the_mask_and_what_stays(parts: dict[str, Any],
     tasks = [(index, img2img_latents(request, inpainting)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
         blended = {"masked_image_latents": known, "callback_on_step_end": blending(original(parts["vae"]), request)}
-        assert_close(found, of_inpainting(with_unet, request, **blended))
+        assert_close(found, of_inpainting(with_unet, request, **blended), least=1)
         stays = found[..., ~PAINTED]
         assert_close(stays, original(parts["vae"])[..., ~PAINTED])
 

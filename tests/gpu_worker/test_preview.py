@@ -94,13 +94,14 @@ async def test_only_a_watched_job_sends_previews(worker: Worker, make_spec: Any)
         connection = await peers.queue.connection()
         await connection.welcome()
         await connection.until_room()
-        for lease_id, is_watched in (("unwatched", False), ("watched", True)):
-            await connection.assign(lease_id, make_spec(steps=8))
-            if is_watched:
-                await connection.send(watched=inference_pb2.Watched(lease_id=lease_id, is_watched=True))
-            await connection.until("done")
-            told = [request.event for request in connection.seen if request.event.lease_id == lease_id]
-            assert any(event.event.HasField("preview") for event in told) == is_watched
-            await connection.acknowledge(lease_id)
+        await connection.assign("unwatched", make_spec(steps=8))
+        await connection.until("done")
+        assert not any(request.event.event.HasField("preview") for request in connection.seen)
+        await connection.acknowledge("unwatched")
+        await connection.assign("watched", make_spec(steps=150, n_iter=2))
+        await connection.send(watched=inference_pb2.Watched(lease_id="watched", is_watched=True))
+        assert (await connection.until("preview")).lease_id == "watched"
+        await connection.send(cancel=inference_pb2.Cancel(lease_id="watched"))
+        await connection.until("failed")
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

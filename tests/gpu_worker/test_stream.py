@@ -52,11 +52,11 @@ async def test_a_job_is_assigned_runs_and_is_acknowledged(
         done = await connection.until("done")
         assert [image.name for image in done.event.done.images] == ["image_0.png"]
         await connection.acknowledge("lease-1")
-        assert any(request.want.num_jobs == 0 for request in connection.seen if request.HasField("want"))
+        wants = [request.want for request in connection.seen if request.HasField("want")]
+        assert any(want.num_jobs == 0 for want in wants)
+        assert list(wants[-1].warm_models)
         await connection.assign("lease-2", make_spec())
         await connection.until("done")
-        wants = [request.want for request in connection.seen if request.HasField("want")]
-        assert list(wants[-1].warm_models) or wants[-1].num_jobs == 0
     assert f"{spec.job_id}/image_0.png" in store.objects
 
 
@@ -122,7 +122,7 @@ async def test_a_cancelled_job_stops_within_a_step_and_the_worker_goes_on(
         failed = (await connection.until("failed")).event.failed
         assert failed.cancelled
         steps = [message.event.event.progress.step for message in connection.seen if message.HasField("event")]
-        assert max(steps) < 1000
+        assert max(steps) < 300
         await connection.until_room()
         await connection.assign("lease-2", make_spec())
         await connection.until("done")

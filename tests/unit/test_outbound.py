@@ -264,7 +264,7 @@ async def test_what_drips_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 async def test_a_body_that_only_drips_is_given_up_and_not_for_the_readers_slowness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbound, "SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(outbound, "SLOW_SECONDS", 1.0)
 
     async def dripping_body(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")

@@ -571,7 +571,7 @@ async def test_a_deadline_ends_a_waiting_and_a_running_job(service: Service) -> 
     assert (job.status, job.sagemaker_raw.string_value) == ("failed", sentence)
     async with service.worker() as worker:
         await worker.want()
-        running = (await create(service, payload_string="{}", deadline_seconds=1.0)).inference.inference_id
+        running = (await create(service, payload_string="{}", deadline_seconds=4.0)).inference.inference_id
         assign = (await worker.read()).assign
         assert (assign.spec.job_id, (await worker.read()).cancel.lease_id) == (running, assign.lease_id)
     assert (await service.get(running)).status == "failed"

@@ -8,6 +8,7 @@ interface is `admin.socket` in the working directory.
 
 import argparse
 import http.client
+import math
 import signal
 import socket
 import subprocess
@@ -54,16 +55,31 @@ def _total(gauges: str) -> int:
     return sum(int(line.rsplit(":", 1)[1]) for line in lines)
 
 
-def _drain(linger_seconds: float, stop_seconds: float) -> None:
+def _news(envoy: subprocess.Popen[bytes], seconds: float | None = None) -> int | None:
+    """The next signal to stop, or that Envoy has ended; None if neither comes within so many seconds. Of other children
+    there is no news: as the first process of a container this one is given all orphans."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    while True:
+        if seconds is None:
+            number = int(signal.sigwait(_NEWS))
+        elif (found := signal.sigtimedwait(_NEWS, max(0.0, end - time.monotonic()))) is None:
+            return None
+        else:
+            number = found.si_signo
+        if number != signal.SIGCHLD or envoy.poll() is not None:
+            return number
+
+
+def _drain(envoy: subprocess.Popen[bytes], linger_seconds: float, stop_seconds: float) -> None:
     """Returns when nothing is under way, when the times are over, when Envoy ends or when a second signal comes."""
     _ask("POST", "/healthcheck/fail")  # from now on each answer ends its connection
-    if signal.sigtimedwait(_NEWS, linger_seconds):
+    if _news(envoy, linger_seconds):
         return
     _ask("POST", "/drain_listeners")
     end, quiet_looks = time.monotonic() + stop_seconds, 0
     while quiet_looks < _QUIET_LOOKS and time.monotonic() < end:
         quiet_looks = 0 if _total(_THEIRS) > _total(_WORKERS) else quiet_looks + 1
-        if signal.sigtimedwait(_NEWS, _LOOK_SECONDS):
+        if _news(envoy, _LOOK_SECONDS):
             return
 
 
@@ -71,9 +87,9 @@ def run(command: Sequence[str], linger_seconds: float, stop_seconds: float) -> i
     """Runs Envoy and returns its exit status. A signal meets this process alone, also one of a terminal."""
     envoy = subprocess.Popen(command, start_new_session=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
-    if envoy.poll() is None and signal.sigwait(_NEWS) != signal.SIGCHLD:
+    if envoy.poll() is None and _news(envoy) != signal.SIGCHLD:
         try:
-            _drain(linger_seconds, stop_seconds)
+            _drain(envoy, linger_seconds, stop_seconds)
         except (OSError, http.client.HTTPException) as error:  # it has only begun to start, or hangs
             print(f"requests under way are not waited for: {error}", file=sys.stderr, flush=True)
         envoy.terminate()

@@ -6,6 +6,7 @@ Meanwhile the worker takes no jobs: each would need the store, and wait here whe
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Reach:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self.away_since: float | None = None  # by the monotonic clock
+        self._back_at = -math.inf
         self._client = client
         self._there = asyncio.Event()
         self._there.set()
@@ -37,6 +39,10 @@ class Reach:
     def is_away(self) -> bool:
         """Whether nothing has answered since we last looked."""
         return self.away_since is not None
+
+    async def was_away_after(self, moment: float, url: str) -> bool:
+        """Whether the store of the URL is away, or was at some time after that moment of the monotonic clock."""
+        return self.is_away or self._back_at > moment or not await self._answers(_bucket(url))
 
     def doubt(self, url: str) -> None:
         """A transfer from or to the URL has failed."""
@@ -67,7 +73,7 @@ class Reach:
             delay = min(2 * delay, MAX_DELAY_SECONDS)
         if self.away_since is not None:
             log.info("the object store is reached again", seconds=round(time.monotonic() - began, 1))
-            self.away_since = None
+            self.away_since, self._back_at = None, time.monotonic()
             self._there.set()
             self.on_change()
 

@@ -174,7 +174,7 @@ class Transfer:
     async def _patiently(self, problem: str, url: str, patience: _Patience, attempt: Callable[[], Awaitable[T]]) -> T:
         if not patience.seconds_left:  # an attempt might hang, and others wait for their turn at the same model
             raise Unreached(f"{problem}: the object store has not answered for a while")
-        delay = FIRST_DELAY_SECONDS
+        began, delay = time.monotonic(), FIRST_DELAY_SECONDS
         while True:
             try:
                 return await attempt()
@@ -192,7 +192,9 @@ class Transfer:
                 raise
             self.reach.doubt(url)
             if patience.ends_within(delay):
-                raise (JobError if patience.is_of_object else Unreached)(f"{problem}: {reason}")
+                # A store that is there, but full or with a damaged object, is the same for every attempt.
+                is_outage = not patience.is_of_object and await self.reach.was_away_after(began, url)
+                raise (Unreached if is_outage else JobError)(f"{problem}: {reason}")
             if delay == FIRST_DELAY_SECONDS:
                 log.warning("a transfer is tried again, until our patience ends", problem=problem, reason=reason)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter

@@ -59,8 +59,6 @@ def up(
         run(Options(folder(home), listen, webui_port, insecure, replicas))
     except CannotRunError as error:
         fail(str(error))
-    except OSError as error:  # read-only, no folder, no room on the disk
-        fail(f"ESD_HOME={folder(home)}: {error.strerror} ({error.filename})")
 
 
 @app.command()

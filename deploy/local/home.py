@@ -120,7 +120,7 @@ class Home:
         if not file.exists():
             write_durably(file, make())
         elif not file.stat().st_size:
-            raise HomeDamagedError(f"{file} is empty: put a copy of it back, or remove it to have another secret made")
+            raise HomeDamagedError(f"{file} is empty: put a copy of it back; what it opens knows no other secret")
         return file
 
     def _derived(self, name: str, text: str) -> Path:

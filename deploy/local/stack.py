@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -84,19 +85,23 @@ def run(options: Options) -> None:
     """
     from deploy.local.supervise import Supervision  # noqa: PLC0415 - only the launcher pays for it
 
-    with (run_folder(options.home) / "lock").open("a") as lock:
-        if not _lock(lock):
-            state = read_state(options.home)
-            where = f" (pid {state.pid}, {state.url})" if state else ""
-            raise AlreadyRunningError(f"the stack of {options.home.resolve()} is running already{where}")
-        file = run_folder(options.home) / "stack.json"
-        file.unlink(missing_ok=True)  # of a stack that was killed
-        home = Home(options.home)
-        plan = make_plan(options, home)
-        _check_settings(plan)
-        Postgres(home, plan.ports["postgres"]).prepare()
-        state = _new_state(plan, home)
-        state.save(file)
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context((run_folder(options.home) / "lock").open("a"))
+            if not _lock(lock):
+                state = read_state(options.home)
+                where = f" (pid {state.pid}, {state.url})" if state else ""
+                raise AlreadyRunningError(f"the stack of {options.home.resolve()} is running already{where}")
+            file = run_folder(options.home) / "stack.json"
+            file.unlink(missing_ok=True)  # of a stack that was killed
+            home = Home(options.home)
+            plan = make_plan(options, home)
+            _check_settings(plan)
+            Postgres(home, plan.ports["postgres"]).prepare()
+            state = _new_state(plan, home)
+            state.save(file)
+        except OSError as error:  # read-only, no folder, no room on the disk
+            raise CannotRunError(f"ESD_HOME={options.home}: {error.strerror} ({error.filename})") from error
         is_saved = True
 
         def on_state(name: str, word: str, pid: int | None) -> None:

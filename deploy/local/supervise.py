@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shlex
 import signal
@@ -114,7 +115,8 @@ class Supervision(Supervisor):  # type: ignore[misc]
         for program in self._programs.values():
             lines += [f"[program:{program.name}]", "command=true", "autostart=false", "redirect_stderr=true"]
             # Whether and when something starts again is decided in _start_again.
-            lines += ["stdout_logfile=NONE", "stdout_events_enabled=true", "autorestart=false", "startsecs=0"]
+            lines += ["autorestart=false", "startsecs=0", f"startretries={2**30}"]
+            lines += ["stdout_logfile=NONE", "stdout_events_enabled=true"]
             lines += [f"stopsignal={program.stop_signal}", f"stopwaitsecs={_STOP_SECONDS}", f"priority={program.stage}"]
         for stage in {program.stage for program in self._programs.values()}:
             names = [program.name for program in self._programs.values() if program.stage == stage]
@@ -163,7 +165,8 @@ class Supervision(Supervisor):  # type: ignore[misc]
             self.stop()
         now = time.time()
         self._pauses[name] = pause_after(now - process.laststart, self._pauses.get(name, 0.0))
-        process.state, process.backoff, process.delay = ProcessStates.BACKOFF, 1, now + self._pauses[name]
+        process.state, process.delay = ProcessStates.BACKOFF, now + self._pauses[name]
+        process.backoff = math.ceil(self._pauses[name])  # a delay beyond it would count as a clock that was set back
 
     def _next_stage(self) -> None:
         """Starts the next stages up to one that ends with a one-time program that has not ended yet."""

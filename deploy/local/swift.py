@@ -11,6 +11,7 @@ the disk (2%). An upload that would need more is refused with 503; objects can b
 This file is only ever run: eventlet patches the whole process, so nothing of ours may import it.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -226,6 +227,8 @@ def _check_xattrs(root: Path) -> None:
     try:
         os.setxattr(probe, "user.swift.metadata", b"x" * 1024)
     except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
         _refuse(
             f"the file system of ESD_HOME ({root}) keeps no extended attributes ({error.strerror}), which the object "
             "store needs: put ESD_HOME on a local disk with ext4, xfs or btrfs, not on NFS"

@@ -78,8 +78,8 @@ class Background:
 
     async def remove_objects(self, prefix: str) -> None:
         """Removes what a deleted checkpoint has left in the object store."""
-        await self._blobs.abort_uploads(prefix)
         await self._blobs.delete_prefix(prefix)
+        await self._blobs.abort_uploads(prefix)
 
     async def move_objects(self, checkpoint_id: str) -> None:
         """Copies the objects of renamed files to their new keys. Until then each is found, and used, under the old.

@@ -312,8 +312,9 @@ class Models:
 
     async def delete_objects(self, checkpoint: Checkpoint) -> None:
         """Ends the checkpoint's open uploads, also those of which no row tells, and removes its objects."""
-        await self._blobs.abort_uploads(prefix_of(checkpoint))
+        await self._abort_uploads(checkpoint)
         await self._blobs.delete_prefix(prefix_of(checkpoint))
+        await self._blobs.abort_uploads(prefix_of(checkpoint))
 
     async def _abort_uploads(self, checkpoint: Checkpoint) -> None:
         for file in checkpoint.files:

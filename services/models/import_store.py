@@ -23,6 +23,7 @@ from services.models.chores import Chores
 from services.models.rows import Checkpoint, CheckpointFile
 from services.models.store import NameInUse, disable, used_name
 
+_LOCK = 0x696D706F  # of this module, for advisory locks by creator: their imports are counted one request at a time
 _RETRY_SECONDS = 60  # of a user with too many imports; nobody knows when one ends
 IMPORT = "import"  # a chore, and the word of params that shows how far it is
 
@@ -73,6 +74,7 @@ class ImportStore:
         unfinished = sa.select(sa.func.count()).select_from(Import).join(Checkpoint).where(of_creator)
         try:
             async with self._database.transaction() as session:
+                await session.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK, sa.func.hashtext(creator))))
                 num_unfinished = (await session.execute(unfinished)).scalar_one()
                 if 0 < max_unfinished < num_unfinished + len(imports):
                     raise ResourceExhausted(

@@ -219,6 +219,7 @@ def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:
     assert "ESD_LISTEN" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "said"),
     [

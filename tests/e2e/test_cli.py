@@ -44,6 +44,7 @@ def opens(stack: Stack, key: str) -> bool:
     return httpx.get(f"{stack.url}/ping", headers={"x-api-key": key}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_key_is_made_shown_listed_and_revoked(esd: Esd, stack: Stack, admin: Api) -> None:
     new_user(admin, "cli-ann", ["train:all"])
     made = esd("keys", "create", "cli-ann", "--days", "3")

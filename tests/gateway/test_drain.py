@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import pytest
 
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.conftest import Gateway, Seen, running_gateway
+from tests.processes import ROOT
 
 EVENTS = "/inferences/some-job/events"
 HOUR = "3600"
@@ -58,6 +63,7 @@ async def test_events_under_way_come_to_their_end_while_new_connections_are_refu
         assert await gateway.process.wait() == 0
 
 
+@pytest.mark.slow
 async def test_a_large_answer_arrives_whole_however_slowly_its_client_reads(
     services: tuple[str, Seen], tmp_path: Path
 ) -> None:
@@ -71,6 +77,7 @@ async def test_a_large_answer_arrives_whole_however_slowly_its_client_reads(
         assert await gateway.process.wait() == 0
 
 
+@pytest.mark.slow
 async def test_events_without_an_end_are_cut_when_the_time_is_over(
     services: tuple[str, Seen], seen: Seen, tmp_path: Path
 ) -> None:
@@ -87,6 +94,7 @@ async def test_events_without_an_end_are_cut_when_the_time_is_over(
         assert await gateway.process.wait() == 0
 
 
+@pytest.mark.slow
 async def test_nobody_waits_for_the_streams_of_workers(services: tuple[str, Seen], tmp_path: Path) -> None:
     async with (
         running_gateway(tmp_path, services[0], ESD_STOP_SECONDS=HOUR) as gateway,
@@ -115,6 +123,7 @@ async def test_a_gateway_that_lingers_ends_each_connection_with_its_answer_and_i
         assert await gateway.process.wait() == 0
 
 
+@pytest.mark.slow
 async def test_envoy_dies_with_the_process_that_runs_it(services: tuple[str, Seen], tmp_path: Path) -> None:
     async with running_gateway(tmp_path, services[0]) as gateway:
         (envoy,) = psutil.Process(gateway.process.pid).children()
@@ -128,3 +137,20 @@ async def test_the_gateway_ends_when_envoy_does(services: tuple[str, Seen], tmp_
         (envoy,) = psutil.Process(gateway.process.pid).children()
         envoy.kill()
         assert await gateway.process.wait() == 128 + 9
+
+
+def test_a_signal_to_stop_counts_after_news_of_a_child_that_has_not_ended() -> None:
+    command = [sys.executable, "-m", "gateway.drain", "--linger", "0", "--stop", "1", "--", "sleep", "1000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as runner:
+        until(lambda: [child.name() for child in psutil.Process(runner.pid).children()] == ["sleep"])
+        (child,) = psutil.Process(runner.pid).children()
+        for number, status in ((signal.SIGSTOP, psutil.STATUS_STOPPED), (signal.SIGCONT, psutil.STATUS_SLEEPING)):
+            child.send_signal(number)
+            until(lambda status=status: child.status() == status)
+        runner.terminate()
+        assert runner.wait() == 128 + signal.SIGTERM
+
+
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)

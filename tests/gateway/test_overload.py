@@ -12,6 +12,8 @@ import pytest
 
 from tests.gateway.conftest import KEY, Seen, running_gateway
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 REFUSED = {"statusCode": 503, "message": "the service is not available, try again"}
 
@@ -34,6 +36,11 @@ class Upload:
         for _ in range(32):
             yield b"x" * MIB
         yield b'"}'
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was answered or cut."""
+        return self._answer.done()
 
     async def end(self) -> int:
         """The status of the answer, 0 for a connection that was cut."""
@@ -62,10 +69,13 @@ async def test_bodies_that_stall_are_answered_with_503_before_the_memory_is_full
         client = await stack.enter_async_context(httpx.AsyncClient(http1=not http2, http2=http2, timeout=60))
         uploads: list[Upload] = []
         while (answer := await ping(gateway.client)) is None or answer.status_code == 200:
+            if any(upload.is_over for upload in uploads):
+                break  # one that went on was cut, and there is room again
             assert len(uploads) < 20, "as many as that do not fit"
             uploads.append(Upload(client, f"http://{gateway.address}/inferences"))
             await uploads[-1].stalls.wait()
-        assert (answer.status_code, answer.json()) == (503, REFUSED)
+        else:
+            assert (answer.status_code, answer.json()) == (503, REFUSED)
 
         ends = await asyncio.gather(*(upload.end() for upload in uploads))
         assert set(ends) <= {201, 503, 0}

@@ -76,6 +76,7 @@ class ObjectStore:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     failures: int = 0
+    is_full: bool = False
 
     def put(self, name: str, content: bytes) -> str:
         """Stores an object and answers its URL."""
@@ -90,6 +91,8 @@ class ObjectStore:
         self.requests.append((request.method, name))
         if self.failures:
             self.failures -= 1
+            return web.Response(status=503)
+        if request.method == "PUT" and self.is_full:
             return web.Response(status=503)
         if request.method == "PUT":
             self.objects[name] = await request.read()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,8 +262,15 @@ async def test_a_store_that_stays_down_is_given_up_in_bounded_time(store: Object
         await transfer.upload("http://127.0.0.1:1/x", b"png", "image_0.png")
 
 
+async def test_a_store_that_answers_and_takes_nothing_is_not_away(store: ObjectStore, transfer: Transfer) -> None:
+    store.is_full = True
+    with pytest.raises(JobError, match=r"image_0\.png cannot be uploaded: the object store answers 503") as failed:
+        await transfer.upload(f"{store.url}/image_0.png", b"png", "image_0.png")
+    assert not isinstance(failed.value, Unreached)
+
+
 async def test_of_many_jobs_that_wait_for_a_model_one_asks_a_store_that_stays_down(
-    store: ObjectStore, cache: ModelCache
+    store: ObjectStore, cache: ModelCache, transfer: Transfer
 ) -> None:
     wanted = model(store, "x.ckpt", b"weights")
     store.failures = 10**6
@@ -274,6 +282,8 @@ async def test_of_many_jobs_that_wait_for_a_model_one_asks_a_store_that_stays_do
     with pytest.raises(Unreached, match="the object store answers 503"):
         await hold()
     store.requests.clear()
+    assert transfer.reach.away_since is not None
+    await asyncio.sleep(transfer.reach.away_since + 1 - time.monotonic())  # the patience of all of them
     with pytest.raises(Unreached, match=r"x\.ckpt cannot be downloaded: the object store has not answered for a while"):
         await hold()
     assert not store.requests

@@ -74,6 +74,7 @@ async def test_a_short_job_does_not_wait_for_a_long_one_and_cancelling_one_leave
     assert (await other).HasField("done")
 
 
+@pytest.mark.slow
 async def test_a_real_time_job_goes_before_those_that_nobody_waits_for(worker: Worker, make_spec: Any) -> None:
     assert (await submit(worker, make_spec())[1]).HasField("done")
     steps, begun = [0], asyncio.Event()
@@ -106,6 +107,7 @@ async def test_room_counts_jobs_and_what_fits_into_one_call(worker: Worker, engi
     assert worker.room == MAX_JOBS
 
 
+@pytest.mark.slow
 async def test_the_queue_is_asked_for_several_jobs_and_runs_them_together(worker: Worker, make_spec: Any) -> None:
     specs = {f"lease-{index}": make_spec(steps=100, seed=index) for index in range(MAX_JOBS)}
     async with services() as peers, plain_channel(peers.address) as channel:

@@ -190,6 +190,7 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert reason.startswith("wrong.safetensors is a LoRA for another architecture than tiny.safetensors")
 
 
+@pytest.mark.slow
 async def test_every_checkpoint_and_the_vae_of_a_job_are_told_by_hash(
     generate: Any, store: ObjectStore, make_spec: Any, tmp_path: Path
 ) -> None:

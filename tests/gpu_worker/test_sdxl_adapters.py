@@ -18,6 +18,8 @@ from tests.gpu_worker.reference import pipeline_latents
 from tests.gpu_worker.test_lora import parts
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make
 
+pytestmark = pytest.mark.slow
+
 REQUEST = txt2img_of(prompt="a red circle", steps=2, width=64, height=64, seed=3)
 LAYERS = {
     # Diffusers' names, and those of kohya's files for SDXL: the original layout's.

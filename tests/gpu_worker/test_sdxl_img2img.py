@@ -26,6 +26,8 @@ from tests.gpu_worker.test_img2img import BOX, MASKED, PAINTED, REQUEST, origina
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make
 from tests.pictures import encoded, mask, noise
 
+pytestmark = pytest.mark.slow
+
 PAINTED_PIXELS = torch.zeros(1, 1, 64, 64)
 PAINTED_PIXELS[:, :, BOX[1] : BOX[3], BOX[0] : BOX[2]] = 1
 

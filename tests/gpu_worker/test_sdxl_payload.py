@@ -25,6 +25,8 @@ from tests.gpu_worker.test_broken_files import outcome
 from tests.gpu_worker.test_lora import parts
 from tests.gpu_worker.tiny_sdxl import TinySdxl, Told, by_formula, make, read
 
+pytestmark = pytest.mark.slow
+
 REQUEST = txt2img_of(prompt="a red circle", steps=4, width=64, height=64, seed=3)
 NAMES = [
     f"{sampler} {schedule}"

@@ -39,6 +39,7 @@ def test_it_holds_what_the_models_hold_under_the_original_names(models: weights.
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+@pytest.mark.slow
 async def test_it_draws_what_twenty_prompts_say(engine: Engine) -> None:
     plain = PLAIN[::10] + PLAIN[5::10]
     asked = plain[:10] + dressed_up(plain[10:])

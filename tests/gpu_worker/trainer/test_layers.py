@@ -142,6 +142,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 def test_a_file_has_two_factors_and_an_alpha_of_each_layer_and_nothing_else(models: Any) -> None:
     config = check_training({"network_dim": 32, "network_alpha": 16, "network_args": ["conv_dim=8"]})
     if models.is_sdxl:

@@ -196,6 +196,7 @@ def test_steps_may_be_asked_for_instead_of_epochs(trainings: Trainings) -> None:
     assert notes.files == ["last-000001.safetensors", "last.safetensors"]
 
 
+@pytest.mark.slow
 def test_what_this_device_does_not_have_is_told(trainings: Trainings, tmp_path: Path) -> None:
     notes = Notes()
     trainings.loop(notes, mixed_precision="fp16", clip_skip=2)
@@ -265,6 +266,7 @@ def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainin
     assert notes.files == ["last.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_stop_ends_a_preview_within_one_step_of_it(trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
     notes, done = Notes(), []
 
@@ -350,6 +352,7 @@ def test_a_checkpoint_of_another_use_is_no_base_model(trainings: Trainings, tmp_
         trainings.loop(Notes())
 
 
+@pytest.mark.slow
 def test_sizes_are_not_rounded_where_the_models_are_bf16(trainings: Trainings, tmp_path: Path) -> None:
     tiny_sdxl.make(tmp_path / "tiny-xl.safetensors")
     trainings.pictures = tmp_path / "own"

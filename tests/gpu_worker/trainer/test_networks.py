@@ -139,6 +139,7 @@ def test_a_fresh_network_adds_nothing(kind: str, plain: dict[str, Models]) -> No
         assert_close(with_network, without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["locon", *slow(["loha", "lokr"])])
 def test_a_network_takes_back_what_it_gave(kind: str, plain: dict[str, Models], tmp_path: Path) -> None:
     config = check_training(KINDS[kind])

@@ -164,6 +164,7 @@ async def test_a_task_that_waits_can_be_stopped_before_it_begins(
     assert not foreman.has_met(task_id)
 
 
+@pytest.mark.slow
 async def test_a_task_that_takes_longer_than_its_deadline_fails(
     run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach
 ) -> None:

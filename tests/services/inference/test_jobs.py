@@ -564,6 +564,7 @@ async def test_a_priority_is_possible_within_the_range_of_ones_roles(service: Se
     assert (await service.get(job_id)).params.struct_value["priority"] == -10
 
 
+@pytest.mark.slow
 async def test_a_deadline_ends_a_waiting_and_a_running_job(service: Service) -> None:
     waiting = (await create(service, payload_string="{}", deadline_seconds=0.3)).inference.inference_id
     job = await service.ended(waiting)

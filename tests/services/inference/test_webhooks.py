@@ -5,9 +5,11 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -170,15 +172,14 @@ class TestWithoutPatience:
 async def test_a_call_that_breaks_in_an_unforeseen_way_is_repeated(
     service: Service, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, breaks = asyncio.get_running_loop(), [RuntimeError("unforeseen")]
-    look_up = loop.getaddrinfo
+    breaks, look_up, port = [RuntimeError("unforeseen")], socket.getaddrinfo, urlsplit(receiver.url).port
 
-    async def broken_once(*arguments: Any, **options: Any) -> Any:
-        if breaks:
+    def broken_once(host: Any, asked: Any, *arguments: Any, **options: Any) -> Any:
+        if breaks and asked == port:
             raise breaks.pop()
-        return await look_up(*arguments, **options)
+        return look_up(host, asked, *arguments, **options)
 
-    monkeypatch.setattr(loop, "getaddrinfo", broken_once)
+    monkeypatch.setattr(socket, "getaddrinfo", broken_once)
     job_id = await ended(service, receiver.url)
     assert (await until(service, job_id, "delivered")).num_attempts == 2
 

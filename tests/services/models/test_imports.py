@@ -163,6 +163,7 @@ async def test_a_body_without_a_length_is_taken(models: Running, source: Source)
     assert item["params"]["size"] == {"a.safetensors": str(len(content))}
 
 
+@pytest.mark.slow
 async def test_a_body_that_ends_before_the_length_that_was_announced_first_goes_on(
     models: Running, source: Source
 ) -> None:
@@ -235,6 +236,7 @@ async def test_what_cannot_be_imported_is_disabled_with_the_reason(
         await models.create((path[1:], 1))  # the name is free
 
 
+@pytest.mark.slow
 async def test_too_many_bytes_without_a_length_end_the_import(models: Running, source: Source) -> None:
     source.chunked = True
     await _import(models, source.put("/a.safetensors", bytes(MAX_IMPORT_BYTES + MIB)))
@@ -251,6 +253,7 @@ async def test_a_wrong_hash_ends_the_import(models: Running, source: Source) -> 
     await _no_objects(models, item)
 
 
+@pytest.mark.slow
 async def test_errors_that_may_pass_are_tried_again(models: Running, source: Source) -> None:
     url = source.put("/a.safetensors", safetensors())
     source.statuses["/a.safetensors"] = [503, 429]
@@ -271,6 +274,7 @@ async def test_an_import_ends_when_its_time_is_over(
     assert "the import took longer than 24 h" in item["params"]["error"]
 
 
+@pytest.mark.slow
 async def test_the_time_that_an_import_has_waited_is_not_its_own(
     models: Running, source: Source, service: tuple[Running, Database]
 ) -> None:
@@ -298,6 +302,7 @@ async def test_an_import_that_no_attempt_has_ended_in_its_time_is_ended(
     await models.create(("a.safetensors", 1))  # the name is free
 
 
+@pytest.mark.slow
 async def test_only_what_the_source_is_to_blame_for_counts(
     models: Running, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

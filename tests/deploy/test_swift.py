@@ -169,6 +169,7 @@ def test_objects_and_their_metadata_survive_a_kill(store_home: Home) -> None:
         assert (got["ETag"], got["Metadata"]) == (put["ETag"], {"sha256": "abc"})
 
 
+@pytest.mark.slow
 def test_uploads_leave_a_reserve_of_the_disk_and_what_is_there_can_be_read_and_deleted(
     store_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_controlled_picture_and_what_the_controlnet_looked_at(studio: Studio, 
     )
 
 
+@pytest.mark.slow
 def test_another_checkpoint_refines_the_picture(studio: Studio, tmp_path: Path) -> None:
     from gpu_worker import tiny
 
@@ -74,6 +75,7 @@ def test_another_checkpoint_refines_the_picture(studio: Studio, tmp_path: Path) 
     assert "Refiner: fine [" in refined.text["parameters"]
 
 
+@pytest.mark.slow
 def test_uploaded_tools_make_pictures_larger_and_cut_them_out(studio: Studio, tmp_path: Path) -> None:
     from tests.gpu_worker import tiny_esrgan, tiny_onnx
 

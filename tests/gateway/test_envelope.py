@@ -196,6 +196,7 @@ async def test_a_client_cannot_bring_an_identity(gateway: Gateway, seen: Seen) -
     assert "forged" not in str(seen.calls) + str(seen.checks)
 
 
+@pytest.mark.slow
 async def test_a_payload_of_many_megabytes_passes_and_more_is_413(gateway: Gateway) -> None:
     job = {"task_type": "txt2img", "inference_type": "Async", "payload_string": "x" * (60 << 20)}
     response = await gateway.client.post("/inferences", json=job)

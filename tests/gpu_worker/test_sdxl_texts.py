@@ -59,6 +59,7 @@ def test_prompts_of_mixed_lengths_that_change_and_add_up_share_calls(sdxl: TinyS
         assert_close(found, by_formula(request, told))
 
 
+@pytest.mark.slow
 def test_each_step_is_told_its_own_texts_and_their_first_chunks_as_wholes(sdxl: TinySdxl) -> None:
     for text, negative, at_step in CASES:
         with torch.inference_mode():

@@ -140,6 +140,7 @@ def test_below_a_noise_level_every_other_evaluation_goes_without_the_negative_pr
     assert not torch.allclose(expected, expected_latents(pipeline, changed(request, s_min_uncond=0.0)))
 
 
+@pytest.mark.slow
 def test_a_seed_delta_is_that_of_the_steps_noise_alone(pipeline: Any, models: weights.Models) -> None:
     request = changed(REQUEST, sampler_name="Euler a", batch_size=2, noise_seed_delta=31337)
     first = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(REQUEST.seed + row)) for row in range(2)]

@@ -39,6 +39,7 @@ def test_a_model_of_the_esrgan_family_makes_a_picture_larger_as_spandrel_alone_d
     assert np.abs(run(upscaler, image, 160, 96) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_tiles_are_the_whole_picture(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model looks less far than tiles lie over each other."""
     image = noise(150, 101, seed=3)

@@ -79,6 +79,7 @@ def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings
     assert notes.steps[-1].seconds_left == 0
 
 
+@pytest.mark.slow
 def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
     trainings.run(output_name="zog", network_args=["conv_dim=2"], training_comment="a comment", min_snr_gamma=5)
     with safe_open(tmp_path / "out" / "zog.safetensors", framework="pt") as file:
@@ -299,6 +300,7 @@ def test_a_caption_becomes_a_preview_or_none_but_never_ends_a_training(trainings
     assert notes.lines[0].startswith("no preview of 'a cat <lora:zog:much>': ")
 
 
+@pytest.mark.slow
 def test_a_regularisation_picture_counts_by_the_prior_loss_weight(trainings: Trainings, tmp_path: Path) -> None:
     draw(tmp_path / "others" / "1_thing" / "a.png")
     losses = []

@@ -113,6 +113,7 @@ async def test_a_task_that_fails_is_begun_again_as_often_as_it_may_and_its_last_
     assert (task.num_attempts, task.reason) == (2, "it was ended by signal 9: its log is empty")
 
 
+@pytest.mark.slow
 async def test_an_attempt_that_was_interrupted_does_not_count(
     run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach
 ) -> None:

@@ -126,6 +126,7 @@ async def test_the_row_is_there_at_once_and_shows_how_far_it_is(models: Running,
     await _ended(models, "Active")
 
 
+@pytest.mark.slow
 async def test_a_lost_connection_goes_on_behind_the_last_part(models: Running, source: Source) -> None:
     content = safetensors(23 * MIB)
     url = source.put("/a.safetensors", content)
@@ -137,6 +138,7 @@ async def test_a_lost_connection_goes_on_behind_the_last_part(models: Running, s
     assert item["params"]["sha256"] == {"a.safetensors": hashlib.sha256(content).hexdigest()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validator", ['ETag: "two"', *slow(["X: y", 'ETag: W/"weak"'])])
 async def test_a_source_that_may_have_changed_is_fetched_from_the_beginning(
     models: Running, source: Source, validator: str
@@ -397,6 +399,7 @@ async def test_each_url_is_a_checkpoint_of_its_own(models: Running, source: Sour
             await asyncio.sleep(0.03)
 
 
+@pytest.mark.slow
 async def test_deleting_during_an_import_leaves_nothing(models: Running, source: Source) -> None:
     source.gate.clear()
     url = source.put("/a.safetensors", safetensors(23 * MIB))

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.training.v1 import training_pb2 as pb
@@ -64,6 +65,7 @@ async def take_part(service: Service, training_id: str, folder: Path, kind: type
     return stream.seen
 
 
+@pytest.mark.slow
 async def test_urls_are_asked_for_when_they_are_needed(service: Service, tmp_path: Path) -> None:
     tiny.write(tmp_path / MODEL, seed=1)
     content = (tmp_path / MODEL).read_bytes()

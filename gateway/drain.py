@@ -8,7 +8,6 @@ interface is `admin.socket` in the working directory.
 
 import argparse
 import http.client
-import math
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 _NEWS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+_FOR_EVER = 1e9  # seconds; sigtimedwait takes no infinity
 _LOOK_SECONDS = 0.1  # Envoy tells nobody when a request ends
 # One look sees nothing between two requests of a client, or where the bytes of an answer are not counted yet.
 _QUIET_LOOKS = 4
@@ -55,19 +55,14 @@ def _total(gauges: str) -> int:
     return sum(int(line.rsplit(":", 1)[1]) for line in lines)
 
 
-def _news(envoy: subprocess.Popen[bytes], seconds: float | None = None) -> int | None:
+def _news(envoy: subprocess.Popen[bytes], seconds: float) -> int | None:
     """The next signal to stop, or that Envoy has ended; None if neither comes within so many seconds. Of other children
     there is no news: as the first process of a container this one is given all orphans."""
-    end = math.inf if seconds is None else time.monotonic() + seconds
-    while True:
-        if seconds is None:
-            number = int(signal.sigwait(_NEWS))
-        elif (found := signal.sigtimedwait(_NEWS, max(0.0, end - time.monotonic()))) is None:
-            return None
-        else:
-            number = found.si_signo
-        if number != signal.SIGCHLD or envoy.poll() is not None:
-            return number
+    end = time.monotonic() + seconds
+    while found := signal.sigtimedwait(_NEWS, max(0.0, end - time.monotonic())):
+        if found.si_signo != signal.SIGCHLD or envoy.poll() is not None:
+            return found.si_signo
+    return None
 
 
 def _drain(envoy: subprocess.Popen[bytes], linger_seconds: float, stop_seconds: float) -> None:
@@ -87,7 +82,7 @@ def run(command: Sequence[str], linger_seconds: float, stop_seconds: float) -> i
     """Runs Envoy and returns its exit status. A signal meets this process alone, also one of a terminal."""
     envoy = subprocess.Popen(command, start_new_session=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
-    if envoy.poll() is None and _news(envoy) != signal.SIGCHLD:
+    if envoy.poll() is None and _news(envoy, _FOR_EVER) != signal.SIGCHLD:
         try:
             _drain(envoy, linger_seconds, stop_seconds)
         except (OSError, http.client.HTTPException) as error:  # it has only begun to start, or hangs

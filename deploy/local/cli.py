@@ -105,8 +105,11 @@ def demo(
         fail(f"--checkpoint {checkpoint}: there is no such file")
     path = folder(home)
     output = output or path / "demo"
-    while (state := read_state(path)) is not None and not state.ready:
-        time.sleep(0.1)  # somebody else's `esd up` is starting: the state is a file of that process
+    if (state := read_state(path)) is not None and not state.ready:
+        typer.echo(f"waiting for the stack that is starting (pid {state.pid}); its log says how far it is")
+    while state is not None and not state.ready:
+        time.sleep(0.1)  # the state is a file of another process
+        state = read_state(path)
     if state is not None:
         _draw(state.url, Path(state.api_key_file).read_text(), checkpoint, prompt, size, output)
         return

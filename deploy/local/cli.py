@@ -54,7 +54,7 @@ def up(
 
     host, colon, port = listen.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 2**16):
-        fail(f"ESD_LISTEN={listen}: host:port is wanted, such as 127.0.0.1:8080")
+        fail(f"ESD_LISTEN={listen}: host:port is wanted, with a port up to 65535, such as 127.0.0.1:8080")
     try:
         run(Options(folder(home), listen, webui_port, insecure, replicas))
     except CannotRunError as error:

@@ -40,11 +40,12 @@ fix: install  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 test: install  ## What a change needs, with the real parts on free ports
-	@# One thread each: threads of torch spin while they wait for a core that another test has.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s and not images" --numprocesses 2
+	@# One thread each: threads of torch spin while they wait for a core that another test has. Three processes keep two
+	@# cores busy: one or the other waits for a service to start or a job to end.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s and not images" --numprocesses 3
 
 test-slow: install  ## The rest: chaos, kills, demos, trainings, and the whole of long tables of cases
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 3
 
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built in .cache (minutes; as root, Debian)
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \

@@ -15,6 +15,7 @@ from deploy.local.home import S3_ACCESS_KEY, S3_BUCKET, S3_REGION, Home
 from deploy.local.ports import free_port
 from deploy.local.store import Store, process_environment
 from tests.conftest import S3Access
+from tests.gpu_worker.tables import slow
 from tests.processes import ROOT, running
 
 PUBLIC = "http://images.example:8080"  # the address of the gateway, which passes Host on unchanged
@@ -142,7 +143,7 @@ def store_home(esd_home: Home) -> Home:
     return Home(esd_home.path / "store")
 
 
-@pytest.mark.parametrize("name", ["a#b", "%(here)s", "a%20b"])
+@pytest.mark.parametrize("name", ["a#b", *slow(["%(here)s", "a%20b"])])
 def test_a_folder_that_its_configuration_cannot_name_is_refused(tmp_path: Path, name: str) -> None:
     store = Store(Home(tmp_path / name), free_port())
     environment = process_environment() | store.environment()

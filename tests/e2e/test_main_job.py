@@ -8,6 +8,7 @@ import re
 import uuid
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.e2e.conftest import PICTURE, Answer, Api, Studio, create_job, deploy, finished, new_user, upload
@@ -131,6 +132,7 @@ def check_finished(api: Api, job: dict, kind: str, checkpoint_id: str) -> None:
     assert json.loads(written["info"])["infotexts"][0].startswith("a red circle\n")
 
 
+@pytest.mark.slow
 def test_a_real_time_start_answers_the_finished_job_and_the_same_picture(admin: Api, studio: Studio) -> None:
     async_job = finished(studio.api, start(studio.api, create_job(studio.api, studio.model)))
     admin.ok("POST", "/roles", {"role_name": "quick", "permissions": ["inference:all"]}, 201)

@@ -20,6 +20,7 @@ from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation, check
 from tests.gpu_worker import tiny_controlnet, tiny_esrgan
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.tables import slow
 from tests.pictures import encoded, noise
 
 NAN = float("nan")
@@ -84,7 +85,7 @@ def files_of(path: Path, kind: str, checkpoint: Path) -> list[Any]:
     return [as_cached(checkpoint), as_cached(path, kind)]
 
 
-@pytest.mark.parametrize("kind", USES)
+@pytest.mark.parametrize("kind", ["Stable-diffusion", "Lora", *slow(["VAE", "embeddings", "ControlNet", "ESRGAN"])])
 def test_a_file_that_is_truncated_fails_its_job_by_name(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     path = written(tmp_path / "x.pth", kind, tiny_checkpoint)
     assert isinstance(outcome(files_of(path, kind, tiny_checkpoint), **USES[kind]), Produced)

@@ -154,6 +154,7 @@ def test_jobs_in_company_have_the_latents_of_the_diffusers_pipeline(
     assert (found[0] - found[-2]).abs().max() > 0.01 * found[0].abs().max()
 
 
+@pytest.mark.slow
 def test_img2img_and_inpainting_have_the_latents_of_the_diffusers_pipelines(
     parts: dict[str, Any], models: weights.Models, nets: list[ControlNet], monkeypatch: pytest.MonkeyPatch
 ) -> None:

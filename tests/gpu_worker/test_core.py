@@ -189,6 +189,7 @@ def test_jobs_that_come_at_once_tick_together_from_the_first_step_on(ahead: Driv
     assert ahead.num_rows == [16] * 20
 
 
+@pytest.mark.slow
 def test_jobs_that_come_while_one_runs_join_it_as_soon_as_a_tick_allows(ahead: Driven) -> None:
     ahead.add("running", changed(REQUEST, steps=20))
     ahead.until(lambda: len(ahead.progress["running"]) == 3)
@@ -216,6 +217,7 @@ def test_a_first_call_waits_no_longer_than_its_bound(ahead: Driven, monkeypatch:
     assert len(ahead.core._batch) == 1
 
 
+@pytest.mark.slow
 def test_pictures_of_others_hold_up_a_job_for_about_a_tick(ahead: Driven) -> None:
     """A decoding is asked for in no time; what counts is the device's."""
     decoded: list[int] = []
@@ -335,6 +337,7 @@ def test_calls_that_are_captured_make_the_same_pictures(driven: Driven, tiny_che
     captured.core.close()
 
 
+@pytest.mark.slow
 def test_a_call_that_fits_without_the_graphs_is_not_halved(tiny_checkpoint: Path) -> None:
     driven = Driven(tiny_checkpoint, device=Recorder())
     driven.add("first", REQUEST)
@@ -360,6 +363,7 @@ def test_a_call_that_fits_without_the_graphs_is_not_halved(tiny_checkpoint: Path
     driven.core.close()
 
 
+@pytest.mark.slow
 def test_graphs_that_come_again_save_no_call_from_being_halved(tiny_checkpoint: Path) -> None:
     driven = Driven(tiny_checkpoint, device=Recorder())
     driven.add("first", REQUEST)

@@ -70,6 +70,7 @@ def expected(pipeline: Any, request: Txt2Img, scaled: torch.Tensor) -> torch.Ten
     return found
 
 
+@pytest.mark.slow
 def test_second_passes_in_company_have_the_latents_of_img2img_on_the_first(
     models: weights.Models, pipeline: Any
 ) -> None:

@@ -10,7 +10,7 @@ from services.common.payloads import samplers as names
 from tests.gpu_worker import reference
 from tests.gpu_worker.driving import assert_close
 from tests.gpu_worker.k_diffusion import KINDS
-from tests.gpu_worker.tables import SAMPLER_NAMES
+from tests.gpu_worker.tables import SAMPLER_NAMES, slow
 
 SHAPE = (1, 4, 8, 8)
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -21,7 +21,7 @@ def test_every_sampler_that_a_payload_may_name_is_there() -> None:
     assert samplers.SCHEDULES.keys() == {schedule for known in names.SAMPLERS.values() for schedule in known.schedules}
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 60])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, *slow([60])])
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_every_sampler_stays_finite_in_any_number_of_steps(name: str, num_steps: int) -> None:
     generator = torch.Generator().manual_seed(0)

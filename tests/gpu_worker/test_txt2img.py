@@ -17,7 +17,7 @@ from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of, scheduler_of
-from tests.gpu_worker.tables import COMPANIES, SAMPLER_NAMES
+from tests.gpu_worker.tables import COMPANIES, SAMPLER_NAMES, slow
 
 REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
 
@@ -81,11 +81,7 @@ def test_a_job_among_five_others_that_join_and_leave_has_the_latents_of_the_diff
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "Euler a",
-        "DPM++ SDE",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("DPM++ 2M SDE", "LCM", "DPM2 a")),
-    ],
+    ["Euler a", *slow(["DPM++ SDE", "DPM++ 2M SDE", "LCM", "DPM2 a"])],
 )
 def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models: weights.Models, name: str) -> None:
     request = changed(REQUEST, sampler_name=name, batch_size=2)
@@ -107,7 +103,7 @@ def test_ddim_takes_eta(pipeline: Any, models: weights.Models) -> None:
     assert not torch.allclose(found, expected_latents(pipeline, changed(request, eta=0.0)))
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "DPM2", "DDIM"])
+@pytest.mark.parametrize("sampler", ["Euler a", *slow(["DPM2", "DDIM"])])
 def test_below_a_noise_level_every_other_evaluation_goes_without_the_negative_prompt(
     pipeline: Any, models: weights.Models, sampler: str
 ) -> None:

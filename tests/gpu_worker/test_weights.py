@@ -21,6 +21,7 @@ from gpu_worker import controlnet, ldm, tiny, weights
 from gpu_worker.job import JobError
 from tests.gpu_worker import tiny_controlnet
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.tables import slow
 from tests.gpu_worker.tiny_sdxl import open_clip
 
 
@@ -86,7 +87,7 @@ def test_every_name_and_shape_of_the_full_size_models_survives_the_original_layo
         assert {name: tensor.shape for name, tensor in converted.items()} == shapes
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl_refiner", *slow(["sdxl"])])
 def test_every_weight_of_the_full_size_text_encoders_is_found_under_its_original_name(family: str) -> None:
     config = weights.family_config(family)
     state: dict[str, torch.Tensor] = {}

@@ -103,7 +103,15 @@ def test_img2img_keeps_the_layout_and_changes_what_the_prompt_says(models: weigh
     assert sum(position(p) == scene.position for p, scene in zip(pictures, scenes, strict=True)) >= 9
 
 
-@pytest.mark.parametrize("fill", [0, 1, 2, 3], ids=["filled", "original", "noise", "nothing"])
+@pytest.mark.parametrize(
+    "fill",
+    [
+        pytest.param(0, id="filled", marks=pytest.mark.slow),
+        pytest.param(1, id="original", marks=pytest.mark.slow),
+        pytest.param(2, id="noise"),
+        pytest.param(3, id="nothing", marks=pytest.mark.slow),
+    ],
+)
 def test_inpainting_paints_the_named_thing_into_the_hole_and_keeps_the_rest(models: weights.Models, fill: int) -> None:
     originals = [draw(Scene(shape, "green", "white")) for shape in OUTLINES]
     wanted = [Scene(shape, colour, "white") for shape, colour in (("star", "red"), ("circle", "blue"))] * 2

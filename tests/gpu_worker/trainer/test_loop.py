@@ -234,6 +234,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_kept(trainings: Train
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_step_that_the_loss_scaler_skips_is_not_told_and_leaves_the_weights(trainings: Trainings) -> None:
     notes = Notes()
     loop = trainings.loop(notes)
@@ -260,6 +261,7 @@ def test_a_training_whose_steps_are_all_skipped_ends(trainings: Trainings) -> No
         loop.run()
 
 
+@pytest.mark.slow
 def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainings: Trainings) -> None:
     long = "a, " * 5000
     notes = trainings.run(sample_every_n_epochs=1, sample_prompts=[f"{long} --s 1"])
@@ -288,6 +290,7 @@ def test_an_impossible_preview_is_refused_before_the_first_step(trainings: Train
         trainings.loop(Notes(), sample_every_n_epochs=1, sample_prompts=[prompt])
 
 
+@pytest.mark.slow
 def test_a_caption_becomes_a_preview_or_none_but_never_ends_a_training(trainings: Trainings, tmp_path: Path) -> None:
     trainings.pictures = tmp_path / "own"
     draw(trainings.pictures / "1_zog" / "a.png")

@@ -84,8 +84,7 @@ def outputs(models: Models, changes: lora.Network | None = None) -> list[torch.T
     ("family", "kind"),
     [
         ("sd15", "lora"),
-        ("sdxl", "locon"),
-        *slow([*(("sd15", kind) for kind in KINDS if kind != "lora"), ("sdxl", "loha")]),
+        *slow([*(("sd15", kind) for kind in KINDS if kind != "lora"), ("sdxl", "locon"), ("sdxl", "loha")]),
     ],
 )
 def test_the_engine_computes_with_the_file_what_the_trainer_computes_with_the_network(

@@ -314,6 +314,9 @@ async def service(
 ) -> AsyncIterator[Service]:
     """The running service with one Async endpoint. No sweep helps it: what works, works by notification."""
     database = Database(database_url)
+    # SQLAlchemy loses its first connection, open, when the task that makes it is cancelled.
+    async with database.transaction():
+        pass
     world = World()
     async with AsyncExitStack() as stack:
 

@@ -308,6 +308,9 @@ async def service(
 ) -> AsyncIterator[Service]:
     """The running service; its datasets and its model are in the store."""
     database = Database(database_url)
+    # SQLAlchemy loses its first connection, open, when the task that makes it is cancelled.
+    async with database.transaction():
+        pass
     world = World(blobs.bucket)
     for key in ("dataset/lego/10_lego/a.png", "dataset/lego/10_lego/a.txt", "dataset/others/1_brick/b.png"):
         await blobs.put(key, key.encode())

@@ -20,6 +20,8 @@ from procrastinate.jobs import DeleteJobCondition, Job
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.common import cancelling
+
 log = structlog.get_logger()
 
 SHORT, LONG = "default", "long"  # the queues
@@ -106,16 +108,24 @@ class Chores:
         """Does chores until it is cancelled; what is under way then waits for the next one who runs."""
         while True:
             try:
-                async with self._app.open_async(), asyncio.TaskGroup() as group:
-                    group.create_task(self._revive())
-                    for queue in (SHORT, LONG):
-                        group.create_task(self._work(queue))
-            except* ConnectorException as errors:
-                log.warning("chores wait for the database", error=str(errors.exceptions[0]))
+                async with self._app.open_async():
+                    await self._do()
+            except ConnectorException as error:
+                log.warning("chores wait for the database", error=str(error))
                 await asyncio.sleep(0.5)  # nothing tells when a database that is down comes back
             finally:
                 # Of an opening that was cancelled the pool would stay, and hold up the process at its end.
                 await self._app.close_async()
+
+    async def _do(self) -> None:
+        doing = [asyncio.create_task(work) for work in (self._revive(), self._work(SHORT), self._work(LONG))]
+        try:
+            await asyncio.wait(doing, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancelling.cancel(doing)
+        errors = [task.exception() for task in doing if not task.cancelled()]
+        if errors and errors[0]:
+            raise errors[0]
 
     async def _work(self, queue: str) -> None:
         await self._app.run_worker_async(

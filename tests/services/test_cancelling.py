@@ -16,3 +16,23 @@ async def test_a_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
     await asyncio.sleep(0)  # it has begun
     await cancelling.cancel([task])
     assert task.cancelled()
+
+
+async def test_who_is_cancelled_while_it_cancels_waits_for_their_end_and_ends_cancelled() -> None:
+    """As a chore of a loop of chores that is cancelled again, because it has not ended."""
+    cancellations = 0
+
+    async def stubborn() -> None:
+        nonlocal cancellations
+        while cancellations < 3:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancellations += 1
+
+    inner = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    outer = asyncio.create_task(cancelling.cancel([inner]))
+    await asyncio.sleep(0)
+    await cancelling.cancel([outer])
+    assert (inner.done(), outer.cancelled(), cancellations) == (True, True, 3)

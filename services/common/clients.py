@@ -8,23 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
-import structlog
 
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
 from services.common.auth import TOKEN_METADATA
-from services.common.errors import (
-    AlreadyExists,
-    EsdError,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-    ResourceExhausted,
-    Unauthenticated,
-    Unavailable,
-)
-
-log = structlog.get_logger()
+from services.common.rpc_errors import answer
 
 # A service that restarts is back within a second or two, so look for it again soon.
 _OPTIONS = [
@@ -39,18 +26,6 @@ _OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),  # no limit: a stream may be silent for hours
 ]
 _RENEW_AT = 0.7  # of a token's life
-
-KIND_OF: dict[grpc.StatusCode, type[EsdError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
-    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
-    grpc.StatusCode.NOT_FOUND: NotFound,
-    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
-    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
-}
 
 
 class TokenSource:
@@ -87,10 +62,8 @@ def token_review(identity: grpc.aio.Channel) -> Callable[[Sequence[str]], Awaita
     stub = identity_pb2_grpc.IdentityServiceStub(identity)
 
     async def review(tokens: Sequence[str]) -> Sequence[bool]:
-        try:
-            response = await stub.ReviewTokens(identity_pb2.ReviewTokensRequest(tokens=tokens), timeout=10)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "identity") from error
+        request = identity_pb2.ReviewTokensRequest(tokens=tokens)
+        response = await answer(stub.ReviewTokens(request, timeout=10), "identity")
         return list(response.holds)
 
     return review
@@ -115,22 +88,6 @@ def channel(address: str, tokens: TokenSource, credentials: grpc.ChannelCredenti
     """A channel whose calls carry a token from the source."""
     interceptors = [_UnaryUnary(tokens), _UnaryStream(tokens), _StreamStream(tokens)]
     return plain_channel(address, credentials, interceptors)
-
-
-def domain_error(error: grpc.aio.AioRpcError, service: str) -> EsdError:
-    """The error of our own kind for a failed call to another service, for peers to raise.
-
-    A peer that refuses us refuses our own token: that is our trouble, not something the user may or may not do.
-    """
-    kind = KIND_OF.get(error.code())
-    if kind in {Unauthenticated, PermissionDenied}:
-        log.error("a service refuses ours", service=service, code=error.code().name, details=error.details())
-        return Unavailable(f"the {service} service refuses this service at present")
-    if kind is Unavailable:
-        return Unavailable(f"the {service} service does not answer at present")
-    if kind is None:
-        return Unavailable(f"the {service} service failed")
-    return kind(error.details() or "")
 
 
 class _TokenInterceptor:

@@ -10,7 +10,7 @@
     ├── ResourceExhausted    a limit is reached for now                           429
     └── Unavailable          a part is down for now                               503
 
-The message of each is one sentence for the caller. `services/common/server.py` turns them into gRPC statuses, the
+The message of each is one sentence for the caller. `services/common/rpc_errors.py` turns them into gRPC statuses, the
 gateway turns those into HTTP. Anything else that is raised becomes INTERNAL with a fixed sentence, and its details go
 to the log.
 NOTE: what REST clients know as a conflict of names is a 400 in this API, hence FailedPrecondition.
@@ -55,15 +55,3 @@ class ResourceExhausted(EsdError):
 
 class Unavailable(EsdError):
     """A part is down for now."""
-
-
-KINDS = (
-    InvalidArgument,
-    Unauthenticated,
-    PermissionDenied,
-    NotFound,
-    AlreadyExists,
-    FailedPrecondition,
-    ResourceExhausted,
-    Unavailable,
-)

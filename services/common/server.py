@@ -38,21 +38,12 @@ from services.common.auth import (
     set_judgement,
     set_origin,
 )
+from services.common.rpc_errors import STATUS_OF
 from services.common.status import ReplyStatus, begin_reply
 from services.common.streams import OpenStreams, Review
 
 log = structlog.get_logger()
 
-STATUS_OF: dict[type[errors.EsdError], grpc.StatusCode] = {
-    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
-    errors.NotFound: grpc.StatusCode.NOT_FOUND,
-    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
-    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
-}
 INTERNAL = "an internal error occurred; the service's log has the details under this request's id"
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024  # twice what the gateway takes of a REST request; read before its token is
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # of what becomes JSON: the gateway makes it in memory

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import grpc
 
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
-from services.common.clients import domain_error
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, NotFound
+from services.common.rpc_errors import answer
 
 _TIMEOUT_SECONDS = 10.0
 
@@ -34,12 +34,11 @@ class Users:
         Raises:
             Unavailable: identity does not answer.
         """
+        request = identity_pb2.GetUserRequest(username=username)
         try:
-            found = await self._stub.GetUser(identity_pb2.GetUserRequest(username=username), timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            if error.code() == grpc.StatusCode.NOT_FOUND:
-                return None
-            raise domain_error(error, "identity") from error
+            found = await answer(self._stub.GetUser(request, timeout=_TIMEOUT_SECONDS), "identity")
+        except NotFound:
+            return None
         return User(found.username, list(found.roles), list(found.permissions))
 
     async def get_user(self, username: str) -> User:

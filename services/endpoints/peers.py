@@ -12,7 +12,7 @@ from esd.identity.v1 import identity_pb2
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 from esd.options.v1 import options_pb2
-from services.common.clients import domain_error
+from services.common.rpc_errors import answer, domain_error
 from services.common.users import Users
 from services.endpoints.scaling import Backlog
 
@@ -51,20 +51,14 @@ class Identity(Users):
 
     async def create_secret(self, holder: Holder, owner_id: str) -> str:
         """A new secret for the workers of an endpoint or for a task, in place of any earlier one."""
-        try:
-            request = identity_pb2.CreateSecretRequest(caller=_CALLERS[holder], subject=owner_id)
-            response = await self._stub.CreateSecret(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "identity") from error
+        request = identity_pb2.CreateSecretRequest(caller=_CALLERS[holder], subject=owner_id)
+        response = await answer(self._stub.CreateSecret(request, timeout=_TIMEOUT_SECONDS), "identity")
         return str(response.secret)
 
     async def delete_secret(self, holder: Holder, owner_id: str) -> None:
         """Makes the secret worthless; idempotent."""
-        try:
-            request = identity_pb2.DeleteSecretRequest(caller=_CALLERS[holder], subject=owner_id)
-            await self._stub.DeleteSecret(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "identity") from error
+        request = identity_pb2.DeleteSecretRequest(caller=_CALLERS[holder], subject=owner_id)
+        await answer(self._stub.DeleteSecret(request, timeout=_TIMEOUT_SECONDS), "identity")
 
 
 class Models:
@@ -87,10 +81,7 @@ class Models:
             roles=roles,
             sees_everything=sees_everything,
         )
-        try:
-            response = await self._stub.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "models") from error
+        response = await answer(self._stub.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS), "models")
         return [missing.name for missing in response.missing]
 
 
@@ -115,19 +106,13 @@ class Queue:
 
     async def retire_endpoint(self, endpoint_id: str, reason: str) -> None:
         """Moves the endpoint's jobs to another one, or fails them with the reason; idempotent."""
-        try:
-            request = inference_pb2.RetireEndpointRequest(endpoint_id=endpoint_id, reason=reason)
-            await self._stub.RetireEndpoint(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "inference") from error
+        request = inference_pb2.RetireEndpointRequest(endpoint_id=endpoint_id, reason=reason)
+        await answer(self._stub.RetireEndpoint(request, timeout=_TIMEOUT_SECONDS), "inference")
 
     async def pin_models(self, endpoint_id: str, names: list[str]) -> None:
         """Says which checkpoints the endpoint's workers keep ready; idempotent."""
-        try:
-            request = inference_pb2.PinModelsRequest(endpoint_id=endpoint_id, names=names)
-            await self._stub.PinModels(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "inference") from error
+        request = inference_pb2.PinModelsRequest(endpoint_id=endpoint_id, names=names)
+        await answer(self._stub.PinModels(request, timeout=_TIMEOUT_SECONDS), "inference")
 
 
 def _load(pool: inference_pb2.Pool) -> Load:

@@ -10,7 +10,8 @@ import grpc
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
-from services.common.clients import domain_error
+from services.common.errors import NotFound
+from services.common.rpc_errors import answer
 from services.common.users import Users
 
 _TIMEOUT_SECONDS = 10
@@ -69,11 +70,9 @@ class Peers:
             endpoint_name=pinned_name, inference_type=inference_type, username=username, roles=roles
         )
         try:
-            response = await self._endpoints.FindEndpoints(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            if error.code() == grpc.StatusCode.NOT_FOUND:
-                return []
-            raise domain_error(error, "endpoints") from error
+            response = await answer(self._endpoints.FindEndpoints(request, timeout=_TIMEOUT_SECONDS), "endpoints")
+        except NotFound:
+            return []
         return [
             Endpoint(UUID(found.id), found.endpoint_name, found.endpoint_status, found.instance_type)
             for found in response.endpoints
@@ -93,10 +92,7 @@ class Peers:
             roles=roles,
             sees_everything=sees_everything,
         )
-        try:
-            response = await self._models.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise domain_error(error, "models") from error
+        response = await answer(self._models.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS), "models")
         found = [
             Model(
                 type=file.type,

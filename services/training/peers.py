@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
-from services.common.clients import domain_error
 from services.common.errors import NotFound
-
-T = TypeVar("T")
+from services.common.rpc_errors import answer
 
 _TIMEOUT_SECONDS = 10.0
 _LOOK_SECONDS = 120.0  # models looks at the files meanwhile
@@ -77,7 +75,7 @@ class Models:
             roles=user.roles,
             sees_everything=user.sees_everything,
         )
-        response = await _told(self._stub.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS), "models")
+        response = await answer(self._stub.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS), "models")
         for file in response.checkpoints:
             cache_key = file.sha256 or f"{file.id}/{file.name}"
             return Model(file.name, file.s3_location, file.key, file.size_bytes, file.sha256, cache_key)
@@ -89,7 +87,7 @@ class Models:
             dataset_name=name, username=user.name, roles=user.roles, sees_everything=user.sees_everything
         )
         try:
-            response = await _told(self._stub.ResolveDataset(request, timeout=_TIMEOUT_SECONDS), "models")
+            response = await answer(self._stub.ResolveDataset(request, timeout=_TIMEOUT_SECONDS), "models")
         except NotFound:
             return None
         return str(response.prefix)
@@ -103,7 +101,7 @@ class Models:
         request = models_pb2.CreateTrainedCheckpointRequest(
             checkpoint_id=training_id, name=name, username=user.name, roles=user.roles
         )
-        await _told(self._stub.CreateTrainedCheckpoint(request, timeout=_TIMEOUT_SECONDS), "models")
+        await answer(self._stub.CreateTrainedCheckpoint(request, timeout=_TIMEOUT_SECONDS), "models")
 
     async def finish_checkpoint(
         self, training_id: str, files: Iterable[tuple[str, str]], reason: str
@@ -114,13 +112,13 @@ class Models:
             files=[models_pb2.TrainedFile(name=name, sha256=sha256) for name, sha256 in files],
             reason=reason,
         )
-        response = await _told(self._stub.FinishTrainedCheckpoint(request, timeout=_LOOK_SECONDS), "models")
+        response = await answer(self._stub.FinishTrainedCheckpoint(request, timeout=_LOOK_SECONDS), "models")
         return list(response.names), response.reason
 
     async def delete_checkpoint(self, training_id: str) -> bool:
         """Deletes the checkpoint unless it is Active; True: it is."""
         request = models_pb2.DeleteTrainedCheckpointRequest(checkpoint_id=training_id)
-        response = await _told(self._stub.DeleteTrainedCheckpoint(request, timeout=_TIMEOUT_SECONDS), "models")
+        response = await answer(self._stub.DeleteTrainedCheckpoint(request, timeout=_TIMEOUT_SECONDS), "models")
         return bool(response.was_kept)
 
 
@@ -139,13 +137,13 @@ class Tasks:
             max_attempts=attempts,
             deadline_seconds=deadline_seconds,
         )
-        return _task((await _told(self._stub.StartTask(request, timeout=_TIMEOUT_SECONDS), "endpoints")).task)
+        return _task((await answer(self._stub.StartTask(request, timeout=_TIMEOUT_SECONDS), "endpoints")).task)
 
     async def get(self, training_id: str) -> Task | None:
         """The training's task, if it was asked for."""
         request = endpoints_pb2.GetTaskRequest(task_id=training_id)
         try:
-            return _task((await _told(self._stub.GetTask(request, timeout=_TIMEOUT_SECONDS), "endpoints")).task)
+            return _task((await answer(self._stub.GetTask(request, timeout=_TIMEOUT_SECONDS), "endpoints")).task)
         except NotFound:
             return None
 
@@ -153,18 +151,10 @@ class Tasks:
         """Has the task leave, if there is one."""
         request = endpoints_pb2.StopTaskRequest(task_id=training_id)
         try:
-            await _told(self._stub.StopTask(request, timeout=_TIMEOUT_SECONDS), "endpoints")
+            await answer(self._stub.StopTask(request, timeout=_TIMEOUT_SECONDS), "endpoints")
         except NotFound:
             return
 
 
 def _task(task: endpoints_pb2.Task) -> Task:
     return Task(TaskState(task.state), task.reason)
-
-
-async def _told(call: Any, service: str) -> Any:
-    """The answer of another service, or an error of our own kind."""
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise domain_error(error, service) from error

@@ -1,7 +1,7 @@
 -- The REST envelope {"statusCode", "data", "message"} (contract 1.4) around what the transcoder made of a gRPC answer, and
 -- the base path off the request. Headers that no gRPC server can read go no further. Native gRPC and event streams pass
 -- untouched. What the services say about an answer comes as x-esd-status, x-esd-message (percent-encoded), x-esd-raw and
--- x-esd-unwrap (services/common/server.py).
+-- x-esd-unwrap (services/common/interceptor.py).
 
 local FILTER = "esd.envelope"
 

@@ -37,7 +37,7 @@ from services.inference.webhooks.domain import check_webhook
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _SWEEP_SECONDS = 7.0
 _REMOVE_SECONDS = 20.0  # of a deletion, for which a client waits
-_MAX_PAGE_BYTES = 8 * 2**20  # about; an answer has a bound (services/common/server.py)
+_MAX_PAGE_BYTES = 8 * 2**20  # about; an answer has a bound (services/common/interceptor.py)
 _LINK_BYTES = 1024  # of a picture's URL
 
 

@@ -1,4 +1,4 @@
-"""A real Envoy before real gRPC servers whose few RPCs answer as services/common/server.py does, and a small store."""
+"""A real Envoy before real gRPC servers that answer as services/common/interceptor.py does, and a small store."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from gateway.__main__ import MAX_RESPONSE_BYTES
 from services.common import errors, streams
 from services.common.auth import Caller, Kind, Profile, UsernameStatus, current_caller
+from services.common.interceptor import INTERNAL, MAX_ANSWER_BYTES
 from services.common.rpc_errors import STATUS_OF
-from services.common.server import INTERNAL, MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, Server
+from services.common.server import MAX_MESSAGE_BYTES, Server
 from services.common.status import set_reply
 from tests.serving import Tokens
 

@@ -21,7 +21,7 @@ from gpu_worker.trainer.stream import TrainStream
 from gpu_worker.transfer import Transfer
 from services.common.auth import TOKEN_METADATA
 from services.common.clients import TokenSource
-from services.common.server import INTERNAL
+from services.common.interceptor import INTERNAL
 from services.training import facts
 from services.training.trainer_store import TrainerStore
 from tests.services.training.conftest import Service

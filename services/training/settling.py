@@ -86,7 +86,7 @@ class Settler:
             await self._settle_checkpoint(training)
         was_kept = await self._models.delete_checkpoint(str(training.id))
         prefixes = [training.input_prefix, training.work_prefix, *([] if was_kept else [training.output_prefix])]
-        await self._store.delete([training.id], lambda _: prefixes)
+        await self._store.delete(training.id, prefixes)
         await self._sweeper.remove(prefixes)
 
     async def discard(self, training: Training) -> None:

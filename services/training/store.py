@@ -6,7 +6,6 @@ What trainers tell of them is in trainer_store.py.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, select, tuple_
@@ -78,16 +77,14 @@ class TrainingStore:
                 await notify(session, TRAINING_MOVED, str(training_id))
                 await notify(session, TRAININGS_DUE, str(training_id))
 
-    async def delete(self, training_ids: list[UUID], prefixes_of: Any) -> list[Training]:
-        """Deletes trainings; `prefixes_of(training)` are left to the sweeper. Answers those it found."""
-        query = select(Training).where(col(Training.id).in_(training_ids)).order_by(col(Training.id))
+    async def delete(self, training_id: UUID, prefixes: list[str]) -> None:
+        """Deletes a training, if it is still there; the prefixes are left to the sweeper."""
         async with self._database.transaction() as session:
-            trainings = list(await session.scalars(query.with_for_update()))
-            for training in trainings:
-                await leave_behind(session, prefixes_of(training))
+            training = await session.get(Training, training_id, with_for_update=True)
+            if training is not None:
+                await leave_behind(session, prefixes)
                 await session.delete(training)
-                await notify(session, TRAINING_MOVED, str(training.id))
-            return trainings
+                await notify(session, TRAINING_MOVED, str(training_id))
 
     async def events(self, training_id: UUID, after: int) -> list[Event]:
         """What was noted of a training after an event, in order; a part of it, where it is much."""

@@ -19,7 +19,6 @@ from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training, parse_toml
 
 EXIT_FAILED, EXIT_STOPPED = 1, 130
-_CHUNK_BYTES = 1 << 20
 
 
 class Bar:
@@ -129,8 +128,6 @@ def _file(path: str, key: str) -> CachedModel:
     found = Path(path)
     if not found.is_file():
         raise JobError(f"{key} {path!r} is no file")
-    digest = hashlib.sha256()
     with found.open("rb") as content:
-        while chunk := content.read(_CHUNK_BYTES):
-            digest.update(chunk)
+        digest = hashlib.file_digest(content, "sha256")
     return CachedModel(str(found), key, found.name, found, digest.hexdigest())

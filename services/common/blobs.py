@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ HOUR = 3600
 DAY = 24 * HOUR
 MIB = 1024**2
 GIB = 1024**3
+_CHUNK_BYTES = 1 * MIB
+_NUM_FIRST_BYTES = 16
 _AT_ONCE = 4  # of many alike; others want to ask too
 _MAX_COPIED_PARTS = 1000
 STORE_IS_AWAY = "the object store does not answer at present; try again later"
@@ -39,6 +42,15 @@ class Blob:
     key: str
     size_bytes: int
     etag: str
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is in an object: how many bytes, their SHA-256 in hex, and the first of them, by which formats are known."""
+
+    size_bytes: int
+    sha256: str
+    first_bytes: bytes
 
 
 @dataclass(frozen=True)
@@ -122,10 +134,14 @@ class Blobs:
         content: bytes = await self._run(read, Key=key, **ranged)
         return content
 
-    async def read(self, key: str, consume: Callable[[Any], T]) -> T:
-        """Runs `consume(body)` on the object's stream in a thread; `body.read(n)` gives bytes."""
-        result: T = await self._run(lambda **names: consume(self._client.get_object(**names)["Body"]), Key=key)
-        return result
+    async def digest(self, key: str) -> Digest:
+        """Reads an object, with little of it in memory at once.
+
+        Raises:
+            BlobNotFound: there is none.
+        """
+        digest: Digest = await self._run(self._digest, Key=key)
+        return digest
 
     async def put(self, key: str, content: bytes) -> None:
         """Writes an object."""
@@ -226,6 +242,15 @@ class Blobs:
         """Gives up all open uploads below a prefix."""
         for upload in await self.find_uploads(prefix):
             await self.abort_multipart(upload.key, upload.upload_id)
+
+    def _digest(self, **names: str) -> Digest:
+        body = self._client.get_object(**names)["Body"]
+        sha256, size_bytes, first = hashlib.sha256(), 0, b""
+        while chunk := body.read(_CHUNK_BYTES):
+            first = first or chunk[:_NUM_FIRST_BYTES]
+            sha256.update(chunk)
+            size_bytes += len(chunk)
+        return Digest(size_bytes, sha256.hexdigest(), first)
 
     def _find_uploads(self, prefix: str, **bucket: str) -> list[Upload]:
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Prefix=prefix, **bucket)

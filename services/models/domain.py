@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ log = structlog.get_logger()
 
 PART_URL_SECONDS = 24 * 3600  # the legacy hour is shorter than the upload of a large model
 LOOK_MAX_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
-_CHUNK_BYTES = 1024 * 1024
 _CUSTOM = "/checkpoint/custom/"
 EVERYTHING = "user:all"
 
@@ -280,7 +278,7 @@ class Models:
             await self.refuse(checkpoint, reason)
             raise FailedPrecondition(reason) from None
         if not sha256:
-            sha256 = await self._blobs.read(file.key, sha256_of)
+            sha256 = (await self._blobs.digest(file.key)).sha256
         words = ("format", "architecture", "kind") if findings.format else ()
         found = {word: getattr(findings, word) for word in words}
         try:
@@ -351,11 +349,3 @@ def _uuid(text: str) -> UUID | None:
         parsed = UUID(text)
         return parsed if str(parsed) == text.lower() else None
     return None
-
-
-def sha256_of(body: Any) -> str:
-    """The SHA-256 of a stream, in hex."""
-    digest = hashlib.sha256()
-    while chunk := body.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -20,7 +20,7 @@ from services.common.errors import EsdError, FailedPrecondition, InvalidArgument
 from services.common.outbound import Outbound, Unreachable, Url, UrlRefused, parse_url
 from services.common.times import time_text
 from services.models.checks import check_params, first_repeated, printable
-from services.models.domain import Models, prefix_of, sha256_of
+from services.models.domain import Models, prefix_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts
 from services.models.rows import ACTIVE, Checkpoint, CheckpointFile, Viewer
@@ -222,7 +222,7 @@ class Imports:
             await self._blobs.complete_multipart(file.key, file.upload_id, parts)
         except BlobNotFound:
             await self._blobs.head(file.key)  # an earlier attempt got this far
-        digest = digest or await self._blobs.read(file.key, sha256_of)
+        digest = digest or (await self._blobs.digest(file.key)).sha256
         if held.sha256 and digest != held.sha256.lower():
             raise FailedPrecondition(f"the SHA-256 is {digest}, not {held.sha256.lower()}")
         await self._models.keep(checkpoint, file, digest)

@@ -6,10 +6,8 @@ trainer that was given up can change nothing there.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 from services.common.blobs import Blob, BlobNotFound, Blobs
@@ -19,7 +17,6 @@ from services.training.rows import Training
 from services.training.trainer_store import TrainerStore
 
 BASE, PICTURE, REGULARISATION, STATE, UPLOAD = "base", "picture", "regularisation", "state", "upload"
-_CHUNK_BYTES = 1 << 20
 _MAX_FILES = 100_000  # of a dataset
 # What a trainer may upload, below its folder.
 _UPLOADS = re.compile(r"[^/]+\.safetensors|state-\d+\.pt|sample/[^/]+\.png|logs/[^/]+/[^/]+|logs/[^/]+")
@@ -117,10 +114,10 @@ class Trainers:
         if not _is_plain(file.name):
             raise FailedPrecondition(f"{file.name!r} cannot be the name of a file")
         try:
-            size_bytes, sha256 = await self._blobs.read(training.session_prefix(session) + file.name, _read)
+            found = await self._blobs.digest(training.session_prefix(session) + file.name)
         except BlobNotFound:
             raise FailedPrecondition(f"{file.name} was not uploaded") from None
-        if (size_bytes, sha256) != (file.size_bytes, file.sha256):
+        if (found.size_bytes, found.sha256) != (file.size_bytes, file.sha256):
             raise FailedPrecondition(f"{file.name} is not in the store as it was uploaded")
 
 
@@ -132,12 +129,3 @@ def _is_plain(name: str) -> bool:
     """Whether a name is a path downwards."""
     parts = name.split("/")
     return all(part not in {"", ".", ".."} for part in parts) and "\\" not in name and "\0" not in name
-
-
-def _read(body: Any) -> tuple[int, str]:
-    """Size and SHA-256 of an object, with little of it in memory at once."""
-    digest, size_bytes = hashlib.sha256(), 0
-    while chunk := body.read(_CHUNK_BYTES):
-        digest.update(chunk)
-        size_bytes += len(chunk)
-    return size_bytes, digest.hexdigest()

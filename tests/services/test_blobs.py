@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge
+from services.common.blobs import BlobNotFound, Blobs, BlobTooLarge, Digest
 from services.common.errors import InvalidArgument, Unavailable
 from tests.conftest import S3Access
 
@@ -21,6 +22,15 @@ async def test_an_object_is_read_up_to_a_limit_and_refused_beyond_it(blobs: Blob
     assert refusal.value.size_bytes == 5
     with pytest.raises(BlobNotFound):
         await blobs.get(key + "x", max_bytes=5)
+
+
+async def test_a_digest_is_that_of_all_bytes(blobs: Blobs) -> None:
+    content = bytes(range(256)) * 10_000  # more than is read at once
+    for key, held in ((f"test/{uuid4()}", content), (f"test/{uuid4()}", b"")):
+        await blobs.put(key, held)
+        assert await blobs.digest(key) == Digest(len(held), hashlib.sha256(held).hexdigest(), held[:16])
+    with pytest.raises(BlobNotFound):
+        await blobs.digest(f"test/{uuid4()}")
 
 
 async def test_a_store_that_refuses_the_service_is_not_the_callers_mistake(s3: S3Access, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID
@@ -12,7 +11,6 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.inference.rows import Job
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,26 +52,15 @@ async def find_problem(blobs: Blobs, job: Job, lease_id: UUID, results: Results)
 
 
 async def _find_problem_of(blobs: Blobs, prefix: str, told: ResultObject, signature: bytes) -> str:
+    result = f"the worker's result {told.name}"
     try:
-        size_bytes, sha256, first = await blobs.read(prefix + told.name, _read)
+        found = await blobs.digest(prefix + told.name)
     except BlobNotFound:
-        return f"the worker's result {told.name} is not in the object store"
-    if size_bytes != told.size_bytes:
-        return (
-            f"the worker's result {told.name} has {size_bytes} bytes in the object store instead of {told.size_bytes}"
-        )
-    if sha256 != told.sha256:
-        return f"the worker's result {told.name} has the SHA-256 {sha256} in the object store instead of {told.sha256}"
-    if not first.startswith(signature):
-        return f"the worker's result {told.name} is no PNG"
+        return f"{result} is not in the object store"
+    if found.size_bytes != told.size_bytes:
+        return f"{result} has {found.size_bytes} bytes in the object store instead of {told.size_bytes}"
+    if found.sha256 != told.sha256:
+        return f"{result} has the SHA-256 {found.sha256} in the object store instead of {told.sha256}"
+    if not found.first_bytes.startswith(signature):
+        return f"{result} is no PNG"
     return ""
-
-
-def _read(body: Any) -> tuple[int, str, bytes]:
-    """Size, SHA-256 and first bytes of an object, with little of it in memory at once."""
-    digest, size_bytes, first = hashlib.sha256(), 0, b""
-    while chunk := body.read(_CHUNK_BYTES):
-        first = first or chunk[: len(_PNG)]
-        digest.update(chunk)
-        size_bytes += len(chunk)
-    return size_bytes, digest.hexdigest(), first

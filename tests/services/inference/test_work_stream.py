@@ -175,14 +175,14 @@ async def test_done_told_twice_is_acknowledged_twice_and_keeps_the_result(servic
 async def test_results_wait_on_the_same_stream_while_the_object_store_is_away(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def read(*_: Any) -> Any:
+    async def digest(*_: Any) -> Any:
         monkeypatch.undo()
         raise Unavailable("the object store does not answer")
 
     job_id = await service.started()
     async with service.worker() as worker:
         assign = await worker.take()
-        monkeypatch.setattr(service.blobs, "read", read)
+        monkeypatch.setattr(service.blobs, "digest", digest)
         assert kind(await worker.finish(assign)) == "acknowledge"
     assert (await service.get(job_id)).status == "succeed"
 

@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt protos/generate.py $(shell fi
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
 	@# Bytecode is made of what gets imported, when it is: all of it would take a third of the installation.
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	@# Alone, without the torchvision that it declares: gpu_worker/upscaling.py says why.
+	@# Alone, without the torchvision that it declares: gpu_worker/models/upscaling.py says why.
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps spandrel
 	@touch $@
 

@@ -21,13 +21,13 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from esd.worker.v1 import worker_pb2_grpc
 from gpu_worker.addresses import gateway
-from gpu_worker.cache import ModelCache
-from gpu_worker.engine import Engine
-from gpu_worker.importing import uncollected
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.importing import uncollected
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import ModelCache
+from gpu_worker.files.transfer import RESULT_PATIENCE_SECONDS, Transfer
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.stream import Refused, WorkStream
-from gpu_worker.transfer import RESULT_PATIENCE_SECONDS, Transfer
-from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 from services.common import logs
 from services.common.auth import Verifier

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker import grid
-from gpu_worker.cache import CachedModel
-from gpu_worker.canvas import Canvas
-from gpu_worker.engine import Engine
-from gpu_worker.infotext import Made
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.run import Produced
+from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import Job
-from gpu_worker.run import Produced
+from gpu_worker.pictures import grid
+from gpu_worker.pictures.canvas import Canvas
+from gpu_worker.pictures.infotext import Made
 from services.common.payloads import Edit, Generation, used
 
 _MAX_RUNS = 4  # of a plot in the engine at once, so that others come in between

@@ -14,15 +14,16 @@ import structlog
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker import hints, painting, results, retouch
-from gpu_worker.cache import CachedModel, ModelCache
-from gpu_worker.canvas import Canvas
-from gpu_worker.engine import Engine
-from gpu_worker.infotext import infotext
+from gpu_worker import painting
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.run import Produced
+from gpu_worker.files.cache import CachedModel, ModelCache
+from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
-from gpu_worker.provenance import Provenance
-from gpu_worker.run import Produced
-from gpu_worker.transfer import Transfer, Unreached, UrlExpired
+from gpu_worker.pictures import extras, hints, results
+from gpu_worker.pictures.canvas import Canvas
+from gpu_worker.pictures.infotext import infotext
+from gpu_worker.pictures.provenance import Provenance
 from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
@@ -223,15 +224,15 @@ class Worker:
         """Changes pictures without a checkpoint, and uploads them."""
         began = time.monotonic()
         try:
-            images = await asyncio.to_thread(retouch.decoded, request)
+            images = await asyncio.to_thread(extras.decoded, request)
         except pictures.Damaged as error:
             raise JobError(str(error)) from None
         enlarged = await painting.enlarged(self._engine, job, request, files, images)
-        retouched = await asyncio.to_thread(retouch.retouched, request, images, files, enlarged)
+        retouched = await asyncio.to_thread(extras.retouched, request, images, files, enlarged)
         made = time.monotonic()
         provenance = Provenance(job.id, job.spec.task_type, request, files, self.device)
         encoded = await _encoded(retouched, provenance)
-        html_info = retouch.html_info(request, files)
+        html_info = extras.html_info(request, files)
         param = results.param_json(provenance, job.spec.endpoint_name, info={}, html_info=html_info)
         timings = worker_pb2.Timings(
             fetch_seconds=fetch_seconds, pipeline_seconds=made - began, encode_seconds=time.monotonic() - made

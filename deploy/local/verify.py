@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Making:
-    """What a picture says of its making (gpu_worker/provenance.py)."""
+    """What a picture says of its making (gpu_worker/pictures/provenance.py)."""
 
     job: str
     image: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_worker.weights import family_config
+from gpu_worker.models.weights import family_config
 
 _TEXT_WIDTH = 64  # the vocabulary's 49,408 rows of this width are more than a third of all weights
 _SMALLER: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from gpu_worker.demo_model.captions import caption, nothing
 from gpu_worker.demo_model.scenes import SCENES
 from gpu_worker.demo_model.training import Batch, Plan, Studio, chance, train
 from gpu_worker.demo_model.vae import Drawn, tensor
-from gpu_worker.weights import tokenizer
+from gpu_worker.models.weights import tokenizer
 
 PLAN = Plan("denoiser", num_steps=14500, learning_rate=1e-3, flat=0.35, num_warmup=100, decay=0.999)
 _BATCH = 128

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_worker.cache import CachedModel
 from gpu_worker.demo_model import SIDE
 from gpu_worker.demo_model.captions import BEGINNINGS, PRAISE, dressed, worded
 from gpu_worker.demo_model.judge import Sight, see
 from gpu_worker.demo_model.scenes import Pixels, Scene, random_scene
-from gpu_worker.engine import Engine
-from gpu_worker.tuning import EngineSettings
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
 from services.common.payloads import Generation, check
 from services.common.payloads.models import BASE, LORA
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gpu_worker import ldm
 from gpu_worker.demo_model import architecture, denoiser, vae
 from gpu_worker.demo_model.training import Plan, Studio
-from gpu_worker.weights import CONFIG_METADATA
+from gpu_worker.models import ldm
+from gpu_worker.models.weights import CONFIG_METADATA
 
 
 def studio(folder: Path, device: str, num_threads: int, num_makers: int, seed: int) -> Studio:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.adapters import Equipped, gathered
-from gpu_worker.denoise import Task
+from gpu_worker.engine.denoise import Task
+from gpu_worker.engine.run import Equipment, Run
 from gpu_worker.job import JobError
-from gpu_worker.run import Equipment, Run
+from gpu_worker.models.adapters import Equipped, gathered
 from gpu_worker.tasks import enlarge, img2img, txt2img
 from gpu_worker.tasks.steering import Crew
 from services.common.payloads import Generation, Img2Img, Txt2Img

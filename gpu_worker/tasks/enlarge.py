@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import Task
-from gpu_worker.upscaling import Upscaler, upscaled
+from gpu_worker.engine.denoise import Task
+from gpu_worker.models.upscaling import Upscaler, upscaled
+from gpu_worker.pictures.canvas import Canvas
 from services.common.payloads.extras import Upscale
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gpu_worker import noise
-from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import LATENT_SCALE, Evaluation, Step, denoise
 from gpu_worker.devices import on_device
+from gpu_worker.engine.denoise import LATENT_SCALE, Evaluation, Step, denoise
 from gpu_worker.job import JobError
+from gpu_worker.models.upscaling import Upscaler
+from gpu_worker.models.upscaling import upscaled as enlarged
+from gpu_worker.models.weights import Models
+from gpu_worker.pictures.canvas import Canvas
+from gpu_worker.sampling import noise
 from gpu_worker.tasks.stages import as_tensor, counted, latents_of, pixels_of, sampling_of
 from gpu_worker.tasks.steering import Crew, steps_of
-from gpu_worker.upscaling import Upscaler
-from gpu_worker.upscaling import upscaled as enlarged
-from gpu_worker.weights import Models
 from services.common.payloads import Txt2Img
 from services.common.payloads.txt2img import SecondPass
 from services.common.payloads.upscalers import LATENT_UPSCALERS

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import noise
-from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import Evaluation, Step, Task, denoise
 from gpu_worker.devices import on_device
-from gpu_worker.samplers import Sampling
+from gpu_worker.engine.denoise import Evaluation, Step, Task, denoise
+from gpu_worker.models.weights import Models
+from gpu_worker.pictures.canvas import Canvas
+from gpu_worker.sampling import noise
+from gpu_worker.sampling.samplers import Sampling
 from gpu_worker.tasks.stages import as_tensor, counted, decoded, latents_of, sampling_of
 from gpu_worker.tasks.steering import Crew, steps_of
-from gpu_worker.weights import Models
 from services.common.payloads import Img2Img
 from services.common.payloads.img2img import LATENT_NOISE, LATENT_NOTHING
 

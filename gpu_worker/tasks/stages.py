@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker import decoding, samplers
-from gpu_worker.canvas import Canvas
-from gpu_worker.decoding import Decoded
 from gpu_worker.devices import on_device
-from gpu_worker.samplers import Sampling
-from gpu_worker.tiling import circular
-from gpu_worker.weights import Models
+from gpu_worker.engine import decoding
+from gpu_worker.engine.decoding import Decoded
+from gpu_worker.models.tiling import circular
+from gpu_worker.models.weights import Models
+from gpu_worker.pictures.canvas import Canvas
+from gpu_worker.sampling import samplers
+from gpu_worker.sampling.samplers import Sampling
 from services.common.payloads import Generation
 
 

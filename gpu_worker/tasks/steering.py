@@ -8,16 +8,16 @@ from functools import cache, partial
 
 import torch
 
-from gpu_worker import controlnet, prompt
-from gpu_worker.adapters import Equipped
-from gpu_worker.canvas import Canvas
-from gpu_worker.clean import clean_latents, prediction_of, timestep_of
-from gpu_worker.controlnet import Control
-from gpu_worker.denoise import Conditioning, Correction, Guidance, Step
 from gpu_worker.devices import on_device
-from gpu_worker.hints import Hint, Map
+from gpu_worker.engine.denoise import Conditioning, Correction, Guidance, Step
+from gpu_worker.models import controlnet, prompt
+from gpu_worker.models.adapters import Equipped
+from gpu_worker.models.controlnet import Control
+from gpu_worker.models.weights import Config, Models
+from gpu_worker.pictures.canvas import Canvas
+from gpu_worker.pictures.hints import Hint, Map
+from gpu_worker.sampling.prediction import clean_latents, prediction_of, timestep_of
 from gpu_worker.tasks.stages import as_tensor, context_of, latents_of
-from gpu_worker.weights import Config, Models
 from services.common.payloads import Generation, prompts
 from services.common.payloads.controlnet import INPAINT_ONLY, Unit
 from services.common.payloads.txt2img import SecondPass

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gpu_worker import weights
-from gpu_worker.cache import CachedModel
+from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import JobError
+from gpu_worker.models import weights
 from gpu_worker.trainer import dataset, listening, steps
 from gpu_worker.trainer.loop import STATE, Loop, Stopped, within_memory
 from services.common.errors import InvalidArgument

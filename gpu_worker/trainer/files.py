@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from esd.training.v1 import training_pb2 as pb
+from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
 from gpu_worker.trainer.stream import TrainStream
-from gpu_worker.transfer import Transfer, Unreached, UrlExpired
 
 T = TypeVar("T")
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from gpu_worker.decoding import distribution
 from gpu_worker.devices import on_device
+from gpu_worker.engine.decoding import distribution
 from gpu_worker.job import JobError
+from gpu_worker.models.weights import Models
 from gpu_worker.tasks.stages import as_tensor
 from gpu_worker.trainer.dataset import Picture
-from gpu_worker.weights import Models
 
 
 class Latents:

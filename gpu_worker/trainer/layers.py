@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.nn import Conv2d, Linear, Module
 
-from gpu_worker import ldm
-from gpu_worker.weights import Models
+from gpu_worker.models import ldm
+from gpu_worker.models.weights import Models
 from services.common.payloads.training import LORA_MODULE, Training
 
 _ATTENTION, _CONVOLUTIONS = ("Transformer2DModel",), ("ResnetBlock2D", "Downsample2D", "Upsample2D")

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from gpu_worker.cache import CachedModel
 from gpu_worker.devices import on_device
+from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import JobError
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer import captions, networks, saving, state
 from gpu_worker.trainer.board import Board
 from gpu_worker.trainer.buckets import batches
@@ -28,7 +29,6 @@ from gpu_worker.trainer.latents import Latents
 from gpu_worker.trainer.listening import Listener, Plan, Progress
 from gpu_worker.trainer.previews import Previews
 from gpu_worker.trainer.steps import Batch, Outcome, Steps
-from gpu_worker.weights import Models
 from services.common.payloads.training import Training
 
 STATE = "state.pt"

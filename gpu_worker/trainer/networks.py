@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import Module, Parameter
 
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer.layers import Layer, text_layers, unet_layers
-from gpu_worker.weights import Models
 from services.common.payloads.network_args import is_on
 from services.common.payloads.training import Training
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gpu_worker import results
-from gpu_worker.adapters import Equipped
-from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import predict
+from gpu_worker.engine.denoise import predict
 from gpu_worker.job import JobError
+from gpu_worker.models.adapters import Equipped
+from gpu_worker.models.weights import Models
+from gpu_worker.pictures import results
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import txt2img
 from gpu_worker.tasks.steering import Crew
 from gpu_worker.trainer.buckets import Size
 from gpu_worker.trainer.dataset import Dataset
 from gpu_worker.trainer.listening import Listener
-from gpu_worker.weights import Models
 from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Txt2Img

@@ -20,16 +20,16 @@ from pydantic import Field
 
 from esd.training.v1 import training_pb2 as pb
 from esd.worker.v1 import worker_pb2
-from gpu_worker import weights
 from gpu_worker.addresses import gateway
-from gpu_worker.cache import CachedModel, ModelCache
+from gpu_worker.files.cache import CachedModel, ModelCache
+from gpu_worker.files.transfer import Transfer
 from gpu_worker.job import JobError, to_python
+from gpu_worker.models import weights
 from gpu_worker.trainer import dataset, listening, steps
 from gpu_worker.trainer.files import Files
 from gpu_worker.trainer.loop import Loop, Stopped, within_memory
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.stream import Dismissed, Superseded, TrainStream
-from gpu_worker.transfer import Transfer
 from services.common.clients import TokenSource, plain_channel
 from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training

@@ -17,9 +17,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch.nn import functional
 
 from gpu_worker import devices
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer import optimizers, texts
 from gpu_worker.trainer.networks import Network
-from gpu_worker.weights import Models
 from services.common.payloads.training import Training
 
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")

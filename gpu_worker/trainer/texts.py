@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_worker import prompt
 from gpu_worker.devices import on_device
-from gpu_worker.weights import Models
+from gpu_worker.models import prompt
+from gpu_worker.models.weights import Models
 
 
 def encode(

@@ -86,7 +86,7 @@ def prepare(stack: Stack, folder: Path) -> tuple[Client, str]:
     """A client with an Async endpoint in service and a model; answers the client and the model's name."""
     checkpoint = folder / "bench.safetensors"
     if not checkpoint.exists():
-        subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+        subprocess.run([sys.executable, "-m", "gpu_worker.models.tiny", str(checkpoint)], check=True)
     admin = Client(stack.url, stack.api_key)
     admin.call("POST", "/roles", {"role_name": "demo", "permissions": ["inference:all"]})
     upload(admin, checkpoint, console, 64 * 2**20)

@@ -24,12 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gpu_worker import tiny, weights
-from gpu_worker.cache import CachedModel
-from gpu_worker.core import Core
 from gpu_worker.devices import Cpu
-from gpu_worker.run import Produced, Run
-from gpu_worker.tuning import EngineSettings
+from gpu_worker.engine.core import Core
+from gpu_worker.engine.run import Produced, Run
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import tiny, weights
 from services.common.payloads import Generation
 from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.reference import pipeline_of, scheduler_of

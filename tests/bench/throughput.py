@@ -54,7 +54,7 @@ def _of_family(process: psutil.Process) -> float:
 def prepare(stack: Stack, folder: Path) -> tuple[str, str]:
     """A model and a Real-time endpoint in service; answers the key of a user who may use them, and the model's name."""
     checkpoint = folder / "bench.safetensors"
-    subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True)
+    subprocess.run([sys.executable, "-m", "gpu_worker.models.tiny", str(checkpoint)], check=True)
     admin = Client(stack.url, stack.api_key)
     permissions = ["checkpoint:all", "sagemaker_endpoint:all", "inference:all"]
     admin.call("POST", "/roles", {"role_name": "bench", "permissions": permissions})

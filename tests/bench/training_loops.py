@@ -19,10 +19,10 @@ from peft import LoraConfig
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gpu_worker import tiny, weights
+from gpu_worker.models import tiny, weights
+from gpu_worker.models.weights import Models, TextEncoder
 from gpu_worker.trainer import networks
 from gpu_worker.trainer.steps import Batch, Outcome, Steps
-from gpu_worker.weights import Models, TextEncoder
 from services.common.payloads.training import Training, check_training
 
 # The template's network and rates (contract 12.2).

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gpu_worker import tiny, weights
-from gpu_worker.cache import CachedModel
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import tiny, weights
 from gpu_worker.trainer import dataset, listening
 from gpu_worker.trainer.loop import STATE, Loop, Stopped
 from gpu_worker.trainer.steps import precision

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.cache import CachedModel
-from gpu_worker.engine import EngineSettings
-from gpu_worker.run import Produced
+from gpu_worker.engine.engine import EngineSettings
+from gpu_worker.engine.run import Produced
+from gpu_worker.files.cache import CachedModel
 from services.common.payloads import Generation
 
 SECONDS_PER_STEP = 0.05
@@ -29,7 +29,7 @@ def painted(request: Generation, index: int) -> NDArray[np.uint8]:
 
 
 class PaintingEngine:
-    """Stands where `gpu_worker.engine.Engine` does."""
+    """Stands where `gpu_worker.engine.engine.Engine` does."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.device = "cpu"

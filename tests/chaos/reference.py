@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_worker.cache import CachedModel
-from gpu_worker.core import Core
 from gpu_worker.devices import Cpu
-from gpu_worker.run import Produced, Run
-from gpu_worker.tuning import EngineSettings
+from gpu_worker.engine.core import Core
+from gpu_worker.engine.run import Produced, Run
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
 from services.common.payloads import Generation
 from tests.chaos.verdict import Pixels
 

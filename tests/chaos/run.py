@@ -142,7 +142,9 @@ class Chaos:
     def _prepare(self, stack: Stack) -> tuple[str, list[str]]:
         """A model, users, endpoints in service; answers the model's name and the users' keys."""
         checkpoint = self._folder / "chaos.safetensors"
-        subprocess.run([sys.executable, "-m", "gpu_worker.tiny", str(checkpoint)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "gpu_worker.models.tiny", str(checkpoint)], check=True, capture_output=True
+        )
         admin = Client(stack.url, stack.api_key)
         permissions = ["checkpoint:all", "sagemaker_endpoint:all", "inference:all"]
         for role in _ENDPOINTS:  # one each, because a role has one endpoint

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from deploy.local.stack import Stack
-from gpu_worker import tiny
+from gpu_worker.models import tiny
 
 PARTS = 2
 PART_BYTES = 5 * 2**20  # the smallest that S3 takes for any part but the last

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from deploy.local.stack import Stack
-from gpu_worker import tiny
+from gpu_worker.models import tiny
 from tests.e2e.conftest import PICTURE, Studio, create_job, finished, upload, wait_for
 
 

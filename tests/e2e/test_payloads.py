@@ -32,7 +32,7 @@ def controlnet(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny ControlNet, uploaded; its file's name."""
     from diffusers import UNet2DConditionModel
 
-    from gpu_worker import tiny
+    from gpu_worker.models import tiny
     from tests.gpu_worker import tiny_controlnet
 
     path = tmp_path_factory.mktemp("controlnet") / "control_tiny_canny.safetensors"
@@ -62,7 +62,7 @@ def test_a_controlled_picture_and_what_the_controlnet_looked_at(studio: Studio, 
 
 @pytest.mark.slow
 def test_another_checkpoint_refines_the_picture(studio: Studio, tmp_path: Path) -> None:
-    from gpu_worker import tiny
+    from gpu_worker.models import tiny
 
     tiny.write(tmp_path / "fine.safetensors", seed=7)
     assert upload(studio.api, tmp_path / "fine.safetensors").status == 200

@@ -14,12 +14,12 @@ from aiohttp import web
 from safetensors.torch import load_file, save_file
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker import tiny
 from gpu_worker.__main__ import OFFLINE
-from gpu_worker.cache import CachedModel, ModelCache
-from gpu_worker.engine import Engine
-from gpu_worker.transfer import Transfer
-from gpu_worker.tuning import EngineSettings
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel, ModelCache
+from gpu_worker.files.transfer import Transfer
+from gpu_worker.models import tiny
 from gpu_worker.worker import Worker
 
 

@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from gpu_worker import hints, weights
-from gpu_worker.adapters import Adapters, Equipped
-from gpu_worker.canvas import Canvas
-from gpu_worker.denoise import Step, predict
+from gpu_worker.engine.denoise import Step, predict
+from gpu_worker.models import weights
+from gpu_worker.models.adapters import Adapters, Equipped
+from gpu_worker.pictures import hints
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import img2img, steering, txt2img
 from gpu_worker.tasks.steering import Crew
 from services.common.payloads import Generation, Img2Img, Txt2Img, check

@@ -12,11 +12,12 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gpu_worker import hints, tiny
-from gpu_worker.core import Core
 from gpu_worker.devices import Cpu
-from gpu_worker.run import Produced, Run
-from gpu_worker.tuning import EngineSettings
+from gpu_worker.engine.core import Core
+from gpu_worker.engine.run import Produced, Run
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.models import tiny
+from gpu_worker.pictures import hints
 from services.common.payloads import Generation, check
 from tests.gpu_worker import tiny_controlnet, tiny_esrgan
 from tests.gpu_worker.conftest import as_cached

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker import devices, tiny, weights
+from gpu_worker import devices
 from gpu_worker.audience import Audience
-from gpu_worker.cache import CachedModel
-from gpu_worker.core import Core
-from gpu_worker.denoise import called
-from gpu_worker.graphs import BUCKETS, Graphs
-from gpu_worker.placed import Placed
-from gpu_worker.run import Produced, Run
+from gpu_worker.engine.core import Core
+from gpu_worker.engine.denoise import called
+from gpu_worker.engine.graphs import BUCKETS, Graphs
+from gpu_worker.engine.placed import Placed
+from gpu_worker.engine.run import Produced, Run
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import tiny, weights
 from gpu_worker.tasks import txt2img
-from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation, samplers
 from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents, pipeline_of

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker.cache import ModelCache
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import ModelCache
+from gpu_worker.files.transfer import Transfer
 from gpu_worker.job import Job
-from gpu_worker.transfer import Transfer
-from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker, is_last
 from tests.gpu_worker.conftest import ObjectStore
 

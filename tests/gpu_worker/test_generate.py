@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save
 
 from esd.worker.v1 import worker_pb2, worker_pb2_grpc
-from gpu_worker import tiny
 from gpu_worker.job import to_python
+from gpu_worker.models import tiny
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
 from services.common.payloads import check

@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from gpu_worker import weights
-from gpu_worker.canvas import Canvas
+from gpu_worker.models import weights
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import hires, stages, txt2img
 from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-from gpu_worker import weights
-from gpu_worker.canvas import Canvas, prepared
+from gpu_worker.models import weights
+from gpu_worker.pictures.canvas import Canvas, prepared
 from gpu_worker.tasks import img2img
 from services.common.payloads import Img2Img, samplers
 from tests.gpu_worker.conftest import as_cached

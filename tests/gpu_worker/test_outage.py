@@ -13,11 +13,11 @@ from botocore.credentials import Credentials
 from structlog.testing import capture_logs
 
 from esd.worker.v1 import worker_pb2
-from gpu_worker.cache import ModelCache
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.files.cache import ModelCache
+from gpu_worker.files.transfer import Transfer
 from gpu_worker.job import Job
 from gpu_worker.stream import WorkStream
-from gpu_worker.transfer import Transfer
 from gpu_worker.worker import Worker, is_last
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource, plain_channel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
-from gpu_worker import tiny, weights
+from gpu_worker.models import tiny, weights
 from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of

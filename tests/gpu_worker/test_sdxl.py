@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker import prompt, weights
-from gpu_worker.canvas import Canvas
+from gpu_worker.models import prompt, weights
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import txt2img
 from services.common.payloads import samplers
 from tests.gpu_worker.driving import (

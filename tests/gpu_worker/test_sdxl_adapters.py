@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpu_worker import embeddings, lora, prompt, weights
-from gpu_worker.adapters import Adapters
 from gpu_worker.job import JobError
+from gpu_worker.models import embeddings, lora, prompt, weights
+from gpu_worker.models.adapters import Adapters
 from services.common.payloads.prompts import Lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
+from tests.gpu_worker.models.test_lora import parts
 from tests.gpu_worker.reference import pipeline_latents
-from tests.gpu_worker.test_lora import parts
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make
 
 pytestmark = pytest.mark.slow

@@ -15,12 +15,13 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 
-from gpu_worker import weights
-from gpu_worker.controlnet import ControlNet
+from gpu_worker.models import weights
+from gpu_worker.models.controlnet import ControlNet
 from services.common.payloads import Img2Img
-from tests.gpu_worker import test_controlnet, test_img2img, tiny_controlnet
+from tests.gpu_worker import test_img2img, tiny_controlnet
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, drive, img2img_latents, img2img_of, latents, txt2img_of
+from tests.gpu_worker.models import test_controlnet
 from tests.gpu_worker.reference import scheduler_of
 from tests.gpu_worker.test_img2img import BOX, MASKED, PAINTED, REQUEST, original
 from tests.gpu_worker.tiny_sdxl import TinySdxl, make

@@ -12,17 +12,17 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from gpu_worker import weights
-from gpu_worker.canvas import Canvas
-from gpu_worker.run import Produced
+from gpu_worker.engine.run import Produced
+from gpu_worker.models import weights
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import hires, stages, txt2img
 from services.common.payloads import samplers
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
+from tests.gpu_worker.models.test_lora import parts
 from tests.gpu_worker.reference import BETAS, LINSPACE, pipeline_latents, scheduler_of
 from tests.gpu_worker.tables import in_companies, slow
 from tests.gpu_worker.test_broken_files import outcome
-from tests.gpu_worker.test_lora import parts
 from tests.gpu_worker.tiny_sdxl import TinySdxl, Told, by_formula, make, read
 
 pytestmark = pytest.mark.slow

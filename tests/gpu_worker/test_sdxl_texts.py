@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker import prompt
+from gpu_worker.models import prompt
 from tests.gpu_worker.driving import assert_close, changed, drive, latents, steps_of, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents
 from tests.gpu_worker.tiny_sdxl import TinySdxl, Told, by_formula, make, read

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from gpu_worker import weights
-from gpu_worker.canvas import Canvas
 from gpu_worker.job import JobError
+from gpu_worker.models import weights
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import txt2img
 from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached

@@ -8,7 +8,7 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 
-from gpu_worker import ldm
+from gpu_worker.models import ldm
 
 
 def make(unet: Any, seed: int, **config: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_worker import upscaling
+from gpu_worker.models import upscaling
 
 
 def write(path: Path, scale: int = 4, bias: float | None = None) -> None:

@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gpu_worker import ldm, weights
+from gpu_worker.models import ldm, weights
 from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.reference import scheduler_of

@@ -1,6 +1,6 @@
 """The names of A1111's samplers and of the noise schedules that each can follow.
 
-gpu_worker/samplers.py makes them of diffusers' schedulers; a test keeps the two equal.
+gpu_worker/sampling/samplers.py makes them of diffusers' schedulers; a test keeps the two equal.
 """
 
 from __future__ import annotations

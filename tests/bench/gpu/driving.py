@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from gpu_worker import devices, weights
-from gpu_worker.cache import CachedModel
-from gpu_worker.core import Core
-from gpu_worker.run import Produced, Run
-from gpu_worker.tuning import EngineSettings
+from gpu_worker import devices
+from gpu_worker.engine.core import Core
+from gpu_worker.engine.run import Produced, Run
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import weights
 from services.common.payloads import Generation
 
 Load = Callable[[CachedModel, CachedModel | None], weights.Models]

@@ -18,8 +18,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gpu_worker import tiny, weights
-from gpu_worker.cache import CachedModel
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import tiny, weights
 
 
 @dataclass

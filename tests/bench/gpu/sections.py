@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gpu_worker import devices, ldm, prompt, weights
-from gpu_worker.cache import CachedModel
-from gpu_worker.decoding import Decoded
-from gpu_worker.placed import Placed
+from gpu_worker import devices
+from gpu_worker.engine.decoding import Decoded
+from gpu_worker.engine.placed import Placed
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import ldm, prompt, weights
 from gpu_worker.tasks import txt2img
-from gpu_worker.tuning import EngineSettings
 from services.common.payloads import Generation
 from tests.bench.gpu.child import Report
 from tests.bench.gpu.driving import Clock, Driver, error, median_seconds

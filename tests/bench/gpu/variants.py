@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_worker import devices, fast
-from gpu_worker.denoise import called
+from gpu_worker import devices
+from gpu_worker.engine import fast
+from gpu_worker.engine.denoise import called
 from tests.bench.gpu.child import Report
 from tests.bench.gpu.driving import error, median_seconds
 from tests.bench.gpu.models import parts_of

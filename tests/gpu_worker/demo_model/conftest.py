@@ -2,7 +2,8 @@
 
 import pytest
 
-from gpu_worker import demo_model, weights
+from gpu_worker import demo_model
+from gpu_worker.models import weights
 from tests.gpu_worker.conftest import as_cached
 
 

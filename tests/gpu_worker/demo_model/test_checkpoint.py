@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker import demo_model, ldm, weights
+from gpu_worker import demo_model
 from gpu_worker.demo_model import architecture
 from gpu_worker.demo_model.exam import Question, dressed_up, marks, pictures, questions
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.models import ldm, weights
 from tests.gpu_worker.driving import assert_close, drive, latents, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents, pipeline_of
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from gpu_worker import decoding, weights
 from gpu_worker.demo_model.captions import worded
 from gpu_worker.demo_model.judge import is_right, see
 from gpu_worker.demo_model.scenes import COLOURS, DIRECTIONS, OUTLINES, Pixels, Scene, draw, random_scene
-from gpu_worker.hints import prepared
+from gpu_worker.engine import decoding
+from gpu_worker.models import weights
+from gpu_worker.pictures.hints import prepared
 from gpu_worker.tasks import img2img, stages, txt2img
 from tests.gpu_worker.driving import crew, drive, img2img_of, txt2img_of
-from tests.gpu_worker.test_decoding import memory_for
+from tests.gpu_worker.engine.test_decoding import memory_for
 from tests.pictures import encoded, mask
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 20, "sampler_name": "Euler a", "cfg_scale": 4}

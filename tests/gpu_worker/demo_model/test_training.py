@@ -14,7 +14,7 @@ from gpu_worker.demo_model import __main__ as command
 from gpu_worker.demo_model import architecture, denoiser, training, vae
 from gpu_worker.demo_model.scenes import SCENES
 from gpu_worker.demo_model.training import Batch, Plan, Studio, chance, train
-from gpu_worker.weights import load, tokenizer
+from gpu_worker.models.weights import load, tokenizer
 from tests.gpu_worker.conftest import as_cached
 
 PLAN = Plan("line", num_steps=30, learning_rate=0.1, flat=0.5, num_warmup=3, decay=0.9)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from gpu_worker import weights
+from gpu_worker.models import weights
 from gpu_worker.trainer import dataset
 from gpu_worker.trainer.loop import Loop
 from services.common.payloads.training import Training, check_training

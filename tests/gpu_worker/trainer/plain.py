@@ -7,8 +7,8 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer.steps import Batch
-from gpu_worker.weights import Models
 from services.common.payloads.training import Training
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

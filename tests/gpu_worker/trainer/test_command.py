@@ -9,12 +9,12 @@ import pytest
 import tomli_w
 import torch
 
-from gpu_worker import weights
+from gpu_worker.files.transfer import Transfer
 from gpu_worker.job import JobError
+from gpu_worker.models import weights
 from gpu_worker.trainer import command, dataset, latents
 from gpu_worker.trainer.loop import NO_MEMORY, STATE
 from gpu_worker.trainer.session import TrainerSettings, _Session
-from gpu_worker.transfer import Transfer
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.trainer.conftest import Trainings
 from tests.gpu_worker.trainer.small import SMALL, Notes

@@ -10,9 +10,9 @@ import pytest
 from botocore.credentials import Credentials
 
 from esd.training.v1 import training_pb2 as pb
+from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
 from gpu_worker.trainer import files
 from gpu_worker.trainer.files import Files
-from gpu_worker.transfer import Transfer, Unreached, UrlExpired
 from services.common.blobs import Blobs
 from services.common.presigning import Presigner
 from tests.conftest import S3Access

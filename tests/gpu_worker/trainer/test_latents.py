@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from gpu_worker import weights
+from gpu_worker.models import weights
 from gpu_worker.tasks.stages import as_tensor
 from gpu_worker.trainer import dataset
 from gpu_worker.trainer.latents import Latents
 from services.common.payloads.training import check_training
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.test_decoding import memory_for
+from tests.gpu_worker.engine.test_decoding import memory_for
 from tests.gpu_worker.trainer.conftest import draw
 from tests.pictures import noise
 

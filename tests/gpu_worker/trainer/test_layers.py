@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gpu_worker import weights
+from gpu_worker.models import weights
 from gpu_worker.trainer import networks
 from gpu_worker.trainer.layers import PRESETS, Layer, text_layers, unet_layers
 from services.common.payloads import network_args

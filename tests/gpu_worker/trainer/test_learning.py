@@ -18,7 +18,7 @@ from PIL import Image
 from gpu_worker import demo_model
 from gpu_worker.demo_model.exam import pictures
 from gpu_worker.demo_model.scenes import Pixels, covered
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.trainer import command
 from tests.gpu_worker.trainer.curves import curves
 

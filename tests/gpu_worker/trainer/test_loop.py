@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gpu_worker import weights
-from gpu_worker.denoise import predict
+from gpu_worker.engine.denoise import predict
 from gpu_worker.job import JobError
+from gpu_worker.models import weights
 from gpu_worker.trainer import dataset, previews
 from gpu_worker.trainer.dataset import Picture
 from gpu_worker.trainer.loop import STATE, Loop, Stopped, _sizes

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpu_worker import lora, weights
+from gpu_worker.models import lora, weights
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer import dataset, networks, saving
-from gpu_worker.weights import Models
 from services.common.payloads.training import Training, check_training
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached

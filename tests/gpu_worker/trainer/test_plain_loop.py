@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gpu_worker import weights
+from gpu_worker.models import weights
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer.steps import Batch
-from gpu_worker.weights import Models
 from services.common.payloads.training import Training
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached

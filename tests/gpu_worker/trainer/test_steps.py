@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker import weights
 from gpu_worker.job import JobError
+from gpu_worker.models import weights
+from gpu_worker.models.weights import Models
 from gpu_worker.trainer import networks
 from gpu_worker.trainer.steps import Batch, Steps
-from gpu_worker.weights import Models
 from services.common.payloads.training import Training, check_training
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached
@@ -149,7 +149,7 @@ def test_what_an_optimizer_or_schedule_cannot_do_is_named(
 
 
 def test_captions_of_up_to_225_tokens_are_read_in_chunks(plain: dict[str, Models]) -> None:
-    from gpu_worker import prompt
+    from gpu_worker.models import prompt
     from gpu_worker.trainer import texts
 
     models, long = plain["sd15"], ", ".join(["a red circle"] * 60)

@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 
 from esd.training.v1 import training_pb2 as pb
+from gpu_worker.files.transfer import Transfer
 from gpu_worker.job import JobError
 from gpu_worker.trainer import stream
 from gpu_worker.trainer.files import Files
@@ -18,7 +19,6 @@ from gpu_worker.trainer.loop import Stopped
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.session import TrainerSettings, _Session
 from gpu_worker.trainer.stream import TrainStream
-from gpu_worker.transfer import Transfer
 from services.common.auth import TOKEN_METADATA
 from services.common.clients import TokenSource
 from services.common.interceptor import INTERNAL

@@ -9,10 +9,10 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.training.v1 import training_pb2 as pb
-from gpu_worker import tiny
+from gpu_worker.files.transfer import Transfer
+from gpu_worker.models import tiny
 from gpu_worker.trainer.session import TrainerSettings, _Session
 from gpu_worker.trainer.stream import TrainStream
-from gpu_worker.transfer import Transfer
 from tests.pictures import circle
 from tests.services.training.conftest import CHECKPOINT, MODEL, Service
 from tests.services.training.test_last_words import Given

@@ -1,0 +1,83 @@
+"""What a job adds to its checkpoint: LoRAs and embeddings that its prompts name, and the ControlNets of its units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_worker.files.cache import CachedModel
+from gpu_worker.models import controlnet, embeddings, lora
+from gpu_worker.models.controlnet import ControlNet
+from gpu_worker.models.embeddings import Embedding
+from gpu_worker.models.lora import Network
+from gpu_worker.models.weights import Models
+from services.common.payloads import Generation
+from services.common.payloads.models import CONTROLNET, EMBEDDING, LORA, find, stem
+from services.common.payloads.prompts import Lora
+
+Adapter = Network | Embedding | ControlNet
+_KINDS: dict[str, Callable[[CachedModel, Models, str], Adapter]] = {
+    LORA: lora.load,
+    EMBEDDING: embeddings.load,
+    CONTROLNET: controlnet.load,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What a file holds, on the device, which it leaves for good; `on_leave` is called before its memory is free."""
+
+    content: Any
+    num_bytes: int
+    on_leave: Callable[[], None]
+
+    def enter(self) -> None:
+        """It is there."""
+
+    def leave(self) -> None:
+        """Leaves the device."""
+        self.on_leave()
+
+    def forget(self) -> None:
+        """There is no copy in the host's memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapters:
+    """LoRAs with their scales, embeddings by the word that stands for them, and the ControlNet of each unit."""
+
+    networks: tuple[tuple[Network, Lora], ...] = ()
+    embeddings: Mapping[str, Embedding] = field(default_factory=dict)
+    controlnets: tuple[ControlNet, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Equipped:
+    """A checkpoint in memory and what the job adds to it."""
+
+    models: Models
+    adapters: Adapters = Adapters()
+
+
+def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
+    """Reads a LoRA, an embedding or a ControlNet for these models.
+
+    Raises:
+        JobError: the file is damaged, or made for another architecture than the checkpoint's.
+    """
+    return _KINDS[file.type](file, models, base_name)
+
+
+def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adapters:
+    """The adapters that the request names, out of those that its checkpoint can have."""
+    by_name = {name: found for file, found in loaded.items() for name in (stem(file.name), file.name)}
+    uses = [(by_name.get(use.name) or by_name.get(stem(use.name)), use) for use in request.loras]
+    controlnets = {file: found for file, found in loaded.items() if isinstance(found, ControlNet)}
+    files = [(CONTROLNET, file.name) for file in controlnets]
+    units = [find(files, CONTROLNET, unit.model, "controlnet") for unit in request.controlnet if files]
+    return Adapters(
+        tuple((network, use) for network, use in uses if isinstance(network, Network)),
+        {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding)},
+        tuple(list(controlnets.values())[index] for index in units),
+    )

@@ -1,0 +1,175 @@
+"""A1111's samplers as diffusers schedulers, by the names in the payloads' samplers.py; a test keeps the two equal."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+from gpu_worker.devices import on_device
+from gpu_worker.sampling import plans
+from gpu_worker.sampling.kdiffusion import (
+    DPM2M,
+    DPM3M,
+    DPM2Ancestral,
+    DPM2MHeun,
+    DPM2SAncestral,
+    DPMFast,
+    DPMSde,
+    EulerAncestral,
+    KDiffusion,
+)
+from gpu_worker.sampling.plans import Interval, Plan, combined
+from services.common.payloads.samplers import parts, sampler_of
+
+Options = dict[str, Any]
+
+
+# Options that bend the noise levels.
+SCHEDULES: dict[str, Options] = {
+    "Uniform": {},
+    "Karras": {"use_karras_sigmas": True},
+    "Exponential": {"use_exponential_sigmas": True},
+    "SGM Uniform": {"timestep_spacing": "trailing"},
+    "Beta": {"use_beta_sigmas": True},
+}
+_LINSPACE = {"timestep_spacing": "linspace"}
+_LEADING = {"timestep_spacing": "leading"}
+SAMPLERS: dict[str, tuple[type[Any], Options]] = {
+    "Euler": (EulerDiscreteScheduler, _LINSPACE),
+    "Euler a": (EulerAncestral, _LINSPACE),
+    "LMS": (LMSDiscreteScheduler, _LINSPACE),
+    "Heun": (HeunDiscreteScheduler, _LINSPACE),
+    "DPM2": (DPM2Ancestral, _LINSPACE),
+    "DPM2 a": (DPM2Ancestral, _LINSPACE),
+    "DPM++ 2S a": (DPM2SAncestral, _LINSPACE),
+    "DPM++ 2M": (DPM2M, _LINSPACE),
+    "DPM++ SDE": (DPMSde, _LINSPACE),
+    "DPM++ 2M SDE": (DPM2M, _LINSPACE),
+    "DPM++ 2M SDE Heun": (DPM2MHeun, _LINSPACE),
+    "DPM++ 3M SDE": (DPM3M, _LINSPACE),
+    "DPM fast": (DPMFast, _LINSPACE),
+    "DDIM": (DDIMScheduler, _LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
+    "PLMS": (PNDMScheduler, _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    # bh1 of order 3 gives NaN at the final noise level 0.
+    "UniPC": (UniPCMultistepScheduler, _LEADING | {"solver_order": 3, "solver_type": "bh2"}),
+    "LCM": (LCMScheduler, _LEADING | {"clip_sample": False}),
+}
+_MODEL_OPTIONS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset", "prediction_type")
+_LCM_STEPS = 50  # of the teacher
+_MAX_PLANS = 256  # of settings that were used last
+
+
+class Sampling:
+    """A sampler at work on the images of one batch of one job: all its state, the noise of each row included.
+
+    Noise is drawn on the CPU in fp32, by the generators of the rows, so that no device draws another picture.
+    """
+
+    def __init__(self, plan: Plan, num_steps: int, generators: list[torch.Generator]) -> None:
+        self._plan = plan
+        self._generators = generators
+        self._seeds = [generator.initial_seed() for generator in generators]
+        self._kept: list[torch.Tensor] = []
+        self._process: Any = None
+        self.num_steps = num_steps
+        # One for each evaluation of the UNet, of which some samplers have two in a step.
+        self.timesteps = [step.timestep for step in plan.steps]
+
+    def step_of(self, index: int) -> int:
+        """The step that the evaluation of that index belongs to, from 0."""
+        return index * self.num_steps // len(self.timesteps)
+
+    def latents(self, noise: torch.Tensor) -> torch.Tensor:
+        """The latents to begin with, from noise of deviation 1."""
+        return noise * self._plan.initial_scale
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
+        """Clean latents as they are before the evaluation of that index."""
+        of_clean, of_noise = self._plan.steps[index].noised
+        return torch.add(clean * of_clean, noise, alpha=of_noise)
+
+    def scaled(self, latents: torch.Tensor, index: int) -> torch.Tensor:
+        """The UNet's input for the evaluation of that index."""
+        scale = self._plan.steps[index].input_scale
+        return latents if scale == 1 else latents * scale
+
+    def step(self, prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after the evaluation of that index."""
+        step = self._plan.steps[index]
+        noise = [on_device(self._drawn(interval, latents), latents.device) for interval in step.draws]
+        sources = [latents, prediction, *self._kept, *noise]
+        self._kept = [combined(terms, sources) for terms in step.kept]
+        return combined(step.latents, sources)
+
+    def _drawn(self, interval: Interval, latents: torch.Tensor) -> torch.Tensor:
+        """Noise of the latents' shape, on the CPU."""
+        row = (1, *latents.shape[1:])
+        if interval is None:
+            return torch.cat([torch.randn(row, generator=generator) for generator in self._generators])
+        if self._process is None:
+            assert self._plan.span is not None
+            like = torch.empty(latents.shape)
+            # One Brownian tree for each row; diffusers' own batch draws all rows from one.
+            self._process = BrownianTreeNoiseSampler(like, *self._plan.span, seed=self._seeds)
+        drawn: torch.Tensor = self._process(*interval)
+        return drawn
+
+
+def create(
+    name: str,
+    model_config: dict[str, Any],
+    num_steps: int,
+    generators: list[torch.Generator],
+    eta: float | None = None,
+    first_step: int = 0,
+) -> Sampling:
+    """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` counts for
+    those that have one; of the steps, those before `first_step` are left out."""
+    own_eta = sampler_of(name).eta
+    eta = own_eta if own_eta is None or eta is None else eta
+    options = tuple((key, model_config[key]) for key in _MODEL_OPTIONS if key in model_config)
+    return Sampling(_plan(name, options, num_steps, eta, first_step), num_steps - first_step, generators)
+
+
+@lru_cache(_MAX_PLANS)
+def _plan(
+    name: str, model_options: tuple[tuple[str, Any], ...], num_steps: int, eta: float | None, first_step: int
+) -> Plan:
+    sampler, schedule = parts(name)
+    kind, own_options = SAMPLERS[sampler]
+    taken = inspect.signature(kind).parameters
+    options = {key: value for key, value in model_options if key in taken}
+    options |= own_options | SCHEDULES[schedule]
+    if num_steps == 1 and options.get("timestep_spacing") == "linspace":
+        options["timestep_spacing"] = "trailing"  # numpy's linspace has the lowest level then, not the highest
+    scheduler = kind(**options)
+    if isinstance(scheduler, KDiffusion):
+        scheduler.eta = eta or 0.0
+    steps = {"original_inference_steps": max(_LCM_STEPS, num_steps)} if kind is LCMScheduler else {}
+    scheduler.set_timesteps(num_steps, device="cpu", **steps)
+    first = first_step * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    times = list(scheduler.timesteps[first:])
+    if kind is PNDMScheduler and first_step:
+        times = _plms_times(scheduler.timesteps, first_step)
+    given = {"eta": eta, "return_dict": False}
+    taken = inspect.signature(scheduler.step).parameters
+    return plans.read(scheduler, times, {name: value for name, value in given.items() if name in taken})
+
+
+def _plms_times(timesteps: torch.Tensor, first_step: int) -> list[torch.Tensor]:
+    """From a later step on: PLMS evaluates its second time twice, wherever it begins."""
+    times = list(timesteps[1 + first_step :])  # the second one is there twice already
+    return times[:2] + times[1:]

@@ -1,0 +1,79 @@
+"""Samplers by the names in a payload."""
+
+import inspect
+
+import pytest
+import torch
+
+from gpu_worker.sampling import samplers
+from services.common.payloads import samplers as names
+from tests.gpu_worker import reference
+from tests.gpu_worker.driving import assert_close
+from tests.gpu_worker.k_diffusion import KINDS
+from tests.gpu_worker.tables import SAMPLER_NAMES, slow
+
+SHAPE = (1, 4, 8, 8)
+MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def test_every_sampler_that_a_payload_may_name_is_there() -> None:
+    assert samplers.SAMPLERS.keys() == names.SAMPLERS.keys()
+    assert samplers.SCHEDULES.keys() == {schedule for known in names.SAMPLERS.values() for schedule in known.schedules}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, *slow([60])])
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
+def test_every_sampler_stays_finite_in_any_number_of_steps(name: str, num_steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sampling = samplers.create(name, MODEL, num_steps, [generator])
+    latents = sampling.latents(torch.randn((1, 4, 8, 8), generator=generator))
+    for index in range(len(sampling.timesteps)):
+        x = sampling.scaled(latents, index)
+        assert torch.isfinite(x).all()
+        latents = sampling.step(torch.zeros_like(x), index, latents)
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("name", sorted(names.SAMPLERS.keys() - {"DDIM", "PLMS", "UniPC", "LCM"}))
+def test_a_single_step_begins_with_all_the_noise(name: str) -> None:
+    sampling = samplers.create(name, MODEL, 1, [torch.Generator()])
+    assert sampling.timesteps[0] == pytest.approx(999)
+    zeros, ones = torch.zeros(1), torch.ones(1)
+    assert float(sampling.noised(zeros, ones, 0) / sampling.noised(ones, zeros, 0)) == pytest.approx(14.6146, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
+def test_steps_are_those_of_the_reference(name: str) -> None:
+    go_through_both(name, None)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+@pytest.mark.parametrize("name", sorted(name for name in KINDS if names.SAMPLERS[name].eta))
+def test_steps_are_those_of_the_reference_for_any_eta(name: str, eta: float) -> None:
+    go_through_both(name, eta)
+
+
+@pytest.mark.parametrize("name", ["DPM2", "DPM++ 2M", "Euler", "Heun", "LMS"])
+def test_an_eta_does_nothing_to_samplers_that_have_none(name: str) -> None:
+    go_through_both(name, 0.5)
+
+
+def go_through_both(name: str, eta: float | None) -> None:
+    """Two rows, through more steps than any sampler looks back."""
+    seeds, num_steps = [5, 6], 8
+    scheduler = reference.scheduler_of(name, seeds, eta)
+    given = {"original_inference_steps": 50} if name == "LCM" else {}
+    scheduler.set_timesteps(num_steps, **given)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    taken = inspect.signature(scheduler.step).parameters
+    noise = {"generator": generators} if "generator" in taken else {}
+    sampling = samplers.create(name, MODEL, num_steps, [torch.Generator().manual_seed(seed) for seed in seeds], eta)
+    assert sampling.timesteps == pytest.approx([float(time) for time in scheduler.timesteps], rel=1e-5, abs=1e-3)
+    first = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    expected, found = first * scheduler.init_noise_sigma, sampling.latents(first)
+    for index, time in enumerate(scheduler.timesteps):
+        x = scheduler.scale_model_input(expected, time)
+        assert_close(sampling.scaled(found, index), x)
+        expected = scheduler.step(torch.tanh(x) + first.flip(0), time, expected, **noise, return_dict=False)[0]
+        found = sampling.step(torch.tanh(sampling.scaled(found, index)) + first.flip(0), index, found)
+        assert_close(found, expected)

@@ -47,7 +47,6 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._commands: queue.SimpleQueue[Run | _Cancel | _Pin | _Signal] = queue.SimpleQueue()
-        self._core: Core | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         # Such as `cuda: NVIDIA H100, float16`: all that may change a picture's last bits. What was asked for until the

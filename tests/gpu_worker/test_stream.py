@@ -1,21 +1,71 @@
 """The Work stream against a real queue service: assignment, events, broken streams, cancellation, drain."""
 
 import asyncio
+import queue
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from esd.inference.v1 import inference_pb2
+from gpu_worker import denoise
+from gpu_worker.cache import ModelCache
+from gpu_worker.engine import Engine, _Cancel
 from gpu_worker.stream import Refused, WorkStream
+from gpu_worker.transfer import Transfer
+from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 from services.common.clients import TokenSource, plain_channel
 from tests.gpu_worker.conftest import ObjectStore
-from tests.gpu_worker.doors import SECRET, Services, services
+from tests.gpu_worker.doors import PATIENCE_SECONDS, SECRET, Connection, Services, services
 
 LONG = 60  # steps: enough to break a stream in the middle
+HALT = 3  # the step that a cancellation finds in progress
+
+
+class Commands(queue.SimpleQueue[Any]):
+    """What the engine's thread is told. `has_cancel` is set when a cancellation is there to be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_cancel = threading.Event()
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        if isinstance(item, _Cancel):
+            self.has_cancel.set()
+
+
+class Halting(Engine):
+    """An engine that counts its steps, and is in the one of number HALT until it has been told to cancel a job."""
+
+    def __init__(self) -> None:
+        super().__init__(EngineSettings(device="cpu", num_threads=1))
+        self._commands = self.commands = Commands()
+        self.num_steps = 0
+        self.is_halted = asyncio.Event()
+
+    def predict(self, *arguments: Any) -> Any:
+        """In the place of the core's own."""
+        self.num_steps += 1
+        if self.num_steps == HALT:
+            self._post(self.is_halted.set)
+            assert self.commands.has_cancel.wait(PATIENCE_SECONDS)
+        return denoise.predict(*arguments)
+
+
+@pytest.fixture
+async def halting(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Halting]:
+    found = Halting()
+    monkeypatch.setattr("gpu_worker.core.predict", found.predict)
+    found.start()
+    await found.ready
+    yield found
+    await found.stop()
 
 
 @pytest.fixture
@@ -109,23 +159,41 @@ async def test_a_job_whose_lease_was_lost_stops_without_results(
     assert f"{spec.job_id}/image_0.png" not in store.objects
 
 
-async def test_a_cancelled_job_stops_within_a_step_and_the_worker_goes_on(
-    worker: Worker, peers: Services, make_spec: Any
+async def told_to_stop(connection: Connection, peers: Services) -> Connection:
+    """As its owner's cancellation does, and the end of its time."""
+    await connection.send(cancel=inference_pb2.Cancel(lease_id="lease-1"))
+    assert (await connection.until("failed")).event.failed.cancelled
+    return connection
+
+
+async def forgotten(connection: Connection, peers: Services) -> Connection:
+    """Its lease was given to another meanwhile."""
+    connection.sever()
+    again = await peers.queue.connection()
+    await again.welcome()  # keeps nothing
+    return again
+
+
+@pytest.mark.parametrize("stopped", [told_to_stop, forgotten])
+async def test_a_job_that_is_to_stop_makes_no_step_but_the_one_in_progress_and_the_worker_goes_on(
+    halting: Halting, transfer: Transfer, tmp_path: Path, peers: Services, make_spec: Any, stopped: Any
 ) -> None:
+    worker = Worker(halting, ModelCache(tmp_path / "cache", 2**30, transfer), transfer, max_jobs=1)
     async with working(worker, peers):
         connection = await peers.queue.connection()
         await connection.welcome()
         await connection.until_room()
         await connection.assign("lease-1", make_spec(steps=150, n_iter=2))
-        await connection.until("progress")
-        await connection.send(cancel=inference_pb2.Cancel(lease_id="lease-1"))
-        failed = (await connection.until("failed")).event.failed
-        assert failed.cancelled
-        steps = [message.event.event.progress.step for message in connection.seen if message.HasField("event")]
-        assert max(steps) < 300
-        await connection.until_room()
-        await connection.assign("lease-2", make_spec())
-        await connection.until("done")
+        await connection.until("started")
+        await asyncio.wait_for(halting.is_halted.wait(), PATIENCE_SECONDS)
+        after = await stopped(connection, peers)
+        await after.until_room()
+        assert halting.num_steps == HALT
+        await after.assign("lease-2", make_spec(steps=2))
+        await after.until("done")
+        assert halting.num_steps == HALT + 2
+    told = [message.event for message in (*connection.seen, *after.seen) if message.event.lease_id == "lease-1"]
+    assert max(leased.event.progress.step for leased in told) <= HALT
 
 
 async def test_a_drained_worker_finishes_its_job_and_leaves(worker: Worker, peers: Services, make_spec: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import os
@@ -19,7 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from deploy.local.home import Home
 from deploy.local.stack import Stack, read_state
-from tests.e2e.conftest import PICTURE, Api, Studio, finished, new_user
+from gpu_worker import tiny
+from tests.e2e.conftest import PICTURE, Api, Studio, finished, new_user, upload
+from tests.gpu_worker import tiny_lora
 from tests.pictures import encoded, noise
 from tests.processes import ROOT
 
@@ -136,15 +139,22 @@ def test_the_audit_of_the_stack_is_whole_and_an_altered_row_is_named(esd: Esd, s
     assert refused.stderr == "--service gateway: there is no such audit (possible: identity, models, endpoints)\n"
 
 
-def made(studio: Studio, folder: Path, task: str = "txt2img", **payload: Any) -> Path:
-    """The first picture of a job, as a file."""
-    models = {"Stable-diffusion": [studio.model]}
+def made(
+    studio: Studio,
+    folder: Path,
+    task: str = "txt2img",
+    models: dict[str, list[str]] | None = None,
+    image: int = 0,
+    **payload: Any,
+) -> Path:
+    """A picture of a job, the first one if no other is named, as a file."""
+    models = models or {"Stable-diffusion": [studio.model]}
     body = {"task_type": task, "inference_type": "Async", "models": models, "payload_string": json.dumps(payload)}
     started = studio.api.ok("POST", "/inferences", body, 202)
     job = finished(studio.api, started["inference"]["inference_id"])
     assert job["status"] == "succeed", job
     path = folder / f"{job['InferenceJobId']}.png"
-    path.write_bytes(studio.api.get(job["img_presigned_urls"][0]))
+    path.write_bytes(studio.api.get(job["img_presigned_urls"][image]))
     return path
 
 
@@ -180,6 +190,51 @@ def test_a_picture_is_made_again_from_what_it_says_of_its_making(esd: Esd, studi
     bare = esd("verify", tmp_path / "bare.png")
     assert (bare.returncode, bare.stdout) == (1, "")
     assert bare.stderr.endswith("it does not say how it was made: the PNG chunk `esd` is missing\n")
+
+
+@pytest.mark.slow
+def test_a_later_picture_of_a_batch_is_made_again_with_all_its_models_and_each_other_file_is_named(
+    esd: Esd, studio: Studio, tmp_path: Path
+) -> None:
+    def put(seed: int) -> dict[tuple[str, str], tuple[str, str]]:
+        """Uploads a file of each kind; answers the ids of the checkpoints and the files' SHA-256."""
+        found = {}
+        for kind, name, write in (
+            ("Stable-diffusion", "again.safetensors", tiny.write),
+            ("VAE", "colours.safetensors", tiny.write),
+            ("Lora", "style.safetensors", tiny_lora.write),
+        ):
+            path = tmp_path / name
+            write(path, seed)
+            answer = upload(studio.api, path, checkpoint_type=kind)
+            assert answer.status == 200, answer.body
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[kind, name] = answer.data["checkpoint"]["id"], sha256[:16]
+        return found
+
+    before = put(seed=5)
+    models: dict[str, list[str]] = {"Stable-diffusion": [studio.model]}
+    for kind, name in before:
+        models.setdefault(kind, []).append(name)
+    refined = {"refiner_checkpoint": "again", "refiner_switch_at": 0.5}
+    payload = PICTURE | refined | {"prompt": "a red circle <lora:style:0.8>", "batch_size": 2, "n_iter": 2}
+    picture = made(studio, tmp_path, models=models, image=3, **payload, exclusive=True)
+    making = json.loads(Image.open(picture).text["esd"])
+    assert {(model["type"], model["name"]) for model in making["models"]} > set(before)
+    again = esd("verify", picture, "--user", "painter")
+    assert (again.returncode, again.stdout) == (0, f"{picture.name}: bit-equal\n"), again.stderr
+    assert "makes image 3 of job" in again.stderr
+
+    ids = [checkpoint_id for checkpoint_id, _ in before.values()]
+    studio.api.ok("DELETE", "/checkpoints", {"checkpoint_id_list": ids}, 204)
+    after = put(seed=6)
+    other = esd("verify", picture, "--user", "painter")
+    assert other.returncode == 1
+    assert f"{picture.name}: another picture: " in other.stderr
+    assert sorted(other.stdout.splitlines()) == sorted(
+        f"model {name} ({kind}) was another file: SHA-256 {then} then, {after[kind, name][1]} now"
+        for (kind, name), (_, then) in before.items()
+    )
 
 
 @pytest.mark.slow

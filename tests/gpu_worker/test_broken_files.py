@@ -19,7 +19,7 @@ from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.models import tiny
 from gpu_worker.pictures import hints
 from services.common.payloads import Generation, check
-from tests.gpu_worker import tiny_controlnet, tiny_esrgan
+from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.tables import slow
 from tests.pictures import encoded, noise
@@ -53,11 +53,6 @@ def outcome(files: list[Any], **fields: Any) -> Any:
     return outcomes[0]
 
 
-def lora() -> dict[str, torch.Tensor]:
-    layer = "lora_unet_mid_block_attentions_0_proj_in"
-    return {f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(32, 2)}
-
-
 def controlnet() -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = tiny_controlnet.make(UNet2DConditionModel(**tiny.config()["unet"]), 0).state_dict()
     return made
@@ -71,7 +66,7 @@ def written(path: Path, kind: str, checkpoint: Path) -> Path:
     makers: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
         "Stable-diffusion": lambda: load_file(checkpoint),
         "VAE": lambda: load_file(checkpoint),
-        "Lora": lora,
+        "Lora": tiny_lora.state,
         "embeddings": lambda: {"emb_params": torch.ones(2, 32)},
         "ControlNet": controlnet,
     }

@@ -14,9 +14,11 @@ from gpu_worker.devices import Cpu
 from gpu_worker.engine.core import NO_MEMORY, Core
 from gpu_worker.engine.run import Produced, Run
 from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import INTERNAL, JobError
 from gpu_worker.models import tiny
 from services.common.payloads import Generation
+from tests.gpu_worker import tiny_lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.engine.test_graphs import Recorder
@@ -47,7 +49,12 @@ class Driven:
         self.before: Callable[[torch.Tensor], None] = lambda _: None
 
     def add(
-        self, name: str, request: Generation, checkpoint: Path | None = None, *others: Path, is_urgent: bool = False
+        self,
+        name: str,
+        request: Generation,
+        checkpoint: Path | None = None,
+        *others: Path | CachedModel,
+        is_urgent: bool = False,
     ) -> Run:
         steps = self.progress.setdefault(name, [])
 
@@ -55,7 +62,9 @@ class Driven:
             self.outcomes[name] = outcome
             self.ended.append(name)
 
-        files = [as_cached(path) for path in (checkpoint or self.checkpoint, *others)]
+        files = [
+            as_cached(file) if isinstance(file, Path) else file for file in (checkpoint or self.checkpoint, *others)
+        ]
         run = Run(name, request, files, lambda: None, steps.append, end, is_urgent=is_urgent)
         self.core.add(run)
         return run
@@ -250,6 +259,28 @@ def test_an_image_of_an_exclusive_batch_is_bit_for_bit_that_of_its_own_job(drive
     driven.add("second", changed(REQUEST, exclusive=True, seed=REQUEST.seed + 1))
     driven.until_ended("batch", "second")
     assert np.array_equal(driven.pixels("batch")[1:2], driven.pixels("second"))
+
+
+@pytest.mark.slow
+def test_an_exclusive_job_with_other_models_repeats_bit_for_bit_in_every_picture(
+    driven: Driven, others: list[Path], tmp_path: Path
+) -> None:
+    """A LoRA, a refiner and another VAE."""
+    style = tmp_path / "style.safetensors"
+    tiny_lora.write(style)
+    files = [others[0], as_cached(others[1], "VAE"), as_cached(style, "Lora")]
+    changes = {"prompt": "a cat <lora:style:0.8>", "refiner_checkpoint": others[0].stem, "refiner_switch_at": 0.5}
+    request = changed(REQUEST, **changes, steps=4, batch_size=2, n_iter=2)
+    for name in ("one", "two"):
+        driven.add(f"company of {name}", changed(request, seed=len(driven.ended)), None, *files)
+        driven.add(name, changed(request, exclusive=True), None, *files)
+        driven.until_ended(name, f"company of {name}")
+    assert np.array_equal(driven.pixels("one"), driven.pixels("two"))
+    for index in range(4):
+        assert np.abs(driven.pixels("one")[index] - driven.pixels("one")[index - 1]).max() > 1
+    driven.add("plain", changed(REQUEST, exclusive=True, steps=4))
+    driven.until_ended("plain")
+    assert np.abs(driven.pixels("one")[0] - driven.pixels("plain")[0]).max() > 1
 
 
 def test_a_cancelled_job_has_no_further_call_and_its_company_goes_on(driven: Driven) -> None:

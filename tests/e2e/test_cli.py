@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from deploy.local.home import Home
 from deploy.local.stack import Stack, read_state
-from gpu_worker import tiny
+from gpu_worker.models import tiny
 from tests.e2e.conftest import PICTURE, Api, Studio, finished, new_user, upload
 from tests.gpu_worker import tiny_lora
 from tests.pictures import encoded, noise

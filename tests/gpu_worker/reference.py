@@ -1,7 +1,9 @@
 """Owns the independent source of the tests: diffusers' pipeline, loaded in its own way, with diffusers' schedulers, or
-k-diffusion's formulas where those round or lack something."""
+k-diffusion's formulas where those round or lack something; and denoising as a formula, for what no pipeline does."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from services.common.payloads import Generation
+from services.common.payloads import Generation, Txt2Img
 from tests.gpu_worker import k_diffusion
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -91,3 +93,45 @@ def pipeline_latents(pipeline: Any, sampler: str, request: Generation, **options
         output_type="latent",
     ).images
     return found
+
+
+# What the UNet reads of a text and, of SDXL, the text as a whole.
+Text = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass
+class Told:
+    """What an evaluation is made with: the UNet, texts with weights, and the text to lead away from. `wanted` are the
+    numbers after the picture's size and place, of a text and of the negative one, that SDXL is told."""
+
+    unet: Any
+    positives: list[tuple[Text, float]]
+    negative: Text | None
+    wanted: tuple[list[int], list[int]] | tuple[list[float], list[float]] = ([64, 64], [64, 64])
+
+
+@torch.inference_mode()
+def by_formula(request: Txt2Img, told: Callable[[int], Told], scheduler: Any = None) -> torch.Tensor:
+    """The final latents of a picture of 64x64, every text in a UNet call of its own. `told` answers for an evaluation's
+    number. The scheduler is that of the sampler's name, or another in its place."""
+    scheduler = scheduler or scheduler_of(request.sampler_name, [request.seed])
+    scheduler.set_timesteps(request.steps)
+    generator = torch.Generator().manual_seed(request.seed)
+    x = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    for index, time in enumerate(scheduler.timesteps):
+        now, scaled = told(index), scheduler.scale_model_input(x, time)
+
+        def output(text: Text, wanted: list[Any], now: Told = now, scaled: Any = scaled, time: Any = time) -> Any:
+            hidden, whole = text
+            time_ids = torch.tensor([[64, 64, 0, 0, *wanted]])
+            added = None if whole is None else {"text_embeds": whole, "time_ids": time_ids}
+            return now.unet(scaled, time, hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+        outputs = [(output(text, now.wanted[0]), weight) for text, weight in now.positives]
+        if now.negative is None:
+            ((prediction, _),) = outputs
+        else:
+            away = output(now.negative, now.wanted[1])
+            prediction = away + sum(request.cfg_scale * weight * (found - away) for found, weight in outputs)
+        x = scheduler.step(prediction, time, x, generator=generator, return_dict=False)[0]
+    return x

@@ -20,10 +20,10 @@ from services.common.payloads import samplers
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
 from tests.gpu_worker.models.test_lora import parts
-from tests.gpu_worker.reference import BETAS, LINSPACE, pipeline_latents, scheduler_of
+from tests.gpu_worker.reference import BETAS, LINSPACE, Told, by_formula, pipeline_latents, scheduler_of
 from tests.gpu_worker.tables import in_companies, slow
 from tests.gpu_worker.test_broken_files import outcome
-from tests.gpu_worker.tiny_sdxl import TinySdxl, Told, by_formula, make, read
+from tests.gpu_worker.tiny_sdxl import TinySdxl, make, read
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,9 @@ import torch
 
 from gpu_worker.models import prompt
 from tests.gpu_worker.driving import assert_close, changed, drive, latents, steps_of, txt2img_of
-from tests.gpu_worker.reference import pipeline_latents
-from tests.gpu_worker.tiny_sdxl import TinySdxl, Told, by_formula, make, read
+from tests.gpu_worker.reference import Told, by_formula, pipeline_latents
+from tests.gpu_worker.tables import slow
+from tests.gpu_worker.tiny_sdxl import TinySdxl, make, read
 
 REQUEST = txt2img_of(prompt="a red circle", steps=4, width=64, height=64, seed=3)
 # A text by its chunks; of a negative one that is empty none.
@@ -19,7 +20,9 @@ AtStep = Callable[[int], tuple[list[tuple[Chunks, float]], Chunks]]
 THREE = ["a cat", "a dog", "a fox"]
 # A1111 looks texts up one step late, so the first comes twice.
 ALTERNATING = ["red", "red", "blue", "red"]
-CASES: list[tuple[str, str, AtStep]] = [
+# A prompt, a negative one, and what they are.
+Case = tuple[str, str, AtStep]
+CASES: list[Case] = [
     ("a cat", "", lambda _: ([(["a cat"], 1)], [])),
     ("a cat", "blurry", lambda _: ([(["a cat"], 1)], ["blurry"])),
     ("a cat BREAK a dog", "blurry", lambda _: ([(THREE[:2], 1)], ["blurry"])),
@@ -42,14 +45,14 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> TinySdxl:
     return make(tmp_path_factory.mktemp("sdxl") / "tiny-xl.safetensors")
 
 
-@pytest.mark.slow
-def test_prompts_of_mixed_lengths_that_change_and_add_up_share_calls(sdxl: TinySdxl) -> None:
+@pytest.mark.parametrize("cases", [CASES[-1:], *slow([CASES])], ids=len)
+def test_prompts_of_mixed_lengths_that_change_and_add_up_share_calls(sdxl: TinySdxl, cases: list[Case]) -> None:
     requests = [
         changed(REQUEST, prompt=text, negative_prompt=negative, seed=seed, sampler_name=("Euler", "Euler a")[seed % 2])
-        for seed, (text, negative, _) in enumerate(CASES)
+        for seed, (text, negative, _) in enumerate(cases)
     ]
     tasks = [(seed % 3, latents(request, sdxl.models)) for seed, request in enumerate(requests)]
-    for request, found, (_, _, at_step) in zip(requests, drive(tasks), CASES, strict=True):
+    for request, found, (_, _, at_step) in zip(requests, drive(tasks), cases, strict=True):
 
         def told(step: int, at_step: AtStep = at_step) -> Told:
             texts, negative = at_step(step)

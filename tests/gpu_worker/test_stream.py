@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from esd.inference.v1 import inference_pb2
-from gpu_worker import denoise
-from gpu_worker.cache import ModelCache
-from gpu_worker.engine import Engine, _Cancel
+from gpu_worker.engine import denoise
+from gpu_worker.engine.engine import Engine, _Cancel
+from gpu_worker.engine.settings import EngineSettings
+from gpu_worker.files.cache import ModelCache
+from gpu_worker.files.transfer import Transfer
 from gpu_worker.stream import Refused, WorkStream
-from gpu_worker.transfer import Transfer
-from gpu_worker.tuning import EngineSettings
 from gpu_worker.worker import Worker
 from services.common.clients import TokenSource, plain_channel
 from tests.gpu_worker.conftest import ObjectStore
@@ -61,7 +61,7 @@ class Halting(Engine):
 @pytest.fixture
 async def halting(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Halting]:
     found = Halting()
-    monkeypatch.setattr("gpu_worker.core.predict", found.predict)
+    monkeypatch.setattr("gpu_worker.engine.core.predict", found.predict)
     found.start()
     await found.ready
     yield found

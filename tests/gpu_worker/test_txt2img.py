@@ -10,7 +10,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from gpu_worker.job import JobError
-from gpu_worker.models import weights
+from gpu_worker.models import tiny, weights
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.tasks import txt2img
 from services.common.payloads import Generation
@@ -153,9 +153,34 @@ def test_a_seed_delta_is_that_of_the_steps_noise_alone(pipeline: Any, models: we
     assert_close(drive([(0, latents(brownian, models))])[0], expected_latents(pipeline, brownian))
 
 
-def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: weights.Models) -> None:
+PLOTS = [
+    (4, "2, 5, 3", [{"steps": 2}, {"steps": 5}, {"steps": 3}]),
+    (9, "Euler a, DDIM", [{"sampler_name": "Euler a"}, {"sampler_name": "DDIM"}]),
+    (7, "red, dark blue", [{}, {"prompt": "a dark blue circle"}]),
+]
+OTHER_PLOTS = [
+    (6, "1, 4.5, 12", [{"cfg_scale": 1}, {"cfg_scale": 4.5}, {"cfg_scale": 12}]),
+    (1, "7, 3, 99", [{"seed": 7}, {"seed": 3}, {"seed": 99}]),
+    (7, "blurry, dark", [{}, {"negative_prompt": "dark"}]),
+]
+
+
+@pytest.mark.parametrize(("axis", "values", "cells"), [*PLOTS, *slow(OTHER_PLOTS)])
+def test_a_cell_of_a_plot_has_the_latents_of_the_diffusers_pipeline_with_its_value(
+    pipeline: Any, models: weights.Models, axis: int, values: str, cells: list[dict[str, Any]]
+) -> None:
+    """All cells in one company, as a plot's are. Axes have A1111's numbers."""
+    fields = {"prompt": "a red circle", "negative_prompt": "blurry", "steps": 4, "width": 64, "height": 64, "seed": 3}
+    plot = txt2img_of(**fields, script_name="x/y/z plot", script_args=[axis, values, [], 0, "", [], 0, "", []])
+    found = drive([(index, latents(cell, models)) for index, cell in enumerate(plot.cells())])
+    for changes, cell in zip(cells, found, strict=True):
+        assert_close(cell, expected_latents(pipeline, txt2img_of(**fields | changes)))
+
+
+def expected_pixels(pipeline: Any) -> Any:
+    """Of REQUEST, in 0..1, by the pipeline with the VAE that it has."""
     pipeline.scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
-    expected = pipeline(
+    return pipeline(
         REQUEST.prompt,
         negative_prompt=REQUEST.negative_prompt,
         num_inference_steps=4,
@@ -165,10 +190,28 @@ def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: wei
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).images
+
+
+def test_pixels_equal_those_of_the_diffusers_pipeline(pipeline: Any, models: weights.Models) -> None:
     progress, pixels = run(REQUEST, models)
     assert progress == [1, 2, 3, 4]
-    assert np.abs(pixels / 255 - expected).max() <= 0.5 / 255 + 1e-5
+    assert np.abs(pixels / 255 - expected_pixels(pipeline)).max() <= 0.5 / 255 + 1e-5
     assert pixels.std() > 0
+
+
+@pytest.mark.slow
+def test_another_vae_draws_the_same_latents(
+    pipeline: Any, models: weights.Models, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write(tmp_path / "other.safetensors", seed=2)
+    colours = pipeline_of(tmp_path / "other.safetensors", models.text_encoders[0].tokenizer, tmp_path).vae
+    own = expected_pixels(pipeline)
+    monkeypatch.setattr(pipeline, "vae", colours)
+    found = run(
+        REQUEST, weights.load(as_cached(tiny_checkpoint), as_cached(tmp_path / "other.safetensors", "VAE"), "cpu")
+    )[1]
+    assert np.abs(found / 255 - expected_pixels(pipeline)).max() <= 0.5 / 255 + 1e-5
+    assert np.abs(found / 255 - own).max() > 0.1
 
 
 def test_image_i_of_a_job_is_the_image_of_seed_plus_i_alone(models: weights.Models) -> None:

@@ -1,8 +1,7 @@
 """Owns tiny SDXL models with random weights, base and refiner: as diffusers' parts and pipeline, and as files in
-Stability's layout; and SDXL's denoising as a formula, for what no pipeline does."""
+Stability's layout; and texts as SDXL reads them."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_worker.models import ldm, weights
-from services.common.payloads import Txt2Img
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.reference import scheduler_of
 
@@ -81,51 +79,11 @@ class TinySdxl:
         return first | second | common | {"add_watermarker": False}
 
 
-# What the UNet reads of a text, and the text as a whole.
-Text = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass
-class Told:
-    """What an evaluation is made with: the UNet, texts with weights, and the text to lead away from. `wanted` are the
-    numbers after the picture's size and place, of a text and of the negative one."""
-
-    unet: Any
-    positives: list[tuple[Text, float]]
-    negative: Text | None
-    wanted: tuple[list[int], list[int]] | tuple[list[float], list[float]] = ([64, 64], [64, 64])
-
-
-def read(pipeline: Any, *chunks: str) -> Text:
+def read(pipeline: Any, *chunks: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts of a chunk each as one text, every chunk by diffusers' pipeline; none are a text of zeros."""
     found = [pipeline.encode_prompt(chunk, device="cpu", do_classifier_free_guidance=False) for chunk in chunks or [""]]
     text = torch.cat([hidden for hidden, *_ in found], 1), found[0][2]
     return text if chunks else (torch.zeros_like(text[0]), torch.zeros_like(text[1]))
-
-
-@torch.inference_mode()
-def by_formula(request: Txt2Img, told: Callable[[int], Told], scheduler: Any = None) -> torch.Tensor:
-    """The final latents of a picture of 64x64, every text in a UNet call of its own. `told` answers for an evaluation's
-    number. The scheduler is that of the sampler's name, or another in its place."""
-    scheduler = scheduler or scheduler_of(request.sampler_name, [request.seed])
-    scheduler.set_timesteps(request.steps)
-    generator = torch.Generator().manual_seed(request.seed)
-    x = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
-    for index, time in enumerate(scheduler.timesteps):
-        now, scaled = told(index), scheduler.scale_model_input(x, time)
-
-        def output(text: Text, wanted: list[Any], now: Told = now, scaled: Any = scaled, time: Any = time) -> Any:
-            added = {"text_embeds": text[1], "time_ids": torch.tensor([[64, 64, 0, 0, *wanted]])}
-            return now.unet(scaled, time, text[0], added_cond_kwargs=added, return_dict=False)[0]
-
-        outputs = [(output(text, now.wanted[0]), weight) for text, weight in now.positives]
-        if now.negative is None:
-            ((prediction, _),) = outputs
-        else:
-            away = output(now.negative, now.wanted[1])
-            prediction = away + sum(request.cfg_scale * weight * (found - away) for found, weight in outputs)
-        x = scheduler.step(prediction, time, x, generator=generator, return_dict=False)[0]
-    return x
 
 
 def make(path: Path, is_refiner: bool = False, seed: int = 0) -> TinySdxl:

@@ -1,6 +1,7 @@
 """ControlNet against diffusers' own pipelines, alone and in the company of jobs with other units and with none."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gpu_worker.pictures.hints import prepared
 from gpu_worker.tasks import hires, stages, steering
 from services.common.payloads import Generation, Txt2Img
 from services.common.payloads.controlnet import BALANCED, CONTROL, PROMPT
+from services.common.payloads.prompts import Lora
 from tests.gpu_worker import tiny_controlnet
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import (
@@ -37,6 +39,7 @@ from tests.gpu_worker.driving import (
     latents,
     txt2img_of,
 )
+from tests.gpu_worker.models.test_lora import ATTENTION, CONVOLUTION, TEXT, merged, write
 from tests.gpu_worker.reference import pipeline_of, scheduler_of
 from tests.gpu_worker.tiny_sdxl import make
 from tests.pictures import encoded, mask, noise
@@ -152,6 +155,36 @@ def test_jobs_in_company_have_the_latents_of_the_diffusers_pipeline(
     for request, latent in zip(plain, found[-2:], strict=True):
         assert_close(latent, drive([(0, latents(request, models))])[0])
     assert (found[0] - found[-2]).abs().max() > 0.01 * found[0].abs().max()
+
+
+@pytest.mark.slow
+def test_networks_and_nets_in_one_call_are_each_that_of_its_own_job(
+    models: weights.Models, nets: list[ControlNet], tmp_path: Path
+) -> None:
+    """Prompts of one chunk and two, with guidance and without, in calls that cut a job's rows apart."""
+    kinds = [{ATTENTION: "lora", CONVOLUTION: "loha", TEXT: "lora"}, {ATTENTION: "lokr"}]
+    networks = [write(tmp_path / f"{index}.safetensors", models, kind, 10 * index) for index, kind in enumerate(kinds)]
+    one, other = Lora("0", 0.7, 0.9), Lora("1", 1.0, -0.5)
+    jobs: list[tuple[Txt2Img, list[tuple[int, Lora]]]] = [
+        (request_of(unit(0), batch_size=2), [(0, one)]),
+        (request_of(unit(0, weight=0.4), seed=4, cfg_scale=1), []),
+        (request_of(unit(0, control_mode=CONTROL), seed=5, prompt="a cat BREAK a dog"), [(1, other)]),
+        (request_of(unit(0, control_mode=PROMPT), seed=6, sampler_name="Euler a"), [(1, one), (0, other)]),
+    ]
+    tasks = [
+        (
+            index % 2,
+            latents(
+                request,
+                models,
+                replace(having(request, nets), networks=tuple((networks[n][0], use) for n, use in uses)),
+            ),
+        )
+        for index, (request, uses) in enumerate(jobs)
+    ]
+    for (request, uses), found in zip(jobs, drive(tasks, max_rows=3), strict=True):
+        alone = merged(models, *((networks[n][1], use) for n, use in uses))
+        assert_close(found, drive([(0, latents(request, alone, having(request, nets)))])[0])
 
 
 @pytest.mark.slow

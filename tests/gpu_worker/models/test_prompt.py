@@ -10,7 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_worker.job import JobError
 from gpu_worker.models import prompt, weights
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.reference import pipeline_of
+from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
+from tests.gpu_worker.reference import Text, Told, by_formula, pipeline_of
+from tests.gpu_worker.tables import slow
+from tests.gpu_worker.test_sdxl_texts import CASES, AtStep, Case
 
 PLAIN = ["", "a cat", "A photo, of: a cat; 8k B&W -- 'x'  y\n z", "été 猫 🐈 1:2", "word, " * 37]
 
@@ -132,3 +135,27 @@ def test_clip_skip_reads_an_earlier_layer_through_the_last_norm(models: weights.
 def test_a_prompt_without_end_is_refused(models: weights.Models) -> None:
     with pytest.raises(JobError, match="at most 64 are possible"):
         encoded(models, "BREAK " * 65 + "end")
+
+
+@pytest.mark.parametrize("cases", [CASES[-1:], *slow([CASES])], ids=len)
+def test_texts_that_change_and_add_up_have_the_latents_of_a_loop_that_exchanges_them(
+    pipeline: Any, models: weights.Models, cases: list[Case]
+) -> None:
+    request = txt2img_of(steps=4, width=64, height=64)
+    requests = [
+        changed(request, prompt=text, negative_prompt=negative, seed=seed, sampler_name=("Euler", "Euler a")[seed % 2])
+        for seed, (text, negative, _) in enumerate(cases)
+    ]
+
+    def read(chunks: list[str]) -> Text:
+        found = [pipeline.encode_prompt(chunk, "cpu", 1, False)[0] for chunk in chunks or [""]]
+        return torch.cat(found, dim=1), None
+
+    tasks = [(seed % 3, latents(request, models)) for seed, request in enumerate(requests)]
+    for request, found, (_, _, at_step) in zip(requests, drive(tasks), cases, strict=True):
+
+        def told(step: int, at_step: AtStep = at_step) -> Told:
+            texts, negative = at_step(step)
+            return Told(pipeline.unet, [(read(chunks), weight) for chunks, weight in texts], read(negative))
+
+        assert_close(found, by_formula(request, told))

@@ -8,11 +8,11 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_worker import tiny, weights
+from gpu_worker.models import tiny, weights
 from tests.gpu_worker import tiny_lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import changed
-from tests.gpu_worker.test_core import REQUEST, Driven
+from tests.gpu_worker.engine.test_core import REQUEST, Driven
 
 NUM_CHECKPOINTS = 3
 NUM_SWITCHES = 50

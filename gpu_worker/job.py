@@ -6,13 +6,9 @@ A job waits, is fetched (payload and models), runs in the engine, and uploads it
 from __future__ import annotations
 
 import asyncio
-import math
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from google.protobuf.struct_pb2 import Struct, Value
 
 from gpu_worker.audience import Audience
 
@@ -73,27 +69,3 @@ class Job:
             raise
         finally:
             self._stage = None
-
-
-def to_python(value: Struct | Value) -> Any:
-    """A Struct as plain Python. Whole numbers become int, which JSON and A1111's readers expect; infinity becomes the
-    largest float, as the contract has it (10.1)."""
-    if isinstance(value, Struct):
-        return {key: to_python(item) for key, item in value.fields.items()}
-    match value.WhichOneof("kind"):
-        case "number_value":
-            return _plain_number(value.number_value)
-        case "list_value":
-            return [to_python(item) for item in value.list_value.values]
-        case "struct_value":
-            return to_python(value.struct_value)
-        case "null_value" | None:
-            return None
-        case kind:
-            return getattr(value, kind)
-
-
-def _plain_number(number: float) -> int | float:
-    if math.isinf(number):
-        return math.copysign(sys.float_info.max, number)
-    return int(number) if number.is_integer() and abs(number) < 2**63 else number

@@ -19,7 +19,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.run import Produced
 from gpu_worker.files.cache import CachedModel, ModelCache
 from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
-from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, to_python
+from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError
 from gpu_worker.pictures import extras, hints, results
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.pictures.infotext import infotext
@@ -28,6 +28,7 @@ from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
 from services.common.payloads.models import HYPERNETWORK
+from services.common.structs import plain
 
 log = structlog.get_logger()
 
@@ -186,7 +187,7 @@ class Worker:
     async def _request(self, job: Job) -> tuple[Payload, Canvas]:
         """What the job asks for, and what it paints on."""
         if not job.spec.payload_url:
-            return await asyncio.to_thread(_checked, job, to_python(job.spec.payload))
+            return await asyncio.to_thread(_checked, job, plain(job.spec.payload))
         content = await self._transfer.read(job.spec.payload_url, "the payload", job.spec.payload_sha256)
         return await asyncio.to_thread(_checked, job, content)
 

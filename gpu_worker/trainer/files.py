@@ -13,6 +13,7 @@ from typing import TypeVar
 from esd.training.v1 import training_pb2 as pb
 from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
 from gpu_worker.trainer.stream import TrainStream
+from services.common.payloads.trainers import is_plain
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class Files:
 
     async def download_all(self, kind: pb.UrlKind, listed: Iterable[pb.InputFile], folder: Path) -> None:
         """Writes a dataset's objects below the folder, some at a time."""
-        wanted = [file for file in listed if _is_plain(file.name)]
+        wanted = [file for file in listed if is_plain(file.name)]
         at_once = asyncio.Semaphore(_DOWNLOADS_AT_ONCE)
 
         async def download(file: pb.InputFile, url: str) -> None:
@@ -94,9 +95,3 @@ class Files:
         is_away = self._transfer.reach.is_away
         line = "the object store is not reached; files wait until it is" if is_away else "the object store is back"
         self._stream.tell(log=pb.TrainerLog(line=line))
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a file's name is a path downwards."""
-    parts = name.split("/")
-    return all(part not in {"", ".", ".."} for part in parts) and "\\" not in name and "\0" not in name

@@ -13,9 +13,9 @@ from esd.training.v1 import training_pb2 as pb
 from gpu_worker.trainer import listening
 from gpu_worker.trainer.files import Files
 from gpu_worker.trainer.stream import TrainStream
+from services.common.payloads.trainers import MAX_POINTS
 
 _TOLD_SECONDS = 1.0
-_MAX_POINTS = 1000  # of one progress
 
 
 class Reporter:
@@ -147,7 +147,7 @@ class Reporter:
 
     def _tell_points(self) -> None:
         while self._points and self._plan is not None:
-            some, self._points = self._points[:_MAX_POINTS], self._points[_MAX_POINTS:]
+            some, self._points = self._points[:MAX_POINTS], self._points[MAX_POINTS:]
             progress = pb.TrainerProgress(
                 points=some,
                 num_steps=self._plan.num_steps,

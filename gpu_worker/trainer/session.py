@@ -23,7 +23,7 @@ from esd.worker.v1 import worker_pb2
 from gpu_worker.addresses import gateway
 from gpu_worker.files.cache import CachedModel, ModelCache
 from gpu_worker.files.transfer import Transfer
-from gpu_worker.job import JobError, to_python
+from gpu_worker.job import JobError
 from gpu_worker.models import weights
 from gpu_worker.trainer import dataset, listening, steps
 from gpu_worker.trainer.files import Files
@@ -32,14 +32,14 @@ from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.stream import Dismissed, Superseded, TrainStream
 from services.common.clients import TokenSource, plain_channel
 from services.common.errors import InvalidArgument
+from services.common.payloads.models import BASE
 from services.common.payloads.training import Training, check_training
 from services.common.process import EXIT_INTERRUPTED
 from services.common.settings import Settings, read_secret
+from services.common.structs import plain
 
 log = structlog.get_logger()
 T = TypeVar("T")
-
-_BASE = "Stable-diffusion"
 
 
 class TrainerSettings(Settings):
@@ -139,7 +139,7 @@ class _Session:
         """Raises:
         JobError: the training cannot be done. Stopped: it shall not go on.
         """
-        config = check_training(to_python(welcome.config) | self._places(welcome))
+        config = check_training(plain(welcome.config) | self._places(welcome))
         files = Files(self.stream, self._transfer)
         reporter = Reporter(self.stream, files, self._folder / "out", lambda: self._is_stopped)
         for line in (*config.notes, *(f"the key {name} is not known here and does nothing" for name in config.unknown)):
@@ -244,7 +244,7 @@ class _Session:
 
         async def hold(url: str) -> CachedModel:
             model = worker_pb2.ModelFile(
-                type=_BASE,
+                type=BASE,
                 name=welcome.base.name,
                 url=url,
                 size_bytes=welcome.base.size_bytes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,22 +36,26 @@ def json_value(given: Mapping[str, Any] | Sequence[Any] | str | None) -> Value:
 
 
 def plain(message: Struct) -> dict[str, Any]:
-    """An object in Python; whole numbers are ints."""
+    """An object in Python. Whole numbers are ints, which JSON and A1111's readers expect; infinity is the largest
+    float, as the contract has it (10.1)."""
     return {name: _plain(entry) for name, entry in message.fields.items()}
 
 
 def _plain(message: Value) -> Any:
     match message.WhichOneof("kind"):
-        case "struct_value":
-            return plain(message.struct_value)
+        case "number_value":
+            return _plain_number(message.number_value)
         case "list_value":
             return [_plain(entry) for entry in message.list_value.values]
-        case "number_value":
-            number = message.number_value
-            return int(number) if number.is_integer() else number
-        case "string_value":
-            return message.string_value
-        case "bool_value":
-            return message.bool_value
-        case _:
+        case "struct_value":
+            return plain(message.struct_value)
+        case "null_value" | None:
             return None
+        case kind:
+            return getattr(message, kind)
+
+
+def _plain_number(number: float) -> int | float:
+    if math.isinf(number):
+        return math.copysign(sys.float_info.max, number)
+    return int(number) if number.is_integer() and abs(number) < 2**63 else number

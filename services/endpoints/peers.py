@@ -12,12 +12,12 @@ from esd.identity.v1 import identity_pb2
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 from esd.options.v1 import options_pb2
+from services.common.payloads.models import BASE
 from services.common.rpc_errors import answer, domain_error
 from services.common.users import Users
 from services.endpoints.scaling import Backlog
 
 _TIMEOUT_SECONDS = 10.0
-_CHECKPOINT = "Stable-diffusion"  # the type by which jobs are batched, and that takes long to load
 
 
 class Holder(StrEnum):
@@ -70,13 +70,14 @@ class Models:
     async def find_missing(
         self, names: Sequence[str], username: str, roles: list[str], sees_everything: bool
     ) -> list[str]:
-        """Those of the names that are no checkpoint which the user may use; `sees_everything` for holders of user:all.
+        """Those of the names that are no base checkpoint which the user may use; `sees_everything` for holders of
+        user:all. By base checkpoints jobs are batched, and they take long to load.
 
         Raises:
             Unavailable.
         """
         request = models_pb2.ResolveCheckpointsRequest(
-            names=[models_pb2.CheckpointName(type=_CHECKPOINT, name=name) for name in names],
+            names=[models_pb2.CheckpointName(type=BASE, name=name) for name in names],
             username=username,
             roles=roles,
             sees_everything=sees_everything,

@@ -21,6 +21,7 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.payloads.models import BASE
 from services.common.signals import Signals, wait
 from services.common.times import read_time
 from services.inference.peers import Peers
@@ -179,7 +180,7 @@ class Inference:
             models=[model.as_dict() for model in models],
             webhook=draft.webhook or None,
             webhook_secret=draft.webhook_secret or None,
-            base_model_key=next((model.cache_key for model in models if model.type == "Stable-diffusion"), ""),
+            base_model_key=next((model.cache_key for model in models if model.type == BASE), ""),
             priority=draft.priority,
             deadline_seconds=draft.deadline_seconds,
         )

@@ -6,12 +6,11 @@ import asyncio
 import hashlib
 from dataclasses import dataclass
 
-from services.common.blobs import GIB, Blobs
+from services.common.blobs import GIB, MIB, Blobs
 from services.common.outbound import Unreachable, UrlRefused
 from services.models.import_store import Import, ImportStore
 
-_MIB = 1024 * 1024
-_MIN_PART_BYTES = 5 * _MIB  # of S3
+_MIN_PART_BYTES = 5 * MIB  # of S3
 _MAX_PARTS = 9_000  # S3 takes 10,000
 
 
@@ -26,7 +25,7 @@ class Limits:
     @property
     def part_bytes(self) -> int:
         """The size of each part but the last."""
-        return max(_MIN_PART_BYTES, -(-self.max_bytes // _MAX_PARTS // _MIB) * _MIB)
+        return max(_MIN_PART_BYTES, -(-self.max_bytes // _MAX_PARTS // MIB) * MIB)
 
 
 class Parts:

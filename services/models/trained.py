@@ -11,13 +11,12 @@ from uuid import UUID
 
 from services.common.blobs import Blobs
 from services.common.errors import FailedPrecondition
+from services.common.payloads.models import LORA
 from services.common.times import time_text
 from services.models.checks import file_name
 from services.models.domain import Models
 from services.models.rows import ACTIVE, INITIAL, Checkpoint, CheckpointFile, Viewer
 from services.models.store import ModelStore, NameInUse
-
-LORA = "Lora"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from uuid import UUID, uuid4
 from services.common.blobs import Blobs
 from services.common.errors import EsdError, InvalidArgument, NotFound, PermissionDenied
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.payloads.models import BASE
 from services.training.configuration import Wish, check_type, configured, read_wish, shown_params, template_name
 from services.training.peers import Model, Models, User
 from services.training.rows import STOPPED, Metric, Training
 from services.training.settling import Settler
 from services.training.store import TrainingStore
 
-BASE = "Stable-diffusion"
 STOPPED_BY = "stopped by {}"
 _KEY_NAMES = KeyNames("id", "created")
 _DEFAULT_POINTS, _MAX_POINTS = 1000, 10_000

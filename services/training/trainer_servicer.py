@@ -17,6 +17,7 @@ from esd.training.v1 import training_pb2 as pb
 from esd.training.v1 import training_pb2_grpc
 from services.common.auth import current_caller
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from services.common.payloads.trainers import MAX_POINTS
 from services.common.signals import Signals, first, wait
 from services.common.structs import struct
 from services.training import facts, trainers
@@ -29,7 +30,6 @@ from services.training.trainers import Trainers, Welcome
 log = structlog.get_logger()
 
 _SWEEP_SECONDS = 5.0
-_MAX_POINTS = 1000  # of one progress
 _RECONNECT = "the service is stopping; connect again"
 _KINDS = {
     pb.URL_KIND_BASE: trainers.BASE,
@@ -192,8 +192,8 @@ def _phase(told: pb.TrainerPhase) -> facts.Fact:
 
 
 def _progress(told: pb.TrainerProgress) -> facts.Fact:
-    if len(told.points) > _MAX_POINTS:
-        raise InvalidArgument(f"a progress has {len(told.points)} points; at most {_MAX_POINTS} are possible")
+    if len(told.points) > MAX_POINTS:
+        raise InvalidArgument(f"a progress has {len(told.points)} points; at most {MAX_POINTS} are possible")
     if not math.isfinite(told.seconds_left):
         raise InvalidArgument("the time that is left is no number")
     points = [_point(point) for point in told.points]

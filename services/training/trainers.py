@@ -12,6 +12,7 @@ from uuid import UUID
 
 from services.common.blobs import Blob, BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.payloads.trainers import is_plain
 from services.training import facts
 from services.training.rows import Training
 from services.training.trainer_store import TrainerStore
@@ -88,11 +89,11 @@ class Trainers:
         if len(found) > _MAX_FILES:
             raise FailedPrecondition(f"the dataset has {len(found)} files; at most {_MAX_FILES} are possible")
         named = [(blob.key.removeprefix(prefix), blob.size_bytes) for blob in found]
-        return [(name, size_bytes) for name, size_bytes in named if _is_plain(name)]
+        return [(name, size_bytes) for name, size_bytes in named if is_plain(name)]
 
     def _url(self, training: Training, session: UUID, kind: str, name: str) -> str:
         if kind == UPLOAD:
-            if not _UPLOADS.fullmatch(name) or not _is_plain(name):
+            if not _UPLOADS.fullmatch(name) or not is_plain(name):
                 raise InvalidArgument(f"{name!r} is no file that a trainer uploads")
             return self._blobs.presign_put(training.session_prefix(session) + name)
         if kind == BASE:
@@ -101,7 +102,7 @@ class Trainers:
             return self._blobs.presign_get(training.state["key"])
         prefixes = {PICTURE: training.dataset_prefix, REGULARISATION: training.regularisation_prefix}
         prefix = prefixes.get(kind)
-        if not prefix or not _is_plain(name):
+        if not prefix or not is_plain(name):
             raise InvalidArgument(f"there is no {kind} {name!r}")
         return self._blobs.presign_get(prefix + name)
 
@@ -111,7 +112,7 @@ class Trainers:
         await self._blobs.copy(training.session_prefix(session) + file.name, training.output_prefix + file.name)
 
     async def _check(self, training: Training, session: UUID, file: facts.Uploaded) -> None:
-        if not _is_plain(file.name):
+        if not is_plain(file.name):
             raise FailedPrecondition(f"{file.name!r} cannot be the name of a file")
         try:
             found = await self._blobs.digest(training.session_prefix(session) + file.name)
@@ -122,10 +123,4 @@ class Trainers:
 
 
 def _is_network(name: str) -> bool:
-    return _is_plain(name) and "/" not in name and name.endswith(".safetensors")
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name is a path downwards."""
-    parts = name.split("/")
-    return all(part not in {"", ".", ".."} for part in parts) and "\\" not in name and "\0" not in name
+    return is_plain(name) and "/" not in name and name.endswith(".safetensors")

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import save
 
 from esd.worker.v1 import worker_pb2, worker_pb2_grpc
-from gpu_worker.job import to_python
 from gpu_worker.models import tiny
 from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
 from services.common.payloads import check
+from services.common.structs import plain
 from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_lora, tiny_onnx
 from tests.gpu_worker.conftest import ObjectStore
 from tests.pictures import encoded, mask, noise
@@ -78,7 +78,7 @@ async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
     assert "NGMS: 1.5, ENSD: 31337" in image.text["parameters"]
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert param.keys() == {"parameters", "info", "endpoint_name", "inference_id"}
-    assert param["parameters"] == check("txt2img", to_python(spec.payload), spec.job_id).model_dump()
+    assert param["parameters"] == check("txt2img", plain(spec.payload), spec.job_id).model_dump()
     info = json.loads(param["info"])
     assert info["infotexts"][1] == image.text["parameters"]
     assert info["all_seeds"] == [7, 8]

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import FailedPrecondition, InvalidArgument
-from services.common.payloads.models import REMBG, UPSCALER
+from services.common.payloads.models import (
+    BASE,
+    CONTROLNET,
+    EMBEDDING,
+    HYPERNETWORK,
+    LORA,
+    PSEUDO_VAES,
+    REMBG,
+    UPSCALER,
+    VAE,
+)
 from services.inference.peers import Endpoint, Model, Peers
 from services.inference.rows import ASYNC, REAL_TIME
 
@@ -16,10 +26,9 @@ EXTRA_TASKS = ["extra-single-image", "extra-batch-images", "rembg"]
 # Types of models that an extra task may have; others are ignored there, as by the original.
 _EXTRA_TYPES = {UPSCALER, REMBG}
 # The order in which a worker loads (contract 10.2); JSON objects arrive in none.
-_MODEL_TYPES = ["Stable-diffusion", "hypernetworks", "Lora", "ControlNet", "embeddings", "VAE", UPSCALER, REMBG]
+_MODEL_TYPES = [BASE, HYPERNETWORK, LORA, CONTROLNET, EMBEDDING, VAE, UPSCALER, REMBG]
 # The original refuses jobs that name an endpoint while it grows or shrinks; here that is every day's business.
 _USABLE = {"InService", "Updating"}
-_PSEUDO_VAES = ("Automatic", "None")
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Choices:
             if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
                 raise InvalidArgument(f"models: {kind} is not a list of file names")
             names += [(kind, name) for name in files]
-        real = [(kind, name) for kind, name in names if kind != "VAE" or name not in _PSEUDO_VAES]
+        real = [(kind, name) for kind, name in names if kind != VAE or name not in PSEUDO_VAES]
         found: list[Model] = []
         if real:
             found, missing = await self._peers.resolve_checkpoints(real, user.name, user.roles, user.sees_everything)
@@ -110,4 +119,4 @@ def _loading_order(item: tuple[str, Any]) -> tuple[int, str]:
 
 def _pseudo_vae(name: str) -> Model:
     """The VAE that is part of the base checkpoint, as the original prints it (`s3` is the text None)."""
-    return Model(type="VAE", name=name, id="VAE", all_names=[name], s3_location="None")
+    return Model(type=VAE, name=name, id="VAE", all_names=[name], s3_location="None")

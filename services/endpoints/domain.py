@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.viewer import Viewer
 from services.endpoints.event_store import Event, EventStore
 from services.endpoints.peers import Identity, Models
 from services.endpoints.store import (
@@ -59,15 +60,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Viewer:
-    """Who asks; `sees_everything` for holders of user:all."""
-
-    username: str
-    roles: list[str]
-    sees_everything: bool = False
-
-
-@dataclass(frozen=True)
 class EventPage:
     """Events, newest first, and the key that continues after them; None at the end."""
 
@@ -102,12 +94,13 @@ class Endpoints:
             InvalidArgument: the user is not known, the limit no number, the key none of ours.
         """
         user = await self._identity.get_user(username) if username else None
+        viewer = Viewer(user.username, user.roles) if user else None
         num_wanted, position = parse_limit(limit), parse_key(_KEY_NAMES, key)
         after = (-position[0].timestamp(), str(position[1])) if position else None
         rows = [
             row
             for row in await self._store.page_endpoints()
-            if (sees_all or (user and row.is_open_to(user.username, user.roles)))
+            if (sees_all or (viewer and viewer.sees(row.owners)))
             and (not endpoint_id or row.id == endpoint_id)
             and (after is None or _position(row) > after)
         ]
@@ -157,12 +150,10 @@ class Endpoints:
             words = ", ".join(f"{name} {getattr(before, name)} -> {value}" for name, value in values.items())
             if "pinned" in values:
                 values["are_pins_told"] = False
-            if await self._store.update_endpoint(before, values, f"by {by.username}: {words or 'nothing'}"):
+            if await self._store.update_endpoint(before, values, f"by {by.name}: {words or 'nothing'}"):
                 return await self._store.get_live(endpoint_id)
 
-    async def list_events(
-        self, endpoint_id: str, sees_all: bool, username: str, roles: list[str], limit: str, key: str
-    ) -> EventPage:
+    async def list_events(self, endpoint_id: str, viewer: Viewer, limit: str, key: str) -> EventPage:
         """What was done with an endpoint that the caller may see.
 
         Raises:
@@ -170,7 +161,7 @@ class Endpoints:
         """
         num_wanted, after = parse_limit(limit), parse_key(_EVENT_KEY_NAMES, key)
         endpoint = await self._store.get_live(endpoint_id)
-        if not sees_all and not endpoint.is_open_to(username, roles):
+        if not viewer.sees(endpoint.owners):
             raise EndpointNotFound(f"endpoint with id {endpoint_id} is not found")
         found = await self._events.page_events(endpoint_id, num_wanted + 1, after)
         page = found[:num_wanted]
@@ -181,7 +172,7 @@ class Endpoints:
         """Deletes what is found of these: from now on it is not listed, and its name and roles are free."""
         await self._store.mark_deleting(names)
 
-    async def find_endpoints(self, name: str, inference_type: str, username: str, roles: list[str]) -> list[Endpoint]:
+    async def find_endpoints(self, name: str, inference_type: str, user: Viewer) -> list[Endpoint]:
         """Endpoints that a job may run on: the pinned one, else the usable ones of the type that the user may use."""
         rows = await self._store.page_endpoints()
         if name:
@@ -189,14 +180,13 @@ class Endpoints:
         return [
             row
             for row in rows
-            if row.type == inference_type and row.status in (IN_SERVICE, UPDATING) and row.is_open_to(username, roles)
+            if row.type == inference_type and row.status in (IN_SERVICE, UPDATING) and user.sees(row.owners)
         ]
 
     async def _check_pins(self, names: tuple[str, ...], viewer: Viewer) -> None:
         if len(names) > MAX_PINNED:
             raise InvalidArgument(f"pinned_checkpoints may have at most {MAX_PINNED} names (given: {len(names)})")
-        asked_by = viewer.username, viewer.roles, viewer.sees_everything
-        if names and (missing := await self._models.find_missing(names, *asked_by)):
+        if names and (missing := await self._models.find_missing(names, viewer)):
             raise InvalidArgument(" ".join(f"checkpoint with name {name} is not found" for name in missing))
 
 

@@ -15,6 +15,7 @@ from esd.options.v1 import options_pb2
 from services.common.payloads.models import BASE
 from services.common.rpc_errors import answer, domain_error
 from services.common.users import Users
+from services.common.viewer import Viewer
 from services.endpoints.scaling import Backlog
 
 _TIMEOUT_SECONDS = 10.0
@@ -67,20 +68,18 @@ class Models:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = models_pb2_grpc.ModelsServiceStub(channel)
 
-    async def find_missing(
-        self, names: Sequence[str], username: str, roles: list[str], sees_everything: bool
-    ) -> list[str]:
-        """Those of the names that are no base checkpoint which the user may use; `sees_everything` for holders of
-        user:all. By base checkpoints jobs are batched, and they take long to load.
+    async def find_missing(self, names: Sequence[str], user: Viewer) -> list[str]:
+        """Those of the names that are no base checkpoint which the user may use. By base checkpoints jobs are batched,
+        and they take long to load.
 
         Raises:
             Unavailable.
         """
         request = models_pb2.ResolveCheckpointsRequest(
             names=[models_pb2.CheckpointName(type=BASE, name=name) for name in names],
-            username=username,
-            roles=roles,
-            sees_everything=sees_everything,
+            username=user.name,
+            roles=user.roles,
+            sees_everything=user.sees_everything,
         )
         response = await answer(self._stub.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS), "models")
         return [missing.name for missing in response.missing]

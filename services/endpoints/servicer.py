@@ -14,7 +14,8 @@ from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.structs import json_value
 from services.common.times import time_text
-from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer, check_custom
+from services.common.viewer import Viewer
+from services.endpoints.domain import Change, Endpoints, NewEndpoint, check_custom
 from services.endpoints.store import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
@@ -64,22 +65,16 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
             drain=body.drain if body.HasField("drain") else None,
             pinned=_names(body.pinned_checkpoints) if body.HasField("pinned_checkpoints") else None,
         )
-        caller = current_caller()
-        by = Viewer(caller.name, list(caller.roles), sees_everything=caller.may("user:all"))
-        row = await self._endpoints.update_endpoint(request.endpoint_id, change, by)
+        row = await self._endpoints.update_endpoint(request.endpoint_id, change, by=Viewer.of(current_caller()))
         return pb.UpdateEndpointResponse(data=_message(row))
 
     async def ListEndpointEvents(
         self, request: pb.ListEndpointEventsRequest, context: Any
     ) -> pb.ListEndpointEventsResponse:
         caller = current_caller()
+        viewer = Viewer(caller.name, list(caller.roles), sees_everything=caller.may("sagemaker_endpoint:all"))
         page = await self._endpoints.list_events(
-            request.endpoint_id,
-            sees_all=caller.may("sagemaker_endpoint:all"),
-            username=caller.name,
-            roles=list(caller.roles),
-            limit=request.limit,
-            key=request.exclusive_start_key,
+            request.endpoint_id, viewer, limit=request.limit, key=request.exclusive_start_key
         )
         events = [
             pb.EndpointEvent(time=time_text(event.time), type=event.type, message=event.message)
@@ -92,9 +87,8 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
         return pb.DeleteEndpointsResponse()
 
     async def FindEndpoints(self, request: pb.FindEndpointsRequest, context: Any) -> pb.FindEndpointsResponse:
-        rows = await self._endpoints.find_endpoints(
-            request.endpoint_name, request.inference_type, request.username, list(request.roles)
-        )
+        user = Viewer(request.username, list(request.roles))
+        rows = await self._endpoints.find_endpoints(request.endpoint_name, request.inference_type, user)
         return pb.FindEndpointsResponse(endpoints=[_message(row) for row in rows])
 
 

@@ -89,11 +89,6 @@ class Endpoint(SQLModel, table=True):
         """What was decided about the number of workers."""
         return Scale(self.num_workers, self.need_since, self.surplus_since, self.surplus_peak)
 
-    def is_open_to(self, username: str, roles: list[str]) -> bool:
-        """Whether the user may use the endpoint (contract 1.6: the owner test)."""
-        owners = set(self.owners)
-        return not owners or bool(owners & {username, "*", *roles})
-
 
 class Worker(SQLModel, table=True):
     """A place for one worker process of an endpoint, and the process that was last started in it.

@@ -24,11 +24,12 @@ from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
 from services.common.signals import Signals, wait
 from services.common.times import read_time
+from services.common.viewer import Viewer
 from services.inference.peers import Peers
 from services.inference.rows import REAL_TIME, STATUSES, Job, Submission, now
 from services.inference.signals import JOB_ENDED
 from services.inference.store import JobFilter, JobStore
-from services.inference.submitting.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft, User
+from services.inference.submitting.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft
 from services.inference.submitting.freezing import Freezer
 from services.inference.submitting.priorities import Priorities
 from services.inference.submitting.submissions import SubmittedBefore
@@ -87,7 +88,7 @@ class Inference:
         """
         await self._freezer.check_json(payload_string)
 
-    async def create_job(self, draft: Draft, user: User) -> Job:
+    async def create_job(self, draft: Draft, user: Viewer) -> Job:
         """Stores a job; one with a payload is started at once, and a Real-time one comes back when it has ended.
 
         With an idempotency key that the user sent before, within a day, it is the job of that time.
@@ -142,7 +143,7 @@ class Inference:
                 return earlier
             raise
 
-    async def _find_earlier(self, draft: Draft, user: User) -> Job | None:
+    async def _find_earlier(self, draft: Draft, user: Viewer) -> Job | None:
         """The job that the user created under the same key, as far on as the first request would be now.
 
         Raises:
@@ -166,7 +167,7 @@ class Inference:
 
         return await self._run(job, current)
 
-    async def _new_job(self, draft: Draft, user: User) -> Job:
+    async def _new_job(self, draft: Draft, user: Viewer) -> Job:
         endpoint = await self._choices.choose_endpoint(draft, user)
         models = await self._choices.find_models(draft.models_of_task, user)
         return Job(
@@ -185,7 +186,7 @@ class Inference:
             deadline_seconds=draft.deadline_seconds,
         )
 
-    async def start_job(self, job_id: str, user: User) -> Job:
+    async def start_job(self, job_id: str, user: Viewer) -> Job:
         """Checks and freezes the payload and queues the job; a Real-time one comes back when it has ended. One that is
         under way already goes on as it was started: a client may repeat a start whose answer it did not get.
 
@@ -214,7 +215,7 @@ class Inference:
 
         return await self._run(job, queue)
 
-    async def get_job(self, job_id: str, user: User) -> Job:
+    async def get_job(self, job_id: str, user: Viewer) -> Job:
         """One job.
 
         Raises:
@@ -223,11 +224,10 @@ class Inference:
         job = await self._find(job_id)
         if job is None:
             raise NotFound(f"inference with id {job_id} not found")
-        if not user.is_anonymous:
-            _check_owner(job, user)
+        _check_owner(job, user)
         return job
 
-    async def cancel_job(self, job_id: str, user: User) -> Job:
+    async def cancel_job(self, job_id: str, user: Viewer) -> Job:
         """Ends a job that has not ended: one that waits at once, one that runs within a step of its worker.
 
         Raises:
@@ -241,7 +241,7 @@ class Inference:
             raise NotFound(f"inference with id {job_id} not found")
         return job
 
-    async def list_jobs(self, wanted: Wanted, user: User) -> tuple[list[Job], str | None]:
+    async def list_jobs(self, wanted: Wanted, user: Viewer) -> tuple[list[Job], str | None]:
         """A page of the jobs that the user may see, newest first, and the key of the next page.
 
         Raises:
@@ -254,10 +254,9 @@ class Inference:
             raise InvalidArgument(f'status "{wanted.status}" is not known; possible: {", ".join(STATUSES)}')
         size, after = parse_limit(wanted.limit), parse_key(_KEY_NAMES, wanted.start_key)
         since, until = _time("start_time", wanted.start_time), _time("end_time", wanted.end_time)
-        sees_everything = user.sees_everything or user.is_anonymous
-        if wanted.username and not sees_everything and wanted.username != user.name:
+        if wanted.username and not user.sees_everything and wanted.username != user.name:
             return [], None
-        owners = [wanted.username] if wanted.username else None if sees_everything else [user.name]
+        owners = [wanted.username] if wanted.username else None if user.sees_everything else [user.name]
         task_type = wanted.task_type or SIMPLE_TASKS[0]
         jobs = await self._store.page(
             JobFilter(task_type, owners, wanted.status, wanted.endpoint_name, since, until), size + 1, after
@@ -266,14 +265,14 @@ class Inference:
         last = page[-1] if len(jobs) > len(page) else None
         return page, make_key(_KEY_NAMES, last.id, last.create_time, taskType=last.task_type) if last else None
 
-    async def delete_jobs(self, job_ids: list[str], user: User) -> None:
+    async def delete_jobs(self, job_ids: list[str], user: Viewer) -> None:
         """Cancels and deletes jobs with their input and results; unknown ids are skipped.
 
         Raises:
             PermissionDenied: one of them is somebody else's; none is deleted then.
         """
         for job in [await self._find(job_id) for job_id in job_ids]:
-            if job is not None and not user.is_anonymous:
+            if job is not None:
                 _check_owner(job, user)
         known = [parsed for job_id in job_ids if (parsed := _parse_id(job_id)) is not None]
         deleted = await self._store.delete(known)
@@ -334,7 +333,7 @@ def _known(job_id: str, found: Job | None) -> Job:
     return found
 
 
-def _check_owner(job: Job, user: User) -> None:
+def _check_owner(job: Job, user: Viewer) -> None:
     if job.owner != user.name and not user.sees_everything:
         raise PermissionDenied(f"inference {job.id} belongs to another user than {user.name}")
 

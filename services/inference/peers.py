@@ -13,6 +13,7 @@ from esd.models.v1 import models_pb2, models_pb2_grpc
 from services.common.errors import NotFound
 from services.common.rpc_errors import answer
 from services.common.users import Users
+from services.common.viewer import Viewer
 
 _TIMEOUT_SECONDS = 10
 
@@ -58,16 +59,14 @@ class Peers:
         self._models = models_pb2_grpc.ModelsServiceStub(models)
         self.users = Users(identity)
 
-    async def find_endpoints(
-        self, inference_type: str, username: str, roles: list[str], pinned_name: str = ""
-    ) -> list[Endpoint]:
+    async def find_endpoints(self, inference_type: str, user: Viewer, pinned_name: str = "") -> list[Endpoint]:
         """The endpoints that the user's jobs of the type may run on; with a name, that one in any state.
 
         Raises:
             Unavailable: the endpoints service does not answer.
         """
         request = endpoints_pb2.FindEndpointsRequest(
-            endpoint_name=pinned_name, inference_type=inference_type, username=username, roles=roles
+            endpoint_name=pinned_name, inference_type=inference_type, username=user.name, roles=user.roles
         )
         try:
             response = await answer(self._endpoints.FindEndpoints(request, timeout=_TIMEOUT_SECONDS), "endpoints")
@@ -79,7 +78,7 @@ class Peers:
         ]
 
     async def resolve_checkpoints(
-        self, names: list[tuple[str, str]], username: str, roles: list[str], sees_everything: bool
+        self, names: list[tuple[str, str]], user: Viewer
     ) -> tuple[list[Model], list[tuple[str, str]]]:
         """The files of the (type, name) pairs that the user may use, and the pairs for which there is none.
 
@@ -88,9 +87,9 @@ class Peers:
         """
         request = models_pb2.ResolveCheckpointsRequest(
             names=[models_pb2.CheckpointName(type=kind, name=name) for kind, name in names],
-            username=username,
-            roles=roles,
-            sees_everything=sees_everything,
+            username=user.name,
+            roles=user.roles,
+            sees_everything=user.sees_everything,
         )
         response = await answer(self._models.ResolveCheckpoints(request, timeout=_TIMEOUT_SECONDS), "models")
         found = [

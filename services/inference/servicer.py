@@ -16,9 +16,10 @@ from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.structs import json_value, list_value
 from services.common.times import time_text
+from services.common.viewer import Viewer
 from services.inference.domain import Inference, Wanted
 from services.inference.rows import REAL_TIME, Job, Webhook
-from services.inference.submitting.choices import SIMPLE_TASKS, Draft, User
+from services.inference.submitting.choices import SIMPLE_TASKS, Draft
 from services.inference.views import Views
 from services.inference.watching import events
 from services.inference.webhooks.domain import Webhooks
@@ -70,7 +71,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GetInferenceJob(
         self, request: pb.GetInferenceJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetInferenceJobResponse:
-        job = await self._inference.get_job(request.job_id, _user())
+        job = await self._inference.get_job(request.job_id, _user_or_anybody())
         return pb.GetInferenceJobResponse(data=self._detail(job))
 
     async def CancelInferenceJob(
@@ -82,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def WatchInferenceJob(
         self, request: pb.WatchInferenceJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WatchInferenceJobResponse]:
-        async for event in self._watching.watch(request.job_id, _user()):
+        async for event in self._watching.watch(request.job_id, _user_or_anybody()):
             yield _event(event)
 
     async def ListInferenceJobs(
@@ -98,7 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             limit=request.limit,
             start_key=request.exclusive_start_key,
         )
-        jobs, next_key = await self._inference.list_jobs(wanted, _user())
+        jobs, next_key = await self._inference.list_jobs(wanted, _user_or_anybody())
         return pb.ListInferenceJobsResponse(
             inferences=[self._item(job) for job in jobs], last_evaluated_key=json_value(next_key)
         )
@@ -106,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def DeleteInferenceJobs(
         self, request: pb.DeleteInferenceJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteInferenceJobsResponse:
-        await self._inference.delete_jobs(list(request.inference_id_list), _user())
+        await self._inference.delete_jobs(list(request.inference_id_list), _user_or_anybody())
         return pb.DeleteInferenceJobsResponse()
 
     async def ListWebhooks(
@@ -180,14 +181,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         }
 
 
-def _user() -> User:
-    caller = current_caller()
-    return User(
-        name=caller.name,
-        roles=list(caller.roles),
-        sees_everything=caller.may("user:all"),
-        is_anonymous=caller.is_anonymous_webui,
-    )
+def _user() -> Viewer:
+    return Viewer.of(current_caller())
+
+
+def _user_or_anybody() -> Viewer:
+    """The caller of an RPC where the WebUI client names nobody: its key shows, and deletes, everybody's jobs."""
+    return Viewer.of(current_caller(), anonymous_sees_everything=True)
 
 
 def _idempotency_key(context: grpc.aio.ServicerContext) -> str:

@@ -11,10 +11,10 @@ import grpc
 from esd.models.v1 import models_pb2 as pb
 from services.common.paging import parse_limit
 from services.common.structs import json_value, plain, struct
+from services.common.viewer import Viewer
 from services.models.dataset_store import Dataset, DatasetItem
 from services.models.datasets import Datasets, NewItem
 from services.models.messages import numbers_as_text, viewer
-from services.models.rows import Viewer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

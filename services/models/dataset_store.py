@@ -14,7 +14,7 @@ from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, NotFound, PermissionDenied
 from services.common.times import time_text
-from services.models.rows import Viewer
+from services.common.viewer import Viewer
 
 INITIALED = "Initialed"
 MAX_ITEMS = 10_000  # of a dataset, which is shown as a whole
@@ -243,5 +243,5 @@ class DatasetStore:
 def _seen_by(viewer: Viewer) -> sa.ColumnElement[bool]:
     if viewer.sees_everything:
         return sa.true()
-    mine = sa.cast(sorted({viewer.username, "*", *viewer.roles}), ARRAY(sa.Text))
+    mine = sa.cast(viewer.owner_words, ARRAY(sa.Text))
     return col(Dataset.owners).op("&&")(mine)

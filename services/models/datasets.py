@@ -19,6 +19,7 @@ import structlog
 
 from services.common.blobs import DAY, HOUR, Blobs
 from services.common.errors import InvalidArgument, Unavailable
+from services.common.viewer import Viewer
 from services.models.checks import check_params, file_name, first_repeated, folder
 from services.models.dataset_store import (
     Dataset,
@@ -29,7 +30,6 @@ from services.models.dataset_store import (
     KeptName,
     Place,
 )
-from services.models.rows import Viewer
 
 log = structlog.get_logger()
 
@@ -83,7 +83,7 @@ class Datasets:
         """
         check_params(params)
         now = datetime.now(UTC)
-        owners = list(creator.roles) or [creator.username]
+        owners = list(creator.roles) or [creator.name]
         dataset = Dataset(name=name, prefix=folder(prefix), owners=owners, created_at=now, params=params)
         items = []
         for position, file in enumerate(files):

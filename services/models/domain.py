@@ -18,10 +18,11 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.common.times import time_text
 from services.common.users import Users
+from services.common.viewer import EVERYTHING, Viewer
 from services.models.checks import Tag, check_params, complete_parts, file_name, first_repeated, printable, stored_parts
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
-from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile, Viewer
+from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile
 from services.models.store import CheckpointNotFound, Filters, Inspected, ModelStore, NameInUse, UsableFile
 
 log = structlog.get_logger()
@@ -29,7 +30,6 @@ log = structlog.get_logger()
 PART_URL_SECONDS = 24 * 3600  # the legacy hour is shorter than the upload of a large model
 LOOK_MAX_BYTES = 256 * 1024 * 1024  # larger objects are not read as a whole while their client waits
 _CUSTOM = "/checkpoint/custom/"
-EVERYTHING = "user:all"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Models:
             InvalidArgument: there is no such user.
         """
         viewers = [viewer]
-        if username and username != viewer.username:
+        if username and username != viewer.name:
             user = await self._users.get_user(username)
             if not viewer.sees_everything:
                 viewers.append(Viewer(user.username, user.roles, EVERYTHING in user.permissions))
@@ -97,7 +97,7 @@ class Models:
             raise NameInUse(used)
         now = datetime.now(UTC)
         checkpoint = Checkpoint(
-            id=uuid4(), type=kind, owners=list(creator.roles) or [creator.username], created_at=now, params={}
+            id=uuid4(), type=kind, owners=list(creator.roles) or [creator.name], created_at=now, params={}
         )
         try:
             for position, (name, file) in enumerate(zip(names, files, strict=True)):
@@ -107,7 +107,7 @@ class Models:
                 for file in checkpoint.files
             }
             checkpoint.params = params | {
-                "creator": creator.username,
+                "creator": creator.name,
                 "created": time_text(now),
                 "multipart_upload": uploads,
             }
@@ -338,7 +338,7 @@ def checkpoint_of(key: str) -> UUID | None:
 def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:
     if not viewer.sees(checkpoint.owners):
         raise PermissionDenied(
-            f"checkpoint {checkpoint.id} belongs to {', '.join(checkpoint.owners)}; {viewer.username} is not among "
+            f"checkpoint {checkpoint.id} belongs to {', '.join(checkpoint.owners)}; {viewer.name} is not among "
             f"them and has no {EVERYTHING}"
         )
 

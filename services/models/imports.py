@@ -19,11 +19,12 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
 from services.common.outbound import Outbound, Unreachable, Url, UrlRefused, parse_url
 from services.common.times import time_text
+from services.common.viewer import Viewer
 from services.models.checks import check_params, first_repeated, printable
 from services.models.domain import Models, prefix_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts
-from services.models.rows import ACTIVE, Checkpoint, CheckpointFile, Viewer
+from services.models.rows import ACTIVE, Checkpoint, CheckpointFile
 from services.models.sources import check_status, first_byte, name_in, name_of, validator_of
 from services.models.store import ModelStore, NameInUse
 
@@ -78,12 +79,12 @@ class Imports:
             checkpoint = Checkpoint(
                 id=uuid4(),
                 type=kind,
-                owners=list(creator.roles) or [creator.username],
+                owners=list(creator.roles) or [creator.name],
                 created_at=now,
                 source=url.shown,
                 params=params
                 | {
-                    "creator": creator.username,
+                    "creator": creator.name,
                     "created": time_text(now),
                     "multipart_upload": {},
                     IMPORT: {"url": url.shown, "bytes_done": 0, "bytes_total": None},
@@ -92,7 +93,7 @@ class Imports:
             if name:
                 checkpoint.files.append(new_file(checkpoint.id, name, prefix_of(checkpoint) + name))
             added.append((checkpoint, Import(checkpoint_id=checkpoint.id, url=str(url), sha256=hashes.get(text, ""))))
-        await self._imports.add_imports(creator.username, added, self._limits.max_per_user)
+        await self._imports.add_imports(creator.name, added, self._limits.max_per_user)
 
     async def _name(self, url: Url) -> str:
         """The name of the file, for which the source is asked where the URL has none (contract 4.2).

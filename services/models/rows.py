@@ -1,10 +1,9 @@
-"""The rows of checkpoints and their files, and who may see them."""
+"""The rows of checkpoints and their files."""
 
 # No `from __future__ import annotations`: SQLModel reads the relationship's annotation at run time.
 
-from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -103,15 +102,3 @@ class CheckpointCount(SQLModel, table=True):
     status: str = Field(primary_key=True)
     owners: list[str] = Field(sa_type=ARRAY(sa.Text))
     num: int = Field(sa_type=sa.BigInteger)
-
-
-class Viewer(NamedTuple):
-    """Who looks; `sees_everything` for holders of user:all."""
-
-    username: str
-    roles: Sequence[str]
-    sees_everything: bool = False
-
-    def sees(self, owners: list[str]) -> bool:
-        """The owner test (contract 1.6)."""
-        return self.sees_everything or not owners or bool({self.username, "*", *self.roles} & set(owners))

@@ -14,13 +14,14 @@ from esd.models.v1 import models_pb2_grpc
 from services.common.errors import InvalidArgument
 from services.common.status import set_reply
 from services.common.structs import json_value, plain, struct
+from services.common.viewer import Viewer
 from services.models.checks import Tag
 from services.models.dataset_servicer import DatasetRpcs
 from services.models.datasets import Datasets
 from services.models.domain import Models, NewFile, Resolved
 from services.models.imports import Imports
 from services.models.messages import numbers_as_text, viewer
-from services.models.rows import Checkpoint, Viewer
+from services.models.rows import Checkpoint
 from services.models.store import Filters
 from services.models.trained import Trained, TrainedFile
 

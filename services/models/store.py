@@ -21,8 +21,9 @@ from sqlmodel import col
 from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, NotFound
+from services.common.viewer import Viewer
 from services.models.chores import Chores
-from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointCount, CheckpointFile, Viewer
+from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointCount, CheckpointFile
 
 MOVE_OBJECTS = "move_objects"  # a chore
 LOOK = "look_at_object"  # a chore
@@ -170,7 +171,7 @@ class ModelStore:
             _USABLE,
             types=[kind for kind, _ in names],
             names=[name for _, name in names],
-            words=[viewer.username, "*", *viewer.roles],
+            words=viewer.owner_words,
             sees_everything=viewer.sees_everything,
         )
         return {(row["type"], row["name"]): UsableFile(**row) for row in rows}
@@ -393,7 +394,7 @@ def _conditions(
     owners = col(table.owners)
     for viewer in filters.viewers:
         if not viewer.sees_everything:
-            mine = _texts({viewer.username, "*", *viewer.roles})
+            mine = _texts(viewer.owner_words)
             conditions.append(sa.or_(owners.op("&&")(mine), owners == sa.cast([], ARRAY(sa.Text))))
     if filters.statuses:
         conditions.append(col(table.status).in_(filters.statuses))

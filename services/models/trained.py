@@ -13,9 +13,10 @@ from services.common.blobs import Blobs
 from services.common.errors import FailedPrecondition
 from services.common.payloads.models import LORA
 from services.common.times import time_text
+from services.common.viewer import Viewer
 from services.models.checks import file_name
 from services.models.domain import Models
-from services.models.rows import ACTIVE, INITIAL, Checkpoint, CheckpointFile, Viewer
+from services.models.rows import ACTIVE, INITIAL, Checkpoint, CheckpointFile
 from services.models.store import ModelStore, NameInUse
 
 
@@ -50,9 +51,9 @@ class Trained:
         checkpoint = Checkpoint(
             id=checkpoint_id,
             type=LORA,
-            owners=list(owner.roles) or [owner.username],
+            owners=list(owner.roles) or [owner.name],
             created_at=now,
-            params={"creator": owner.username, "created": time_text(now)},
+            params={"creator": owner.name, "created": time_text(now)},
             folder=folder_of(checkpoint_id),
         )
         checkpoint.files.append(_file(checkpoint, 0, name))

@@ -11,8 +11,9 @@ from services.common.blobs import Blobs
 from services.common.errors import EsdError, InvalidArgument, NotFound, PermissionDenied
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
+from services.common.viewer import Viewer
 from services.training.configuration import Wish, check_type, configured, read_wish, shown_params, template_name
-from services.training.peers import Model, Models, User
+from services.training.peers import Model, Models
 from services.training.rows import STOPPED, Metric, Training
 from services.training.settling import Settler
 from services.training.store import TrainingStore
@@ -60,7 +61,7 @@ class Trainings:
         return self._blobs.presign_get(training.output_prefix + name)
 
     async def create_job(
-        self, lora_train_type: str, params: dict[str, Any], deadline_seconds: int | None, user: User
+        self, lora_train_type: str, params: dict[str, Any], deadline_seconds: int | None, user: Viewer
     ) -> Training:
         """Begins a training: its name is taken, its configuration written, its task asked for.
 
@@ -101,7 +102,7 @@ class Trainings:
             raise
         return training
 
-    async def get_job(self, job_id: str, user: User) -> Training:
+    async def get_job(self, job_id: str, user: Viewer) -> Training:
         """The training.
 
         Raises:
@@ -113,7 +114,7 @@ class Trainings:
         _check_owner(training, user)
         return training
 
-    async def list_jobs(self, limit: str, start_key: str, user: User) -> tuple[list[Training], str | None]:
+    async def list_jobs(self, limit: str, start_key: str, user: Viewer) -> tuple[list[Training], str | None]:
         """A page of trainings, newest first, and the key of the next one.
 
         Raises:
@@ -127,7 +128,7 @@ class Trainings:
         more = len(found) > num
         return shown, make_key(_KEY_NAMES, shown[-1].id, shown[-1].create_time) if more else None
 
-    async def get_metrics(self, job_id: str, max_points: str, user: User) -> tuple[list[Metric], int]:
+    async def get_metrics(self, job_id: str, max_points: str, user: Viewer) -> tuple[list[Metric], int]:
         """The loss curve of a training, and how many steps are done.
 
         Raises:
@@ -141,7 +142,7 @@ class Trainings:
             raise InvalidArgument(f'max_points "{max_points}" is not a whole number from 1 to {_MAX_POINTS}')
         return await self._store.curve(training.id, num)
 
-    async def stop_job(self, job_id: str, user: User) -> None:
+    async def stop_job(self, job_id: str, user: Viewer) -> None:
         """Stops a training; one that has ended stays as it is. What it saved stays.
 
         Raises:
@@ -153,7 +154,7 @@ class Trainings:
         _check_owner(training, user)
         await self._store.end(training.id, STOPPED, STOPPED_BY.format(user.name))
 
-    async def delete_jobs(self, job_ids: list[str], user: User) -> None:
+    async def delete_jobs(self, job_ids: list[str], user: Viewer) -> None:
         """Stops and deletes trainings; unknown ids are skipped. What they saved stays where a checkpoint has it.
 
         Raises:
@@ -179,7 +180,7 @@ class Trainings:
 
     # --- what is trained on ---
 
-    async def _inputs(self, wish: Wish, user: User) -> Inputs:
+    async def _inputs(self, wish: Wish, user: Viewer) -> Inputs:
         """Finds the model and the datasets; what the user may not see is not there.
 
         Raises:
@@ -203,7 +204,7 @@ class Trainings:
             regularisation_prefix=await self._regularisation(wish, user),
         )
 
-    async def _model_at(self, path: str, user: User) -> Model:
+    async def _model_at(self, path: str, user: Viewer) -> Model:
         match = _MODEL_PATH.fullmatch(path.removeprefix(self._blobs.url("")))
         model = None if match is None else await self._models.find_model(BASE, match["name"], user)
         if match is None or model is None or model.s3_location != self._blobs.url(match["folder"]):
@@ -214,7 +215,7 @@ class Trainings:
             )
         return model
 
-    async def _dataset_at(self, name: str, path: str, user: User) -> str:
+    async def _dataset_at(self, name: str, path: str, user: Viewer) -> str:
         match = _DATA_PATH.fullmatch(path.removeprefix(self._blobs.url("")))
         prefix = None if match is None else await self._models.find_dataset(match["name"], user)
         if prefix is None:
@@ -224,12 +225,12 @@ class Trainings:
             )
         return prefix
 
-    async def _regularisation(self, wish: Wish, user: User) -> str:
+    async def _regularisation(self, wish: Wish, user: Viewer) -> str:
         """The dataset of regularisation pictures, where the configuration names one."""
         path = wish.keys.get("reg_data_dir")
         return await self._dataset_at("reg_data_dir", str(path), user) if path else ""
 
 
-def _check_owner(training: Training, user: User) -> None:
+def _check_owner(training: Training, user: Viewer) -> None:
     if training.owner != user.name and not user.sees_everything:
         raise PermissionDenied(f"training {training.id} belongs to another user than {user.name}")

@@ -13,18 +13,10 @@ from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 from services.common.errors import NotFound
 from services.common.rpc_errors import answer
+from services.common.viewer import Viewer
 
 _TIMEOUT_SECONDS = 10.0
 _LOOK_SECONDS = 120.0  # models looks at the files meanwhile
-
-
-@dataclass(frozen=True)
-class User:
-    """For whom something is asked."""
-
-    name: str
-    roles: list[str]
-    sees_everything: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Models:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = models_pb2_grpc.ModelsServiceStub(channel)
 
-    async def find_model(self, kind: str, name: str, user: User) -> Model | None:
+    async def find_model(self, kind: str, name: str, user: Viewer) -> Model | None:
         """The active file of the type and name that the user may use."""
         request = models_pb2.ResolveCheckpointsRequest(
             names=[models_pb2.CheckpointName(type=kind, name=name)],
@@ -81,7 +73,7 @@ class Models:
             return Model(file.name, file.s3_location, file.key, file.size_bytes, file.sha256, cache_key)
         return None
 
-    async def find_dataset(self, name: str, user: User) -> str | None:
+    async def find_dataset(self, name: str, user: Viewer) -> str | None:
         """The prefix of the keys of a dataset that the user may see."""
         request = models_pb2.ResolveDatasetRequest(
             dataset_name=name, username=user.name, roles=user.roles, sees_everything=user.sees_everything
@@ -92,7 +84,7 @@ class Models:
             return None
         return str(response.prefix)
 
-    async def create_checkpoint(self, training_id: str, name: str, user: User) -> None:
+    async def create_checkpoint(self, training_id: str, name: str, user: Viewer) -> None:
         """Opens the training's checkpoint.
 
         Raises:

@@ -12,10 +12,10 @@ from esd.training.v1 import training_pb2_grpc as rpc
 from services.common.auth import current_caller
 from services.common.structs import json_value, plain, struct
 from services.common.times import time_text
+from services.common.viewer import Viewer
 from services.training import watching
 from services.training.configuration import KOHYA
 from services.training.domain import Trainings
-from services.training.peers import User
 from services.training.rows import TRAINING, Event, Metric, Training
 
 TRAIN_TYPE = "Stable-diffusion"
@@ -90,10 +90,8 @@ class TrainingServicer(rpc.TrainingServiceServicer):
 # --- converters ---
 
 
-def _user() -> User:
-    caller = current_caller()
-    sees_everything = caller.may("user:all") or caller.is_anonymous_webui
-    return User(caller.name, list(caller.roles), sees_everything)
+def _user() -> Viewer:
+    return Viewer.of(current_caller(), anonymous_sees_everything=True)
 
 
 def _created(training: Training) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from services.common.errors import NotFound, Unavailable
 from services.common.signals import Signals, heard
+from services.common.viewer import Viewer
 from services.training.domain import Trainings
-from services.training.peers import User
 from services.training.rows import Event, Training
 from services.training.signals import TRAINING_MOVED
 from services.training.store import TrainingStore
@@ -72,7 +72,7 @@ class Watching:
         self._signals = signals
         self._stopping = stopping
 
-    async def watch(self, job_id: str, user: User) -> AsyncIterator[News]:
+    async def watch(self, job_id: str, user: Viewer) -> AsyncIterator[News]:
         """Everything that happens to the training.
 
         Raises:

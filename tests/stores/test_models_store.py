@@ -12,9 +12,10 @@ import sqlalchemy as sa
 from services.common.audit import Audit
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, ResourceExhausted
+from services.common.viewer import Viewer
 from services.models.chores import Chores
 from services.models.import_store import Import, ImportStore
-from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointFile, Viewer
+from services.models.rows import ACTIVE, DISABLED, INITIAL, Checkpoint, CheckpointFile
 from services.models.store import (
     CheckpointNotFound,
     Filters,

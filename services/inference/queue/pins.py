@@ -9,6 +9,7 @@ import structlog
 from services.common.blobs import Blobs
 from services.common.leftovers import WRITABLE_SECONDS
 from services.common.payloads.models import BASE
+from services.common.viewer import Viewer
 from services.inference.peers import Model, Peers
 from services.inference.queue.pool_store import PoolStore
 
@@ -38,7 +39,7 @@ class Pins:
             return []
         # Whoever pinned them was allowed to; the endpoint's jobs may be of others.
         wanted = [(BASE, name) for name in names]
-        found, missing = await self._peers.resolve_checkpoints(wanted, "", [], sees_everything=True)
+        found, missing = await self._peers.resolve_checkpoints(wanted, Viewer("", [], sees_everything=True))
         if missing:
             log.warning("pinned checkpoints are gone", endpoint=str(endpoint_id), names=[name for _, name in missing])
         order = {name: place for place, name in enumerate(names)}

@@ -9,6 +9,7 @@ from uuid import UUID
 import structlog
 
 from services.common.errors import EsdError, Unavailable
+from services.common.viewer import Viewer
 from services.inference.peers import Endpoint, Peers
 from services.inference.queue.pool_store import PoolStore
 from services.inference.rows import Job
@@ -101,6 +102,6 @@ class _Homes:
         pair = (owner, inference_type)
         if pair not in self._found:
             user = await self._peers.users.find_user(owner)
-            roles = user.roles if user else []
-            self._found[pair] = await self._peers.find_endpoints(inference_type, owner, roles)
+            viewer = Viewer(owner, user.roles if user else [])
+            self._found[pair] = await self._peers.find_endpoints(inference_type, viewer)
         return self._found[pair]

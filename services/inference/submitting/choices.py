@@ -18,6 +18,7 @@ from services.common.payloads.models import (
     UPSCALER,
     VAE,
 )
+from services.common.viewer import Viewer
 from services.inference.peers import Endpoint, Model, Peers
 from services.inference.rows import ASYNC, REAL_TIME
 
@@ -29,16 +30,6 @@ _EXTRA_TYPES = {UPSCALER, REMBG}
 _MODEL_TYPES = [BASE, HYPERNETWORK, LORA, CONTROLNET, EMBEDDING, VAE, UPSCALER, REMBG]
 # The original refuses jobs that name an endpoint while it grows or shrinks; here that is every day's business.
 _USABLE = {"InService", "Updating"}
-
-
-@dataclass(frozen=True)
-class User:
-    """Who asks. An anonymous one is the WebUI client that names nobody (contract 0.15)."""
-
-    name: str
-    roles: list[str]
-    sees_everything: bool
-    is_anonymous: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,13 +65,13 @@ class Choices:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
 
-    async def choose_endpoint(self, draft: Draft, user: User) -> Endpoint:
+    async def choose_endpoint(self, draft: Draft, user: Viewer) -> Endpoint:
         """The endpoint that the draft names, or any that the user may use.
 
         Raises:
             InvalidArgument: there is none of this name. FailedPrecondition: none can take the job.
         """
-        found = await self._peers.find_endpoints(draft.inference_type, user.name, user.roles, draft.endpoint_name)
+        found = await self._peers.find_endpoints(draft.inference_type, user, draft.endpoint_name)
         if draft.endpoint_name:
             if not found:
                 raise InvalidArgument(f"sagemaker endpoint with name {draft.endpoint_name} is not found")
@@ -90,7 +81,7 @@ class Choices:
             raise FailedPrecondition(f'no available {draft.inference_type} endpoints for user "{user.name}"')
         return random.choice(found)  # noqa: S311 - load, not secrets
 
-    async def find_models(self, models: dict[str, Any], user: User) -> list[Model]:
+    async def find_models(self, models: dict[str, Any], user: Viewer) -> list[Model]:
         """The files behind the names, in the order in which a worker loads them.
 
         Raises:
@@ -104,7 +95,7 @@ class Choices:
         real = [(kind, name) for kind, name in names if kind != VAE or name not in PSEUDO_VAES]
         found: list[Model] = []
         if real:
-            found, missing = await self._peers.resolve_checkpoints(real, user.name, user.roles, user.sees_everything)
+            found, missing = await self._peers.resolve_checkpoints(real, user)
             if missing:
                 texts = (f"checkpoint with name {name}, type {kind} is not found" for kind, name in missing)
                 raise InvalidArgument(" ".join(texts))

@@ -11,9 +11,9 @@ from datetime import datetime
 
 from services.common.errors import NotFound
 from services.common.signals import heard
+from services.common.viewer import Viewer
 from services.inference.domain import Inference
 from services.inference.rows import Job
-from services.inference.submitting.choices import User
 from services.inference.views import Views
 from services.inference.watching.board import Board, Display
 
@@ -91,7 +91,7 @@ class Events:
         self._views = views
         self._board = board
 
-    async def watch(self, job_id: str, user: User) -> AsyncIterator[Event]:
+    async def watch(self, job_id: str, user: Viewer) -> AsyncIterator[Event]:
         """How the job stands, then each change, until its end.
 
         Raises:

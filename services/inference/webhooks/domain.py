@@ -24,9 +24,9 @@ from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_ur
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.signals import Signals, wait
 from services.common.times import time_text
+from services.common.viewer import Viewer
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook, now
 from services.inference.signals import WEBHOOKS_DUE
-from services.inference.submitting.choices import User
 from services.inference.webhooks.store import WebhookStore
 
 log = structlog.get_logger()
@@ -92,7 +92,7 @@ class Webhooks:
     # --- what users do ---
 
     async def list_webhooks(
-        self, state: str, limit: str, start_key: str, user: User
+        self, state: str, limit: str, start_key: str, user: Viewer
     ) -> tuple[list[Webhook], str | None]:
         """A page of the webhooks of the jobs that the user may see, newest first, and the key of the next page.
 
@@ -108,7 +108,7 @@ class Webhooks:
         last = found[size - 1] if len(found) > size else None
         return found[:size], make_key(_KEY_NAMES, last.job_id, last.create_time) if last else None
 
-    async def resend_webhook(self, job_id: str, user: User) -> Webhook:
+    async def resend_webhook(self, job_id: str, user: Viewer) -> Webhook:
         """Calls a webhook again that was delivered or is dead, with all its attempts.
 
         Raises:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer
+from services.common.viewer import Viewer
+from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
 from services.endpoints.scaling import ScalingPolicy
 from services.endpoints.store import Endpoint, EndpointStore
@@ -149,6 +150,6 @@ async def test_new_bounds_hold_at_once_and_a_drained_endpoint_comes_back(
         return (row.status, row.num_live) == ("Draining", 0) and not await store.get_workers()
 
     await until(drained)
-    assert await domain.find_endpoints("", "Async", "ann", ["painter"]) == []
+    assert await domain.find_endpoints("", "Async", Viewer("ann", ["painter"])) == []
     assert (await domain.update_endpoint(created.id, Change(drain=False), ANN)).status == "Updating"
     await settled(1)

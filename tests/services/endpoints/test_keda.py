@@ -28,8 +28,9 @@ from deploy.local.ports import free_port
 from esd.inference.v1 import externalscaler_pb2 as pb
 from esd.inference.v1 import externalscaler_pb2_grpc as rpc
 from services.common.signals import Signals
+from services.common.viewer import Viewer
 from services.endpoints.cluster.pods import name_of
-from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer
+from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.scaling import ScalingPolicy

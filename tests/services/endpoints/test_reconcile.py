@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from services.endpoints.domain import Change, Endpoints, NewEndpoint, Viewer
+from services.common.viewer import Viewer
+from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.store import Endpoint, EndpointStore, Worker
 from tests.processes import ROOT
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, is_alive, until

@@ -14,11 +14,11 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.database import Database
 from services.common.signals import Signals
+from services.common.viewer import Viewer
 from services.inference.domain import Inference
 from services.inference.servicer import InferenceServicer
 from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
-from services.inference.submitting.choices import User
 from services.inference.submitting.priorities import Priorities
 from services.inference.views import Views
 from services.inference.watching.board import Board
@@ -229,7 +229,7 @@ async def test_a_failed_and_a_deleted_job_end_the_stream_with_the_reason(service
 async def test_a_slow_watcher_gets_the_latest_and_holds_up_nobody(service: Service, database_url: str) -> None:
     job_id = await service.started()
     async with another_replica(service, database_url) as replica, service.worker() as worker:
-        slow = replica.events.watch(job_id, User("ann", [], sees_everything=False))
+        slow = replica.events.watch(job_id, Viewer("ann", []))
         assert isinstance(await anext(slow), Queued)
         fast = watch(service, job_id, replica.jobs)
         assign = await worker.take()

@@ -1,13 +1,11 @@
-"""Fans the database's notifications out to the tasks of this process that wait for one key of a channel, and what such
-tasks wait with."""
+"""Fans the database's notifications out to the tasks of this process that wait for one key of a channel."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 class Signals:
@@ -53,32 +51,3 @@ class Signals:
             if key[0] == channel and (not payload or key[1] in {payload, ""}):
                 for event in events:
                     event.set()
-
-
-async def heard(event: asyncio.Event, seconds: float) -> bool:
-    """Waits for the event and clears it. False: it did not come in time."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await event.wait()
-    except TimeoutError:
-        return False
-    finally:
-        event.clear()
-
-
-async def wait(event: asyncio.Event, sweep_seconds: float) -> None:
-    """Waits for the event and clears it. The sweep is a safety net, should a notification ever be lost."""
-    await heard(event, sweep_seconds)
-
-
-async def first(*works: Coroutine[Any, Any, Any]) -> None:
-    """Runs all until one ends, then ends the others; raises what it raised."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()

@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from services.common.errors import EsdError
+from services.common.tasks import heard
 
 log = structlog.get_logger()
 
@@ -57,10 +58,7 @@ class OpenStreams:
             self._opened.clear()
             while self._open:
                 await self._review_all()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(REVIEW_SECONDS):
-                        await self._opened.wait()
-                self._opened.clear()
+                await heard(self._opened, REVIEW_SECONDS)
 
     async def _review_all(self) -> None:
         streams = dict(self._open)

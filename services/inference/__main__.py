@@ -14,7 +14,6 @@ from pydantic import Field
 from esd.inference.v1 import externalscaler_pb2_grpc, inference_pb2_grpc
 from services.common import logs
 from services.common.auth import Verifier
-from services.common.background import Background
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
@@ -23,6 +22,7 @@ from services.common.outbound import Outbound
 from services.common.server import Server, mutual_tls
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
 from services.common.signals import Signals
+from services.common.tasks import Background
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue

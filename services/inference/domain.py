@@ -22,7 +22,8 @@ from services.common.errors import (
 )
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
-from services.common.signals import Signals, wait
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.common.times import read_time
 from services.common.viewer import Viewer
 from services.inference.peers import Peers
@@ -301,7 +302,7 @@ class Inference:
             while current is not None and not current.is_ended:
                 if self._stopping.is_set():
                     raise Unavailable(f"inference {job.id} goes on, but who waited for it stops: ask for it by its id")
-                await wait(ended, _SWEEP_SECONDS)
+                await heard(ended, _SWEEP_SECONDS)
                 current = await self._store.get(job.id)
         if current is None:
             raise FailedPrecondition(f"inference {job.id} was deleted")

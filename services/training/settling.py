@@ -12,7 +12,8 @@ import structlog
 from services.common.blobs import Blobs
 from services.common.errors import EsdError, Unavailable
 from services.common.leftovers import LeftoverStore, Sweeper
-from services.common.signals import Signals, wait
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.training import rows
 from services.training.peers import Models, Task, Tasks, TaskState
 from services.training.rows import Training, now
@@ -64,7 +65,7 @@ class Settler:
                 except Unavailable as error:
                     log.warning("trainings wait", reason=str(error))
                 number += 1
-                await wait(due, _ROUND_SECONDS)
+                await heard(due, _ROUND_SECONDS)
 
     async def start(self, training: Training) -> Task:
         """Asks for the training's task; one that was asked for before stays as it is.

@@ -18,8 +18,9 @@ from esd.training.v1 import training_pb2_grpc
 from services.common.auth import current_caller
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from services.common.payloads.trainers import MAX_POINTS
-from services.common.signals import Signals, first, wait
+from services.common.signals import Signals
 from services.common.structs import struct
+from services.common.tasks import first, heard
 from services.training import facts, trainers
 from services.training.rows import PHASES, Training
 from services.training.signals import TRAINING_MOVED
@@ -141,7 +142,7 @@ class _TrainSession:
                 if (training is None or training.is_ended) and not has_said_so:
                     self._send(stop=pb.TrainerStop())
                     has_said_so = True
-                await wait(moved, _SWEEP_SECONDS)
+                await heard(moved, _SWEEP_SECONDS)
 
     def _send(self, **message: Any) -> None:
         self.outbox.put_nowait(pb.TrainResponse(**message))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import NotFound, Unavailable
-from services.common.signals import Signals, heard
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.common.viewer import Viewer
 from services.training.domain import Trainings
 from services.training.rows import Event, Training

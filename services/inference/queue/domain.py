@@ -9,11 +9,11 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from services.common.background import Background
 from services.common.blobs import Blobs
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
 from services.common.signals import Signals
+from services.common.tasks import Background
 from services.inference.peers import Model
 from services.inference.queue.claim import WARM_WINDOW
 from services.inference.queue.results import Results, find_problem

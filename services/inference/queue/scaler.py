@@ -18,7 +18,8 @@ from uuid import UUID
 from esd.inference.v1 import externalscaler_pb2 as pb
 from esd.inference.v1 import externalscaler_pb2_grpc as rpc
 from services.common.errors import InvalidArgument, Unavailable
-from services.common.signals import Signals, wait
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.signals import JOB_ENDED, JOBS_QUEUED, POOLS_CHANGED
 
@@ -81,7 +82,7 @@ class ScalerServicer(rpc.ExternalScalerServicer):
                 if (is_active := await self._is_active(trigger)) != told:
                     yield pb.IsActiveResponse(result=is_active)
                     told = is_active
-                await wait(changed, _SWEEP_SECONDS)
+                await heard(changed, _SWEEP_SECONDS)
         raise Unavailable("the service is stopping; ask again")
 
     async def GetMetricSpec(self, request: pb.ScaledObjectRef, context: Any) -> pb.GetMetricSpecResponse:

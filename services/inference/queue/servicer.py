@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +15,8 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
-from services.common.signals import Signals, first, wait
+from services.common.signals import Signals
+from services.common.tasks import first, heard, together
 from services.inference.peers import Model
 from services.inference.queue.domain import Assignment, Queue, WorkerStream, parse_lease
 from services.inference.queue.pins import Pins
@@ -82,7 +82,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
                     yield state
                     told, tell_by = state, loop.time() + _POOLS_AT_LEAST_SECONDS
                 await first(self._stopping.wait(), asyncio.sleep(_POOLS_AT_MOST_SECONDS))
-                await first(self._stopping.wait(), wait(changed, tell_by - loop.time()))
+                await first(self._stopping.wait(), heard(changed, tell_by - loop.time()))
         raise Unavailable(_RECONNECT)
 
     async def RetireEndpoint(
@@ -167,7 +167,7 @@ class _WorkSession:
 
     async def _read(self, stream: WorkerStream, requests: AsyncIterator[pb.WorkRequest]) -> None:
         """Takes what the worker says in its order, but for results: they are read back beside it, many at once."""
-        async with _together() as checks:
+        async with together() as checks:
             async for request in requests:
                 match request.WhichOneof("message"):
                     case "want":
@@ -236,7 +236,7 @@ class _WorkSession:
             contended = self._num_wanted > 0 and await self._queue.is_contended(stream)
             # Nothing tells when another transaction lets go of a job without taking it, so that is tried again soon.
             limits = self._queue.limits
-            await wait(self._wake, limits.contended_seconds if contended else limits.sweep_seconds)
+            await heard(self._wake, limits.contended_seconds if contended else limits.sweep_seconds)
 
     async def _renew(self, stream: WorkerStream) -> None:
         while True:
@@ -261,7 +261,7 @@ class _WorkSession:
                 files = await self._pins.files(self._endpoint_id)
             except Unavailable as error:
                 log.warning("a worker is not told what is pinned yet", error=str(error))
-                await wait(pinned, self._queue.limits.sweep_seconds)
+                await heard(pinned, self._queue.limits.sweep_seconds)
                 continue
             if (keys := [model.cache_key for model, _ in files]) != told:
                 self._send(preload=pb.Preload(models=[_model_file(*file) for file in files]))
@@ -309,16 +309,6 @@ class _WorkSession:
 
     def _send(self, **message: Any) -> None:
         self.outbox.put_nowait(pb.WorkResponse(**message))
-
-
-@asynccontextmanager
-async def _together() -> AsyncIterator[asyncio.TaskGroup]:
-    """A group of tasks that raises what the first of them to fail raised, as such."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            yield tasks
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
 
 
 def _endpoint_of_token() -> UUID:

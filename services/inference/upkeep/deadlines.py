@@ -5,7 +5,8 @@ from __future__ import annotations
 import structlog
 
 from services.common.errors import Unavailable
-from services.common.signals import Signals, wait
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.inference.signals import DEADLINE_SET
 from services.inference.store import JobStore
 
@@ -33,4 +34,4 @@ class Deadlines:
                         seconds = min(max(until_next, _AT_LEAST_SECONDS), _SWEEP_SECONDS)
                 except Unavailable as error:
                     log.warning("deadlines wait", reason=str(error))
-                await wait(changed, seconds)
+                await heard(changed, seconds)

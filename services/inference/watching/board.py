@@ -17,7 +17,8 @@ from uuid import UUID, uuid4
 import structlog
 
 from services.common.errors import Unavailable
-from services.common.signals import Signals, wait
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.inference.signals import JOB_ENDED, JOBS_MOVED, JOBS_QUEUED, JOBS_WATCHED
 from services.inference.watching.store import BoardStore, Progress, Standing
 
@@ -206,7 +207,7 @@ class Board:
         look_at = announce_at = sweep_at = self._clock()
         try:
             while True:
-                await wait(self._stir, _LOOK_SECONDS)
+                await heard(self._stir, _LOOK_SECONDS)
                 now = self._clock()
                 if now >= look_at:
                     self._to_look_at |= self._displays.keys()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from services.common.errors import NotFound
-from services.common.signals import heard
+from services.common.tasks import heard
 from services.common.viewer import Viewer
 from services.inference.domain import Inference
 from services.inference.rows import Job

@@ -22,7 +22,8 @@ import structlog
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_url
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
-from services.common.signals import Signals, wait
+from services.common.signals import Signals
+from services.common.tasks import heard
 from services.common.times import time_text
 from services.common.viewer import Viewer
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook, now
@@ -145,7 +146,7 @@ class Webhooks:
                     except Unavailable as error:
                         log.warning("webhooks wait", reason=str(error))
                         await asyncio.sleep(1.0)  # nothing tells when a database that is down comes back
-                    await wait(due, seconds)
+                    await heard(due, seconds)
 
     async def _call(self, webhook: Webhook, job: Job, due: asyncio.Event) -> None:
         try:

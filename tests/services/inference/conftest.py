@@ -21,12 +21,12 @@ from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 from esd.worker.v1 import worker_pb2
-from services.common.background import Background
 from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
 from services.common.outbound import Outbound
 from services.common.signals import Signals
+from services.common.tasks import Background
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue

@@ -12,10 +12,10 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
-from services.common.background import Background
 from services.common.database import Database
 from services.common.errors import Unavailable
 from services.common.leftovers import LeftoverStore
+from services.common.tasks import Background
 from services.inference.queue.domain import Limits, Queue, WorkerStream
 from services.inference.queue.results import ResultObject, Results
 from services.inference.queue.store import LeaseStore

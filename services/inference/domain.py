@@ -107,38 +107,13 @@ class Inference:
         if earlier := await self._find_earlier(draft, user):
             return earlier
         job = await self._new_job(draft, user)
-        submission = None
-        if draft.idempotency_key:
-            submission = Submission(
-                owner=user.name, key=draft.idempotency_key, body_sha256=draft.body_sha256, job_id=job.id
-            )
-        frozen: dict[str, Any] = {}
-        expected: list[str] = []
-
-        async def expect() -> None:
-            if not expected:
-                await self._cleaner.expect(job.prefixes)
-                expected.extend(job.prefixes)
-
-        if draft.payload_string is None:
-            job.input_url = self._blobs.presign_put(job.input_key)
-        else:
-            frozen = await self._freezer.freeze(job, draft.payload_string, submit_time, expect)
-            await self._freezer.keep_inline(job, draft.payload_string, expect)
-
-        async def add() -> Job:
-            if frozen:
-                job.queue(**frozen)
-            try:
-                await self._store.add(job, submission, expected)
-            except (ResourceExhausted, SubmittedBefore):
-                if expected:
-                    await self._cleaner.discard(expected)
-                raise
-            return job
-
+        submission = _submission(draft, user, job)
         try:
-            return await self._run(job, add) if frozen else await add()
+            if draft.payload_string is None:
+                job.input_url = self._blobs.presign_put(job.input_key)
+                return await self._add(job, submission, [])
+            expected = await self._freeze_inline(job, draft.payload_string, submit_time)
+            return await self._run(job, lambda: self._add(job, submission, expected))
         except SubmittedBefore:
             if earlier := await self._find_earlier(draft, user):
                 return earlier
@@ -167,6 +142,35 @@ class Inference:
             return job
 
         return await self._run(job, current)
+
+    async def _freeze_inline(self, job: Job, payload_string: str, submit_time: datetime) -> list[str]:
+        """Freezes a payload that came with the job, which is to be queued; answers below which prefixes objects are
+        expected to be a job's."""
+        frozen = await self._freezer.freeze_inline(job, payload_string, submit_time)
+        expected = job.prefixes if frozen.objects else []
+        if expected:
+            await self._cleaner.expect(expected)
+            await self._freezer.put(frozen.objects)
+        job.queue(**frozen.arguments)
+        return expected
+
+    async def _freeze(self, job: Job, submit_time: datetime) -> dict[str, Any]:
+        """Freezes the payload of a job that is there already; answers the arguments of `Job.queue`. Its bytes are let
+        go of here, as a Real-time job may take minutes."""
+        content = job.payload_string if job.payload_string is not None else await self._freezer.fetch(job)
+        frozen = await self._freezer.freeze(job, content, submit_time)
+        await self._freezer.put(frozen.objects)
+        return frozen.arguments
+
+    async def _add(self, job: Job, submission: Submission | None, expected: list[str]) -> Job:
+        """Adds a job whose objects, if it has any, were `expected` below these prefixes."""
+        try:
+            await self._store.add(job, submission, expected)
+        except (ResourceExhausted, SubmittedBefore):
+            if expected:
+                await self._cleaner.discard(expected)
+            raise
+        return job
 
     async def _new_job(self, draft: Draft, user: Viewer) -> Job:
         endpoint = await self._choices.choose_endpoint(draft, user)
@@ -205,12 +209,11 @@ class Inference:
 
         if job.status == "inprogress":
             return await self._run(job, current)
-        content = job.payload_string if job.payload_string is not None else await self._freezer.fetch(job)
-        frozen = await self._freezer.freeze(job, content, submit_time)
+        arguments = await self._freeze(job, submit_time)
 
         async def queue() -> Job:
             try:
-                return _known(job_id, await self._store.queue(job.id, **frozen))
+                return _known(job_id, await self._store.queue(job.id, **arguments))
             except FailedPrecondition:  # another start was quicker
                 return await current()
 
@@ -309,6 +312,13 @@ class Inference:
         if current.failure is not None:
             raise FailedPrecondition(current.failure)
         return current
+
+
+def _submission(draft: Draft, user: Viewer, job: Job) -> Submission | None:
+    """What is remembered of a request that came with a key."""
+    if not draft.idempotency_key:
+        return None
+    return Submission(owner=user.name, key=draft.idempotency_key, body_sha256=draft.body_sha256, job_id=job.id)
 
 
 def _fitting(jobs: list[Job]) -> list[Job]:

@@ -32,6 +32,11 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def lease_prefix(job_id: UUID, lease_id: UUID) -> str:
+    """The folder that the holder of a lease of a job writes to."""
+    return f"out/{job_id}/result/{lease_id}/"
+
+
 class Job(SQLModel, table=True):
     """An inference job. Costs and virtual times are estimated GPU-seconds; `failure` is shown as sagemakerRaw."""
 
@@ -113,8 +118,8 @@ class Job(SQLModel, table=True):
 
     @property
     def frozen_key(self) -> str:
-        """Where a large checked payload is kept, by content; no client gets a URL of it."""
-        return f"frozen/{self.id}/{self.payload_sha256}.json"
+        """Where the checked payload is kept that is too large for the row."""
+        return self.frozen_key_of(self.payload_sha256 or "")
 
     @property
     def output_key(self) -> str | None:
@@ -124,7 +129,7 @@ class Job(SQLModel, table=True):
     @property
     def result_prefix(self) -> str:
         """The folder of the results that count; before there are any, the folder above."""
-        return f"out/{self.id}/result/{self.result_lease}/" if self.result_lease else f"out/{self.id}/result/"
+        return self.lease_prefix(self.result_lease) if self.result_lease else f"out/{self.id}/result/"
 
     @property
     def result_names(self) -> list[str]:
@@ -138,9 +143,13 @@ class Job(SQLModel, table=True):
         """The name of the result's description."""
         return f"{self.id}_param.json"
 
+    def frozen_key_of(self, payload_sha256: str) -> str:
+        """Where a large checked payload would be kept, by content; no client gets a URL of it."""
+        return f"frozen/{self.id}/{payload_sha256}.json"
+
     def lease_prefix(self, lease_id: UUID) -> str:
         """The folder that the holder of a lease writes to."""
-        return f"out/{self.id}/result/{lease_id}/"
+        return lease_prefix(self.id, lease_id)
 
     def queue(
         self,

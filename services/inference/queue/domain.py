@@ -18,7 +18,7 @@ from services.inference.peers import Model
 from services.inference.queue.claim import WARM_WINDOW
 from services.inference.queue.results import Results, find_problem
 from services.inference.queue.store import LeaseStore
-from services.inference.rows import Job, Worker, now
+from services.inference.rows import Job, Worker, lease_prefix, now
 from services.inference.upkeep.outputs import Outputs
 
 log = structlog.get_logger()
@@ -230,7 +230,7 @@ class Queue:
             job_id = UUID(stem)
         except ValueError:
             return
-        await self._leftovers.add([f"out/{job_id}/result/{lease_id}/"])
+        await self._leftovers.add([lease_prefix(job_id, lease_id)])
 
 
 def parse_lease(text: str) -> UUID:

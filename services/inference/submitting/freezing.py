@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
@@ -18,10 +19,13 @@ _MAX_IN_ROW_BYTES = 32 * 1024
 _MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _STORE_SECONDS = 30.0  # for which a client waits; a store that is cut off would take minutes to be given up
 
-Before = Callable[[], Awaitable[None]]
 
+@dataclass(frozen=True)
+class Frozen:
+    """A checked payload: the arguments of `Job.queue`, and by their keys the objects that are to be there before."""
 
-async def _nothing() -> None: ...
+    arguments: dict[str, Any]
+    objects: dict[str, bytes]
 
 
 class Freezer:
@@ -59,24 +63,18 @@ class Freezer:
             raise InvalidArgument("the payload is empty")
         return content
 
-    async def freeze(
-        self, job: Job, content: bytes | str, submit_time: datetime, before_put: Before = _nothing
-    ) -> dict[str, Any]:
-        """Checks a payload and keeps it where no client can change it; answers the arguments of `Job.queue`. What comes
-        before there is an object is awaited.
+    async def freeze(self, job: Job, content: bytes | str, submit_time: datetime) -> Frozen:
+        """Checks a payload, which is kept where no client can change it.
 
         Raises:
-            InvalidArgument: it cannot be run as it is. Unavailable: the store is away.
+            InvalidArgument: it cannot be run as it is.
         """
         fetched = now()
         checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
         # Refuses models that the job does not have.
         payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])
         in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
-        if not in_row:
-            await before_put()
-            await _in_time(self._blobs.put(f"frozen/{job.id}/{checked.sha256}.json", checked.encoded))
-        return {
+        arguments = {
             "payload": checked.fields if in_row else None,
             "payload_sha256": checked.sha256,
             "num_images": checked.num_images,
@@ -85,15 +83,29 @@ class Freezer:
             "output_id": uuid4() if job.inference_type == ASYNC else None,
             "timings": {"payload_seconds": (fetched - submit_time).total_seconds()},
         }
+        return Frozen(arguments, {} if in_row else {job.frozen_key_of(checked.sha256): checked.encoded})
 
-    async def keep_inline(self, job: Job, payload_string: str, before_put: Before) -> None:
-        """Keeps a payload that came inline as the client wrote it."""
+    async def freeze_inline(self, job: Job, payload_string: str, submit_time: datetime) -> Frozen:
+        """The same of a payload that came with the job, which is kept as the client wrote it too.
+
+        Raises:
+            InvalidArgument: it cannot be run as it is.
+        """
+        frozen = await self.freeze(job, payload_string, submit_time)
         content = payload_string.encode()
-        if len(content) <= _MAX_IN_ROW_BYTES:
-            job.payload_string = payload_string
-        else:
-            await before_put()
-            await _in_time(self._blobs.put(job.input_key, content))
+        if len(content) > _MAX_IN_ROW_BYTES:
+            return Frozen(frozen.arguments, {**frozen.objects, job.input_key: content})
+        job.payload_string = payload_string
+        return frozen
+
+    async def put(self, objects: Mapping[str, bytes]) -> None:
+        """Writes objects.
+
+        Raises:
+            Unavailable: the store is away.
+        """
+        for key, content in objects.items():
+            await _in_time(self._blobs.put(key, content))
 
 
 async def _in_time(work: Awaitable[Any]) -> Any:

@@ -177,9 +177,6 @@ class WorkStream:
                 self._show(message.watched)
             case "preload":
                 self._worker.preload(list(message.preload.models))
-            case "drain":
-                log.info("asked to leave")
-                self.drain()
 
     def _begin(self, kept: set[str], outbox: asyncio.Queue[inference_pb2.WorkRequest | None]) -> None:
         """The stream is up: drops what is lost, tells last events again, and asks for work."""

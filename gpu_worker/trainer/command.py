@@ -48,7 +48,7 @@ class Bar:
         loss = f"epoch {progress.epoch}  loss {progress.average_loss:.4f}"
         self._bar.update(self._task, completed=progress.step, loss=loss)
 
-    def saved(self, path: Path, epoch: int, step: int, *, is_last: bool) -> None:
+    def saved(self, path: Path, epoch: int, step: int) -> None:
         """See Listener."""
         self.log(f"saved {path}, epoch {epoch}, step {step}")
 

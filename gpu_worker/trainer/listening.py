@@ -48,7 +48,7 @@ class Listener(Protocol):
     def stepped(self, progress: Progress) -> None:
         """A step was done."""
 
-    def saved(self, path: Path, epoch: int, step: int, *, is_last: bool) -> None:
+    def saved(self, path: Path, epoch: int, step: int) -> None:
         """A network was written."""
 
     def removed(self, path: Path) -> None:

@@ -239,7 +239,7 @@ class Loop:
     def _save(self, epoch: int, step: int, *, is_last: bool) -> None:
         path = self._folder / saving.file_name(self._config, None if is_last else epoch)
         saving.write(path, self._network.tensors(), self._origin, epoch, step)
-        self._listener.saved(path, epoch, step, is_last=is_last)
+        self._listener.saved(path, epoch, step)
         if self._every and self._config.save_last_n_epochs and not is_last:
             oldest = epoch - self._every * self._config.save_last_n_epochs
             if oldest > 0:

@@ -69,13 +69,13 @@ class Reporter:
 
         self._call(note)
 
-    def saved(self, path: Path, epoch: int, step: int, *, is_last: bool) -> None:
+    def saved(self, path: Path, epoch: int, step: int) -> None:
         """See Listener."""
 
         async def upload() -> None:
             with contextlib.suppress(FileNotFoundError):  # it was removed again meanwhile
                 file = await self._upload(path, path.name)
-                self._stream.tell(saved=pb.SavedNetwork(file=file, epoch=epoch, is_last=is_last))
+                self._stream.tell(saved=pb.SavedNetwork(file=file, epoch=epoch))
 
         self._call(lambda: self._uploads.put_nowait(upload))
 

@@ -197,13 +197,15 @@ async def test_a_job_that_is_to_stop_makes_no_step_but_the_one_in_progress_and_t
 
 
 async def test_a_drained_worker_finishes_its_job_and_leaves(worker: Worker, peers: Services, make_spec: Any) -> None:
-    async with working(worker, peers) as task:
+    async with plain_channel(peers.address) as channel:
+        stream = WorkStream(worker, TokenSource(peers.address, SECRET), channel, "worker-1")
+        task = asyncio.create_task(stream.run())
         connection = await peers.queue.connection()
         await connection.welcome()
         await connection.until_room()
         await connection.assign("lease-1", make_spec(steps=20))
         await connection.until("progress")
-        await connection.send(drain=inference_pb2.Drain())
+        stream.drain()
         await connection.until("done")
         assert not task.done()
         await connection.acknowledge("lease-1")

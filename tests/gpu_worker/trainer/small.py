@@ -56,7 +56,7 @@ class Notes:
     def stepped(self, progress: listening.Progress) -> None:
         self.steps.append(progress)
 
-    def saved(self, path: Path, epoch: int, step: int, *, is_last: bool) -> None:
+    def saved(self, path: Path, epoch: int, step: int) -> None:
         self.files.append(path.name)
 
     def removed(self, path: Path) -> None:

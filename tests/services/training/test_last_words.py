@@ -51,7 +51,7 @@ class Scripted(_Session):
         def work() -> None:
             path = self._folder / "demo-000001.safetensors"
             path.write_bytes(b"first")
-            reporter.saved(path, 1, 4, is_last=False)
+            reporter.saved(path, 1, 4)
             self.end(self.told)
 
         await self._reported(asyncio.to_thread(work), reporter)
@@ -176,8 +176,8 @@ async def test_a_network_that_is_removed_before_its_turn_is_not_told_and_ends_no
         talking = group.create_task(told.run())
         await told.welcome()
         reporter = Reporter(told, Files(told, transfer), tmp_path, lambda: False)
-        reporter.saved(old, 1, 4, is_last=False)
-        reporter.saved(new, 2, 8, is_last=False)
+        reporter.saved(old, 1, 4)
+        reporter.saved(new, 2, 8)
         reporter.removed(old)
         old.unlink()
         sending = group.create_task(reporter.run())

@@ -1,1 +1,1 @@
-"""Code that at least two services share. It knows no word of their domains."""
+"""What at least two processes share. It has no word of their domains but the payloads'."""

@@ -1,8 +1,8 @@
 """Objects that nobody may see any more, remembered until the last URL that writes them is over. One method is one
 transaction.
 
-Whoever had a URL may still upload: so each prefix is emptied twice, at once and
-when no URL for it is valid any more. A process that dies in between forgets nothing.
+Whoever had a URL may still upload: so each prefix is emptied twice, at once and when no URL for it is valid any more.
+A process that dies in between forgets nothing.
 """
 
 from __future__ import annotations
@@ -10,19 +10,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy import (
-    ARRAY,
-    DateTime,
-    Integer,
-    Interval,
-    Table,
-    Text,
-    bindparam,
-    delete,
-    func,
-    select,
-    update,
-)
+from sqlalchemy import ARRAY, DateTime, Integer, Interval, Table, Text, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel
@@ -70,8 +58,6 @@ _DUE = (
 _THIS = (_LEFTOVER.c.prefix == bindparam("this")) & (_LEFTOVER.c.due_time == bindparam("due", type_=_TIME))
 _FORGET = delete(_LEFTOVER).where(_THIS, _LEFTOVER.c.final_time <= bindparam("due", type_=_TIME))
 _AGAIN_AT_ITS_END = update(_LEFTOVER).where(_THIS).values(due_time=_LEFTOVER.c.final_time)
-
-
 _WITHDRAW = delete(_LEFTOVER).where(_LEFTOVER.c.prefix == func.any(bindparam("prefixes", type_=ARRAY(Text))))
 
 

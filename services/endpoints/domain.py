@@ -11,19 +11,10 @@ from uuid import uuid4
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.viewer import Viewer
-from services.endpoints.event_store import Event, EventStore
+from services.endpoints.event_store import EventStore
 from services.endpoints.peers import Identity, Models
-from services.endpoints.store import (
-    CREATING,
-    DRAINING,
-    FAILED,
-    IN_SERVICE,
-    REAL_TIME,
-    UPDATING,
-    Endpoint,
-    EndpointNotFound,
-    EndpointStore,
-)
+from services.endpoints.rows import CREATING, DRAINING, FAILED, IN_SERVICE, REAL_TIME, UPDATING, Endpoint, Event
+from services.endpoints.store import EndpointNotFound, EndpointStore
 
 SERVERLESS = "Serverless"
 MAX_PINNED = 4  # a GPU's memory ends somewhere

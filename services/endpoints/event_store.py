@@ -1,4 +1,4 @@
-"""Owns the events of endpoints: what was done with each and why, written with the change itself, and kept bounded."""
+"""Remembers what was done with each endpoint and why, written with the change itself, and kept bounded."""
 
 from __future__ import annotations
 
@@ -6,34 +6,19 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from sqlalchemy import DateTime, delete, insert, select, tuple_
+from sqlalchemy import delete, insert, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import Field, SQLModel, col
+from sqlmodel import col
 
 from services.common.database import Database
+from services.endpoints.rows import Event
 
 MAX_EVENTS = 200  # of an endpoint; older ones are removed
 
-CREATED, UPDATED, DELETING, FAILED = "Created", "Updated", "Deleting", "Failed"
-IN_SERVICE, SCALED_OUT, SCALED_IN = "InService", "ScaledOut", "ScaledIn"
-WORKER_STARTED, WORKER_ENDED = "WorkerStarted", "WorkerEnded"
-
 
 class Happening(NamedTuple):
-    """What is to be remembered: one of the words above, and a sentence."""
+    """What is to be remembered: a word of rows.py, and a sentence."""
 
-    type: str
-    message: str
-
-
-class Event(SQLModel, table=True):
-    """Something that happened to an endpoint."""
-
-    __tablename__ = "events"
-
-    id: UUID = Field(primary_key=True)
-    endpoint_id: str
-    time: datetime = Field(sa_type=DateTime(timezone=True))
     type: str
     message: str
 

@@ -17,19 +17,9 @@ from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
 from services.endpoints.cluster import Cluster, Following, Pool, PoolState
 from services.endpoints.peers import Holder, Identity, Load, Queue
+from services.endpoints.rows import CREATING, DELETING, DRAINING, FAILED, IN_SERVICE, REAL_TIME, UPDATING, Endpoint
 from services.endpoints.scaling import Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
-from services.endpoints.store import (
-    CHANGED,
-    CREATING,
-    DELETING,
-    DRAINING,
-    FAILED,
-    IN_SERVICE,
-    REAL_TIME,
-    UPDATING,
-    Endpoint,
-    EndpointStore,
-)
+from services.endpoints.store import CHANGED, EndpointStore
 from services.endpoints.task_control import TaskControl
 
 log = structlog.get_logger()

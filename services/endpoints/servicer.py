@@ -16,7 +16,7 @@ from services.common.structs import json_value
 from services.common.times import time_text
 from services.common.viewer import Viewer
 from services.endpoints.domain import Change, Endpoints, NewEndpoint, check_custom
-from services.endpoints.store import ASYNC, Endpoint
+from services.endpoints.rows import ASYNC, Endpoint
 
 _DEFAULT_MIN, _DEFAULT_MAX = "0", "1"
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")

@@ -1,4 +1,4 @@
-"""Owns the rows of endpoints and workers, and the lock that elects the one control loop."""
+"""Remembers endpoints and workers, and holds the lock that elects the one control loop."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, Column, ColumnElement, DateTime, Table, Text, delete, select, text, update
+from sqlalchemy import ColumnElement, Table, delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import Field, SQLModel, col
+from sqlmodel import col
 
 from services.common.audit import Audit
 from services.common.database import Database, notify
 from services.common.errors import FailedPrecondition, NotFound, Unavailable
-from services.endpoints import event_store as events
 from services.endpoints.event_store import Happening, remember
+from services.endpoints.rows import (
+    CREATED,
+    CREATING,
+    DELETING,
+    FAILED,
+    IN_SERVICE,
+    SCALED_IN,
+    SCALED_OUT,
+    UPDATED,
+    UPDATING,
+    WORKER_ENDED,
+    WORKER_STARTED,
+    Endpoint,
+    Worker,
+)
 from services.endpoints.scaling import Scale
 
 CHANGED = "endpoints_changed"  # the NOTIFY channel that wakes the control loop
 _LEADER_LOCK = 0x656E6470  # any numbers will do, as long as all replicas take the same
 _CREATE_LOCK = 0x656E6471
-
-ASYNC, REAL_TIME = "Async", "Real-time"
-CREATING, IN_SERVICE, UPDATING, FAILED, DELETING = "Creating", "InService", "Updating", "Failed", "Deleting"
-DRAINING = "Draining"  # not a word of the original: no workers and no new jobs, until somebody ends that
-
-
-_OBSERVED = {"id", "name", "num_live", "num_workers", "need_since", "surplus_since", "surplus_peak"}
 _BOUNDS = ("autoscaling", "num_min", "num_max", "num_workers")
-_OBSERVED |= {"start_time", "end_time", "is_retired", "are_pins_told"}
 
 
 class RoleHasEndpoint(FailedPrecondition):
@@ -43,75 +49,6 @@ class NameInUse(FailedPrecondition):
 
 class EndpointNotFound(NotFound):
     """There is no such endpoint, or not for this caller."""
-
-
-class Endpoint(SQLModel, table=True):
-    """A pool. Counts are of workers: `num_initial`, `num_min` and `num_max` are wishes, `num_live` is what was seen.
-
-    `num_workers` is what the control loop has decided, and `need_since` to `surplus_peak` why it may decide otherwise
-    soon (scaling.Scale). `is_retired` says that the queue was told that the endpoint takes no more jobs, and
-    `are_pins_told` that it was told which checkpoints are `pinned`.
-    """
-
-    __tablename__ = "endpoints"
-
-    id: str = Field(primary_key=True)
-    name: str
-    type: str
-    status: str = CREATING
-    instance_type: str
-    autoscaling: bool
-    num_initial: int
-    num_min: int
-    num_max: int
-    num_live: int = 0
-    num_workers: int
-    need_since: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
-    surplus_since: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
-    surplus_peak: int = 0
-    owners: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False))
-    creator: str
-    custom_extensions: str = ""
-    custom_docker_image_uri: str = ""
-    start_time: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
-    end_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
-    error: str | None = None
-    is_retired: bool = False
-    pinned: list[str] = Field(default_factory=list, sa_column=Column(ARRAY(Text), nullable=False))
-    are_pins_told: bool = True
-
-    def facts(self) -> dict[str, Any]:
-        """What the audit may know: what was asked for, and what became of it; not what is merely observed."""
-        return self.model_dump(exclude=_OBSERVED)
-
-    @property
-    def scale(self) -> Scale:
-        """What was decided about the number of workers."""
-        return Scale(self.num_workers, self.need_since, self.surplus_since, self.surplus_peak)
-
-
-class Worker(SQLModel, table=True):
-    """A place for one worker process of an endpoint, and the process that was last started in it.
-
-    `num_launches` fences: only who raised it from the number they read may let their process go. `num_failures` counts
-    starts in a row that did not reach the queue, `was_live` says whether the present one did.
-    """
-
-    __tablename__ = "workers"
-
-    endpoint_id: str = Field(primary_key=True)
-    slot: int = Field(primary_key=True)
-    num_launches: int = 0
-    num_failures: int = 0
-    was_live: bool = False
-    pid: int | None = None
-    start_time: str | None = None
-    gpu: str | None = None
-
-    @property
-    def worker_id(self) -> str:
-        """The name by which the queue knows the process; another launch has another one."""
-        return f"{self.endpoint_id}-{self.slot}-{self.num_launches}"
 
 
 _LIVE_ENDPOINTS = select(Endpoint).where(col(Endpoint.status) != DELETING)
@@ -147,7 +84,7 @@ class EndpointStore:
                 )
             session.add(endpoint)
             await session.flush()
-            await remember(session, endpoint.id, Happening(events.CREATED, f"asked for by {endpoint.creator}"))
+            await remember(session, endpoint.id, Happening(CREATED, f"asked for by {endpoint.creator}"))
             await notify(session, CHANGED, endpoint.id)
             await self._audit.record(session, "endpoint.create", endpoint.name, after=endpoint.facts())
 
@@ -181,7 +118,7 @@ class EndpointStore:
         read += [getattr(Endpoint, name) == getattr(before, name) for name in ("status", *_BOUNDS)]
         async with self._database.transaction() as session:
             await notify(session, CHANGED, before.id)
-            updated = Happening(events.UPDATED, message)
+            updated = Happening(UPDATED, message)
             return bool(await self._change(session, "endpoint.update", read, values, updated))
 
     async def mark_deleting(self, names: list[str]) -> None:
@@ -189,7 +126,7 @@ class EndpointStore:
         wanted = col(Endpoint.name).in_(names), col(Endpoint.status) != DELETING
         async with self._database.transaction() as session:
             await notify(session, CHANGED, "")
-            deletion = Happening(events.DELETING, "its workers finish what they run and leave; its jobs go elsewhere")
+            deletion = Happening(DELETING, "its workers finish what they run and leave; its jobs go elsewhere")
             await self._change(session, "endpoint.delete", wanted, {"status": DELETING}, deletion)
 
     async def set_num_live(self, endpoint_id: str, num_live: int) -> None:
@@ -198,7 +135,7 @@ class EndpointStore:
 
     async def set_in_service(self, endpoint_id: str, now: datetime) -> None:
         """Brings an endpoint into service: a new one, or one whose number of workers has changed."""
-        arrived = Happening(events.IN_SERVICE, "its workers are as many as wanted, and have reached the queue")
+        arrived = Happening(IN_SERVICE, "its workers are as many as wanted, and have reached the queue")
         await self._update(endpoint_id, [CREATING, UPDATING], arrived, status=IN_SERVICE, end_time=now)
 
     async def set_scale(self, endpoint: Endpoint, scale: Scale, reason: str) -> bool:
@@ -211,7 +148,7 @@ class EndpointStore:
         }
         happening = None
         if scale.num_workers != endpoint.num_workers:
-            word = events.SCALED_OUT if scale.num_workers > endpoint.num_workers else events.SCALED_IN
+            word = SCALED_OUT if scale.num_workers > endpoint.num_workers else SCALED_IN
             text = f"from {endpoint.num_workers} to {scale.num_workers} workers: {reason}"
             happening = Happening(word, text)
             if endpoint.status == IN_SERVICE:
@@ -224,7 +161,7 @@ class EndpointStore:
     async def set_failed(self, endpoint_id: str, error: str) -> None:
         """Gives an endpoint up."""
         states = [CREATING, IN_SERVICE, UPDATING]
-        await self._update(endpoint_id, states, Happening(events.FAILED, error), status=FAILED, error=error, num_live=0)
+        await self._update(endpoint_id, states, Happening(FAILED, error), status=FAILED, error=error, num_live=0)
 
     async def set_retired(self, endpoint_id: str) -> None:
         """Remembers that the queue knows."""
@@ -274,7 +211,7 @@ class EndpointStore:
             )
         )
         where = f" on GPU {worker.gpu}" if worker.gpu is not None else ""
-        started = Happening(events.WORKER_STARTED, f"worker {worker.slot}, process {worker.pid}{where}")
+        started = Happening(WORKER_STARTED, f"worker {worker.slot}, process {worker.pid}{where}")
         return await self._change_worker(worker, launched, started)
 
     async def set_worker_live(self, worker: Worker) -> None:
@@ -286,7 +223,7 @@ class EndpointStore:
         """Remembers that the worker's present process is no more, and why."""
         ended = _worker(worker, worker.num_launches).where(col(Worker.pid) == worker.pid)
         ended = ended.values(pid=None, start_time=None, num_failures=num_failures)
-        happening = Happening(events.WORKER_ENDED, f"worker {worker.slot}, process {worker.pid}: {reason}")
+        happening = Happening(WORKER_ENDED, f"worker {worker.slot}, process {worker.pid}: {reason}")
         await self._change_worker(worker, ended, happening)
 
     async def _change_worker(self, worker: Worker, change: Any, happening: Happening) -> bool:

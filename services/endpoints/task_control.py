@@ -14,7 +14,8 @@ import structlog
 from services.common.errors import EsdError
 from services.endpoints.cluster import Cluster, TaskState
 from services.endpoints.peers import Holder, Identity
-from services.endpoints.task_store import State, Task, TaskStore
+from services.endpoints.rows import State, Task
+from services.endpoints.task_store import TaskStore
 
 log = structlog.get_logger()
 

@@ -9,7 +9,7 @@ from typing import Any
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
 from services.common.auth import current_caller
-from services.endpoints.task_store import State, Task
+from services.endpoints.rows import State, Task
 from services.endpoints.tasks import TRAIN, NewTask, Tasks
 
 _KINDS = {pb.TASK_KIND_TRAIN: TRAIN}

@@ -1,76 +1,23 @@
-"""Owns the rows of tasks: what runs to its end on the GPUs that endpoints have too."""
+"""Remembers tasks: what runs to its end on the GPUs that endpoints have too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
-from enum import StrEnum
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, ColumnElement, DateTime, delete, func, select, update
+from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlmodel import Field, SQLModel, col
+from sqlmodel import col
 
 from services.common.database import Database, notify
 from services.common.errors import NotFound
+from services.endpoints.rows import OPEN, State, Task
 from services.endpoints.store import CHANGED
 
 
 class TaskNotFound(NotFound):
     """There is no such task, or not for this caller."""
-
-
-class State(StrEnum):
-    """Where a task is in its life. It waits again between two attempts."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-_OPEN = (State.WAITING, State.RUNNING)
-
-
-class Task(SQLModel, table=True):
-    """A command that runs to its end, and the process that was last started for it, where that is one of a machine.
-
-    `service` asked for it. `num_attempts` fences as a worker's `num_launches` does. `is_cleared` says that its secret
-    and whatever else was made for it are gone.
-    """
-
-    __tablename__ = "tasks"
-
-    id: str = Field(primary_key=True)
-    kind: str
-    service: str
-    instance_type: str
-    max_attempts: int
-    deadline_seconds: int | None = Field(default=None, sa_type=BigInteger)
-    state: str = State.WAITING
-    reason: str = ""
-    stop_requested: bool = False
-    num_attempts: int = 0
-    creation_time: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
-    begin_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
-    end_time: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
-    is_cleared: bool = False
-    pid: int | None = None
-    start_time: str | None = None
-    gpu: str | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state not in _OPEN
-
-    @property
-    def deadline(self) -> datetime | None:
-        """When it has to have ended; None where it may take as long as it likes, or has not begun."""
-        if self.begin_time is None or self.deadline_seconds is None:
-            return None
-        return self.begin_time + timedelta(seconds=self.deadline_seconds)
 
 
 class TaskStore:
@@ -106,7 +53,7 @@ class TaskStore:
 
     async def request_stop(self, task_id: str) -> None:
         """Remembers that somebody wants the task to end."""
-        asked = update(Task).where(col(Task.id) == task_id, col(Task.state).in_(_OPEN)).values(stop_requested=True)
+        asked = update(Task).where(col(Task.id) == task_id, col(Task.state).in_(OPEN)).values(stop_requested=True)
         async with self._database.transaction() as session:
             await session.execute(asked)
             await notify(session, CHANGED, task_id)
@@ -131,7 +78,7 @@ class TaskStore:
             values["begin_time"] = func.coalesce(col(Task.begin_time), func.clock_timestamp())
         else:
             values |= {"pid": None, "start_time": None, "gpu": None}
-        if state not in _OPEN:
+        if state not in OPEN:
             values["end_time"] = func.clock_timestamp()
         return await self._change(task_id, col(Task.num_attempts) <= num_attempts, values)
 
@@ -147,7 +94,7 @@ class TaskStore:
             await session.execute(old)
 
     async def _change(self, task_id: str, as_known: ColumnElement[bool], values: Mapping[str, Any]) -> bool:
-        known = col(Task.id) == task_id, col(Task.state).in_(_OPEN), as_known
+        known = col(Task.id) == task_id, col(Task.state).in_(OPEN), as_known
         async with self._database.transaction() as session:
             result: Any = await session.execute(update(Task).where(*known).values(**values))
             return bool(result.rowcount)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from services.common.errors import PermissionDenied
-from services.endpoints.task_store import Task, TaskNotFound, TaskStore
+from services.endpoints.rows import Task
+from services.endpoints.task_store import TaskNotFound, TaskStore
 
 TRAIN = "train"
 # Which service a kind of task belongs to. What runs is the worker's command with the kind as its word.

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.endpoints.task_store import State, Task
+from services.endpoints.rows import State, Task
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from services.endpoints.cluster.kubernetes_tasks import KubernetesTasks
 from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import MANAGED, MANAGER, OWNER, name_of, secret_object
 from services.endpoints.cluster.tail import last_words_in
-from services.endpoints.task_store import Task
+from services.endpoints.rows import Task
 
 log = structlog.get_logger()
 

@@ -27,7 +27,7 @@ from services.endpoints.cluster.kubernetes_api import (
 from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import name_of
 from services.endpoints.cluster.tail import how_it_ended, last_words_in
-from services.endpoints.task_store import State, Task
+from services.endpoints.rows import State, Task
 
 _NO_MEMORY = "OOMKilled"  # a container's reason, by its runtime
 

@@ -18,8 +18,9 @@ from services.endpoints.cluster.local_tasks import LocalTasks
 from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, LocalSettings, Machine
 from services.endpoints.cluster.process import Process, start
 from services.endpoints.cluster.tail import last_words, shorten
-from services.endpoints.store import EndpointStore, Worker
-from services.endpoints.task_store import Task, TaskStore
+from services.endpoints.rows import Task, Worker
+from services.endpoints.store import EndpointStore
+from services.endpoints.task_store import TaskStore
 
 log = structlog.get_logger()
 

@@ -18,7 +18,8 @@ from services.endpoints.cluster import TaskState
 from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, Machine
 from services.endpoints.cluster.process import Process, start
 from services.endpoints.cluster.tail import how_it_ended, last_words
-from services.endpoints.task_store import State, Task, TaskStore
+from services.endpoints.rows import State, Task
+from services.endpoints.task_store import TaskStore
 
 log = structlog.get_logger()
 

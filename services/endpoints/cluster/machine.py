@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.endpoints.cluster.gpus import Shares
-from services.endpoints.store import EndpointStore, Worker
-from services.endpoints.task_store import State, Task, TaskStore
+from services.endpoints.rows import State, Task, Worker
+from services.endpoints.store import EndpointStore
+from services.endpoints.task_store import TaskStore
 
 FIRST_BACKOFF_SECONDS = 0.5  # doubled at each further failure
 # What a process inherits. It gets no other variable: the service's own name the database and its secret.

@@ -9,7 +9,7 @@ from services.common.process import EXIT_INTERRUPTED
 from services.endpoints.cluster import Following, Pool
 from services.endpoints.cluster.pods import OWNER, Program, labels_of, name_of, pod_template
 from services.endpoints.cluster.profiles import Profile
-from services.endpoints.task_store import Task
+from services.endpoints.rows import Task
 
 FAILED_BEFORE = "esd/failed-before"  # the annotation of a Job that stands in for another one
 DISRUPTED = "DisruptionTarget"  # the condition of a pod that was evicted, preempted or on a node that went

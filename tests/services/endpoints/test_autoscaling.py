@@ -8,8 +8,9 @@ import pytest
 from services.common.viewer import Viewer
 from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
+from services.endpoints.rows import Endpoint
 from services.endpoints.scaling import ScalingPolicy
-from services.endpoints.store import Endpoint, EndpointStore
+from services.endpoints.store import EndpointStore
 from tests.services.endpoints.conftest import Peers, RunLoop, until
 
 ANN = Viewer("ann", [])

@@ -19,9 +19,10 @@ from services.endpoints.cluster import Cluster, Pool, PoolState
 from services.endpoints.cluster.local import LocalCluster
 from services.endpoints.cluster.machine import LocalSettings
 from services.endpoints.peers import Holder, Identity
-from services.endpoints.store import Endpoint, EndpointStore
+from services.endpoints.rows import Endpoint, State, Task
+from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
-from services.endpoints.task_store import State, Task, TaskStore
+from services.endpoints.task_store import TaskStore
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, until
 from tests.services.endpoints.foreman import Foreman
 

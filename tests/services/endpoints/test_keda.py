@@ -33,8 +33,9 @@ from services.endpoints.cluster.pods import name_of
 from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
 from services.endpoints.reconcile import ControlLoop
+from services.endpoints.rows import Endpoint
 from services.endpoints.scaling import ScalingPolicy
-from services.endpoints.store import Endpoint, EndpointStore
+from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
 from services.inference.__main__ import InferenceSettings, keda_door

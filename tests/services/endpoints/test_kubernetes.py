@@ -22,8 +22,9 @@ from services.endpoints.cluster.pods import OWNER, name_of
 from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.peers import Holder, Identity, Queue
 from services.endpoints.reconcile import ControlLoop
+from services.endpoints.rows import Endpoint
 from services.endpoints.scaling import ScalingPolicy
-from services.endpoints.store import Endpoint, EndpointStore
+from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
 from tests.deploy.control_plane import ControlPlane, account_token

@@ -16,8 +16,9 @@ from kubernetes_asyncio import client
 
 from services.endpoints.cluster import Cluster, Pool
 from services.endpoints.peers import Holder
+from services.endpoints.rows import State, Task
 from services.endpoints.task_control import TaskControl
-from services.endpoints.task_store import State, Task, TaskStore
+from services.endpoints.task_store import TaskStore
 from tests.services.endpoints.conftest import Peers, until
 from tests.services.endpoints.foreman import Foreman, worker_or_task
 

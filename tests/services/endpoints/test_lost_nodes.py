@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from services.endpoints.cluster.pods import labels_of, name_of
-from services.endpoints.task_store import State, Task
+from services.endpoints.rows import State, Task
 from tests.services.endpoints.test_budgets import ApiServer
 
 TASK = Task(

@@ -16,7 +16,7 @@ from services.endpoints.cluster import Pool, kubernetes_tasks, manifests
 from services.endpoints.cluster.kubernetes_api import KubernetesApi, KubernetesSettings, UnknownProfileError
 from services.endpoints.cluster.pods import Program, secret_object
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
-from services.endpoints.task_store import Task
+from services.endpoints.rows import Task
 from tests.processes import ROOT
 
 PROGRAM = Program("esd-gpu-worker:0.1.0", ["python"], "https://gateway", 100, 60, 30, "esd-before-others")

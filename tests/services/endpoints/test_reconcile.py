@@ -13,7 +13,8 @@ import pytest
 
 from services.common.viewer import Viewer
 from services.endpoints.domain import Change, Endpoints, NewEndpoint
-from services.endpoints.store import Endpoint, EndpointStore, Worker
+from services.endpoints.rows import Endpoint, Worker
+from services.endpoints.store import EndpointStore
 from tests.processes import ROOT
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, is_alive, until
 

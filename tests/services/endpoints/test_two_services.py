@@ -13,7 +13,8 @@ import pytest
 
 from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
-from services.endpoints.store import EndpointStore, Worker
+from services.endpoints.rows import Worker
+from services.endpoints.store import EndpointStore
 from tests.processes import ROOT
 from tests.services.endpoints.conftest import Peers, is_alive, until
 

@@ -21,6 +21,7 @@ from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Submission,
 from services.inference.store import JobFilter, JobStore
 from services.inference.submitting.quotas import Quotas
 from services.inference.submitting.submissions import SubmittedBefore
+from services.inference.table import recent_successes, totals
 
 FROZEN: dict[str, Any] = {
     "payload": {"steps": 1},
@@ -576,6 +577,13 @@ async def fill(pool: Pool, num_finished: int, num_queued: int, num_users: int) -
         await session.execute(text("ANALYZE job"))
 
 
+async def explained(pool: Pool, query: Any) -> str:
+    """How the database runs the query, as text."""
+    sql = str(query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))
+    async with pool.database.transaction() as session:
+        return "\n".join(await session.scalars(text("EXPLAIN ANALYZE " + sql)))
+
+
 @pytest.mark.parametrize(
     ("num_finished", "num_queued", "num_users"),
     [
@@ -588,11 +596,16 @@ async def test_the_claim_reads_a_few_rows_of_the_queue_by_its_partial_index(
 ) -> None:
     await fill(pool, num_finished, num_queued, num_users)
     claim = CLAIM.params(endpoint=pool.endpoint_id, worker="w", stream=pool.streams["w"], num_jobs=1, warm_models=["m"])
-    sql = str(claim.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))
-    async with pool.database.transaction() as session:
-        plan = "\n".join(await session.scalars(text("EXPLAIN ANALYZE " + sql)))
+    plan = await explained(pool, claim)
     assert "using job_queue on job" in plan
     assert "Seq Scan on job" not in plan
     assert "Sort Key: job.priority_class" not in plan  # the index has the order
     scanned = next(line for line in plan.splitlines() if "using job_queue on job" in line)
     assert int(float(scanned.split("rows=")[2].split()[0])) <= WARM_WINDOW
+
+
+async def test_the_pace_of_an_endpoint_is_read_by_the_index_of_its_last_successes(pool: Pool) -> None:
+    await fill(pool, num_finished=5_000, num_queued=10, num_users=10)
+    plan = await explained(pool, totals(recent_successes(pool.endpoint_id)))
+    assert "using job_last_successes on job" in plan
+    assert "Sort" not in plan

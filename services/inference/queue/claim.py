@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import col
 
 from services.inference.rows import LAST_ATTEMPT, UserClock, Worker
-from services.inference.table import JOB, QUEUED
+from services.inference.table import JOB, QUEUED, by_place
 
 WARM_WINDOW = 32  # a warm job is looked for among so many at the front
 MAX_PASSED_OVER = 8  # so often the first in the queue lets a warm one go before it
@@ -50,11 +50,10 @@ def _claim_statement() -> Select[Any]:
     worker_id: Any = bindparam("worker", type_=Text)
     stream_id: Any = bindparam("stream", type_=Uuid)
     place = (JOB.c.priority_class, JOB.c.priority, JOB.c.virtual_start, JOB.c.id)
-    by_place = (JOB.c.priority_class, JOB.c.priority.desc(), JOB.c.virtual_start, JOB.c.id)
     front = select(*place, JOB.c.base_model_key, JOB.c.passed_over, JOB.c.num_lost).where(
         JOB.c.endpoint_id == endpoint_id, QUEUED
     )
-    head = front.order_by(*by_place).limit(WARM_WINDOW).cte("head")
+    head = front.order_by(*by_place(JOB)).limit(WARM_WINDOW).cte("head")
     stream = (
         select(col(Worker.worker_id)).where(of_stream(endpoint_id, worker_id, stream_id)).with_for_update(read=True)
     )
@@ -98,11 +97,7 @@ def _claim_statement() -> Select[Any]:
 
 def _passed_over(head: Any, chosen: Any) -> Any:
     """Counts that the first in the queue was passed over, if it was."""
-    first = (
-        select(head.c.id)
-        .limit(1)
-        .order_by(head.c.priority_class, head.c.priority.desc(), head.c.virtual_start, head.c.id)
-    )
+    first = select(head.c.id).order_by(*by_place(head)).limit(1)
     waiting = (
         select(JOB.c.id)
         .where(JOB.c.id == first.scalar_subquery(), QUEUED)

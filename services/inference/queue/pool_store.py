@@ -13,9 +13,18 @@ from services.common.database import Database
 from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, PinnedModels, RetiredEndpoint, Worker
 from services.inference.signals import JOB_ENDED, MODELS_PINNED, notify
-from services.inference.table import JOB, QUEUED, UNDER_WAY, job_of, locked, read_job, save_job
+from services.inference.table import (
+    JOB,
+    QUEUED,
+    UNDER_WAY,
+    job_of,
+    locked,
+    read_job,
+    recent_successes,
+    save_job,
+    totals,
+)
 
-_NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
 _NUM_STRANDED = 1000
 _WORKER: Table = Worker.__table__  # type: ignore[attr-defined]
 _RETIRED: Table = RetiredEndpoint.__table__  # type: ignore[attr-defined]
@@ -61,21 +70,8 @@ def _work() -> Select[Any]:
         .group_by(JOB.c.endpoint_id)
         .subquery()
     )
-    done = JOB.alias("done")
-    recent = (
-        select(func.extract("epoch", done.c.complete_time - done.c.start_time).label("seconds"), done.c.cost_seconds)
-        .where(done.c.endpoint_id == jobs.c.endpoint_id, done.c.status == "succeed")
-        .order_by(done.c.complete_time.desc())
-        .limit(_NUM_RECENT)
-        .correlate(jobs)
-        .subquery()
-    )
-    seconds = func.sum(func.greatest(recent.c.seconds, 0))  # an old row has the times of two clocks
-    finished = select(seconds.label("finished_seconds"), func.sum(recent.c.cost_seconds).label("finished_cost")).where(
-        recent.c.seconds.is_not(None)
-    )
-    pace = finished.lateral()
-    return select(jobs, pace.c.finished_seconds, pace.c.finished_cost).join(pace, true())
+    finished = totals(recent_successes(jobs.c.endpoint_id).correlate(jobs)).lateral()
+    return select(jobs, finished).join(finished, true())
 
 
 _WORK = _work()

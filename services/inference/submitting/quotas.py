@@ -14,12 +14,11 @@ from sqlmodel import col
 from services.common.driver import Run
 from services.common.errors import ResourceExhausted
 from services.inference.rows import Job, Usage
-from services.inference.table import JOB, QUEUED
+from services.inference.table import JOB, QUEUED, recent_successes
 
 _HOUR = timedelta(hours=1)
 _MINUTE = timedelta(minutes=1)
 _FULL_QUEUE_SECONDS = 10  # when to try again; how long a job takes nobody knows
-_NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
 
 _OWNER: Any = bindparam("owner", type_=Text)
 _WAITING = select(func.count().label("number")).select_from(JOB).where(JOB.c.owner == _OWNER, QUEUED)
@@ -34,13 +33,8 @@ def _pending() -> Select[Any]:
     """The GPU-seconds that the owner's jobs under way will take, by the pace of the endpoint's last successes."""
     mine = select(func.coalesce(func.sum(JOB.c.cost_seconds), 0.0)).where(JOB.c.owner == _OWNER)
     cost = mine.where(QUEUED).scalar_subquery() + mine.where(JOB.c.lease_id.is_not(None)).scalar_subquery()
-    last = (
-        select(JOB.c.cost_seconds, JOB.c.timings["pipeline_seconds"].astext.cast(Float).label("seconds"))
-        .where(JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid), JOB.c.status == "succeed")
-        .order_by(JOB.c.complete_time.desc())
-        .limit(_NUM_RECENT)
-        .subquery()
-    )
+    seconds = JOB.c.timings["pipeline_seconds"].astext.cast(Float)
+    last = recent_successes(bindparam("endpoint", type_=Uuid), seconds).subquery()
     pace = select(func.sum(last.c.seconds) / func.nullif(func.sum(last.c.cost_seconds), 0.0)).scalar_subquery()
     return select((cost * func.coalesce(pace, 1.0)).label("seconds"))
 

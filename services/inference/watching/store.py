@@ -31,10 +31,9 @@ from services.common.database import Database
 from services.common.driver import Run
 from services.inference.rows import JobProgress, Worker, now
 from services.inference.signals import JOBS_MOVED, JOBS_WATCHED, notify
-from services.inference.table import JOB, QUEUED
+from services.inference.table import JOB, QUEUED, by_place, recent_successes, totals
 
 _NUM_IDS = 200  # in a notification, which ends at 8,000 bytes
-_NUM_RECENT = 16  # finished jobs from which an endpoint's pace is taken
 
 _PROGRESS: Table = JobProgress.__table__  # type: ignore[attr-defined]
 _WORKER: Table = Worker.__table__  # type: ignore[attr-defined]
@@ -69,7 +68,7 @@ def _standings() -> Select[Any]:
     endpoints = select(JOB.c.endpoint_id).where(JOB.c.id == _IDS, QUEUED)
     places: Any = {
         "partition_by": JOB.c.endpoint_id,
-        "order_by": [JOB.c.priority_class, JOB.c.priority.desc(), JOB.c.virtual_start, JOB.c.id],
+        "order_by": by_place(JOB),
     }
     queue = (
         select(
@@ -89,21 +88,12 @@ def _standings() -> Select[Any]:
 
 
 _STANDINGS = _standings()
-_HERE: Any = JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid)
-_RECENT = (
-    select(func.extract("epoch", JOB.c.complete_time - JOB.c.start_time).label("seconds"), JOB.c.cost_seconds)
-    .where(_HERE, JOB.c.status == "succeed")
-    .order_by(JOB.c.complete_time.desc())
-    .limit(_NUM_RECENT)
-)
-_NUM_WORKERS = (
-    select(func.count().label("number"))
-    .select_from(_WORKER)
-    .where(_WORKER.c.endpoint_id == bindparam("endpoint", type_=Uuid))
-)
+_ENDPOINT: Any = bindparam("endpoint", type_=Uuid)
+_FINISHED = totals(recent_successes(_ENDPOINT))
+_NUM_WORKERS = select(func.count().label("number")).select_from(_WORKER).where(_WORKER.c.endpoint_id == _ENDPOINT)
 _UNDER_LEASE = select(
     func.count().label("number"), func.coalesce(func.sum(JOB.c.cost_seconds), 0.0).label("cost")
-).where(_HERE, JOB.c.lease_id.is_not(None))
+).where(JOB.c.endpoint_id == _ENDPOINT, JOB.c.lease_id.is_not(None))
 
 
 @dataclass(frozen=True)
@@ -198,16 +188,14 @@ class BoardStore:
 
 async def _pace(run: Run, endpoint_id: UUID) -> _Pace | None:
     """How fast an endpoint is now; None where no worker is, or none has finished a job."""
-    recent = await run(_RECENT, endpoint=endpoint_id)
-    finished = [(max(0.0, float(row["seconds"])), row["cost_seconds"]) for row in recent if row["seconds"] is not None]
-    cost = sum(cost for _, cost in finished)
+    (finished,) = await run(_FINISHED, endpoint=endpoint_id)
     (workers,) = await run(_NUM_WORKERS, endpoint=endpoint_id)
-    if not workers["number"] or cost <= 0:
+    if not workers["number"] or not finished["finished_cost"]:
         return None
     (held,) = await run(_UNDER_LEASE, endpoint=endpoint_id)
     # With a queue behind them the workers do as many jobs at once as they ever do.
     at_once = max(held["number"], workers["number"])
-    return _Pace(sum(seconds for seconds, _ in finished) / cost / at_once, held["cost"])
+    return _Pace(float(finished["finished_seconds"]) / finished["finished_cost"] / at_once, held["cost"])
 
 
 async def _notify_ids(run: Run, channel: str, replica: str, job_ids: Iterable[UUID]) -> None:

@@ -16,7 +16,7 @@ from gpu_worker.engine.run import Produced, Run
 from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import INTERNAL, JobError
-from gpu_worker.models import tiny
+from gpu_worker.models import tiny, weights
 from services.common.payloads import Generation
 from tests.gpu_worker import tiny_lora
 from tests.gpu_worker.conftest import as_cached
@@ -594,6 +594,58 @@ def test_more_checkpoints_than_places_are_run_in_order_of_arrival(driven: Driven
     driven.until_ended("long", "second", "third", "late")
     assert driven.ended.index("third") > driven.ended.index("second")
     assert len(driven.core.warm_models) == 2
+
+
+def test_jobs_go_on_while_the_next_checkpoint_is_read(
+    driven: Driven, others: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven.add("first", REQUEST)
+    driven.until_ended("first")
+    is_reading, may_end, load = threading.Event(), threading.Event(), weights.load
+
+    def held_up(*arguments: Any) -> weights.Models:
+        is_reading.set()
+        assert may_end.wait(120)
+        return load(*arguments)
+
+    monkeypatch.setattr(weights, "load", held_up)
+    driven.add("next", REQUEST, others[0])
+    driven.add("goes on", changed(REQUEST, steps=12))
+    try:
+        driven.core.work()
+        while "goes on" not in driven.outcomes:
+            assert not driven.core.is_idle
+            driven.core.work()
+        assert is_reading.wait(120)
+        assert "next" not in driven.outcomes
+    finally:
+        may_end.set()
+    driven.until_ended("next")
+    driven.pixels("next")
+
+
+@pytest.mark.slow
+def test_a_lora_of_one_pass_alone_is_a_checkpoint_with_its_merge_in_that_pass(driven: Driven, tmp_path: Path) -> None:
+    style, merge = tmp_path / "style.safetensors", tmp_path / "merge.safetensors"
+    tiny_lora.write(style)
+    tiny_lora.merge(driven.checkpoint, merge)
+    lora = as_cached(style, "Lora")
+    request = changed(REQUEST, enable_hr=True, denoising_strength=0.5)
+    driven.add("in the first", changed(request, prompt="a cat <lora:style>", hr_prompt="a cat"), None, lora)
+    driven.add("in the second", changed(request, hr_prompt="a cat <lora:style>"), None, lora)
+    driven.add("in both", changed(request, prompt="a cat <lora:style>"), None, lora)
+    driven.until_ended("in the first", "in the second", "in both")
+    plain = driven.checkpoint
+    for name, first, second in (
+        ("in the first", merge, plain),
+        ("in the second", plain, merge),
+        ("in both", merge, merge),
+    ):
+        driven.add(f"merged {name}", changed(request, hr_checkpoint_name=second.name), first, second)
+        driven.until_ended(f"merged {name}")
+        assert np.abs(driven.pixels(name) - driven.pixels(f"merged {name}")).max() <= 1
+    assert np.abs(driven.pixels("in the first") - driven.pixels("in both")).max() > 1
+    assert np.abs(driven.pixels("in the second") - driven.pixels("in both")).max() > 1
 
 
 def test_a_checkpoint_that_cannot_be_loaded_fails_its_job(driven: Driven, tmp_path: Path) -> None:

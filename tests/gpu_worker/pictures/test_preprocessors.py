@@ -78,6 +78,13 @@ def test_lines_become_as_light_as_they_were_darker_than_their_ground() -> None:
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
+def test_lines_are_what_is_darker_than_around_it() -> None:
+    x = PICTURE.astype(float)
+    darker = (gaussian_filter(x, (6, 6, 0), mode="mirror", truncate=4) - x).min(axis=2).clip(0)
+    expected = darker / np.median(darker[darker > 8]) * 127
+    assert np.abs(run("lineart_standard")[..., 0] - expected.clip(max=255)).max() <= 1
+
+
 @pytest.mark.parametrize("threshold", [16, 32, 64])
 def test_scribbles_are_where_a_fine_blur_is_darker_than_a_coarse_one(threshold: int) -> None:
     fine, coarse = (

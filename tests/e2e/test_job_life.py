@@ -7,6 +7,9 @@ import uuid
 from typing import Any
 from urllib.parse import quote
 
+import pytest
+
+from deploy.local.stack import Stack
 from tests.e2e.conftest import PICTURE, Studio, create_job, finished, wait_for
 
 LONG = PICTURE | {"steps": 150, "n_iter": 4}
@@ -55,6 +58,24 @@ def test_a_job_past_its_deadline_fails_on_its_worker(studio: Studio) -> None:
     job_id = studio.api.ok("POST", "/inferences", body, 202)["inference"]["inference_id"]
     job = finished(studio.api, job_id)
     assert job["sagemakerRaw"] == "the deadline passed: the job had not ended 2.5 s after its start"
+
+
+@pytest.mark.slow
+def test_a_deadline_stops_a_running_job_on_its_worker(stack: Stack, studio: Studio) -> None:
+    """The worker's own log tells; a job of so many steps would go on for long."""
+    first_id = create_job(studio.api, studio.model)
+    studio.api.ok("PUT", f"/inferences/{first_id}/start", status=202)
+    finished(studio.api, first_id)  # there is a worker, and it has the model
+    endless = PICTURE | {"steps": 150, "n_iter": 64}
+    body = asked(studio, payload_string=json.dumps(endless), deadline_seconds=12)
+    job_id = studio.api.ok("POST", "/inferences", body, 202)["inference"]["inference_id"]
+    assert finished(studio.api, job_id)["sagemakerRaw"].startswith("the deadline passed: ")
+
+    def has_stopped() -> bool:
+        lines = (line for log in stack.home.rglob("worker-*.log") for line in log.read_text().splitlines())
+        return any(job_id in line and "job ended" in line and "the job was cancelled" in line for line in lines)
+
+    wait_for(has_stopped)
 
 
 def test_a_request_that_is_sent_again_under_its_key_makes_one_job(studio: Studio) -> None:

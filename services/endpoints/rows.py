@@ -120,8 +120,8 @@ OPEN = (State.WAITING, State.RUNNING)  # of a task that has not ended
 class Task(SQLModel, table=True):
     """A command that runs to its end, and the process that was last started for it, where that is one of a machine.
 
-    `service` asked for it. `num_attempts` fences as a worker's `num_launches` does. `is_cleared` says that its secret
-    and whatever else was made for it are gone.
+    `service` asked for it. `num_attempts` fences as a worker's `num_launches` does, `num_failed` of them count against
+    `max_attempts`. `is_cleared` says that its secret and whatever else was made for it are gone.
     """
 
     __tablename__ = "tasks"
@@ -136,6 +136,7 @@ class Task(SQLModel, table=True):
     reason: str = ""
     stop_requested: bool = False
     num_attempts: int = 0
+    num_failed: int = 0
     creation_time: datetime = Field(sa_type=_TIME)
     begin_time: datetime | None = Field(default=None, sa_type=_TIME)
     end_time: datetime | None = Field(default=None, sa_type=_TIME)

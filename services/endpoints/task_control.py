@@ -7,6 +7,7 @@ matter which one goes on.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -60,9 +61,9 @@ class TaskControl:
             await self._cluster.save_secret(task.id, secret)
         found = await self._cluster.apply_task(task, should_run)
         now = found if should_run or found.state == State.RUNNING else _ended(task, found)
-        if now == TaskState(State(task.state), task.num_attempts, task.reason):
+        if now == TaskState.of(task, State(task.state), task.reason):
             return
-        if await self._store.set_state(task.id, now.state, now.num_attempts, now.reason):
+        if await self._store.set_state(task.id, now.state, now.num_attempts, now.num_failed, now.reason):
             self._wake.set()  # it has a deadline now, or left a GPU, or is to be cleared up
             log.info("a task has changed", task_id=task.id, state=now.state, reason=now.reason)
 
@@ -75,6 +76,6 @@ class TaskControl:
 def _ended(task: Task, found: TaskState) -> TaskState:
     """What a task is that should not run any more, and does not."""
     if task.stop_requested:
-        return TaskState(State.STOPPED, found.num_attempts)
+        return replace(found, state=State.STOPPED, reason="")
     took = f"it took longer than its {task.deadline_seconds} seconds"
-    return TaskState(State.FAILED, found.num_attempts, took)
+    return replace(found, state=State.FAILED, reason=took)

@@ -68,12 +68,13 @@ class TaskStore:
         values |= {"begin_time": func.coalesce(col(Task.begin_time), func.clock_timestamp())}
         return await self._change(task.id, col(Task.num_attempts) == task.num_attempts - 1, values)
 
-    async def set_state(self, task_id: str, state: State, num_attempts: int, reason: str) -> bool:
+    async def set_state(self, task_id: str, state: State, num_attempts: int, num_failed: int, reason: str) -> bool:
         """Remembers what became of the task after so many attempts. One that does not run has no process.
 
         False: it has ended already, or another control loop has begun it again meanwhile.
         """
         values: dict[str, Any] = {"state": state, "num_attempts": num_attempts, "reason": reason}
+        values["num_failed"] = num_failed
         if state == State.RUNNING:
             values["begin_time"] = func.coalesce(col(Task.begin_time), func.clock_timestamp())
         else:

@@ -50,7 +50,13 @@ class TaskState:
 
     state: State
     num_attempts: int
+    num_failed: int
     reason: str = ""
+
+    @classmethod
+    def of(cls, task: Task, state: State, reason: str = "") -> TaskState:
+        """The task in this state after the attempts that its row knows."""
+        return cls(state, task.num_attempts, task.num_failed, reason)
 
 
 class Cluster(Protocol):

@@ -1,7 +1,8 @@
 """Owns tasks that are Jobs: the cluster begins them when a GPU of their profile is free, and again after a failure.
 
 Who goes first is told by the pods' priority classes, so it is the scheduler that lets tasks wait, and that asks workers
-to leave where tasks go first.
+to leave where tasks go first. How many attempts have failed is told by a task's Job, and then by its row, which is all
+there is to know it by when a Job is gone.
 """
 
 from __future__ import annotations
@@ -48,14 +49,16 @@ class KubernetesTasks:
                 if jobs:
                     await self._delete(task.id)
                 is_running = any(exists(pod) for pod in pods)
-                return TaskState(State.RUNNING if is_running else State.WAITING, task.num_attempts, task.reason)
+                return TaskState.of(task, State.RUNNING if is_running else State.WAITING, task.reason)
             if not jobs:
                 return await self._create(task)
             state = _state(task, jobs[0], pods)
             if state.state != State.WAITING or not _is_left_with_lost(jobs[0], pods):
                 return state
+            if state.num_failed > task.num_failed:
+                return state  # the row has to know it before the Job is gone
             await self._delete(task.id)
-            return await self._create(task, _num_failed(jobs[0]))
+            return await self._create(task)
 
     async def _delete(self, task_id: str) -> None:
         with unless_missing():
@@ -66,12 +69,10 @@ class KubernetesTasks:
                 _request_timeout=TIMEOUT_SECONDS,
             )
 
-    async def _create(self, task: Task, num_failed: int = 0) -> TaskState:
+    async def _create(self, task: Task) -> TaskState:
         """Makes the Job, once: what runs for hours is not changed by a newer version of this service."""
         try:
-            manifest = manifests.job(
-                task, self._api.profile(task.instance_type), self._api.program(task.kind), num_failed
-            )
+            manifest = manifests.job(task, self._api.profile(task.instance_type), self._api.program(task.kind))
             with unless_there():
                 made = await self._api.batch.create_namespaced_job(
                     self._api.namespace, manifest, _request_timeout=TIMEOUT_SECONDS
@@ -80,10 +81,10 @@ class KubernetesTasks:
         except ApiException as error:
             if error.status not in INVALID:
                 raise
-            return TaskState(State.FAILED, task.num_attempts, f"the cluster refuses this task: {sentence(error)}")
+            return TaskState.of(task, State.FAILED, f"the cluster refuses this task: {sentence(error)}")
         except UnknownProfileError as error:
-            return TaskState(State.FAILED, task.num_attempts, str(error))
-        return TaskState(State.WAITING, task.num_attempts, task.reason)
+            return TaskState.of(task, State.FAILED, str(error))
+        return TaskState.of(task, State.WAITING, task.reason)
 
 
 def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
@@ -94,21 +95,21 @@ def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     pods = [pod for pod in pods if not _is_interrupted(pod)]
     phases = [pod.status.phase for pod in pods]
     conditions = {found.type for found in job.status.conditions or () if found.status == "True"}
-    num_failed = max(_num_failed(job), phases.count("Failed"))
+    num_failed = max(_num_failed(job), phases.count("Failed"), task.num_failed)
     if "Succeeded" in phases or "Complete" in conditions:
-        return TaskState(State.SUCCEEDED, max(num_failed + 1, task.num_attempts))
+        return TaskState(State.SUCCEEDED, max(num_failed + 1, task.num_attempts), num_failed)
     if num_failed >= task.max_attempts or "Failed" in conditions:
-        return TaskState(State.FAILED, max(num_failed, task.num_attempts), _last_failure(pods))
+        return TaskState(State.FAILED, max(num_failed, task.num_attempts), num_failed, _last_failure(pods))
     if "Running" in phases:
-        return TaskState(State.RUNNING, max(num_failed + 1, task.num_attempts))
+        return TaskState(State.RUNNING, max(num_failed + 1, task.num_attempts), num_failed)
     reason = _obstacle(pods[-1]) if phases[-1:] == ["Pending"] else ""
     if not reason and num_failed:
         reason = f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}"
-    return TaskState(State.WAITING, max(num_failed, task.num_attempts), reason or task.reason)
+    return TaskState(State.WAITING, max(num_failed, task.num_attempts), num_failed, reason or task.reason)
 
 
 def _num_failed(job: Any) -> int:
-    """How many attempts the Job remembers as failed, with those of the Job that it stands in for."""
+    """How many attempts the Job remembers as failed, with those of Jobs that it stands in for."""
     return (job.status.failed or 0) + int((job.metadata.annotations or {}).get(manifests.FAILED_BEFORE, 0))
 
 

@@ -42,9 +42,9 @@ class LocalTasks:
                 return self._how_it_ended(task)
             if not should_run:
                 process.stop(self._machine.settings.stop_seconds)
-            return TaskState(State.RUNNING, task.num_attempts)
+            return TaskState.of(task, State.RUNNING)
         if not should_run:
-            return TaskState(State.WAITING, task.num_attempts)
+            return TaskState.of(task, State.WAITING)
         return await self._start(task)
 
     def forget(self, task_id: str) -> None:
@@ -77,42 +77,36 @@ class LocalTasks:
     def _how_it_ended(self, task: Task) -> TaskState:
         code = self._exit_code(task)
         if code == 0:
-            return TaskState(State.SUCCEEDED, task.num_attempts)
-        num_failures = self._num_failures(task)
+            return TaskState.of(task, State.SUCCEEDED)
         if code == EXIT_INTERRUPTED:
             log.info("an attempt of a task was interrupted", task_id=task.id, attempt=task.num_attempts)
-            return self._again(
-                task, num_failures, f"attempt {task.num_attempts} was interrupted, which counts for none"
-            )
+            reason = f"attempt {task.num_attempts} was interrupted, which counts for none"
+            return self._again(task, task.num_failed, reason)
         words = last_words(self._log_file(task)) or "its log is empty"
         log.warning("an attempt of a task failed", task_id=task.id, attempt=task.num_attempts, exit=code, last=words)
+        num_failed = task.num_failed + 1
         reason = f"it {how_it_ended(code)}: {words}"
-        if num_failures >= task.max_attempts:
-            return TaskState(State.FAILED, task.num_attempts, reason)
-        return self._again(task, num_failures, f"attempt {num_failures} of {task.max_attempts} failed: {reason}")
+        if num_failed >= task.max_attempts:
+            return TaskState(State.FAILED, task.num_attempts, num_failed, reason)
+        return self._again(task, num_failed, f"attempt {num_failed} of {task.max_attempts} failed: {reason}")
 
-    def _again(self, task: Task, num_failures: int, reason: str) -> TaskState:
+    def _again(self, task: Task, num_failed: int, reason: str) -> TaskState:
         """Has the task begun again, the later the more often it has failed."""
         loop = asyncio.get_running_loop()
-        delay = FIRST_BACKOFF_SECONDS * 2 ** max(0, num_failures - 1)
+        delay = FIRST_BACKOFF_SECONDS * 2 ** max(0, num_failed - 1)
         self._not_before[task.id] = loop.time() + delay
         loop.call_later(delay, self._on_change)
-        return TaskState(State.WAITING, task.num_attempts, reason)
-
-    def _num_failures(self, task: Task) -> int:
-        """How many attempts were not just interrupted."""
-        attempts = (task.model_copy(update={"num_attempts": number}) for number in range(1, task.num_attempts + 1))
-        return sum(self._exit_code(attempt) != EXIT_INTERRUPTED for attempt in attempts)
+        return TaskState(State.WAITING, task.num_attempts, num_failed, reason)
 
     async def _start(self, task: Task) -> TaskState:
         """Starts a process for the task, unless it has to wait or another control loop was faster."""
-        waiting = TaskState(State.WAITING, task.num_attempts, task.reason)
+        waiting = TaskState.of(task, State.WAITING, task.reason)
         if asyncio.get_running_loop().time() < self._not_before.get(task.id, 0):
             return waiting
         async with self._machine.starting:
             gpu, obstacle = await self._machine.place_for_task()
             if obstacle:
-                return TaskState(State.WAITING, task.num_attempts, obstacle)
+                return TaskState.of(task, State.WAITING, obstacle)
             begun = task.model_copy(update={"num_attempts": task.num_attempts + 1, "gpu": gpu})
             command = [*self._machine.settings.command, task.kind]
             environment = self._machine.environment(task.id, gpu) | {"ESD_TASK_ID": task.id}
@@ -128,7 +122,7 @@ class LocalTasks:
             return waiting
         self._processes[task.id] = process
         log.info("a task is begun", task_id=task.id, attempt=begun.num_attempts, pid=process.pid, gpu=gpu)
-        return TaskState(State.RUNNING, begun.num_attempts)
+        return TaskState.of(begun, State.RUNNING)
 
     def _exit_code(self, task: Task) -> int | None:
         """What the command ended with; None where it was killed together with the shell that would have known."""

@@ -80,8 +80,8 @@ def scaled_object(pool: Pool, following: Following, scaler_address: str) -> dict
     }
 
 
-def job(task: Task, profile: Profile, program: Program, num_failed: int = 0) -> dict[str, Any]:
-    """The task's Job: its pod runs once for each attempt. `num_failed` attempts were an earlier Job's.
+def job(task: Task, profile: Profile, program: Program) -> dict[str, Any]:
+    """The task's Job: its pod runs once for each attempt that is left. Those that failed were an earlier Job's.
 
     The deadline is the control loop's affair, since it counts from the first beginning and over all attempts. The
     pod's own is for the time when no control loop runs.
@@ -97,11 +97,11 @@ def job(task: Task, profile: Profile, program: Program, num_failed: int = 0) -> 
             "annotations": {
                 "esd/task-kind": task.kind,
                 "esd/instance-type": task.instance_type,
-                FAILED_BEFORE: str(num_failed),
+                FAILED_BEFORE: str(task.num_failed),
             },
         },
         "spec": {
-            "backoffLimit": task.max_attempts - num_failed - 1,
+            "backoffLimit": task.max_attempts - task.num_failed - 1,
             # Whom the cluster sends away has not failed.
             "podFailurePolicy": {
                 "rules": [

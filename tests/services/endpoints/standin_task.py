@@ -10,14 +10,14 @@ import socket
 import sys
 from pathlib import Path
 
-from services.common.process import die_with_launcher
+from services.common.process import EXIT_INTERRUPTED, die_with_launcher
 
 if __name__ == "__main__":
     die_with_launcher()
     if "--stubborn" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # it was asked to leave, and does
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))  # it was asked to leave, and does
     with socket.socket(socket.AF_UNIX) as _line:
         _line.connect(sys.argv[1])
         _said = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -15,6 +16,7 @@ import pytest
 from kubernetes_asyncio import client
 
 from services.endpoints.cluster import Cluster, Pool
+from services.endpoints.cluster.pods import name_of
 from services.endpoints.peers import Holder
 from services.endpoints.rows import State, Task
 from services.endpoints.task_control import TaskControl
@@ -35,47 +37,56 @@ async def full_cluster(
     make_kubernetes: Any, foreman: Foreman, peers: Peers, clients: Any, task_store: TaskStore
 ) -> AsyncIterator[Make]:
     """Makes a cluster whose GPUs all have a worker, and keeps its tasks as the control loop does."""
-    looking: list[asyncio.Task[None]] = []
     pools: list[tuple[Cluster, Pool]] = []
+    async with AsyncExitStack() as stack:
 
-    async def make(gpu_priority: str) -> tuple[Cluster, Pool]:
-        cluster: Cluster = await make_kubernetes(worker_or_task(foreman), gpu_priority=gpu_priority)
-        pool = Pool(str(uuid4()), "test", "one-gpu")
-        pools.append((cluster, pool))
-        await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
-        await cluster.apply(pool, NUM_GPUS, ())
-        await until(lambda: num_live(peers, pool) == NUM_GPUS, seconds=120)
-        control = TaskControl(task_store, clients[0], cluster, asyncio.Event())
+        async def make(gpu_priority: str) -> tuple[Cluster, Pool]:
+            cluster: Cluster = await make_kubernetes(worker_or_task(foreman), gpu_priority=gpu_priority)
+            pool = Pool(str(uuid4()), "test", "one-gpu")
+            pools.append((cluster, pool))
+            await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
+            await cluster.apply(pool, NUM_GPUS, ())
+            await until(lambda: num_live(peers, pool) == NUM_GPUS, seconds=120)
+            await stack.enter_async_context(controlled(TaskControl(task_store, clients[0], cluster, asyncio.Event())))
+            return cluster, pool
 
-        async def look() -> None:
-            while True:
-                await control.look()
-                await asyncio.sleep(0.1)
+        yield make
+        for cluster, pool in pools:
+            await cluster.apply(pool, 0, ())
+            await until(lambda pool=pool: num_live(peers, pool) == 0)
+            await cluster.forget(pool.endpoint_id)
 
-        looking.append(asyncio.create_task(look()))
-        return cluster, pool
 
-    yield make
-    for cluster, pool in pools:
-        await cluster.apply(pool, 0, ())
-        await until(lambda pool=pool: num_live(peers, pool) == 0)
-        await cluster.forget(pool.endpoint_id)
-    for task in looking:
-        task.cancel()
-    await asyncio.gather(*looking, return_exceptions=True)
+@asynccontextmanager
+async def controlled(control: TaskControl) -> AsyncIterator[None]:
+    """Tasks are kept as the control loop does it, during the block."""
+
+    async def look() -> None:
+        while True:
+            await control.look()
+            await asyncio.sleep(0.1)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
 
 
 def num_live(peers: Peers, pool: Pool) -> int:
     return len(peers.queue.workers.get(pool.endpoint_id, ()))
 
 
-async def add(store: TaskStore, instance_type: str = "one-gpu", deadline_seconds: int | None = None) -> Task:
+async def add(
+    store: TaskStore, instance_type: str = "one-gpu", deadline_seconds: int | None = None, max_attempts: int = 1
+) -> Task:
     row = Task(
         id=str(uuid4()),
         kind="train",
         service="training",
         instance_type=instance_type,
-        max_attempts=1,
+        max_attempts=max_attempts,
         deadline_seconds=deadline_seconds,
         creation_time=datetime.now(UTC),
     )
@@ -140,6 +151,38 @@ async def test_a_task_ends_at_its_deadline_and_leaves_nothing(
             return not [item for list_ in lists for item in (await list_(NAMESPACE, label_selector=mine)).items]
 
         assert await until(is_gone)
+
+
+async def test_attempts_that_failed_count_also_when_the_job_that_knew_of_them_is_gone(
+    make_kubernetes: Any, nodes: Any, foreman: Foreman, task_store: TaskStore, clients: Any
+) -> None:
+    """As where the service dies when it has deleted a Job and not made the one that stands in for it."""
+    first, second = [
+        TaskControl(task_store, clients[0], await make_kubernetes(foreman.command), asyncio.Event()) for _ in range(2)
+    ]
+    task = await add(task_store, "cpu", max_attempts=2)
+    async with controlled(first):
+        (await foreman.next(task.id))[1](3, "the loss is nan")
+        await foreman.next(task.id)
+        await until(lambda: runs_after_failure(task_store, task))
+    async with await nodes.client() as api:
+        batch: Any = client.BatchV1Api(api)
+        await batch.delete_namespaced_job(name_of(task.id), NAMESPACE, propagation_policy="Background")
+    async with controlled(second):
+        (await foreman.next(task.id))[1](4, "out of memory")
+        failed = await reach(task_store, task, State.FAILED)
+        await until(lambda: is_cleared(task_store, task))  # and nothing is left of it
+    assert (failed.num_attempts, failed.reason) == (2, "it ended with code 4: out of memory")
+    assert not foreman.has_met(task.id)
+
+
+async def runs_after_failure(store: TaskStore, task: Task) -> bool:
+    row = await store.get_task(task.id)
+    return (row.state, row.num_failed) == (State.RUNNING, 1)
+
+
+async def is_cleared(store: TaskStore, task: Task) -> bool:
+    return (await store.get_task(task.id)).is_cleared
 
 
 async def test_a_task_of_an_instance_type_that_nobody_described_fails_and_names_those_that_are(

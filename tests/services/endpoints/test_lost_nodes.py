@@ -23,6 +23,7 @@ TASK = Task(
     instance_type="ml.g5.xlarge",
     max_attempts=3,
     num_attempts=2,
+    num_failed=1,
     state=State.RUNNING,
     creation_time=datetime.now(UTC),
 )
@@ -76,6 +77,23 @@ async def test_a_task_on_a_lost_node_gets_another_job_with_the_attempts_that_are
         again = await cluster.apply_task(TASK, True)
         assert (again.state, again.num_attempts) == (State.WAITING, 2)
         assert len(server.asked) == 2, "the pod that is lost is not the new Job's"
+
+
+async def test_a_failed_attempt_is_in_the_row_before_the_job_that_tells_of_it_is_deleted() -> None:
+    server = WithJob(seconds=60)
+    async with server.serving() as cluster:
+        state = await cluster.apply_task(TASK.model_copy(update={"num_failed": 0}), True)
+        assert (state.state, state.num_failed) == (State.WAITING, 1)
+        assert server.asked == []
+
+
+async def test_a_service_that_died_between_the_two_jobs_makes_the_second_with_the_attempts_that_are_left() -> None:
+    server = WithJob(seconds=60)
+    server.items["jobs"].clear()
+    async with server.serving() as cluster:
+        assert (await cluster.apply_task(TASK, True)).num_failed == 1
+        assert server.asked == [("POST", "jobs")]
+        assert server.made[0]["spec"]["backoffLimit"] == 1
 
 
 async def test_a_task_whose_pod_may_still_leave_in_order_keeps_its_job() -> None:

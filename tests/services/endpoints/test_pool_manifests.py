@@ -136,7 +136,8 @@ def test_a_task_is_begun_as_often_as_it_may_and_looks_like_a_worker_otherwise() 
     found = manifests.job(TASK, Profile(), PROGRAM)
     worker, task = (of["spec"]["template"]["spec"] for of in (deployment(Profile()), found))
     assert found["spec"]["backoffLimit"] == 2
-    assert manifests.job(TASK, Profile(), PROGRAM, num_failed=2)["spec"]["backoffLimit"] == 0
+    almost_given_up = TASK.model_copy(update={"num_failed": 2})
+    assert manifests.job(almost_given_up, Profile(), PROGRAM)["spec"]["backoffLimit"] == 0
     assert {rule["action"] for rule in found["spec"]["podFailurePolicy"]["rules"]} == {"Ignore"}
     assert task["activeDeadlineSeconds"] == 3600
     assert {name for name in task if task[name] != worker.get(name)} == {

@@ -123,3 +123,6 @@ def test_payloads_know_neither_services_nor_protocols(path: Path) -> None:
 def test_the_services_run_without_torch() -> None:
     for path in python_files("services", "gateway", "deploy"):
         assert not [module for module in imports(path) if starts(module, "torch") or starts(module, "diffusers")], path
+    programs = [*(f"services.{service}.__main__" for service in SERVICES), "gateway.__main__", "deploy.local.cli"]
+    command = f"import sys, {', '.join(programs)}; sys.exit(not {{'torch', 'diffusers'}}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0

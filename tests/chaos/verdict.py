@@ -113,6 +113,8 @@ class Judge:
 
     def _doubled(self, submission: Submission, row: dict[str, Any], changes: list[Change]) -> list[str]:
         """In which ways the job counts for more than one."""
+        if not (changes and changes[-1].is_end):
+            return ["its history does not reach its end, so nobody can tell"]
         found = []
         others = [job_id for job_id in self._by_prompt[submission.prompt] if str(job_id) != submission.job_id]
         if others:

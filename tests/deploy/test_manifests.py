@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from services.training.__main__ import TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
+KUBECTL = Path(sys.executable).with_name("kubectl")  # the wheel's
 MOUNT = "/run/secrets/esd"
 OPTIONAL = ("autoscaling", "tls", "network-policies", "keda", "monitoring")
 FOREIGN = ("keda.sh/", "monitoring.coreos.com/")  # whose schemas Kubernetes does not have
@@ -51,12 +53,10 @@ COMPOSED = SETTINGS | {"bucket": [BlobSettings]}
 
 Manifest = dict[str, Any]
 
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl 1.22 or newer to render")
-
 
 def render(folder: Path) -> list[Manifest]:
     """The objects of a kustomization."""
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run([KUBECTL, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [found for found in yaml.load_all(done.stdout, yaml.CSafeLoader) if found]
 

@@ -29,7 +29,9 @@ def test_a_job_whose_worker_is_killed_finishes_once(stack: Stack, studio: Studio
     studio.api.ok("PUT", f"/inferences/{job_id}/start", status=202)
     job = studio.api.ok("GET", f"/inferences/{job_id}")
     wait_for(lambda: studio.api.ok("GET", f"/inferences/{job_id}")["startTime"] != job["createTime"])
-    for process in workers(stack):
+    killed = workers(stack)
+    assert killed
+    for process in killed:
         process.send_signal(signal.SIGKILL)
     job = finished(studio.api, job_id)
     assert job["status"] == "succeed", job

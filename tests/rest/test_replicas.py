@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 
 from deploy.local.stack import Stack
@@ -49,9 +50,34 @@ async def test_a_changed_role_and_a_revoked_key_count_in_the_other_replica_befor
     user.close()
 
 
-def test_every_service_has_two_processes_and_the_gateway_asks_both(stack: Stack, admin: Api) -> None:
-    names = stack.processes()
-    for service in ("identity", "models", "endpoints", "inference", "training"):
-        assert {service, f"{service}-2"} <= set(names)
-    for path in ("/roles", "/checkpoints", "/endpoints", "/inferences"):
-        assert {admin.call("GET", path).status for _ in range(4)} == {200}
+def num_requests(stack: Stack, service: str) -> list[int]:
+    """How many requests the gateway has sent to each process of a service."""
+    transport = httpx.HTTPTransport(uds=str(stack.home / "run" / "gateway" / "admin.socket"))
+    with httpx.Client(transport=transport) as client:
+        clusters = client.get("http://admin/clusters?format=json").json()["cluster_statuses"]
+    (hosts,) = [cluster["host_statuses"] for cluster in clusters if cluster["name"] == service]
+    totals = {
+        host["address"]["socket_address"]["port_value"]: int(counter.get("value", 0))
+        for host in hosts
+        for counter in host["stats"]
+        if counter["name"] == "rq_total"
+    }
+    return [totals[stack.ports()[replica]] for replica in (service, f"{service}-2")]
+
+
+PATHS = {
+    "identity": "/roles",
+    "models": "/checkpoints",
+    "endpoints": "/endpoints",
+    "inference": "/inferences",
+    "training": "/trainings",
+}
+
+
+@pytest.mark.parametrize("service", PATHS)
+def test_every_service_has_two_processes_and_the_gateway_asks_both(stack: Stack, admin: Api, service: str) -> None:
+    before = num_requests(stack, service)
+    # In turn, but for each of Envoy's threads anew.
+    for _ in range(50):
+        assert admin.call("GET", PATHS[service]).status == 200
+    assert all(now > then for now, then in zip(num_requests(stack, service), before, strict=True))

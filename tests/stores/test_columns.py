@@ -55,6 +55,7 @@ async def test_columns_are_of_the_types_that_the_code_says(service: str, lend_da
     said: dict[str, str] = {}
     for name, table in (tables_of(service) | {k: v for k, v in tables_of(SHARED).items() if k in names}).items():
         said |= types_of(name, ({"name": column.name, "type": column.type} for column in table.columns))
+    assert said
     assert said == {name: made.get(name) for name in said}
 
 

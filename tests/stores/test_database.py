@@ -25,7 +25,7 @@ async def _disconnect_everybody(database_url: str) -> None:
     )
     async with await psycopg.AsyncConnection.connect(plain, autocommit=True) as connection:
         cursor = await connection.execute(others, [connection.info.backend_pid])
-        assert all(ended for (ended,) in await cursor.fetchall())
+        assert {ended for (ended,) in await cursor.fetchall()} == {True}
 
 
 _NUMBER = select(bindparam("number", type_=Integer).label("number"))

@@ -1,10 +1,10 @@
 """The audit of endpoints: what people ask for and what becomes of it, but not what is merely observed."""
 
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import grpc
+import pytest
 from google.protobuf.json_format import ParseDict
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
@@ -24,7 +24,7 @@ async def test_each_change_of_an_endpoint_writes_one_row(
     ann = through_gateway(admin)
     await stub.CreateEndpoint(ParseDict(BODY, pb.CreateEndpointRequest()), metadata=ann)
     for refused in (BODY, BODY | {"endpoint_type": "Serverless"}):
-        with suppress(grpc.aio.AioRpcError):
+        with pytest.raises(grpc.aio.AioRpcError):
             await stub.CreateEndpoint(ParseDict(refused, pb.CreateEndpointRequest()), metadata=ann)
     assert await trail.new() == [("endpoint.create", "esd-async-a")]
     (row,) = trail.rows

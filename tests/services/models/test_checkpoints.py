@@ -143,19 +143,22 @@ async def test_a_deletion_is_done_at_once_and_its_objects_go_when_the_store_answ
     models: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint_id = await models.upload("a.safetensors", safetensors())
-    delete, num_refused = models.blobs.delete_prefix, 0
+    folder = f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/"
+    was_refused, answers, delete = asyncio.Event(), asyncio.Event(), models.blobs.delete_prefix
 
-    async def refuse(prefix: str) -> int:
-        nonlocal num_refused
-        num_refused += 1
-        if num_refused < 3:
+    async def delete_if_it_answers(prefix: str) -> int:
+        if not answers.is_set():
+            was_refused.set()
             raise Unavailable("the store is away")
         return await delete(prefix)
 
-    monkeypatch.setattr(models.blobs, "delete_prefix", refuse)
+    monkeypatch.setattr(models.blobs, "delete_prefix", delete_if_it_answers)
     await models.delete([checkpoint_id])
     assert (await models.list()).total == 0
-    await models.emptied(f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/")
+    await asyncio.wait_for(was_refused.wait(), 60)
+    assert len(await models.blobs.find(folder)) == 1
+    answers.set()
+    await models.emptied(folder)
 
 
 async def test_others_can_neither_change_nor_delete(models: Running) -> None:

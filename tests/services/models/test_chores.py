@@ -11,13 +11,25 @@ from services.models.chores import Chores
 
 async def test_chores_that_are_cancelled_at_any_moment_of_their_start_leave_nothing_running(database_url: str) -> None:
     await Chores(database_url).prepare()
-    before = asyncio.all_tasks()
-    for num_turns in range(0, 60, 3):
-        running = asyncio.create_task(Chores(database_url).run())
+    database = Database(database_url, pool_size=1)
+    has_begun = asyncio.Event()
+
+    async def begin() -> None:
+        has_begun.set()
+
+    before, num_turns = asyncio.all_tasks(), 0
+    while not has_begun.is_set():
+        chores = Chores(database_url)
+        chores.add("begin", begin)
+        async with database.transaction() as session:
+            await chores.defer(session, "begin", f"after {num_turns}", {})
+        running = asyncio.create_task(chores.run())
         for _ in range(num_turns):
             await asyncio.sleep(0)  # the moments of the event loop, of which nothing tells
         await cancelling.cancel([running])
         assert asyncio.all_tasks() == before, f"cancelled after {num_turns} turns"
+        num_turns += 1 + num_turns // 4
+    await database.dispose()
 
 
 @pytest.mark.parametrize(("is_counted", "expected"), [(True, 3), pytest.param(False, 11, marks=pytest.mark.slow)])

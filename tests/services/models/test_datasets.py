@@ -2,12 +2,14 @@
 
 import asyncio
 import base64
+import json
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import grpc
 import httpx
 import pytest
 import sqlalchemy as sa
@@ -329,8 +331,16 @@ async def test_a_dataset_has_so_many_files_at_most(models: Running, monkeypatch:
 
 async def test_two_who_create_the_same_name_at_once_share_nothing(models: Running) -> None:
     bob = models.tokens.user("bob", ["train:all"], ["guest"])
-    results = await asyncio.gather(*(_create(models, "d", by) for by in (models.ann, bob)), return_exceptions=True)
-    assert sum(isinstance(result, Exception) for result in results) == 1
+    both = (models.ann, ["anns.png"]), (bob, ["bobs.png"])
+    results = await asyncio.gather(*(_create(models, "d", *of) for of in both), return_exceptions=True)
+    (failed,) = [result for result in results if isinstance(result, BaseException)]
+    assert isinstance(failed, grpc.aio.AioRpcError)
+    assert failed.code() == grpc.StatusCode.PERMISSION_DENIED
+    loser = results.index(failed)
+    (owner, files), (other, _) = both[1 - loser], both[loser]
+    assert [item["original_file_name"] for item in (await _get(models, "d", owner))["data"]] == files
+    async with refused("PERMISSION_DENIED", "no permission to view dataset"):
+        await _get(models, "d", other)
 
 
 @given(st.datetimes(timezones=st.just(UTC)), st.text(st.characters(codec="utf-8", exclude_characters="\0")))
@@ -338,7 +348,17 @@ def test_a_cursor_reads_back_as_the_place_it_was_made_of(created_at: Any, name: 
     assert parse_key(make_key(Place(created_at, name))) == Place(created_at, name)
 
 
-@given(st.text() | st.binary().map(lambda content: base64.b64encode(content).decode()))
-def test_any_text_is_a_cursor_or_refused(text: str) -> None:
+TIMES = st.datetimes(timezones=st.none() | st.just(UTC)).map(datetime.isoformat)
+NAMES = st.text("a\0\ud800", max_size=2) | st.none()
+LIKE_CURSORS = st.fixed_dictionaries({"timestamp": TIMES, "dataset_name": NAMES})
+ANY_JSON = (LIKE_CURSORS | st.dictionaries(st.text(), st.text()) | st.text()).map(json.dumps).map(str.encode)
+
+
+@given(st.text() | (st.binary() | ANY_JSON).map(lambda content: base64.b64encode(content).decode()))
+def test_any_text_is_a_cursor_that_a_database_can_look_for_or_refused(text: str) -> None:
     with suppress(InvalidArgument):
-        assert parse_key(text) is None or text
+        place = parse_key(text)
+        assert (place is None) == (text == "")
+        if place:
+            assert place.created_at.tzinfo
+            assert b"\0" not in place.name.encode()

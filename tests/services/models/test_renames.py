@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+import grpc
 import pytest
 import sqlalchemy as sa
 from botocore.exceptions import ClientError
@@ -127,7 +128,11 @@ async def test_a_name_in_use_and_a_foreign_checkpoint_are_refused(models: Runnin
 async def test_of_two_who_take_the_same_name_at_once_one_gets_it(models: Running) -> None:
     ids = [await models.upload(f"{n}.safetensors", safetensors()) for n in "ab"]
     results = await asyncio.gather(*(_rename(models, each, "c") for each in ids), return_exceptions=True)
-    assert sum(isinstance(result, Exception) for result in results) == 1
+    (failed,) = [result for result in results if isinstance(result, BaseException)]
+    assert isinstance(failed, grpc.aio.AioRpcError)
+    assert failed.code() == grpc.StatusCode.FAILED_PRECONDITION
+    names = [(await models.show(each))["name"] for each in ids]
+    assert names == [[f"{name}.safetensors"] for name in ("ac" if results[1] is not failed else "cb")]
 
 
 @pytest.mark.slow

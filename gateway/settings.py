@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from services.common.process import refuse
 from services.common.settings import Settings
 
 _ADDRESS = r"(\[[0-9a-fA-F:.]+\]|[^:\s,]+):\d{1,5}"
@@ -77,14 +78,14 @@ def refuse_open_door(settings: GatewaySettings) -> None:
         SystemExit: the sentence says which settings to change.
     """
     if (settings.tls_cert_file is None) != (settings.tls_key_file is None):
-        raise SystemExit("ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE belong together: set both or neither")
+        refuse("ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE belong together: set both or neither")
     if settings.tls_cert_file is None and not settings.insecure and not is_loopback(settings.listen):
-        raise SystemExit(
+        refuse(
             f"ESD_LISTEN={settings.listen} is reachable from other machines, and API keys would travel in clear: set "
             "ESD_TLS_CERT_FILE and ESD_TLS_KEY_FILE, or ESD_INSECURE=true where something in front encrypts"
         )
     if settings.metrics_listen and settings.metrics_certificates is None:
-        raise SystemExit("setting ESD_METRICS_CERTIFICATES: Field required when ESD_METRICS_LISTEN is set")
+        refuse("setting ESD_METRICS_CERTIFICATES: Field required when ESD_METRICS_LISTEN is set")
 
 
 def refuse_unusable_certificate(settings: GatewaySettings) -> None:
@@ -99,10 +100,10 @@ def refuse_unusable_certificate(settings: GatewaySettings) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")  # asks nobody
     except OSError as error:  # ssl.SSLError is one
-        raise SystemExit(
+        refuse(
             f"ESD_TLS_CERT_FILE={settings.tls_cert_file} and ESD_TLS_KEY_FILE={settings.tls_key_file} are no "
             f"certificate and its key: {error.strerror}"
-        ) from None
+        )
 
 
 def split_address(address: str) -> tuple[str, int]:

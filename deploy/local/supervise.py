@@ -30,12 +30,11 @@ from supervisor.supervisord import Supervisor
 
 from deploy.local.home import CannotRunError
 from deploy.local.plan import Program
-from services.common.process import adopt_orphans
+from services.common.process import EXIT_WRONG_SETTING, adopt_orphans
 
 ROOT = Path(__file__).resolve().parents[2]
 _QUICK_SECONDS = 10  # what dies sooner is started again after a pause, which doubles each time
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
-_WRONG_SETTING = 2  # the exit status of who has said which of its settings is wrong (services.common.settings)
 _STOP_SECONDS = 15  # for each process, before it is killed; longer than the gateway's ESD_STOP_SECONDS
 _ORPHAN_SECONDS = 5  # for workers that outlived the endpoints service
 _NAME_WIDTH = 10
@@ -160,7 +159,7 @@ class Supervision(Supervisor):  # type: ignore[misc]
     def _start_again(self, process: Any) -> None:
         """Has supervisor start what died once more, unless it says during the start that a setting is wrong."""
         name = process.config.name
-        if self._starting and process.exitstatus == _WRONG_SETTING and self._failure is None:
+        if self._starting and process.exitstatus == EXIT_WRONG_SETTING and self._failure is None:
             self._failure = f"{name}: {self._last_lines.get(name, 'a setting is wrong')}"
             self.stop()
         now = time.time()

@@ -15,9 +15,8 @@ import errno
 import os
 import re
 import secrets
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import eventlet
 
@@ -35,6 +34,7 @@ from swift.common.ring import RingBuilder  # noqa: E402
 from swift.common.utils import set_swift_dir  # noqa: E402
 
 from deploy.local.files import write_durably  # noqa: E402
+from services.common.process import refuse  # noqa: E402
 
 # The ring wants an address per server; these "ports" are names that connect() below maps to sockets.
 _INTERNAL = {"object": 6200, "container": 6201, "account": 6202}
@@ -119,7 +119,7 @@ def main() -> None:
     host, _, port = _setting("ESD_LISTEN").rpartition(":")
     root = Path(_setting("ESD_SWIFT_DIR")).resolve()
     if _UNUSABLE.search(str(root)):
-        _refuse(f"the object store cannot be in {root}: its path may have no #, no %( and no %20 or the like")
+        refuse(f"the object store cannot be in {root}: its path may have no #, no %( and no %20 or the like")
     _check_xattrs(root)
     etc = _configure(root)
     set_swift_dir(str(etc))
@@ -127,7 +127,7 @@ def main() -> None:
     try:
         utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(_reserve())
     except ValueError:
-        _refuse(f"setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%, are wanted (given: {_reserve()!r})")
+        refuse(f"setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%, are wanted (given: {_reserve()!r})")
     logging.disable(logging.INFO)
 
     # Relative socket names, because a socket's path ends at 107 bytes and the folder may be anywhere.
@@ -194,7 +194,7 @@ def _configure(root: Path) -> Path:
         policy = "[storage-policy:0]\nname = one\ndefault = yes\n"
         write_durably(suffix_file, f"[swift-hash]\nswift_hash_path_suffix = {suffix}\n{policy}")
     elif not suffix_file.stat().st_size:
-        _refuse(f"{suffix_file} is empty: put a copy of it back; without it no object is found")
+        refuse(f"{suffix_file} is empty: put a copy of it back; without it no object is found")
     for kind, port in _INTERNAL.items():
         ring = etc / f"{kind}.ring.gz"
         if not ring.exists():
@@ -229,7 +229,7 @@ def _check_xattrs(root: Path) -> None:
     except OSError as error:
         if error.errno != errno.ENOTSUP:
             raise
-        _refuse(
+        refuse(
             f"the file system of ESD_HOME ({root}) keeps no extended attributes ({error.strerror}), which the object "
             "store needs: put ESD_HOME on a local disk with ext4, xfs or btrfs, not on NFS"
         )
@@ -237,16 +237,10 @@ def _check_xattrs(root: Path) -> None:
         probe.unlink()
 
 
-def _refuse(sentence: str) -> NoReturn:
-    """Ends the start of the whole stack: that is what this exit status says."""
-    print(sentence, file=sys.stderr)
-    raise SystemExit(2)
-
-
 def _setting(name: str) -> str:
     value = os.environ.get(name)
     if not value:
-        _refuse(f"{name} is not set")
+        refuse(f"{name} is not set")
     return value
 
 

@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.common.auth import Kind, current_origin, find_caller
 from services.common.database import Database
 from services.common.errors import Unavailable
+from services.common.process import refuse
 from services.common.settings import read_secret
 
 log = structlog.get_logger()
@@ -101,7 +102,7 @@ class Audit:
         """
         key = read_secret(path)
         if len(key) < _MIN_KEY_LENGTH:
-            raise SystemExit(f"setting ESD_AUDIT_KEY_FILE: {path} holds fewer than {_MIN_KEY_LENGTH} characters")
+            refuse(f"setting ESD_AUDIT_KEY_FILE: {path} holds fewer than {_MIN_KEY_LENGTH} characters")
         return cls(service, key)
 
     async def record(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from services.common.errors import EsdError, PermissionDenied, Unauthenticated, Unavailable
+from services.common.process import refuse
+from services.common.settings import read_secret
 
 TOKEN_METADATA = "x-esd-token"  # noqa: S105 - a header's name
 AUDIENCE_SERVICES = "esd"
@@ -166,9 +170,11 @@ class Signer:
     """Signs tokens; only identity has one."""
 
     def __init__(self, private_key_pem: bytes) -> None:
-        key = load_pem_private_key(private_key_pem, password=None)
+        key: object = None
+        with suppress(ValueError, TypeError, UnsupportedAlgorithm):  # no key, one with a password, of an unknown kind
+            key = load_pem_private_key(private_key_pem, password=None)
         if not isinstance(key, Ed25519PrivateKey):
-            raise SystemExit("the signing key is not an Ed25519 private key")
+            refuse("setting ESD_SIGNING_KEY_FILE: the signing key is not an Ed25519 private key")
         self._key = key
         self._key_id = _key_id(key.public_key())
 
@@ -187,17 +193,21 @@ class Verifier:
         self._audience = [AUDIENCE_SERVICES, audience]
         self._keys: dict[str, Ed25519PublicKey] = {}
         for pem in public_keys_pem.split(_PEM_END)[:-1]:
-            key = load_pem_public_key((pem + _PEM_END).strip().encode())
+            key: object = None
+            with suppress(ValueError, UnsupportedAlgorithm):
+                key = load_pem_public_key((pem + _PEM_END).strip().encode())
             if not isinstance(key, Ed25519PublicKey):
-                raise SystemExit("a verifying key is not an Ed25519 public key")
+                refuse("setting ESD_VERIFYING_KEY_FILE: a verifying key is not an Ed25519 public key")
             self._keys[_key_id(key)] = key
+        if not self._keys:  # with which nobody would be let in
+            refuse("setting ESD_VERIFYING_KEY_FILE: there is no public key in PEM")
         # A token comes with every call of its 30 seconds or 5 minutes; its signature is looked at once.
         self._checked = lru_cache(maxsize=4096)(self._check)
 
     @classmethod
     def from_file(cls, path: Path, audience: str = AUDIENCE_SERVICES) -> Verifier:
         """Reads the keys; `audience` is accepted beside that of users and services."""
-        return cls(path.read_text(), audience)
+        return cls(read_secret(path), audience)
 
     def verify(self, token: str) -> Caller:
         """Who the token is for.

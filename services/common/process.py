@@ -1,7 +1,8 @@
-"""Owns the bond between a process and the one that started it: nobody outlives the launcher, however it dies.
+"""Owns the bond between a process and the one that started it: nobody outlives the launcher, however it dies, and
+whoever cannot run with its settings says so.
 
-Used as a module (`die_with_parent()`, `die_with_launcher()`) and as a small exec wrapper, so that programs that are not
-ours (PostgreSQL, Envoy) are bound too:
+Used as a module (`die_with_parent()`, `die_with_launcher()`, `refuse()`) and as a small exec wrapper, so that programs
+that are not ours (PostgreSQL, Envoy) are bound too:
 
     python -I -S services/common/process.py --parent PID [--signal INT] [--user NAME] -- COMMAND ...
 
@@ -17,8 +18,10 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 LAUNCHER_PID = "ESD_LAUNCHER_PID"  # the environment variable that die_with_launcher() reads
+EXIT_WRONG_SETTING = 2  # of a process that has said which of its settings is wrong: another try would not help
 EXIT_INTERRUPTED = 5  # of a command that was asked to end before its work was done, and left in order
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -49,6 +52,17 @@ def die_with_launcher() -> None:
         except ProcessLookupError:
             sys.exit(f"the launcher (pid {launcher}) has gone")
         threading.Thread(target=_await_end, args=(fd,), name="die-with-launcher", daemon=True).start()
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Ends this process because it cannot run as it is set up; the sentence names the setting, and what is wrong with
+    it. The one-machine stack shows it and does not start; elsewhere it is the last line of the log.
+
+    Raises:
+        SystemExit: always, with EXIT_WRONG_SETTING.
+    """
+    print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_WRONG_SETTING)
 
 
 def adopt_orphans() -> None:
@@ -99,7 +113,7 @@ def main() -> None:
     try:
         os.execvp(arguments.command[0], arguments.command)  # noqa: S606 - the point of it: no shell, no extra process
     except OSError as error:
-        sys.exit(f"{arguments.command[0]} cannot be started: {error.strerror}")
+        refuse(f"{arguments.command[0]} cannot be started: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from services.common import cancelling
 from services.common.auth import Verifier
 from services.common.interceptor import Interceptor
+from services.common.process import refuse
 from services.common.streams import OpenStreams, Review
 
 log = structlog.get_logger()
@@ -74,7 +75,7 @@ class Server:
         """Starts serving and answers the port.
 
         Raises:
-            SystemExit: the address cannot be bound.
+            SystemExit: the address cannot be bound. It may be free again soon, so another try may help.
         """
         try:
             if self._credentials is None:
@@ -135,5 +136,5 @@ def mutual_tls(folder: Path) -> grpc.ServerCredentials:
     try:
         certificate, key, authority = ((folder / name).read_bytes() for name in ("tls.crt", "tls.key", "ca.crt"))
     except OSError as error:
-        raise SystemExit(f"the certificate file {error.filename} cannot be read: {error.strerror}") from None
+        refuse(f"the certificate file {error.filename} cannot be read: {error.strerror}")
     return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)

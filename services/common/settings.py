@@ -8,12 +8,14 @@ there is ESD_DATABASE_URL, unless the environment has it too.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.common.process import refuse
 
 
 class Settings(BaseSettings):
@@ -70,26 +72,32 @@ def load(settings: type[S]) -> S:
     """Reads the environment, and the folder that ESD_SETTINGS_DIR names.
 
     Raises:
-        SystemExit: a value is missing or wrong; the message names each variable, its value and what is allowed. The
-            status is 2, by which the one-machine stack knows that another try would not help.
+        SystemExit: a value is missing or wrong; each variable is named, with its value and what is allowed (`refuse`).
     """
     folder = os.environ.get(SETTINGS_DIR) or None
     if folder is not None and not os.path.isdir(folder):
-        raise SystemExit(f"setting {SETTINGS_DIR}: {folder} is not a folder")
+        refuse(f"setting {SETTINGS_DIR}: {folder} is not a folder")
     try:
         return settings(_secrets_dir=folder)
     except ValidationError as error:
-        prefix = settings.model_config.get("env_prefix", "")
-        for problem in error.errors():
-            name = prefix + "_".join(str(part) for part in problem["loc"]).upper()
-            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
-            print(f"setting {name}: {problem['msg']}{given}", file=sys.stderr)
-        raise SystemExit(2) from None
+        refuse("\n".join(_problem(settings, problem) for problem in error.errors()))
 
 
 def read_secret(path: Path) -> str:
-    """The content of a secret's file, without the newline at its end."""
+    """The content of a secret's file, without the newline at its end.
+
+    Raises:
+        SystemExit: it cannot be read.
+    """
     try:
         return path.read_text().strip()
     except OSError as error:
-        raise SystemExit(f"the secret file {path} cannot be read: {error.strerror}") from None
+        refuse(f"the file {path} cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        refuse(f"the file {path} holds no text")
+
+
+def _problem(settings: type[BaseSettings], problem: ErrorDetails) -> str:
+    name = settings.model_config.get("env_prefix", "") + "_".join(str(part) for part in problem["loc"]).upper()
+    given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+    return f"setting {name}: {problem['msg']}{given}"

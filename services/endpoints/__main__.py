@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
 from services.common import logs
@@ -17,6 +17,7 @@ from services.common.audit import Audit
 from services.common.auth import Verifier
 from services.common.clients import TokenSource, channel
 from services.common.database import Database
+from services.common.process import refuse
 from services.common.server import Server
 from services.common.settings import AuditedSettings, load, read_secret
 from services.endpoints.cluster import Cluster
@@ -62,6 +63,13 @@ class EndpointsSettings(AuditedSettings):
     scale_out_seconds: float = Field(30.0, ge=0)
     scale_in_seconds: float = Field(900.0, ge=0)
 
+    @field_validator("autoscaler")
+    @classmethod
+    def _keda_needs_kubernetes(cls, value: str, info: ValidationInfo) -> str:
+        if value == "keda" and info.data.get("cluster") != "kubernetes":
+            raise ValueError("keda scales what runs with ESD_CLUSTER=kubernetes only")
+        return value
+
     def scaling(self) -> ScalingPolicy:
         """How pools follow their load."""
         return ScalingPolicy(
@@ -79,7 +87,7 @@ class EndpointsSettings(AuditedSettings):
             SystemExit: nobody said where.
         """
         if self.worker_dir is None:
-            raise SystemExit("setting ESD_WORKER_DIR: Field required when ESD_CLUSTER is local")
+            refuse("setting ESD_WORKER_DIR: Field required when ESD_CLUSTER is local")
         return LocalSettings(
             command=self.worker_command,
             folder=self.worker_dir.resolve(),
@@ -108,8 +116,6 @@ async def running_cluster(
         ) as cluster:
             yield cluster
         return
-    if settings.autoscaler == "keda":
-        raise SystemExit("setting ESD_AUTOSCALER: keda scales what runs with ESD_CLUSTER=kubernetes only")
     local = LocalCluster(store, tasks, settings.local(), on_change)
     try:
         yield local

@@ -9,6 +9,7 @@ from services.common import logs
 from services.common.audit import Audit
 from services.common.auth import Signer, Verifier
 from services.common.database import Database
+from services.common.process import refuse
 from services.common.server import Server
 from services.common.settings import load, read_secret
 from services.identity.authz import AuthorizationServicer
@@ -53,13 +54,13 @@ def _passwords(settings: IdentitySettings) -> Passwords:
     try:
         return Passwords(read_secret(settings.password_key_file))
     except ValueError:
-        raise SystemExit(f"setting ESD_PASSWORD_KEY_FILE: {settings.password_key_file} holds no Fernet key") from None
+        refuse(f"setting ESD_PASSWORD_KEY_FILE: {settings.password_key_file} holds no Fernet key")
 
 
 def _first_key(settings: IdentitySettings) -> str:
     key = read_secret(settings.api_key_file)
     if not key:
-        raise SystemExit(f"setting ESD_API_KEY_FILE: {settings.api_key_file} is empty")
+        refuse(f"setting ESD_API_KEY_FILE: {settings.api_key_file} is empty")
     return key
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.process import refuse
 from services.common.settings import AuditedSettings, read_secret
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -44,7 +45,7 @@ def read_secret_hashes(path: Path) -> SecretHashes:
         gateway = hashes.pop("gateway")
         wrong = [name for name, value in {"gateway": gateway, **hashes}.items() if not _SHA256.fullmatch(value)]
     except (ValueError, TypeError, AttributeError, KeyError):
-        raise SystemExit(f'setting ESD_SECRET_HASHES_FILE: {path} is not a JSON object with "gateway"') from None
+        refuse(f'setting ESD_SECRET_HASHES_FILE: {path} is not a JSON object with "gateway"')
     if wrong:
-        raise SystemExit(f"setting ESD_SECRET_HASHES_FILE: {path}: not a SHA-256 in hexadecimal: {', '.join(wrong)}")
+        refuse(f"setting ESD_SECRET_HASHES_FILE: {path}: not a SHA-256 in hexadecimal: {', '.join(wrong)}")
     return SecretHashes(gateway, {value: name for name, value in hashes.items()})

@@ -19,6 +19,7 @@ from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
 from services.common.outbound import Outbound
+from services.common.process import refuse
 from services.common.server import Server, mutual_tls
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
 from services.common.signals import Signals
@@ -89,7 +90,7 @@ async def keda_door(settings: InferenceSettings, verifier: Verifier, servicer: S
         yield
         return
     if settings.keda_certificates is None:
-        raise SystemExit("setting ESD_KEDA_CERTIFICATES: Field required when ESD_KEDA_LISTEN is set")
+        refuse("setting ESD_KEDA_CERTIFICATES: Field required when ESD_KEDA_LISTEN is set")
     credentials = mutual_tls(settings.keda_certificates)
     server = Server(settings.keda_listen, verifier, credentials=credentials, setting="ESD_KEDA_LISTEN")
     externalscaler_pb2_grpc.add_ExternalScalerServicer_to_server(servicer, server.grpc)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from esd.identity.v1 import identity_pb2, identity_pb2_grpc
+from services.common.process import EXIT_WRONG_SETTING
 from tests.gateway.conftest import KEY, ROOT, Gateway, Seen, running_gateway
 
 
@@ -76,7 +77,7 @@ def refusal(tmp_path: Path, **settings: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "gateway"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode != 0
+    assert done.returncode == EXIT_WRONG_SETTING
     assert "Traceback" not in done.stderr
     return done.stderr
 

@@ -4,6 +4,8 @@ import time
 
 import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from services.common.auth import Absence, Caller, Kind, Profile, Signer, UsernameStatus, Verifier
 from services.common.errors import EsdError, PermissionDenied, Unauthenticated, Unavailable
@@ -76,13 +78,19 @@ def test_several_keys_are_accepted_while_they_rotate() -> None:
         assert verifier.verify(tokens.signer.sign(ANN, "esd", 30)) == ANN
 
 
-def test_a_signing_key_of_another_kind_is_refused() -> None:
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
+def test_a_signing_key_of_another_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    with pytest.raises(SystemExit, match="Ed25519"):
-        Signer(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    for pem in (key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), b"no key"):
+        with pytest.raises(SystemExit):
+            Signer(pem)
+        assert "ESD_SIGNING_KEY_FILE: the signing key is not an Ed25519 private key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pem", ["", "-----BEGIN PUBLIC KEY-----\nno key\n-----END PUBLIC KEY-----"])
+def test_with_a_verifying_key_that_is_none_nobody_starts(pem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Verifier(pem)
+    assert "setting ESD_VERIFYING_KEY_FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.common.errors import Unavailable
+from services.common.process import refuse
 from services.endpoints.cluster.pods import MANAGER, Program
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 
@@ -135,9 +136,9 @@ async def connect(settings: KubernetesSettings) -> client.ApiClient:
         else:
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
     except config.ConfigException as error:
-        raise SystemExit(
+        refuse(
             f"ESD_CLUSTER=kubernetes, but no cluster is known: {error}; set ESD_KUBERNETES_KUBECONFIG outside of one"
-        ) from None
+        )
     return client.ApiClient(configuration)
 
 

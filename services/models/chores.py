@@ -24,7 +24,7 @@ from services.common import cancelling
 
 log = structlog.get_logger()
 
-SHORT, LONG = "default", "long"  # the queues
+SHORT, LONG = "default", "long"  # what is done soon, and what takes hours
 _SCHEMA = "chores"
 _SCHEMA_LOCK = 0x63686F72
 _HEARTBEAT_SECONDS = 3.0
@@ -38,9 +38,12 @@ Work = Callable[..., Awaitable[None]]
 
 
 class Chores:
-    """The chores of one service. `url` is `postgresql+psycopg://…`; at most `concurrency` of a queue run at once here.
+    """The chores of one service. `url` is `postgresql+psycopg://…`; at most `concurrency` run at once here, and as many
+    of those that take hours, so that the rest, for which somebody waits, never stands behind them.
 
-    What takes hours has a queue of its own, so that the rest, for which somebody waits, never stands behind it.
+    To procrastinate each kind of chore is a queue of its own, and a replica looks into those of the kinds that it does:
+    one that a newer replica has deferred waits for such a replica. A worker that finds a kind that it does not know
+    would drop it.
     """
 
     def __init__(self, url: str, concurrency: int = 4, first_wait_seconds: float = 2.0) -> None:
@@ -51,9 +54,10 @@ class Chores:
         self._app = procrastinate.App(connector=connector)
         self._first_wait_seconds = first_wait_seconds
         self._concurrency = concurrency
+        self._kinds = {SHORT: [SHORT], LONG: [LONG]}  # beside what earlier versions have put into two queues
 
     def add(self, name: str, work: Work, queue: str = SHORT, is_counted: bool = False) -> None:
-        """Says who does the chores of this name. Each is tried until it is done."""
+        """Says who does the chores of this kind. Each is tried until it is done."""
 
         async def run(context: procrastinate.JobContext, /, **arguments: Any) -> None:
             if is_counted:
@@ -61,7 +65,7 @@ class Chores:
             await work(**arguments)
 
         retry = _Again(self._first_wait_seconds)
-        self._app.task(name=name, queue=queue, pass_context=True, retry=retry)(run)
+        self._app.task(name=name, queue=self._known(name, queue), pass_context=True, retry=retry)(run)
 
     def add_periodic(self, name: str, cron: str, work: Callable[[], Awaitable[None]]) -> None:
         """Has this done at the times of `cron`, by one of the replicas."""
@@ -69,7 +73,7 @@ class Chores:
         async def run(timestamp: int) -> None:
             await work()
 
-        self._app.periodic(cron=cron)(self._app.task(name=name, queue=SHORT, queueing_lock=name)(run))
+        self._app.periodic(cron=cron)(self._app.task(name=name, queue=self._known(name), queueing_lock=name)(run))
 
     async def defer(
         self,
@@ -82,8 +86,8 @@ class Chores:
     ) -> None:
         """Has the chore done once the session's transaction commits, or when it has waited after that.
 
-        Chores of one `lock` are done one by one; those that wait let the others go first. In a queue the one of the
-        highest priority is next.
+        Chores of one `lock` are done one by one; those that wait let the others go first. The one of the highest
+        priority is next.
         """
         raw = await (await session.connection()).get_raw_connection()
         await session.execute(sa.text(f"SET LOCAL search_path TO public, {_SCHEMA}"))
@@ -127,9 +131,13 @@ class Chores:
         if errors and errors[0]:
             raise errors[0]
 
+    def _known(self, name: str, queue: str = SHORT) -> str:
+        self._kinds[queue].append(name)
+        return name
+
     async def _work(self, queue: str) -> None:
         await self._app.run_worker_async(
-            queues=[queue],
+            queues=self._kinds[queue],
             concurrency=self._concurrency,
             install_signal_handlers=False,
             fetch_job_polling_interval=_POLL_SECONDS,

@@ -57,3 +57,24 @@ async def test_a_chore_is_tried_until_it_is_done_and_told_how_often_if_it_wants_
         await done.wait()
     await cancelling.cancel([running])
     await database.dispose()
+
+
+async def test_a_replica_leaves_chores_of_kinds_that_it_does_not_know_to_one_that_does(database_url: str) -> None:
+    database, old, new = Database(database_url, pool_size=1), Chores(database_url), Chores(database_url)
+    await new.prepare()
+    done = {"new": asyncio.Event(), "known": asyncio.Event()}
+
+    async def do(kind: str) -> None:
+        done[kind].set()
+
+    old.add("known", do)
+    for kind in ("new", "known"):  # in this order they are looked at
+        new.add(kind, do)
+        async with database.transaction() as session:
+            await new.defer(session, kind, kind, {"kind": kind})
+    async with asyncio.timeout(120):
+        for replica, kind in ((old, "known"), (new, "new")):
+            running = asyncio.create_task(replica.run())
+            await done[kind].wait()
+            await cancelling.cancel([running])
+    await database.dispose()

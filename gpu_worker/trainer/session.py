@@ -161,10 +161,11 @@ class _Session:
 
     async def _reported(self, training: Coroutine[Any, Any, None], reporter: Reporter) -> None:
         """Trains, and uploads meanwhile; what cannot be uploaded ends the training."""
+        trained = asyncio.create_task(training)
 
         async def work() -> None:
             try:
-                await training
+                await trained
             except (JobError, Stopped):
                 if not self._is_interrupted:
                     await reporter.flush()  # what was saved before counts
@@ -177,7 +178,7 @@ class _Session:
             await asyncio.wait([working, sending], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 self._stopping.set()
-                await asyncio.wait([working])
+                await asyncio.wait([trained])  # not its files, which nobody uploads any more
                 await sending
             await working
         finally:

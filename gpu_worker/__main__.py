@@ -32,12 +32,13 @@ from gpu_worker.worker import Worker
 from services.common import logs
 from services.common.auth import Verifier
 from services.common.clients import TokenSource, plain_channel
-from services.common.process import die_with_launcher
+from services.common.process import EXIT_WRONG_SETTING, die_with_launcher, refuse
 from services.common.settings import Settings, load, read_secret
 
 log = structlog.get_logger()
 
 EXIT_REFUSED = 3
+_LEAVE_SECONDS = 5.0  # to be heard after the drain; whoever started this process has patience for twice as long
 # Set before the engine's thread imports diffusers: nothing is fetched from a model hub or reported to one.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -121,14 +122,14 @@ async def _work(settings: WorkerSettings, engine: Engine) -> int:
         stream = WorkStream(worker, tokens, channel, worker_id=settings.worker_id)
         server = await _serve(settings, worker)
         try:
-            return await _until_over(stream, engine, settings.drain_seconds)
+            return await _until_over(stream, engine, worker, settings.drain_seconds)
         finally:
             if server is not None:
                 await server.stop(None)
             await worker.stop()
 
 
-async def _until_over(stream: WorkStream, engine: Engine, drain_seconds: float) -> int:
+async def _until_over(stream: WorkStream, engine: Engine, worker: Worker, drain_seconds: float) -> int:
     loop = asyncio.get_running_loop()
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,11 +140,15 @@ async def _until_over(stream: WorkStream, engine: Engine, drain_seconds: float) 
         await asyncio.wait([running, stop], return_when=asyncio.FIRST_COMPLETED)
         if engine.ready.done() and (failure := engine.ready.exception()) is not None:
             log.error("the engine cannot start", reason=str(failure))
-            return 2
+            return EXIT_WRONG_SETTING
         if stop.done() and engine.ready.done():
             log.info("draining", seconds=drain_seconds)
             stream.drain()
             await asyncio.wait([running], timeout=drain_seconds)
+            if not running.done():  # jobs tell that they end here, so that others have them at once
+                stopping = asyncio.create_task(worker.stop())
+                await asyncio.wait([running], timeout=_LEAVE_SECONDS)
+                await stopping
         if running.done():
             await running
     except Refused as refusal:
@@ -168,7 +173,7 @@ async def _serve(settings: WorkerSettings, worker: Worker) -> grpc.aio.Server | 
     if not settings.listen:
         return None
     if settings.verifying_key_file is None:
-        raise SystemExit("setting ESD_VERIFYING_KEY_FILE: Field required when ESD_LISTEN is set")
+        refuse("setting ESD_VERIFYING_KEY_FILE: Field required when ESD_LISTEN is set")
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * 2**20)])
     servicer = GpuWorkerServicer(worker, Verifier.from_file(settings.verifying_key_file))
     worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(servicer, server)

@@ -29,6 +29,7 @@ from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
 from services.common.payloads.models import HYPERNETWORK
 from services.common.structs import plain
+from services.common.tasks import together
 
 log = structlog.get_logger()
 
@@ -49,6 +50,7 @@ class Worker:
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._preloading: asyncio.Task[None] | None = None
         self._num_uploading = 0
+        self._is_stopping = False
         self.on_change: Callable[[], None] = lambda: None
         engine.ready.add_done_callback(lambda _: self.on_change())
         engine.on_warm = self._say_change
@@ -97,7 +99,8 @@ class Worker:
         self._preloading = asyncio.create_task(self._preload(models)) if models or before is not None else None
 
     async def stop(self) -> None:
-        """Cancels what still runs and waits for its end."""
+        """Cancels what still runs, and waits until each job has told how it ended."""
+        self._is_stopping = True
         for job in self._tasks:
             job.cancel()
         preloading = [] if self._preloading is None else [self._preloading]
@@ -134,7 +137,7 @@ class Worker:
             try:
                 last = worker_pb2.JobEvent(done=await self._do(job))
             except JobCancelled:
-                last = _failed(job, "the job was cancelled", cancelled=True)
+                last = self._cut_off(job)
             except Unreached as error:
                 last = _failed(job, str(error), postponed=True)
             except UrlExpired as error:
@@ -148,6 +151,13 @@ class Worker:
         del self._tasks[job]
         job.emit(last)
         self.on_change()
+
+    def _cut_off(self, job: Job) -> worker_pb2.JobEvent:
+        """What is told of a job that was told to stop, for itself or with this worker. In that case others may have it,
+        and one that had only to be uploaded has not lost an attempt."""
+        if self._is_stopping and job.has_uploaded:
+            return _failed(job, "the worker ended before the object store had taken the results", postponed=True)
+        return _failed(job, "the worker ended" if self._is_stopping else "the job was cancelled", cancelled=True)
 
     async def _do(self, job: Job) -> worker_pb2.JobDone:
         """The job's three stages.
@@ -246,9 +256,10 @@ class Worker:
         began = time.monotonic()
         job.has_uploaded = True
         uploads = [*job.spec.image_uploads[: len(images)], job.spec.param_upload]
-        objects = await asyncio.gather(
-            *(self._upload(upload, content) for upload, content in zip(uploads, [*images, param], strict=True))
-        )
+        contents = zip(uploads, [*images, param], strict=True)
+        async with together() as group:  # so that beside one that is refused none goes on
+            uploading = [group.create_task(self._upload(upload, content)) for upload, content in contents]
+        objects = [task.result() for task in uploading]
         timings.upload_seconds = time.monotonic() - began
         return worker_pb2.JobDone(images=objects[:-1], param=objects[-1], timings=timings)
 

@@ -14,6 +14,7 @@ from esd.training.v1 import training_pb2 as pb
 from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
 from gpu_worker.trainer.stream import TrainStream
 from services.common.payloads.trainers import is_plain
+from services.common.tasks import together
 
 T = TypeVar("T")
 
@@ -57,7 +58,9 @@ class Files:
         for start in range(0, len(wanted), _URLS_AT_ONCE):
             some = wanted[start : start + _URLS_AT_ONCE]
             urls = await self._stream.urls(kind, [file.name for file in some])
-            await asyncio.gather(*(download(file, url) for file, url in zip(some, urls, strict=True)))
+            async with together() as group:
+                for file, url in zip(some, urls, strict=True):
+                    group.create_task(download(file, url))
 
     async def upload(self, name: str, content: bytes) -> pb.UploadedFile:
         """Writes the object; answers how it is told of. See `attempt` and Transfer.upload."""

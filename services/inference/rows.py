@@ -217,7 +217,7 @@ class Job(SQLModel, table=True):
 
     def postpone(self, reason: str, time: datetime, max_seconds: float) -> None:
         """Is queued again, because its worker could not reach the object store; fails when that has gone on for so long
-        since the first time. It is no attempt that was lost."""
+        since the first time after it last ran. It is no attempt that was lost."""
         self._check("postpone")
         self.postponed_since = self.postponed_since or time
         if (time - self.postponed_since).total_seconds() >= max_seconds:

@@ -48,6 +48,24 @@ async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peer
 
 
 @pytest.mark.slow
+async def test_a_worker_whose_drain_is_cut_off_gives_its_job_back_before_it_leaves(
+    tmp_path: Path, peers: Services, make_spec: Any
+) -> None:
+    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="0")
+    connection = await peers.queue.connection()
+    await connection.welcome()
+    await connection.until_room()
+    await connection.assign("lease-1", make_spec(steps=150))
+    await connection.until("progress")
+    process.terminate()
+    failed = (await connection.until("failed")).event.failed
+    assert (failed.cancelled, failed.postponed) == (True, False)
+    await connection.acknowledge("lease-1")
+    _, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+
+
+@pytest.mark.slow
 async def test_an_idle_worker_told_to_stop_leaves_without_draining(tmp_path: Path, peers: Services) -> None:
     process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="3600")
     connection = await peers.queue.connection()

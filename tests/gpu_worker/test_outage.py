@@ -16,7 +16,7 @@ from esd.worker.v1 import worker_pb2
 from gpu_worker.engine.engine import Engine
 from gpu_worker.files.cache import ModelCache
 from gpu_worker.files.transfer import Transfer
-from gpu_worker.job import Job
+from gpu_worker.job import Job, JobError
 from gpu_worker.stream import WorkStream
 from gpu_worker.worker import Worker, is_last
 from services.common.blobs import Blobs
@@ -164,6 +164,21 @@ async def test_results_that_cannot_be_uploaded_for_too_long_are_given_back(
         assert "cannot be uploaded: the object store does not answer" in failed.reason
 
 
+async def test_results_that_still_wait_for_the_store_when_their_worker_ends_have_not_lost_an_attempt(
+    engine: Engine, line: Line, store: Blobs, content: bytes, tmp_path: Path
+) -> None:
+    async with working(engine, tmp_path) as worker, connected(worker) as connection:
+        await connection.assign("lease-1", spec_of(store, content))
+        await connection.until("started")
+        line.shut(after_bytes=1000)  # in the middle of the first request
+        await line.gone.wait()
+        stopping = asyncio.create_task(worker.stop())
+        failed = (await connection.until("failed")).event.failed
+        assert (failed.postponed, failed.cancelled, failed.nothing_uploaded) == (True, False, False)
+        assert failed.reason == "the worker ended before the object store had taken the results"
+        await stopping
+
+
 async def test_a_model_that_is_to_be_kept_ready_is_fetched_when_the_store_is_back(
     engine: Engine, line: Line, store: Blobs, content: bytes, tmp_path: Path
 ) -> None:
@@ -209,3 +224,33 @@ async def test_a_model_that_was_deleted_fails_its_job_by_name(
         failed = (await connection.until("failed")).event.failed
         assert not failed.postponed
         assert failed.reason == f"{MODEL} cannot be downloaded: the object store answers 404, it has no such object"
+
+
+class Refusing(Transfer):
+    """The pictures are refused once the description is under way, which takes for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.is_over = asyncio.Event(), False
+
+    async def upload(self, url: str, content: bytes, name: str) -> None:
+        if name == "image_0.png":
+            await self.begun.wait()
+            raise JobError(f"{name} cannot be uploaded: the object store answers 403")
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.is_over = True
+
+
+async def test_beside_an_upload_that_is_refused_no_other_goes_on(
+    engine: Engine, store: Blobs, content: bytes, tmp_path: Path
+) -> None:
+    last: asyncio.Future[worker_pb2.JobEvent] = asyncio.get_running_loop().create_future()
+    async with Refusing() as transfer:
+        worker = Worker(engine, ModelCache(tmp_path, 2**30, transfer), transfer, max_jobs=1)
+        worker.submit(Job(spec_of(store, content), lambda event: last.set_result(event) if is_last(event) else None))
+        assert (await last).failed.reason == "image_0.png cannot be uploaded: the object store answers 403"
+        assert transfer.is_over
+        await worker.stop()

@@ -444,6 +444,14 @@ async def test_a_job_that_its_worker_gives_back_is_queued_again(pool: Pool) -> N
     assert (await pool.claim_one()).id == job_id
 
 
+async def test_a_job_that_has_begun_has_the_outage_behind_it(pool: Pool) -> None:
+    job_id = await pool.add()
+    await pool.leases.postpone(pool.endpoint_id, lease(await pool.claim_one()), "the store is away", 60.0)
+    assert (await pool.get(job_id)).postponed_since is not None
+    await pool.leases.start(pool.endpoint_id, lease(await pool.claim_one()))
+    assert (await pool.get(job_id)).postponed_since is None
+
+
 async def test_whatever_was_uploaded_under_a_lease_that_is_lost_is_removed_now_and_at_its_end(pool: Pool) -> None:
     job_id, leftovers = await pool.add(), LeftoverStore(pool.database)
     lost = lease(await pool.claim_one())

@@ -63,7 +63,11 @@ _NOW = select(func.clock_timestamp().label("time"))
 _START = (
     update(JOB)
     .where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
-    .values(is_running=True, start_time=case((JOB.c.is_running, JOB.c.start_time), else_=func.clock_timestamp()))
+    .values(
+        is_running=True,
+        start_time=case((JOB.c.is_running, JOB.c.start_time), else_=func.clock_timestamp()),
+        postponed_since=None,  # its worker has what it needs of the object store
+    )
     .returning(JOB.c.id)
 )
 _HELLO = insert(_WORKER).values(

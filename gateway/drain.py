@@ -57,7 +57,7 @@ def _total(gauges: str) -> int:
 
 def _news(envoy: subprocess.Popen[bytes], seconds: float) -> int | None:
     """The next signal to stop, or that Envoy has ended; None if neither comes within so many seconds. Of other children
-    there is no news: as the first process of a container this one is given all orphans."""
+    there is no news: Envoy makes none, but the first process of a container is given the orphans of `kubectl exec`."""
     end = time.monotonic() + seconds
     while found := signal.sigtimedwait(_NEWS, max(0.0, end - time.monotonic())):
         if found.si_signo != signal.SIGCHLD or envoy.poll() is not None:

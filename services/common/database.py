@@ -12,7 +12,7 @@ import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Executable, event, text
+from sqlalchemy import Executable, bindparam, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -26,6 +26,7 @@ log = structlog.get_logger()
 _SERVICES = Path(__file__).resolve().parent.parent
 # Any number will do, as long as all replicas of a service take the same.
 _MIGRATION_LOCK = 0x657364
+_NOTIFY = select(func.pg_notify(bindparam("channel"), bindparam("payload")))
 
 
 class Database:
@@ -138,6 +139,9 @@ def _told_as_unavailable() -> Iterator[None]:
         raise Unavailable("the database is too busy at present") from error
 
 
-async def notify(session: AsyncSession, channel: str, payload: str) -> None:
-    """Notifies listeners when the session's transaction commits; payloads end at 8,000 bytes."""
-    await session.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})
+async def notify(transaction: AsyncSession | Run, channel: str, payload: str) -> None:
+    """Notifies listeners of all replicas when the transaction commits; payloads end at 8,000 bytes."""
+    if isinstance(transaction, AsyncSession):
+        await transaction.execute(_NOTIFY, {"channel": channel, "payload": payload})
+    else:
+        await transaction(_NOTIFY, channel=channel, payload=payload)

@@ -18,12 +18,13 @@ from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
+from services.common.notifications import Notifications
 from services.common.outbound import Outbound
 from services.common.process import refuse
 from services.common.server import Server, mutual_tls
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
-from services.common.signals import Signals
 from services.common.tasks import Background
+from services.inference.channels import CHANNELS
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
@@ -34,7 +35,6 @@ from services.inference.queue.scaler import ScalerServicer
 from services.inference.queue.servicer import QueueServicer
 from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
-from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
 from services.inference.submitting.payload import MAX_BYTES
 from services.inference.submitting.priorities import DEFAULT_RANGES, Priorities
@@ -117,7 +117,7 @@ async def main() -> None:
     verifier = Verifier.from_file(settings.verifying_key_file, audience="inference")
     # A job may bring its payload with it.
     server = Server(settings.listen, verifier, token_review(identity), max_message_bytes=MAX_BYTES)
-    signals, background, blobs = Signals(), Background(), Blobs(load(BlobSettings))
+    notifications, background, blobs = Notifications(), Background(), Blobs(load(BlobSettings))
     pools, leftovers = PoolStore(database), LeftoverStore(database)
     limits = Limits(
         lease_seconds=settings.lease_seconds,
@@ -129,26 +129,26 @@ async def main() -> None:
     rehoming = Rehoming(pools, peers)
     cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
     outputs = Outputs(jobs, blobs)
-    queue = Queue(LeaseStore(database), blobs, leftovers, outputs, signals, background, limits)
+    queue = Queue(LeaseStore(database), blobs, leftovers, outputs, notifications, background, limits)
     priorities = Priorities(settings.priority_ranges)
-    inference = Inference(jobs, blobs, peers, signals, cleaner, priorities, server.stopping)
-    board, views = Board(BoardStore(database), signals), Views(blobs)
-    webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), signals)
+    inference = Inference(jobs, blobs, peers, notifications, cleaner, priorities, server.stopping)
+    board, views = Board(BoardStore(database), notifications), Views(blobs)
+    webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), notifications)
     servicer = InferenceServicer(inference, views, Events(inference, views, board), webhooks)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
     pins = Pins(pools, peers, blobs)
-    workers = QueueServicer(queue, pools, rehoming, pins, signals, board, server.stopping)
+    workers = QueueServicer(queue, pools, rehoming, pins, notifications, board, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
-    async with keda_door(settings, verifier, ScalerServicer(pools, signals, server.stopping)):
+    async with keda_door(settings, verifier, ScalerServicer(pools, notifications, server.stopping)):
         await server.run(
-            database.listen(CHANNELS, signals.on_notify),
-            signals.wake_all(at=server.stopping),
+            database.listen(CHANNELS, notifications.on_notify),
+            notifications.wake_all(at=server.stopping),
             queue.run(),
             rehoming.run(limits.renew_seconds),
             cleaner.run(),
             outputs.run(),
             board.run(server.stopping),
-            Deadlines(jobs, signals).run(),
+            Deadlines(jobs, notifications).run(),
             webhooks.run(),
         )
     await background.stop()

@@ -20,15 +20,15 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.common.notifications import Notifications
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
-from services.common.signals import Signals
 from services.common.tasks import heard
 from services.common.times import read_time
 from services.common.viewer import Viewer
+from services.inference.channels import JOB_ENDED
 from services.inference.peers import Peers
 from services.inference.rows import REAL_TIME, STATUSES, Job, Submission, now
-from services.inference.signals import JOB_ENDED
 from services.inference.store import JobFilter, JobStore
 from services.inference.submitting.choices import EXTRA_TASKS, SIMPLE_TASKS, Choices, Draft
 from services.inference.submitting.freezing import Freezer
@@ -66,7 +66,7 @@ class Inference:
         store: JobStore,
         blobs: Blobs,
         peers: Peers,
-        signals: Signals,
+        notifications: Notifications,
         cleaner: Cleaner,
         priorities: Priorities,
         stopping: asyncio.Event,
@@ -74,7 +74,7 @@ class Inference:
         self._store = store
         self._blobs = blobs
         self._peers = peers
-        self._signals = signals
+        self._notifications = notifications
         self._cleaner = cleaner
         self._priorities = priorities
         self._stopping = stopping
@@ -300,7 +300,7 @@ class Inference:
         if job.inference_type != REAL_TIME:
             queued: Job = await queue()
             return queued
-        with self._signals.subscribed((JOB_ENDED, str(job.id))) as ended:
+        with self._notifications.subscribed((JOB_ENDED, str(job.id))) as ended:
             current: Job | None = await queue()
             while current is not None and not current.is_ended:
                 if self._stopping.is_set():

@@ -14,12 +14,12 @@ from uuid import UUID
 from sqlalchemy import ARRAY, Interval, Uuid, any_, bindparam, delete, func, select, tuple_, update
 from sqlmodel import col
 
-from services.common.database import Database
+from services.common.database import Database, notify
 from services.common.driver import Run
 from services.common.leftovers import note_leftovers, withdraw_leftovers
+from services.inference.channels import DEADLINE_SET, JOB_ENDED, LEASES_LOST
 from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, Submission, Usage
-from services.inference.signals import DEADLINE_SET, JOB_ENDED, LEASES_LOST, notify
 from services.inference.submitting.quotas import NO_QUOTAS, Quotas, admit, note_usage
 from services.inference.submitting.submissions import LIFETIME, find_submission, remember
 from services.inference.table import (

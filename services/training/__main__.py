@@ -13,14 +13,14 @@ from services.common.blobs import Blobs
 from services.common.clients import TokenSource, channel, token_review
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
+from services.common.notifications import Notifications
 from services.common.server import Server
 from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
-from services.common.signals import Signals
+from services.training.channels import CHANNELS
 from services.training.domain import Trainings
 from services.training.peers import Models, Tasks
 from services.training.servicer import TrainingServicer
 from services.training.settling import Settler
-from services.training.signals import CHANNELS
 from services.training.store import TrainingStore
 from services.training.trainer_servicer import TrainerServicer
 from services.training.trainer_store import TrainerStore
@@ -43,17 +43,19 @@ async def main() -> None:
     tokens = TokenSource(settings.identity_address, read_secret(settings.secret_file))
     models = Models(channel(settings.models_address, tokens))
     tasks = Tasks(channel(settings.endpoints_address, tokens))
-    signals, blobs = Signals(), Blobs(load(BlobSettings))
+    notifications, blobs = Notifications(), Blobs(load(BlobSettings))
     store, trainer_store = TrainingStore(database), TrainerStore(database)
-    settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, signals)
+    settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
     trainings = Trainings(store, blobs, models, settler, round(settings.training_max_hours * 3600))
     verifier = Verifier.from_file(settings.verifying_key_file, audience="training")
     server = Server(settings.listen, verifier, token_review(channel(settings.identity_address, tokens)))
-    watching = Watching(trainings, store, signals, server.stopping)
+    watching = Watching(trainings, store, notifications, server.stopping)
     rpc.add_TrainingServiceServicer_to_server(TrainingServicer(trainings, watching), server.grpc)
-    trainers = TrainerServicer(Trainers(trainer_store, blobs), store, signals, server.stopping)
+    trainers = TrainerServicer(Trainers(trainer_store, blobs), store, notifications, server.stopping)
     rpc.add_TrainerServiceServicer_to_server(trainers, server.grpc)
-    await server.run(database.listen(CHANNELS, signals.on_notify), signals.wake_all(at=server.stopping), settler.run())
+    await server.run(
+        database.listen(CHANNELS, notifications.on_notify), notifications.wake_all(at=server.stopping), settler.run()
+    )
     await database.dispose()
 
 

@@ -12,12 +12,12 @@ import structlog
 from services.common.blobs import Blobs
 from services.common.errors import EsdError, Unavailable
 from services.common.leftovers import LeftoverStore, Sweeper
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import heard
 from services.training import rows
+from services.training.channels import TRAININGS_DUE
 from services.training.peers import Models, Task, Tasks, TaskState
 from services.training.rows import Training, now
-from services.training.signals import TRAININGS_DUE
 from services.training.store import TrainingStore
 from services.training.trainer_store import TrainerStore
 
@@ -42,19 +42,19 @@ class Settler:
         blobs: Blobs,
         models: Models,
         tasks: Tasks,
-        signals: Signals,
+        notifications: Notifications,
     ) -> None:
         self._store = store
         self._trainers = trainers
         self._blobs = blobs
         self._models = models
         self._tasks = tasks
-        self._signals = signals
+        self._notifications = notifications
         self._sweeper = Sweeper(leftovers, blobs)
 
     async def run(self) -> None:
         """Looks at all trainings that are not settled, whenever one is due and every few seconds, until cancelled."""
-        with self._signals.subscribed((TRAININGS_DUE, "")) as due:
+        with self._notifications.subscribed((TRAININGS_DUE, "")) as due:
             number = 0
             while True:
                 try:

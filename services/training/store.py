@@ -14,8 +14,8 @@ from sqlmodel import col
 from services.common.database import Database, notify
 from services.common.errors import Unavailable
 from services.common.leftovers import leave_behind
+from services.training.channels import TRAINING_MOVED, TRAININGS_DUE
 from services.training.rows import Event, Metric, Training
-from services.training.signals import TRAINING_MOVED, TRAININGS_DUE
 
 _MAX_EVENTS = 500  # that are read at once
 

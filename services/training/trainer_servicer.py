@@ -17,13 +17,13 @@ from esd.training.v1 import training_pb2 as pb
 from esd.training.v1 import training_pb2_grpc
 from services.common.auth import current_caller
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from services.common.notifications import Notifications
 from services.common.payloads.trainers import MAX_POINTS
-from services.common.signals import Signals
 from services.common.structs import struct
 from services.common.tasks import first, heard
 from services.training import facts, trainers
+from services.training.channels import TRAINING_MOVED
 from services.training.rows import PHASES, Training
-from services.training.signals import TRAINING_MOVED
 from services.training.store import TrainingStore
 from services.training.trainer_store import TakenOver
 from services.training.trainers import Trainers, Welcome
@@ -44,16 +44,18 @@ _KINDS = {
 class TrainerServicer(training_pb2_grpc.TrainerServiceServicer):
     """Speaks to trainers. `stopping` ends the streams, so that they go elsewhere."""
 
-    def __init__(self, domain: Trainers, store: TrainingStore, signals: Signals, stopping: asyncio.Event) -> None:
+    def __init__(
+        self, domain: Trainers, store: TrainingStore, notifications: Notifications, stopping: asyncio.Event
+    ) -> None:
         self._domain = domain
         self._store = store
-        self._signals = signals
+        self._notifications = notifications
         self._stopping = stopping
 
     async def Train(
         self, request_iterator: AsyncIterator[pb.TrainRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.TrainResponse]:
-        session = _TrainSession(self._domain, self._store, self._signals, _training_of_token())
+        session = _TrainSession(self._domain, self._store, self._notifications, _training_of_token())
         work = asyncio.create_task(session.run(request_iterator, self._stopping))
         try:
             while (message := await session.outbox.get()) is not None:
@@ -66,11 +68,11 @@ class TrainerServicer(training_pb2_grpc.TrainerServiceServicer):
 class _TrainSession:
     """One Train stream: answers what the trainer asks, keeps what it tells, and says when it shall stop."""
 
-    def __init__(self, domain: Trainers, store: TrainingStore, signals: Signals, training_id: UUID) -> None:
+    def __init__(self, domain: Trainers, store: TrainingStore, notifications: Notifications, training_id: UUID) -> None:
         self.outbox: asyncio.Queue[pb.TrainResponse | None] = asyncio.Queue()
         self._domain = domain
         self._store = store
-        self._signals = signals
+        self._notifications = notifications
         self._training_id = training_id
 
     async def run(self, requests: AsyncIterator[pb.TrainRequest], stopping: asyncio.Event) -> None:
@@ -134,7 +136,7 @@ class _TrainSession:
     async def _watch(self, session: UUID) -> None:
         """Tells the trainer to stop once its training has ended without it; another trainer's is none of its own."""
         has_said_so = False
-        with self._signals.subscribed((TRAINING_MOVED, str(self._training_id))) as moved:
+        with self._notifications.subscribed((TRAINING_MOVED, str(self._training_id))) as moved:
             while True:
                 training = await self._store.get(self._training_id)
                 if training is not None and training.session not in {session, None}:

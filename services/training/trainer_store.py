@@ -16,8 +16,8 @@ from services.common.database import Database, notify
 from services.common.errors import FailedPrecondition
 from services.common.leftovers import leave_behind
 from services.training import facts, rows
+from services.training.channels import TRAINING_MOVED, TRAININGS_DUE
 from services.training.rows import Event, Metric, Training
-from services.training.signals import TRAINING_MOVED, TRAININGS_DUE
 
 _MAX_LINES = 5000  # of a training's log that are kept
 _MAX_LINE = 2000  # characters

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import NotFound, Unavailable
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import heard
 from services.common.viewer import Viewer
+from services.training.channels import TRAINING_MOVED
 from services.training.domain import Trainings
 from services.training.rows import Event, Training
-from services.training.signals import TRAINING_MOVED
 from services.training.store import TrainingStore
 
 _PING_SECONDS = 15.0
@@ -65,12 +65,14 @@ News = Status | Step | Noted | Ended | Ping
 
 class Watching:
     """The events of trainings, for those who may see them. `stopping` sends every watcher away, whom
-    `signals` wakes then."""
+    `notifications` wake then."""
 
-    def __init__(self, trainings: Trainings, store: TrainingStore, signals: Signals, stopping: asyncio.Event) -> None:
+    def __init__(
+        self, trainings: Trainings, store: TrainingStore, notifications: Notifications, stopping: asyncio.Event
+    ) -> None:
         self._trainings = trainings
         self._store = store
-        self._signals = signals
+        self._notifications = notifications
         self._stopping = stopping
 
     async def watch(self, job_id: str, user: Viewer) -> AsyncIterator[News]:
@@ -81,7 +83,7 @@ class Watching:
         """
         training = await self._trainings.get_job(job_id, user)
         told = _Told()
-        with self._signals.subscribed((TRAINING_MOVED, str(training.id))) as moved:
+        with self._notifications.subscribed((TRAINING_MOVED, str(training.id))) as moved:
             while True:
                 if self._stopping.is_set():
                     raise Unavailable(_CLOSED)

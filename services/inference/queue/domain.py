@@ -12,7 +12,7 @@ import structlog
 from services.common.blobs import Blobs
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import Background
 from services.inference.peers import Model
 from services.inference.queue.claim import WARM_WINDOW
@@ -69,7 +69,7 @@ class Queue:
         blobs: Blobs,
         leftovers: LeftoverStore,
         outputs: Outputs,
-        signals: Signals,
+        notifications: Notifications,
         background: Background,
         limits: Limits,
     ) -> None:
@@ -78,7 +78,7 @@ class Queue:
         self._blobs = blobs
         self._leftovers = leftovers
         self._outputs = outputs
-        self._signals = signals
+        self._notifications = notifications
         self._background = background
 
     # --- a worker's stream ---
@@ -200,7 +200,7 @@ class Queue:
             await asyncio.sleep(self.limits.renew_seconds)
             try:
                 # Nobody could renew while the database was away, so everybody gets a lease's time first.
-                if clock() > max(quiet_until, self._signals.connected_at + self.limits.lease_seconds):
+                if clock() > max(quiet_until, self._notifications.connected_at + self.limits.lease_seconds):
                     await self._store.reap(self.limits.lease_seconds)
             except Unavailable as error:
                 quiet_until = clock() + self.limits.lease_seconds

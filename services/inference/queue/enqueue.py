@@ -10,9 +10,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import col
 
 from services.common.driver import Run
+from services.inference.channels import JOBS_QUEUED
 from services.inference.queue.claim import QUEUE_CLOCK
 from services.inference.rows import Job, UserClock
-from services.inference.signals import JOBS_QUEUED
 
 _LOCK = 0x71756F74  # of this module, for advisory locks by owner
 _ENDPOINT: Any = bindparam("endpoint", type_=Uuid)

@@ -9,10 +9,10 @@ from uuid import UUID
 from sqlalchemy import Select, Table, Uuid, bindparam, case, delete, func, select, true
 from sqlalchemy.dialects.postgresql import insert
 
-from services.common.database import Database
+from services.common.database import Database, notify
+from services.inference.channels import JOB_ENDED, MODELS_PINNED
 from services.inference.queue.enqueue import enqueue
 from services.inference.rows import Job, PinnedModels, RetiredEndpoint, Worker
-from services.inference.signals import JOB_ENDED, MODELS_PINNED, notify
 from services.inference.table import (
     JOB,
     QUEUED,

@@ -18,10 +18,10 @@ from uuid import UUID
 from esd.inference.v1 import externalscaler_pb2 as pb
 from esd.inference.v1 import externalscaler_pb2_grpc as rpc
 from services.common.errors import InvalidArgument, Unavailable
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import heard
+from services.inference.channels import JOB_ENDED, JOBS_QUEUED, POOLS_CHANGED
 from services.inference.queue.pool_store import PoolState, PoolStore
-from services.inference.signals import JOB_ENDED, JOBS_QUEUED, POOLS_CHANGED
 
 METRIC = "backlog"
 _LEAST = 0.001  # what KEDA can tell from nothing
@@ -65,9 +65,9 @@ def backlog(pool: PoolState | None, trigger: Trigger) -> float:
 class ScalerServicer(rpc.ExternalScalerServicer):
     """KEDA's questions. `stopping` ends the streams, so that KEDA asks another replica."""
 
-    def __init__(self, pools: PoolStore, signals: Signals, stopping: asyncio.Event) -> None:
+    def __init__(self, pools: PoolStore, notifications: Notifications, stopping: asyncio.Event) -> None:
         self._pools = pools
-        self._signals = signals
+        self._notifications = notifications
         self._stopping = stopping
 
     async def IsActive(self, request: pb.ScaledObjectRef, context: Any) -> pb.IsActiveResponse:
@@ -76,8 +76,8 @@ class ScalerServicer(rpc.ExternalScalerServicer):
     async def StreamIsActive(self, request: pb.ScaledObjectRef, context: Any) -> AsyncIterator[pb.IsActiveResponse]:
         trigger = Trigger.read(request.scaler_metadata)
         told: bool | None = None
-        signals = (POOLS_CHANGED, ""), (JOBS_QUEUED, ""), (JOB_ENDED, "")
-        with self._signals.subscribed(*signals) as changed:
+        keys = (POOLS_CHANGED, ""), (JOBS_QUEUED, ""), (JOB_ENDED, "")
+        with self._notifications.subscribed(*keys) as changed:
             while not self._stopping.is_set():
                 if (is_active := await self._is_active(trigger)) != told:
                     yield pb.IsActiveResponse(result=is_active)

@@ -15,8 +15,9 @@ from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import first, heard, together
+from services.inference.channels import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, MODELS_PINNED, POOLS_CHANGED
 from services.inference.peers import Model
 from services.inference.queue.domain import Assignment, Queue, WorkerStream, parse_lease
 from services.inference.queue.pins import Pins
@@ -24,7 +25,6 @@ from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
 from services.inference.rows import REAL_TIME
-from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, MODELS_PINNED, POOLS_CHANGED
 from services.inference.watching.board import Board
 from services.inference.watching.relay import Relay
 
@@ -44,7 +44,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         pools: PoolStore,
         rehoming: Rehoming,
         pins: Pins,
-        signals: Signals,
+        notifications: Notifications,
         board: Board,
         stopping: asyncio.Event,
     ) -> None:
@@ -52,7 +52,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         self._pools = pools
         self._rehoming = rehoming
         self._pins = pins
-        self._signals = signals
+        self._notifications = notifications
         self._board = board
         self._stopping = stopping
 
@@ -60,7 +60,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         self, request_iterator: AsyncIterator[pb.WorkRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkResponse]:
         endpoint_id = _endpoint_of_token()
-        session = _WorkSession(self._queue, self._pins, self._signals, self._board, endpoint_id)
+        session = _WorkSession(self._queue, self._pins, self._notifications, self._board, endpoint_id)
         work = asyncio.create_task(session.run(request_iterator, self._stopping))
         try:
             while (message := await session.outbox.get()) is not None:
@@ -75,7 +75,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         told: pb.WatchPoolsResponse | None = None
         loop = asyncio.get_running_loop()
         tell_by = loop.time()
-        with self._signals.subscribed((POOLS_CHANGED, ""), (JOBS_QUEUED, ""), (JOB_ENDED, "")) as changed:
+        with self._notifications.subscribed((POOLS_CHANGED, ""), (JOBS_QUEUED, ""), (JOB_ENDED, "")) as changed:
             while not self._stopping.is_set():
                 state = _pools(await self._pools.pools())
                 if state != told or loop.time() >= tell_by:
@@ -99,12 +99,12 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
 class _WorkSession:
     """One Work stream: reads what the worker says, assigns when it wants, renews its leases, tells it what it lost."""
 
-    def __init__(self, queue: Queue, pins: Pins, signals: Signals, board: Board, endpoint_id: UUID) -> None:
+    def __init__(self, queue: Queue, pins: Pins, notifications: Notifications, board: Board, endpoint_id: UUID) -> None:
         self.outbox: asyncio.Queue[pb.WorkResponse | None] = asyncio.Queue()
         self._relay = Relay(board, self._say_watched)
         self._queue = queue
         self._pins = pins
-        self._signals = signals
+        self._notifications = notifications
         self._endpoint_id = endpoint_id
         self._num_wanted = 0
         self._warm_models: list[str] = []
@@ -150,9 +150,9 @@ class _WorkSession:
         """Does everything at once until one of it ends."""
         woken_by = (JOBS_QUEUED, str(self._endpoint_id))
         with (
-            self._signals.subscribed(woken_by) as self._wake,
-            self._signals.subscribed((LEASES_LOST, stream.worker_id)) as lost,
-            self._signals.subscribed((MODELS_PINNED, str(self._endpoint_id))) as pinned,
+            self._notifications.subscribed(woken_by) as self._wake,
+            self._notifications.subscribed((LEASES_LOST, stream.worker_id)) as lost,
+            self._notifications.subscribed((MODELS_PINNED, str(self._endpoint_id))) as pinned,
         ):
             await first(
                 self._read(stream, requests),

@@ -27,12 +27,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert
 
-from services.common.database import Database
+from services.common.database import Database, notify
 from services.common.driver import Run
 from services.common.leftovers import note_leftovers
+from services.inference.channels import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
 from services.inference.queue.claim import CLAIM, has_room, of_stream
 from services.inference.rows import Job, Worker
-from services.inference.signals import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED, notify
 from services.inference.submitting.quotas import noting
 from services.inference.table import JOB, QUEUED, UNDER_WAY, locked, read_job, read_jobs, save_job
 

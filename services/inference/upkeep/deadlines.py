@@ -5,9 +5,9 @@ from __future__ import annotations
 import structlog
 
 from services.common.errors import Unavailable
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import heard
-from services.inference.signals import DEADLINE_SET
+from services.inference.channels import DEADLINE_SET
 from services.inference.store import JobStore
 
 log = structlog.get_logger()
@@ -19,13 +19,13 @@ _AT_LEAST_SECONDS = 0.02  # a job that another transaction has locked is tried a
 class Deadlines:
     """Sleeps until the next deadline. Two replicas may do so at once."""
 
-    def __init__(self, store: JobStore, signals: Signals) -> None:
+    def __init__(self, store: JobStore, notifications: Notifications) -> None:
         self._store = store
-        self._signals = signals
+        self._notifications = notifications
 
     async def run(self) -> None:
         """Ends what is late, until cancelled."""
-        with self._signals.subscribed((DEADLINE_SET, "")) as changed:
+        with self._notifications.subscribed((DEADLINE_SET, "")) as changed:
             while True:
                 seconds = _SWEEP_SECONDS
                 try:

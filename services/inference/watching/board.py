@@ -17,9 +17,9 @@ from uuid import UUID, uuid4
 import structlog
 
 from services.common.errors import Unavailable
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.tasks import heard
-from services.inference.signals import JOB_ENDED, JOBS_MOVED, JOBS_QUEUED, JOBS_WATCHED
+from services.inference.channels import JOB_ENDED, JOBS_MOVED, JOBS_QUEUED, JOBS_WATCHED
 from services.inference.watching.store import BoardStore, Progress, Standing
 
 log = structlog.get_logger()
@@ -80,7 +80,7 @@ class _Held:
 class Board:
     """The watched and the held jobs of this replica. `run` must be running."""
 
-    def __init__(self, store: BoardStore, signals: Signals) -> None:
+    def __init__(self, store: BoardStore, notifications: Notifications) -> None:
         self._store = store
         self._replica = str(uuid4())
         self._displays: dict[UUID, Display] = {}
@@ -93,10 +93,10 @@ class Board:
         self._stir = asyncio.Event()
         self._clock = asyncio.get_running_loop().time
         self._is_closed = False
-        signals.listen(JOBS_WATCHED, self._hear_watched)
-        signals.listen(JOBS_MOVED, self._hear_moved)
-        signals.listen(JOBS_QUEUED, self._hear_queued)
-        signals.listen(JOB_ENDED, self._hear_ended)
+        notifications.listen(JOBS_WATCHED, self._hear_watched)
+        notifications.listen(JOBS_MOVED, self._hear_moved)
+        notifications.listen(JOBS_QUEUED, self._hear_queued)
+        notifications.listen(JOB_ENDED, self._hear_ended)
 
     # --- those who watch ---
 

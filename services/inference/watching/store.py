@@ -27,10 +27,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert
 
-from services.common.database import Database
+from services.common.database import Database, notify
 from services.common.driver import Run
+from services.inference.channels import JOBS_MOVED, JOBS_WATCHED
 from services.inference.rows import JobProgress, Worker, now
-from services.inference.signals import JOBS_MOVED, JOBS_WATCHED, notify
 from services.inference.table import JOB, QUEUED, by_place, recent_successes, totals
 
 _NUM_IDS = 200  # in a notification, which ends at 8,000 bytes

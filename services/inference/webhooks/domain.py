@@ -20,14 +20,14 @@ from datetime import timedelta
 import structlog
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from services.common.notifications import Notifications
 from services.common.outbound import Outbound, Unreachable, UrlRefused, parse_url
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
-from services.common.signals import Signals
 from services.common.tasks import heard
 from services.common.times import time_text
 from services.common.viewer import Viewer
+from services.inference.channels import WEBHOOKS_DUE
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook, now
-from services.inference.signals import WEBHOOKS_DUE
 from services.inference.webhooks.store import WebhookStore
 
 log = structlog.get_logger()
@@ -79,13 +79,13 @@ class Webhooks:
         self,
         store: WebhookStore,
         outbound: Outbound,
-        signals: Signals,
+        notifications: Notifications,
         first_wait_seconds: float = _FIRST_WAIT_SECONDS,
         try_seconds: float = TRY_SECONDS,
     ) -> None:
         self._store = store
         self._outbound = outbound
-        self._signals = signals
+        self._notifications = notifications
         self._first_wait_seconds = first_wait_seconds
         self._try_seconds = try_seconds
         self._calls: list[str] = []  # the owner of each call under way
@@ -129,7 +129,7 @@ class Webhooks:
 
     async def run(self) -> None:
         """Calls what is due until cancelled."""
-        with self._signals.subscribed((WEBHOOKS_DUE, "")) as due:
+        with self._notifications.subscribed((WEBHOOKS_DUE, "")) as due:
             async with asyncio.TaskGroup() as calls:
                 while True:
                     seconds = _SWEEP_SECONDS

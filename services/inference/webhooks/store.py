@@ -29,8 +29,8 @@ from sqlalchemy import (
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.inference.channels import WEBHOOKS_DUE
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook
-from services.inference.signals import WEBHOOKS_DUE
 
 _WEBHOOK: Table = Webhook.__table__  # type: ignore[attr-defined]
 _PENDING: Any = literal_column("webhook.state = 'pending'")  # as the index's condition has it

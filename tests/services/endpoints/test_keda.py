@@ -27,7 +27,7 @@ from deploy.local.home import Home
 from deploy.local.ports import free_port
 from esd.inference.v1 import externalscaler_pb2 as pb
 from esd.inference.v1 import externalscaler_pb2_grpc as rpc
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.viewer import Viewer
 from services.endpoints.cluster.pods import name_of
 from services.endpoints.domain import Change, Endpoints, NewEndpoint
@@ -155,7 +155,7 @@ async def keda(
         (certificates / name).write_bytes(content)
     port = free_port()
     settings = InferenceSettings.model_construct(keda_listen=f"127.0.0.1:{port}", keda_certificates=certificates)
-    servicer = ScalerServicer(QueueAsPools(peers), Signals(), asyncio.Event())  # type: ignore[arg-type]
+    servicer = ScalerServicer(QueueAsPools(peers), Notifications(), asyncio.Event())  # type: ignore[arg-type]
     objects = KedaObjects()
     async with (
         await nodes.client() as api,

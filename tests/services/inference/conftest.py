@@ -24,9 +24,10 @@ from esd.worker.v1 import worker_pb2
 from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
+from services.common.notifications import Notifications
 from services.common.outbound import Outbound
-from services.common.signals import Signals
 from services.common.tasks import Background
+from services.inference.channels import CHANNELS
 from services.inference.domain import Inference
 from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
@@ -36,7 +37,6 @@ from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.servicer import QueueServicer
 from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
-from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
 from services.inference.submitting.priorities import DEFAULT_RANGES, Priorities
 from services.inference.submitting.quotas import Quotas
@@ -131,7 +131,7 @@ class Service:
     http: httpx.AsyncClient
     tokens: Tokens
     endpoint_id: str
-    signals: Signals
+    notifications: Notifications
     rehoming: Rehoming
 
     def user(self, name: str = "ann", *more: str, **options: Any) -> Metadata:
@@ -167,7 +167,7 @@ class Service:
 
     async def ended(self, job_id: str) -> Any:
         """The job once it has ended: by the service's own notification, not by polling."""
-        with self.signals.subscribed(("job_ended", job_id)) as event:
+        with self.notifications.subscribed(("job_ended", job_id)) as event:
             while (job := await self.get(job_id)).status not in {"succeed", "failed"}:
                 await event.wait()
                 event.clear()
@@ -326,35 +326,37 @@ async def service(
             identity_pb2_grpc.add_IdentityServiceServicer_to_server(world, server)
 
         known = await stack.enter_async_context(peer(add_peers))
-        peers, signals, background = Peers(known, known, known), Signals(), Background()
+        peers, notifications, background = Peers(known, known, known), Notifications(), Background()
         pools, leftovers = PoolStore(database), LeftoverStore(database)
         store, rehoming = JobStore(database, quotas), Rehoming(pools, peers)
         outputs = Outputs(store, blobs)
         cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
-        queue = Queue(LeaseStore(database), blobs, leftovers, outputs, signals, background, limits)
-        board, views = Board(BoardStore(database), signals), Views(blobs)
+        queue = Queue(LeaseStore(database), blobs, leftovers, outputs, notifications, background, limits)
+        board, views = Board(BoardStore(database), notifications), Views(blobs)
         here = Outbound([ip_network("127.0.0.0/8")])
-        webhooks = Webhooks(WebhookStore(database), here, signals, first_wait_seconds=0.01, try_seconds=webhook_seconds)
+        webhooks = Webhooks(
+            WebhookStore(database), here, notifications, first_wait_seconds=0.01, try_seconds=webhook_seconds
+        )
 
         def add_servicers(server: grpc.aio.Server) -> None:
-            jobs = Inference(store, blobs, peers, signals, cleaner, Priorities(DEFAULT_RANGES), stopping)
+            jobs = Inference(store, blobs, peers, notifications, cleaner, Priorities(DEFAULT_RANGES), stopping)
             servicer = InferenceServicer(jobs, views, Events(jobs, views, board), webhooks)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-            workers = QueueServicer(queue, pools, rehoming, Pins(pools, peers, blobs), signals, board, stopping)
+            workers = QueueServicer(queue, pools, rehoming, Pins(pools, peers, blobs), notifications, board, stopping)
             inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
         channel = await serve(add_servicers, audience="inference")
-        listening = asyncio.create_task(database.listen(CHANNELS, signals.on_notify))
+        listening = asyncio.create_task(database.listen(CHANNELS, notifications.on_notify))
         sweeping = rehoming.run(limits.renew_seconds)
         chores = (
             queue.run(),
             sweeping,
             cleaner.run(),
-            Deadlines(store, signals).run(),
+            Deadlines(store, notifications).run(),
             board.run(stopping),
             webhooks.run(),
         )
-        running = asyncio.gather(*chores, signals.wake_all(at=stopping))
+        running = asyncio.gather(*chores, notifications.wake_all(at=stopping))
         yield Service(
             inference_pb2_grpc.InferenceServiceStub(channel),
             inference_pb2_grpc.QueueServiceStub(channel),
@@ -363,7 +365,7 @@ async def service(
             http,
             tokens,
             world.add_endpoint(),
-            signals,
+            notifications,
             rehoming,
         )
         stopping.set()

@@ -13,11 +13,11 @@ from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
 from services.common.database import Database
-from services.common.signals import Signals
+from services.common.notifications import Notifications
 from services.common.viewer import Viewer
+from services.inference.channels import CHANNELS
 from services.inference.domain import Inference
 from services.inference.servicer import InferenceServicer
-from services.inference.signals import CHANNELS
 from services.inference.store import JobStore
 from services.inference.submitting.priorities import Priorities
 from services.inference.views import Views
@@ -72,13 +72,13 @@ class Replica:
 @asynccontextmanager
 async def another_replica(service: Service, database_url: str) -> AsyncIterator[Replica]:
     """The replica, running."""
-    database, signals = Database(database_url), Signals()
+    database, notifications = Database(database_url), Notifications()
     stopping = asyncio.Event()
-    board, store = Board(BoardStore(database), signals), JobStore(database)
-    jobs = Inference(store, service.blobs, None, signals, None, Priorities({}), stopping)  # type: ignore[arg-type]
+    board, store = Board(BoardStore(database), notifications), JobStore(database)
+    jobs = Inference(store, service.blobs, None, notifications, None, Priorities({}), stopping)  # type: ignore[arg-type]
     views = Views(service.blobs)
     tasks = [
-        asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
+        asyncio.create_task(database.listen(CHANNELS, notifications.on_notify)),
         asyncio.create_task(board.run(stopping)),
     ]
 

@@ -10,7 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from esd.inference.v1 import inference_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
 from services.inference import domain
-from services.inference.signals import JOB_ENDED
+from services.inference.channels import JOB_ENDED
 from services.inference.submitting.quotas import Quotas
 from tests.pictures import encoded, noise
 from tests.services.inference.conftest import PNG, Service
@@ -385,7 +385,7 @@ async def test_who_starts_a_real_time_job_again_waits_for_the_one_that_runs(serv
     waiting = [asyncio.ensure_future(service.start(receipt.id)) for _ in range(2)]
     async with service.worker(endpoint_id=endpoint) as worker:
         assign = await worker.take()
-        while len(service.signals._waiting.get((JOB_ENDED, receipt.id), ())) < 2:  # noqa: ASYNC110 - nothing tells who waits
+        while len(service.notifications._waiting.get((JOB_ENDED, receipt.id), ())) < 2:  # noqa: ASYNC110 - nothing tells who waits
             await asyncio.sleep(0.01)
         await worker.finish(assign)
         answers = [await answer for answer in waiting]

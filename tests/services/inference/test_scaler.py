@@ -70,7 +70,7 @@ async def keda(
         (tmp_path / name).write_bytes(content)
     settings = InferenceSettings.model_construct(keda_listen=f"127.0.0.1:{free_port()}", keda_certificates=tmp_path)
     database = Database(database_url)
-    servicer = ScalerServicer(PoolStore(database), service.signals, stopping)
+    servicer = ScalerServicer(PoolStore(database), service.notifications, stopping)
     async with keda_door(settings, tokens.verifier(), servicer):
         yield Keda(int(settings.keda_listen.rpartition(":")[2]), certificates)
         stopping.set()

@@ -198,7 +198,7 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
         database, background = Database(database_url), Background()
         leases, leftovers = LeaseStore(database), LeftoverStore(database)
         outputs = Outputs(JobStore(database), service.blobs)
-        queue = Queue(leases, service.blobs, leftovers, outputs, service.signals, background, Limits())
+        queue = Queue(leases, service.blobs, leftovers, outputs, service.notifications, background, Limits())
         told = [ResultObject(name, len(PNG), SHA256) for name in ("image_0.png", f"{job_id}_param.json")]
         results = Results([told[0]], told[1], {})
         stream = WorkerStream(UUID(service.endpoint_id), "w", uuid4())

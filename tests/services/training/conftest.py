@@ -21,12 +21,12 @@ from esd.training.v1 import training_pb2_grpc
 from services.common.blobs import Blobs
 from services.common.database import Database
 from services.common.leftovers import LeftoverStore
-from services.common.signals import Signals
+from services.common.notifications import Notifications
+from services.training.channels import CHANNELS
 from services.training.domain import Trainings
 from services.training.peers import Models, Tasks
 from services.training.servicer import TrainingServicer
 from services.training.settling import Settler
-from services.training.signals import CHANNELS
 from services.training.store import TrainingStore
 from services.training.trainer_servicer import TrainerServicer
 from services.training.trainer_store import TrainerStore
@@ -205,7 +205,7 @@ class Service:
     blobs: Blobs
     http: httpx.AsyncClient
     tokens: Tokens
-    signals: Signals
+    notifications: Notifications
     database: Database
 
     def user(self, name: str = "ann", *more: str, **options: Any) -> Metadata:
@@ -246,7 +246,7 @@ class Service:
     async def until(self, job_id: str, *statuses: str) -> Any:
         """The training once it has one of these statuses: by the service's own notification, not by polling."""
         async with asyncio.timeout(120):
-            with self.signals.subscribed(("training_moved", job_id)) as moved:
+            with self.notifications.subscribed(("training_moved", job_id)) as moved:
                 while (job := await self.get(job_id)).job_status not in statuses:
                     await moved.wait()
                     moved.clear()
@@ -254,7 +254,7 @@ class Service:
 
     async def until_gone(self, job_id: str) -> None:
         """Waits until nothing is left of a training that has not begun, which is as if it was asked for long ago."""
-        with self.signals.subscribed(("training_moved", job_id)) as moved:
+        with self.notifications.subscribed(("training_moved", job_id)) as moved:
             async with self.database.transaction() as session:
                 await session.execute(text("UPDATE training SET create_time = create_time - interval '1 hour'"))
                 await session.execute(text("SELECT pg_notify('trainings_due', '')"))
@@ -323,21 +323,21 @@ async def service(
         await server.start()
         stack.push_async_callback(server.stop, None)
         known = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
-        models, tasks, signals = Models(known), Tasks(known), Signals()
+        models, tasks, notifications = Models(known), Tasks(known), Notifications()
         store, trainer_store = TrainingStore(database), TrainerStore(database)
-        settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, signals)
+        settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
         trainings = Trainings(store, blobs, models, settler, max_seconds=7200)
 
         def add_servicers(server: grpc.aio.Server) -> None:
-            watching = Watching(trainings, store, signals, stopping)
+            watching = Watching(trainings, store, notifications, stopping)
             training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(trainings, watching), server)
-            servicer = TrainerServicer(Trainers(trainer_store, blobs), store, signals, stopping)
+            servicer = TrainerServicer(Trainers(trainer_store, blobs), store, notifications, stopping)
             training_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, server)
 
         channel = await serve(add_servicers, audience="training")
         chores = [
-            asyncio.create_task(database.listen(CHANNELS, signals.on_notify)),
-            asyncio.create_task(signals.wake_all(at=stopping)),
+            asyncio.create_task(database.listen(CHANNELS, notifications.on_notify)),
+            asyncio.create_task(notifications.wake_all(at=stopping)),
             asyncio.create_task(settler.run()),
         ]
         yield Service(
@@ -348,7 +348,7 @@ async def service(
             blobs,
             http,
             tokens,
-            signals,
+            notifications,
             database,
         )
         stopping.set()

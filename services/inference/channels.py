@@ -1,4 +1,4 @@
-"""The channels of the database's notifications (services/common/signals.py).
+"""The channels of the database's notifications (services/common/notifications.py).
 
 `jobs_queued`: an endpoint's id, there is something to claim. `job_ended`: a job's id. `leases_lost`: a worker's id,
 some of its jobs were taken back. `deadline_set`: a job's id, it must end in time. `pools_changed`: a worker came or
@@ -8,10 +8,6 @@ endpoint's id, its workers are to keep other checkpoints ready.
 """
 
 from __future__ import annotations
-
-from sqlalchemy import bindparam, func, select
-
-from services.common.driver import Run
 
 JOBS_QUEUED = "jobs_queued"
 JOB_ENDED = "job_ended"
@@ -33,10 +29,3 @@ CHANNELS = [
     WEBHOOKS_DUE,
     MODELS_PINNED,
 ]
-
-_NOTIFY = select(func.pg_notify(bindparam("channel"), bindparam("payload")))
-
-
-async def notify(run: Run, channel: str, payload: str) -> None:
-    """Tells all replicas when the transaction commits; payloads end at 8,000 bytes."""
-    await run(_NOTIFY, channel=channel, payload=payload)

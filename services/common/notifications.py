@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Signals:
+class Notifications:
     """Events by channel and key. An empty key waits for every notification of its channel."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The channels of the database's notifications (services/common/signals.py).
+"""The channels of the database's notifications (services/common/notifications.py).
 
 `training_moved`: a training's id, something of it has changed. `trainings_due`: a training's id, there is something to
 be done for it that nobody waits for.

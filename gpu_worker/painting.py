@@ -20,6 +20,7 @@ from gpu_worker.pictures import grid
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.pictures.infotext import Made
 from services.common.payloads import Edit, Generation, used
+from services.common.tasks import together
 
 _MAX_RUNS = 4  # of a plot in the engine at once, so that others come in between
 _PROGRESS_INTERVAL_SECONDS = 0.2
@@ -44,11 +45,8 @@ async def produced(
             is_urgent = job.spec.is_real_time
             return await engine.run(job.id, cell, own, progress.started, step, canvas, job.audience, is_urgent)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            runs = [group.create_task(run(index, cell)) for index, cell in enumerate(cells)]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with together() as group:
+        runs = [group.create_task(run(index, cell)) for index, cell in enumerate(cells)]
     return [run.result() for run in runs]
 
 

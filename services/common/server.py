@@ -13,11 +13,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.common import cancelling
 from services.common.auth import Verifier
 from services.common.interceptor import Interceptor
 from services.common.process import refuse
 from services.common.streams import OpenStreams, Review
+from services.common.tasks import cancel
 
 log = structlog.get_logger()
 
@@ -114,7 +114,7 @@ class Server:
         await self.start()
         await self._stopping.wait()
         await self.stop()
-        await cancelling.cancel(tasks)
+        await cancel(tasks)
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome

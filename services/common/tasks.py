@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ import structlog
 from services.common.errors import EsdError
 
 log = structlog.get_logger()
+
+_CANCEL_AGAIN_SECONDS = 1.0
 
 
 async def heard(event: asyncio.Event, seconds: float) -> bool:
@@ -36,6 +38,24 @@ async def first(*works: Coroutine[Any, Any, Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancels tasks and returns when all have ended, also if it is cancelled itself meanwhile.
+
+    It is repeated, for a library may swallow a cancellation that comes at a bad moment: psycopg's pool does while it
+    connects. A TaskGroup cancels its tasks once.
+    """
+    is_cancelled = False
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        try:
+            await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled:
+        raise asyncio.CancelledError
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from procrastinate.jobs import DeleteJobCondition, Job
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.common import cancelling
+from services.common.tasks import cancel
 
 log = structlog.get_logger()
 
@@ -126,7 +126,7 @@ class Chores:
         try:
             await asyncio.wait(doing, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await cancelling.cancel(doing)
+            await cancel(doing)
         errors = [task.exception() for task in doing if not task.cancelled()]
         if errors and errors[0]:
             raise errors[0]

@@ -17,7 +17,6 @@ from google.protobuf.json_format import MessageToDict
 from esd.identity.v1 import identity_pb2_grpc
 from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
-from services.common import cancelling
 from services.common.audit import Audit
 from services.common.blobs import Blobs
 from services.common.clients import TokenSource
@@ -25,6 +24,7 @@ from services.common.clients import channel as channel_to
 from services.common.database import Database
 from services.common.outbound import Outbound
 from services.common.server import Server
+from services.common.tasks import cancel
 from services.common.users import Users
 from services.identity.domain import Identity as IdentityDomain
 from services.identity.key_uses import KeyUses
@@ -208,7 +208,7 @@ async def service(
         chores.add_periodic("empty_dataset_folders", "*/1 * * * * */1", datasets.empty_folders)
         doing = asyncio.create_task(chores.run())
         yield Running(models_pb2_grpc.ModelsServiceStub(channel), blobs, http, tokens, background), database
-        await cancelling.cancel([doing])
+        await cancel([doing])
     await database.dispose()
 
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from services.common import cancelling
 from services.common.database import Database
+from services.common.tasks import cancel
 from services.models.chores import Chores
 
 
@@ -26,7 +26,7 @@ async def test_chores_that_are_cancelled_at_any_moment_of_their_start_leave_noth
         running = asyncio.create_task(chores.run())
         for _ in range(num_turns):
             await asyncio.sleep(0)  # the moments of the event loop, of which nothing tells
-        await cancelling.cancel([running])
+        await cancel([running])
         assert asyncio.all_tasks() == before, f"cancelled after {num_turns} turns"
         num_turns += 1 + num_turns // 4
     await database.dispose()
@@ -55,7 +55,7 @@ async def test_a_chore_is_tried_until_it_is_done_and_told_how_often_if_it_wants_
     running = asyncio.create_task(chores.run())
     async with asyncio.timeout(120):
         await done.wait()
-    await cancelling.cancel([running])
+    await cancel([running])
     await database.dispose()
 
 
@@ -76,5 +76,5 @@ async def test_a_replica_leaves_chores_of_kinds_that_it_does_not_know_to_one_tha
         for replica, kind in ((old, "known"), (new, "new")):
             running = asyncio.create_task(replica.run())
             await done[kind].wait()
-            await cancelling.cancel([running])
+            await cancel([running])
     await database.dispose()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.common import cancelling
+from services.common.tasks import cancel
 
 
 async def test_a_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
@@ -14,7 +14,7 @@ async def test_a_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
 
     task = asyncio.create_task(stubborn())
     await asyncio.sleep(0)  # it has begun
-    await cancelling.cancel([task])
+    await cancel([task])
     assert task.cancelled()
 
 
@@ -32,7 +32,7 @@ async def test_who_is_cancelled_while_it_cancels_waits_for_their_end_and_ends_ca
 
     inner = asyncio.create_task(stubborn())
     await asyncio.sleep(0)
-    outer = asyncio.create_task(cancelling.cancel([inner]))
+    outer = asyncio.create_task(cancel([inner]))
     await asyncio.sleep(0)
-    await cancelling.cancel([outer])
+    await cancel([outer])
     assert (inner.done(), outer.cancelled(), cancellations) == (True, True, 3)

@@ -14,12 +14,13 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Executable, bindparam, event, func, select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DisconnectionError, OperationalError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from services.common.driver import Driver, Run, has_ended
 from services.common.errors import Unavailable
+from services.common.process import refuse
 
 log = structlog.get_logger()
 
@@ -30,9 +31,19 @@ _NOTIFY = select(func.pg_notify(bindparam("channel"), bindparam("payload")))
 
 
 class Database:
-    """An engine and its sessions. `url` is `postgresql+psycopg://…`."""
+    """An engine and its sessions. `url` is `postgresql+psycopg://…`.
+
+    Raises:
+        SystemExit: it is another kind of URL, or none.
+    """
 
     def __init__(self, url: str, pool_size: int = 8) -> None:
+        try:
+            has_driver = make_url(url).drivername == "postgresql+psycopg"
+        except ArgumentError:
+            has_driver = False
+        if not has_driver:  # its password is not to be seen
+            refuse("setting ESD_DATABASE_URL: it must be postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE")
         self._url = url
         # Errors go to the log, and the values of a statement may be secrets.
         self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, hide_parameters=True)

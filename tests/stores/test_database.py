@@ -9,6 +9,7 @@ from sqlalchemy import Integer, bindparam, select, text
 
 from services.common.database import Database
 from services.common.errors import Unavailable
+from services.common.process import EXIT_WRONG_SETTING
 
 
 @pytest.fixture
@@ -55,3 +56,15 @@ async def test_a_database_that_is_away_is_said_to_be_unavailable() -> None:
     with pytest.raises(Unavailable):
         async with database.transaction() as session:
             await session.scalar(text("SELECT 1"))
+
+
+@pytest.mark.parametrize("url", ["postgresql://esd:hunter2@db/esd", "db:5432, hunter2", ""])
+def test_what_is_no_url_of_a_database_stops_the_process_and_is_not_shown(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Database(url)
+    assert ended.value.code == EXIT_WRONG_SETTING
+    said = capsys.readouterr().err
+    assert said.startswith("setting ESD_DATABASE_URL: it must be postgresql+psycopg://")
+    assert "hunter2" not in said

@@ -592,6 +592,20 @@ async def explained(pool: Pool, query: Any) -> str:
         return "\n".join(await session.scalars(text("EXPLAIN ANALYZE " + sql)))
 
 
+def claim_in(pool: Pool) -> Any:
+    """The claim of a job."""
+    return CLAIM.params(endpoint=pool.endpoint_id, worker="w", stream=pool.streams["w"], num_jobs=1, warm_models=["m"])
+
+
+async def test_the_claim_decides_once_who_is_next_however_old_the_statistics_are(pool: Pool) -> None:
+    await fill(pool, num_finished=1_000, num_queued=0, num_users=10)
+    for _ in range(50):
+        await pool.add()
+    decided = [line for line in (await explained(pool, claim_in(pool))).splitlines() if "WindowAgg" in line]
+    assert decided
+    assert [line for line in decided if "loops=1)" not in line] == []
+
+
 @pytest.mark.parametrize(
     ("num_finished", "num_queued", "num_users"),
     [
@@ -603,8 +617,7 @@ async def test_the_claim_reads_a_few_rows_of_the_queue_by_its_partial_index(
     pool: Pool, num_finished: int, num_queued: int, num_users: int
 ) -> None:
     await fill(pool, num_finished, num_queued, num_users)
-    claim = CLAIM.params(endpoint=pool.endpoint_id, worker="w", stream=pool.streams["w"], num_jobs=1, warm_models=["m"])
-    plan = await explained(pool, claim)
+    plan = await explained(pool, claim_in(pool))
     assert "using job_queue on job" in plan
     assert "Seq Scan on job" not in plan
     assert "Sort Key: job.priority_class" not in plan  # the index has the order

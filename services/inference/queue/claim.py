@@ -69,6 +69,8 @@ def _claim_statement() -> Select[Any]:
     num_alone = func.count().filter(head.c.num_lost >= LAST_ATTEMPT).over(order_by=order, rows=(None, 0))
     turn = func.row_number().over(order_by=order)
     turns = select(head.c.id, turn.label("turn"), num_alone.label("num_alone")).cte("turns")
+    # Decided once: where statistics are of a time when nobody waited, it would be for each job that waits.
+    turns = turns.prefix_with("MATERIALIZED")
     chosen = (
         select(JOB.c.id, JOB.c.virtual_start)
         .join(turns, turns.c.id == JOB.c.id)

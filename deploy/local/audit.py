@@ -40,8 +40,8 @@ def verify(
     heads in the log (each service logs its own once a minute, at its start and at its end): so give the logs, and keep
     them where whoever can write to the database cannot. What was cut off after the last logged head cannot be seen.
     """
-    from deploy.local.stack import read_state  # noqa: PLC0415 - `esd --help` stays quick
-    from services.common.audit import logged_heads  # noqa: PLC0415
+    from deploy.local.stack import read_state
+    from services.common.audit import logged_heads
 
     services = service or list(AUDITED)
     if unknown := [name for name in services if name not in AUDITED]:
@@ -63,10 +63,10 @@ def verify(
 
 
 async def _verify(home: Home, port: int, service: str, heads: set[Head]) -> bool:
-    from deploy.local.postgres import Postgres  # noqa: PLC0415
-    from services.common.audit import verify  # noqa: PLC0415
-    from services.common.database import Database  # noqa: PLC0415
-    from services.common.errors import Unavailable  # noqa: PLC0415
+    from deploy.local.postgres import Postgres
+    from services.common.audit import verify
+    from services.common.database import Database
+    from services.common.errors import Unavailable
 
     database = Database(Postgres(home, port).url(service), pool_size=1)
     try:

@@ -49,8 +49,8 @@ def up(
     replicas: ReplicasOption = 1,
 ) -> None:
     """Run the whole stack in the foreground, until Ctrl-C."""
-    from deploy.local.plan import Options  # noqa: PLC0415 - `esd --help` stays quick
-    from deploy.local.stack import run  # noqa: PLC0415
+    from deploy.local.plan import Options
+    from deploy.local.stack import run
 
     host, colon, port = listen.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 2**16):
@@ -64,10 +64,10 @@ def up(
 @app.command()
 def status(home: HomeOption = None) -> None:
     """Show each process, its port and whether it works. Exits with 1 if something does not."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
-    from deploy.local.stack import read_state  # noqa: PLC0415
+    from deploy.local.stack import read_state
 
     state = read_state(folder(home))
     if state is None:
@@ -99,7 +99,7 @@ def demo(
     listen: ListenOption = "127.0.0.1:8080",
 ) -> None:
     """Start the stack (unless it runs) and draw a picture through its REST API."""
-    from deploy.local.stack import Stack, StackFailedError, read_state  # noqa: PLC0415
+    from deploy.local.stack import Stack, StackFailedError, read_state
 
     if checkpoint is not None and not checkpoint.is_file():
         fail(f"--checkpoint {checkpoint}: there is no such file")
@@ -129,11 +129,11 @@ def demo(
 
 def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, size: int | None, output: Path) -> None:
     """The demo proper, and how to go on."""
-    import httpx  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
+    import httpx
+    from rich.console import Console
 
-    from deploy.local.demo import PART_BYTES, DemoFailed, Picture, run  # noqa: PLC0415
-    from gpu_worker import demo_model  # noqa: PLC0415
+    from deploy.local.demo import PART_BYTES, DemoFailed, Picture, run
+    from gpu_worker import demo_model
 
     console = Console()
     part_bytes, usual_prompt, usual_size = PART_BYTES, "a lighthouse at dusk, oil painting", 512
@@ -153,7 +153,7 @@ def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, s
 
 
 async def _health(state: State, api_key: str) -> dict[str, bool]:
-    from deploy.local.health import accepts, gateway_answers, serving  # noqa: PLC0415
+    from deploy.local.health import accepts, gateway_answers, serving
 
     async def ask(name: str, port: int | None) -> bool:
         if name == "gateway":
@@ -165,7 +165,7 @@ async def _health(state: State, api_key: str) -> dict[str, bool]:
 
 
 def _workers(launcher: int) -> list[int]:
-    import psutil  # noqa: PLC0415
+    import psutil
 
     try:
         children = psutil.Process(launcher).children(recursive=True)

@@ -47,8 +47,8 @@ def list_keys(
     if as_json:
         typer.echo(json.dumps(keys, indent=2))
         return
-    from rich.console import Console  # noqa: PLC0415 - `esd --help` stays quick
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
     table = Table("id", "user", "begins with", "acts for", "created", "last used", "ends")
     for key in keys:

@@ -83,7 +83,7 @@ def run(options: Options) -> None:
     Raises:
         CannotRunError: it cannot start.
     """
-    from deploy.local.supervise import Supervision  # noqa: PLC0415 - only the launcher pays for it
+    from deploy.local.supervise import Supervision  # only the launcher pays for it
 
     with ExitStack() as stack:
         try:

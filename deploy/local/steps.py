@@ -17,8 +17,8 @@ _RETRY_SECONDS = 0.1  # a server that is not there yet sends no event
 
 def bootstrap(home: Home) -> None:
     """Makes what the services expect; does nothing where it is."""
-    from deploy.local.postgres import Postgres  # noqa: PLC0415 - each step loads only what it needs
-    from deploy.local.store import Store  # noqa: PLC0415
+    from deploy.local.postgres import Postgres  # each step loads only what it needs
+    from deploy.local.store import Store
 
     postgres = Postgres(home, int(os.environ["ESD_POSTGRES_PORT"]))
     postgres.wait_until_up()
@@ -30,7 +30,7 @@ def bootstrap(home: Home) -> None:
 
 async def ready(home: Home) -> None:
     """Returns when everything answers."""
-    from deploy.local.health import gateway_answers, serving  # noqa: PLC0415
+    from deploy.local.health import gateway_answers, serving
 
     waiting = [address for name in SERVICES for address in os.environ[f"ESD_{name.upper()}_ADDRESS"].split(",")]
     while waiting:

@@ -38,8 +38,8 @@ class Store:
 
     def client(self, endpoint_url: str | None = None) -> Any:
         """Returns a boto3 S3 client; with `endpoint_url`, one whose presigned URLs are for that host."""
-        import boto3  # noqa: PLC0415 - 40 MB that the launcher does not need
-        from botocore.config import Config  # noqa: PLC0415
+        import boto3  # 40 MB that the launcher does not need
+        from botocore.config import Config
 
         return boto3.client(
             "s3",

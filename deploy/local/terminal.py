@@ -47,7 +47,7 @@ class Gateway:
     @classmethod
     def find(cls, home: Path | None, url: str | None, key_file: Path | None, username: str | None = None) -> Gateway:
         """The one that is named, else that of the stack that runs on the home."""
-        from deploy.local.stack import read_state  # noqa: PLC0415 - `esd --help` stays quick
+        from deploy.local.stack import read_state
 
         if url is not None:
             if key_file is None:
@@ -62,7 +62,7 @@ class Gateway:
 
     def call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         """The data of the answer; what is refused ends the command with the service's own sentence."""
-        import httpx  # noqa: PLC0415
+        import httpx
 
         try:
             headers = {"x-api-key": self.key_file.read_text().strip()}
@@ -86,7 +86,7 @@ class Gateway:
 
     def download(self, url: str) -> bytes:
         """What lies behind a presigned URL."""
-        import httpx  # noqa: PLC0415
+        import httpx
 
         try:
             answer = httpx.get(url, **self._way()).raise_for_status()

@@ -88,9 +88,9 @@ def verify(
 
 def difference(before: Any, after: Any) -> Difference:
     """Between two Pillow images of one size and mode."""
-    from math import inf, log10  # noqa: PLC0415
+    from math import inf, log10
 
-    from PIL import ImageChops, ImageStat  # noqa: PLC0415
+    from PIL import ImageChops, ImageStat
 
     apart = ImageChops.difference(before, after)
     statistics = ImageStat.Stat(apart)
@@ -108,7 +108,7 @@ def difference(before: Any, after: Any) -> Difference:
 
 
 def _read(path: Path) -> Any:
-    from PIL import Image  # noqa: PLC0415 - `esd --help` stays quick
+    from PIL import Image
 
     try:
         image = Image.open(path, formats=["PNG"])
@@ -132,8 +132,8 @@ def _making(image: Any, path: Path) -> Making:
 def _request(making: Making, payload: Path | None) -> dict[str, Any]:
     """The request to make again: that in the picture, or with a payload that one, if it is the same beside pictures of
     its own."""
-    from services.common import payloads  # noqa: PLC0415
-    from services.common.errors import InvalidArgument  # noqa: PLC0415
+    from services.common import payloads
+    from services.common.errors import InvalidArgument
 
     if payload is None:
         if _begins_with_pictures(making):
@@ -185,7 +185,7 @@ def _made_again(gateway: Gateway, making: Making, request: dict[str, Any], endpo
 
 
 def _read_bytes(content: bytes) -> Any:
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image
 
     image = Image.open(io.BytesIO(content), formats=["PNG"])
     image.load()

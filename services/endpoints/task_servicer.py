@@ -1,7 +1,5 @@
 """Speaks TaskService: parses, calls the domain, replies."""
 
-# ruff: noqa: N802 - methods are named by the proto
-
 from __future__ import annotations
 
 from typing import Any

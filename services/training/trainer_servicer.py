@@ -1,7 +1,5 @@
 """TrainerService: the streams of trainers."""
 
-# ruff: noqa: N802 - methods are named by the proto
-
 from __future__ import annotations
 
 import asyncio

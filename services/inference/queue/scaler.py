@@ -4,8 +4,6 @@ It knows the backlog. What follows from it is KEDA's decision, by the bounds and
 endpoints service writes; the same backlog and target give as many workers as services/endpoints/scaling.py has them.
 """
 
-# ruff: noqa: N802 - methods are named by the proto
-
 from __future__ import annotations
 
 import asyncio

@@ -53,7 +53,7 @@ def test_a_running_job_is_cancelled_and_the_worker_goes_on_with_the_next(studio:
     assert [job["InferenceJobId"] for job in api.ok("GET", "/inferences?status=failed")["inferences"]].count(job_id)
 
 
-def test_a_job_past_its_deadline_fails_on_its_worker(studio: Studio) -> None:
+def test_a_job_past_its_deadline_fails(studio: Studio) -> None:
     body = asked(studio, payload_string=json.dumps(LONG), deadline_seconds=2.5)
     job_id = studio.api.ok("POST", "/inferences", body, 202)["inference"]["inference_id"]
     job = finished(studio.api, job_id)

@@ -40,6 +40,10 @@ structlog.configure(
 )
 
 
+# What a shell runs in the background ignores Ctrl-C, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass(frozen=True)
 class S3Access:
     """What a test needs to reach the object store."""

@@ -100,4 +100,5 @@ def read_secret(path: Path) -> str:
 def _problem(settings: type[BaseSettings], problem: ErrorDetails) -> str:
     name = settings.model_config.get("env_prefix", "") + "_".join(str(part) for part in problem["loc"]).upper()
     given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
-    return f"setting {name}: {problem['msg']}{given}"
+    what = problem["msg"].removeprefix("Value error, ")  # pydantic's own words before ours
+    return f"setting {name}: {what}{given}"

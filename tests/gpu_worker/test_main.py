@@ -93,4 +93,4 @@ async def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert "ESD_SERVER_URL" in log.decode()
     assert "ESD_DRAIN_SECONDS" in log.decode()
-    assert "ESD_FP8: Value error, needs ESD_PRECISION=bfloat16" in log.decode()
+    assert "ESD_FP8: needs ESD_PRECISION=bfloat16" in log.decode()

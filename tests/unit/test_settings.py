@@ -48,7 +48,7 @@ def test_a_secret_that_cannot_be_read_stops_the_process_by_name(
 @pytest.mark.parametrize(
     ("service", "settings", "said"),
     [
-        ("endpoints", {"ESD_AUTOSCALER": "keda"}, "setting ESD_AUTOSCALER: Value error, keda scales what runs with"),
+        ("endpoints", {"ESD_AUTOSCALER": "keda"}, "setting ESD_AUTOSCALER: keda scales what runs with"),
         ("identity", {"ESD_SECRET_HASHES_FILE": "Makefile"}, "setting ESD_SECRET_HASHES_FILE: Makefile is not a JSON"),
     ],
 )

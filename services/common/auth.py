@@ -21,7 +21,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from services.common.errors import EsdError, PermissionDenied, Unauthenticated, Unavailable
+from services.common.errors import EsdError, InvalidArgument, PermissionDenied, Unauthenticated, Unavailable
 from services.common.process import refuse
 from services.common.settings import read_secret
 
@@ -54,6 +54,7 @@ class UsernameStatus(StrEnum):
     ABSENT = "absent"  # nobody: the key's owner acts, where the RPC and the profile allow it
     UNKNOWN = "unknown"  # a user who does not exist
     FOREIGN = "foreign"  # a user whom the key may not act for
+    UNREADABLE = "unreadable"  # a legacy Authorization that is no name
 
 
 class Absence(StrEnum):
@@ -99,8 +100,10 @@ class Caller:
         """Refuses a user who is not known, not allowed to be named, or without all of the permissions.
 
         Raises:
-            Unauthenticated, PermissionDenied.
+            Unauthenticated, PermissionDenied, InvalidArgument.
         """
+        if self.username_status == UsernameStatus.UNREADABLE:
+            raise InvalidArgument("Non-base16 digit found")  # the words of contract 1.2
         if self.username_status == UsernameStatus.UNKNOWN:
             raise Unauthenticated("Unauthorized")
         if self.username_status == UsernameStatus.FOREIGN:
@@ -156,7 +159,7 @@ def enforce() -> None:
     """Refuses a user who may not, by what the RPC under way declares; for RPCs with `enforced_by_servicer`.
 
     Raises:
-        Unauthenticated, PermissionDenied.
+        Unauthenticated, PermissionDenied, InvalidArgument.
     """
     _judgement.get()()
 

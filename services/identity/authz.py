@@ -18,11 +18,10 @@ from esd.identity.v1 import ext_authz_pb2 as pb
 from esd.identity.v1 import ext_authz_pb2_grpc as rpc
 from services.common.auth import TOKEN_METADATA, Profile
 from services.common.errors import Unauthenticated
-from services.identity.tokens import Tokens, sha256
+from services.identity.tokens import UNREADABLE_NAME, Tokens, sha256
 
 SECRET_METADATA = "x-esd-secret"  # noqa: S105 - a header's name
 _BEARER = "bearer "
-_NOBODYS_NAME = ""
 
 
 class AuthorizationServicer(rpc.AuthorizationServicer):
@@ -44,10 +43,8 @@ class AuthorizationServicer(rpc.AuthorizationServicer):
 
 
 def acting_username(headers: Mapping[str, str]) -> str | None:
-    """The name in `username`, else in the legacy `Authorization: Bearer <BASE16(name)>`; None when both are absent.
-
-    NOTE: an undecodable Authorization counts as the name of nobody, hence 401; the original answered 400.
-    """
+    """The name in `username`, else in the legacy `Authorization: Bearer <BASE16(name)>`; None when both are absent,
+    UNREADABLE_NAME when the latter cannot be decoded."""
     if username := headers.get("username"):
         return username
     authorization = headers.get("authorization", "")
@@ -56,7 +53,7 @@ def acting_username(headers: Mapping[str, str]) -> str | None:
     try:
         return base64.b16decode(authorization[len(_BEARER) :].strip(), casefold=True).decode()
     except ValueError:
-        return _NOBODYS_NAME
+        return UNREADABLE_NAME
 
 
 def _passed(token: str) -> pb.CheckResponse:

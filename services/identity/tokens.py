@@ -24,6 +24,7 @@ SECRET_TOKEN_SECONDS = 300
 _KEEP_SECONDS = 20.0
 _MAX_KEPT = 10_000
 MAX_NAME_BYTES = 255  # as UTF-8, of a user's or role's name
+UNREADABLE_NAME = ""  # in the place of a name that a request holds in a form that cannot be read
 _CREDENTIAL_DIGITS = 16
 
 _AUDIENCES = {Kind.SERVICE: AUDIENCE_SERVICES, Kind.WORKER: "inference", Kind.TRAINER: "training"}
@@ -181,6 +182,8 @@ def _acting(use: KeyUse, username: str | None, profile: Profile) -> Caller:
 def _nobody(use: KeyUse, username: str, profile: Profile) -> Caller:
     """Somebody who does not exist, or whom the key may not act for: that is said first, whether they exist or not."""
     status = UsernameStatus.UNKNOWN if use.impersonate else UsernameStatus.FOREIGN
+    if username == UNREADABLE_NAME:
+        status = UsernameStatus.UNREADABLE
     return Caller(Kind.USER, username, [], [], profile, status, use.impersonate, use.owner, str(use.key_id))
 
 

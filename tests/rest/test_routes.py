@@ -169,6 +169,10 @@ def test_who_is_named_decides(world: World, route: Route, plain: Api) -> None:
     check(world.send(world.admin, route), route.status)
     check(world.send(world.webui, route), route.anonymous)
     check(world.send(world.admin, route, Authorization="Bearer 617069"), route.status)
+    undecodable = world.send(world.admin, route, Authorization="Bearer of a name")
+    check(undecodable, 400 if route.permissions else 200)
+    if route.permissions:
+        assert undecodable.message == "Non-base16 digit found"
     check(world.send(plain, route), route.status)
     check(world.send(plain, route, username="everything"), route.status)
     foreign = world.send(plain, route, username="api")

@@ -64,7 +64,7 @@ async def test_the_legacy_authorization_names_the_user_only_when_username_is_abs
     assert (await identity.caller(identity.first_key, authorization="Basic eA==")).name == "api"
     for undecodable in ("Bearer xyz", "Bearer", "Bearer ff"):
         status = (await identity.caller(identity.first_key, authorization=f"{undecodable} ")).username_status
-        assert status == UsernameStatus.UNKNOWN
+        assert status == UsernameStatus.UNREADABLE
 
 
 async def test_a_bad_key_is_forbidden(identity: Any) -> None:

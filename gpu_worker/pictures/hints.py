@@ -98,8 +98,11 @@ def _hint(index: int, unit: Unit, request: Generation, canvas: Canvas) -> Hint:
         image, mask, module = mask.convert("RGB"), None, "none"
     pixels = np.asarray(image.convert("RGB"))
     resolution = unit.processor_res or _own_resolution(pixels, mode, request)
-    a, b, seed = unit.threshold_a, unit.threshold_b, request.seed + request.subseed
-    detected = preprocessors.prepared(module, pixels, resolution, a, b, seed & 0xFFFFFFFF)
+    # A subseed that nothing is varied by may be a number of this job alone.
+    seed = request.seed + (request.subseed if request.subseed_strength else request.seed)
+    detected = preprocessors.prepared(
+        module, pixels, resolution, unit.threshold_a, unit.threshold_b, seed & 0xFFFFFFFF
+    )
     if module in INPAINT:
         painted = np.zeros(pixels.shape[:2], np.uint8) if mask is None else np.asarray(mask.resize(image.size))
         detected = np.dstack([detected, painted])

@@ -14,11 +14,11 @@ from tests.pictures import encoded, mask, noise
 WIDE = Image.fromarray(np.tile(np.linspace(0, 255, 128, dtype=np.uint8)[None, :, None], (64, 1, 3)))
 
 
-def hint_of(task: str = "txt2img", unit: Any = None, **fields: Any) -> Hint:
+def hint_of(task: str = "txt2img", unit: Any = None, job_id: str = "job", **fields: Any) -> Hint:
     given = {"model": "x", "image": encoded(WIDE)} | (unit or {})
     scripts = {"controlnet": {"args": [{name: value for name, value in given.items() if value is not None}]}}
     small = {"width": 64, "height": 64, "seed": 3, "alwayson_scripts": scripts}
-    request = check(task, small | fields, "job")
+    request = check(task, small | fields, job_id)
     (hint,) = prepared(request).hints  # type: ignore[arg-type]
     return hint
 
@@ -58,6 +58,15 @@ def test_a_module_prepares_it_at_its_resolution_or_at_the_jobs() -> None:
     other = hint_of(unit={"module": "canny", "processor_res": 256, "image": encoded(noise(256, 256))})
     assert np.array_equal(own.shown, perfect.shown)
     assert not np.array_equal(own.shown, other.shown)
+
+
+def test_a_shuffle_follows_from_what_the_job_asks_for_alone() -> None:
+    def shuffled(job_id: str = "job", **fields: Any) -> Any:
+        return hint_of(unit={"module": "shuffle", "image": encoded(noise())}, job_id=job_id, **fields).shown
+
+    assert np.array_equal(shuffled(), shuffled("another job"))
+    assert not np.array_equal(shuffled(), shuffled(seed=4))
+    assert not np.array_equal(shuffled(), shuffled(subseed=5, subseed_strength=0.1))
 
 
 def test_each_pass_has_it_unless_the_unit_is_for_one() -> None:

@@ -100,9 +100,7 @@ def _hint(index: int, unit: Unit, request: Generation, canvas: Canvas) -> Hint:
     resolution = unit.processor_res or _own_resolution(pixels, mode, request)
     # A subseed that nothing is varied by may be a number of this job alone.
     seed = request.seed + (request.subseed if request.subseed_strength else request.seed)
-    detected = preprocessors.prepared(
-        module, pixels, resolution, unit.threshold_a, unit.threshold_b, seed & 0xFFFFFFFF
-    )
+    detected = preprocessors.prepared(module, pixels, resolution, unit.threshold_a, unit.threshold_b, seed & 0xFFFFFFFF)
     if module in INPAINT:
         painted = np.zeros(pixels.shape[:2], np.uint8) if mask is None else np.asarray(mask.resize(image.size))
         detected = np.dstack([detected, painted])

@@ -143,7 +143,7 @@ class Loop:
     def _resume(self, resumed: Path | None) -> tuple[int, int]:
         if resumed is None:
             return 0, 0
-        found = state.read(resumed, self._config.model_dump())
+        found = state.read(resumed, self._config)
         try:
             self._network.load(found.network)
             self._steps.load(found.steps)
@@ -250,7 +250,7 @@ class Loop:
     def _keep(self, epoch: int, step: int) -> None:
         path = self._folder / STATE
         kept = state.State(epoch, step, self._network.tensors(), self._steps.state())
-        state.write(path, kept, self._config.model_dump())
+        state.write(path, kept, self._config)
         self._listener.kept(path, epoch)
 
 

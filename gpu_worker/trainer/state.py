@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 
 from gpu_worker.job import JobError
+from services.common.payloads.training import Training
 
 # What may differ between the process that wrote a state and the one that goes on from it.
-_ANY = {"output_dir", "logging_dir", "train_data_dir", "reg_data_dir", "pretrained_model_name_or_path", "vae", "notes"}
+_ANY = {
+    "output_dir", "logging_dir", "train_data_dir", "reg_data_dir", "pretrained_model_name_or_path", "vae", "notes",
+    "unknown",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class State:
     steps: dict[str, Any]
 
 
-def write(path: Path, state: State, config: dict[str, Any]) -> None:
+def write(path: Path, state: State, config: Training) -> None:
     """Writes the file whole or not at all; it belongs to this configuration."""
     partial = path.with_name(f".{path.name}.partial")
     network = {name: tensor.cpu() for name, tensor in state.network.items()}
@@ -36,7 +41,7 @@ def write(path: Path, state: State, config: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def read(path: Path, config: dict[str, Any]) -> State:
+def read(path: Path, config: Training) -> State:
     """The state in a file.
 
     Raises:
@@ -53,6 +58,7 @@ def read(path: Path, config: dict[str, Any]) -> State:
     return state
 
 
-def _fingerprint(config: dict[str, Any]) -> str:
-    facts = sorted((name, repr(value)) for name, value in config.items() if name not in _ANY)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+def _fingerprint(config: Training) -> str:
+    """Of what was asked for, in whichever order; a key that only a later version knows changes nothing."""
+    asked = config.model_dump(mode="json", exclude=_ANY, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from services.common.payloads import pictures
 from services.common.payloads.training import Training
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-_FOLDER = re.compile(r"(\d{1,6})_(.+)")
+_FOLDER = re.compile(r"0*([1-9]\d{0,5})_(.+)")
 _MAX_CAPTION = 3000  # characters; of 225 tokens no caption needs more
 _MAX_BYTES = 2**28  # of a picture's file
 _MAX_ENLARGEMENT = 4.0  # a picture that would have to grow more than this shows nothing but its pixels
@@ -93,9 +93,12 @@ def read(config: Training, log: Callable[[str], None]) -> Dataset:
     buckets = Buckets.of(config)
     found: list[Picture] = []
     rejected: list[str] = []
-    for folder, is_regularisation in ((config.train_data_dir, False), (config.reg_data_dir, True)):
+    folders = (("train_data_dir", config.train_data_dir, False), ("reg_data_dir", config.reg_data_dir, True))
+    for key, folder, is_regularisation in folders:
         if not folder and is_regularisation:
             continue
+        if not folder or not Path(folder).is_dir():
+            raise JobError(f"{key} {folder!r} is no folder")
         for concept in _concepts(Path(folder), log):
             for path in _files(concept.path):
                 try:
@@ -109,15 +112,13 @@ def read(config: Training, log: Callable[[str], None]) -> Dataset:
 
 
 def _concepts(folder: Path, log: Callable[[str], None]) -> Iterator[Concept]:
-    if not folder.is_dir():
-        raise JobError(f"the dataset's folder {folder.name or folder} is not there")
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
             continue
         if match := _FOLDER.fullmatch(path.name):
             yield Concept(path, int(match[1]), match[2])
         else:
-            log(f"left out: the folder {path.name} is not named <repeats>_<concept>")
+            log(f"left out: the folder {path.name} is not named <repeats>_<concept>, with 1 repeat or more")
 
 
 def _files(folder: Path) -> list[Path]:

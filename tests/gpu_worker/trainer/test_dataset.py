@@ -96,8 +96,22 @@ def test_a_dataset_without_concept_folders_says_what_was_looked_for_and_found(tm
     lines: list[str] = []
     with pytest.raises(JobError, match=r"such as 10_technic/1\.png; it has a\.png, cats/"):
         read(tmp_path, lines.append)
-    assert lines == ["left out: the folder cats is not named <repeats>_<concept>"]
-    assert reason(tmp_path / "nowhere") == "the dataset's folder nowhere is not there"
+    assert lines == ["left out: the folder cats is not named <repeats>_<concept>, with 1 repeat or more"]
+
+
+def test_a_folder_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
+    draw(tmp_path / "own" / "1_cat" / "a.png")
+    nowhere = tmp_path / "nowhere"
+    assert reason(nowhere) == f"train_data_dir '{nowhere}' is no folder"
+    assert reason(tmp_path / "own", reg_data_dir=str(nowhere)) == f"reg_data_dir '{nowhere}' is no folder"
+    assert reason(tmp_path, train_data_dir="") == "train_data_dir '' is no folder"
+
+
+def test_a_folder_of_no_repeats_is_left_out(tmp_path: Path) -> None:
+    draw(tmp_path / "0_cat" / "a.png")
+    assert reason(tmp_path).endswith("it has 0_cat/")
+    draw(tmp_path / "010_dog" / "b.png")
+    assert len(read(tmp_path).epoch) == 10
 
 
 def test_a_picture_covers_its_bucket_and_loses_its_edges_evenly(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from safetensors.torch import save
 
 from gpu_worker.trainer.dataset import Dataset
 from gpu_worker.trainer.networks import Tensors
-from services.common.payloads.training import LORA_MODULE, Training
+from services.common.payloads.training import Training
 
 _PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _HEADER_BYTES = 8  # of a safetensors file: the length of its description
 _LEGACY_FROM, _LEGACY_BYTES = 0x100000, 0x10000
 _ARCHITECTURES = {False: ("sd_v1", "stable-diffusion-v1"), True: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")}
+_IMPLEMENTATIONS = {False: "diffusers", True: "https://github.com/Stability-AI/generative-models"}  # of their keys
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def _metadata(origin: Origin, epoch: int, step: int) -> dict[str, str]:
     config, dataset = origin.config, origin.dataset
     counts = dataset.counts(regularisation=False)
     own = [picture for picture in dataset.epoch if not picture.is_regularisation]
+    arguments = ",".join(f"{name}={value}" for name, value in config.optimizer_args.items())
     facts: dict[str, Any] = {
         "ss_session_id": origin.session_id,
         "ss_training_started_at": origin.began,
@@ -93,7 +95,7 @@ def _metadata(origin: Origin, epoch: int, step: int) -> dict[str, str]:
         "ss_total_batch_size": config.train_batch_size * config.gradient_accumulation_steps,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_lr_scheduler": config.lr_scheduler,
-        "ss_optimizer": config.optimizer_type,
+        "ss_optimizer": config.optimizer_type + (f"({arguments})" if arguments else ""),
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_network_module": config.network_module,
         "ss_network_dim": config.network_dim,
@@ -139,15 +141,21 @@ def _metadata(origin: Origin, epoch: int, step: int) -> dict[str, str]:
 
 
 def _model_spec(origin: Origin) -> dict[str, str]:
-    """Stability AI's ModelSpec 1.0.0."""
+    """Stability AI's ModelSpec 1.0.0, in which every network beside a model is a `lora`."""
     config = origin.config
-    kind = "lora" if config.network_module == LORA_MODULE else "lycoris"
     width, height = config.resolution
+    given = {
+        "author": config.metadata_author,
+        "description": config.metadata_description,
+        "license": config.metadata_license,
+        "tags": config.metadata_tags,
+    }
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_ARCHITECTURES[origin.is_sdxl][1]}/{kind}",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": config.output_name,
+        "modelspec.architecture": f"{_ARCHITECTURES[origin.is_sdxl][1]}/lora",
+        "modelspec.implementation": _IMPLEMENTATIONS[origin.is_sdxl],
+        "modelspec.title": config.metadata_title or config.output_name,
+        **{f"modelspec.{name}": text for name, text in given.items() if text},
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.prediction_type": "v" if config.v_parameterization else "epsilon",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()),

@@ -17,7 +17,12 @@ _NUMBERS = {
 }  # fmt: skip
 _WHOLE = {"conv_dim", "factor"}
 _SWITCHES = {"decompose_both", "full_matrix", "use_tucker"}
-_ON, _OFF = {"true", "1", "yes"}, {"false", "0", "no", "", "-1"}
+# What LyCORIS has and this trainer does not; kohya's GUI writes them all.
+_MISSING = {
+    "bypass_mode", "constraint", "dora_wd", "rank_dropout_scale", "rescaled", "rs_lora", "train_norm",
+    "unbalanced_factorization", "use_cp", "use_scalar", "weight_decompose",
+}  # fmt: skip
+_ON, _OFF = {"true", "1", "yes"}, {"false", "0", "0.0", "no", "none", "", "-1"}
 _PLAIN, _LYCORIS = ("lora", "locon"), ("loha", "lokr")
 # The kinds that have them; elsewhere they have to be off, as other tools write them for every kind.
 _KINDS_WITH = {
@@ -37,11 +42,14 @@ def is_on(text: str) -> bool:
 
 
 def checked(arguments: Mapping[str, str]) -> dict[str, str]:
-    """The arguments, their numbers written in one way; a conv_dim of 0 is none.
+    """The arguments, their numbers written in one way; a conv_dim of 0 is none, and what is off and missing here too.
 
     Raises:
         ValueError: one is not possible, or not with this kind of network.
     """
+    if missing := [name for name in arguments if name in _MISSING and arguments[name].lower() not in _OFF]:
+        raise ValueError(f"network_args {missing[0]}={arguments[missing[0]]}: it is not supported; leave it out")
+    arguments = {name: text for name, text in arguments.items() if name not in _MISSING}
     possible = _NUMBERS.keys() | _SWITCHES | {"algo", "preset"}
     if unknown := sorted(arguments.keys() - possible):
         raise _impossible(", ".join(unknown), ", ".join(sorted(possible)))

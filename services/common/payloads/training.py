@@ -27,6 +27,7 @@ _SAMPLERS = {
     "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2M",
 }  # fmt: skip
 _MAX_PIXELS = 2048 * 2048
+_PROMPT_FILES = (".txt", ".toml", ".json")  # of kohya; only by hand there are files, and those of lines are read before
 _ALIASES = {
     "caption_extention": "caption_extension",  # kohya spelled it so once
     "lr_restart_cycles": "lr_scheduler_num_cycles",
@@ -46,13 +47,22 @@ _REFUSED = {
     "adaptive_noise_scale": "it is not supported; leave it out",
     "ip_noise_gamma": "it is not supported; leave it out",
     "scale_weight_norms": "it is not supported; leave it out",
+    "debiased_estimation_loss": "it is not supported; leave it out",
+    "masked_loss": "pictures are trained whole; set it to false",
+    "token_warmup_step": "captions have all their tags from the first step on; set it to 0",
+    "scale_v_pred_loss_like_noise_pred": "it is not supported; leave it out",
+    "v_pred_like_loss": "it is not supported; leave it out",
+    "loraplus_lr_ratio": "both factors of a layer have one learning rate; leave it out",
+    "loraplus_unet_lr_ratio": "both factors of a layer have one learning rate; leave it out",
+    "loraplus_text_encoder_lr_ratio": "both factors of a layer have one learning rate; leave it out",
     "deepspeed": "a training runs on one device; set it to false",
 }
-# What only says how kohya's own process does its work.
+# What only says how kohya's own process does its work, or its GUI, or how that does which is refused here.
 _WITHOUT_EFFECT = {
-    "cache_latents_to_disk", "console_log_level", "full_bf16", "full_fp16", "huggingface_repo_id", "log_with",
-    "max_data_loader_n_workers", "metadata_author", "metadata_description", "metadata_license", "metadata_tags",
-    "metadata_title", "no_metadata", "persistent_data_loader_workers", "vae_batch_size",
+    "cache_latents_to_disk", "cache_text_encoder_outputs", "console_log_level", "debug_dataset", "dynamo_backend",
+    "epoch", "full_bf16", "full_fp16", "highvram", "huber_c", "huber_scale", "huber_schedule", "huggingface_repo_id",
+    "log_with", "lowvram", "max_data_loader_n_workers", "multires_noise_discount", "noise_offset_type",
+    "persistent_data_loader_workers", "sdpa", "skip_cache_check", "vae_batch_size", "wandb_run_name",
 }  # fmt: skip
 _ABOUT_KOHYA = "it only says how kohya's own process does its work, and does nothing here"
 _NOTES = {
@@ -60,6 +70,7 @@ _NOTES = {
     "mem_eff_attn": "mem_eff_attn: attention is computed by torch's scaled_dot_product_attention",
     "lowram": "lowram: the model is read straight to the device, so there is nothing to save",
     "save_state": "save_state: what a training needs to go on is kept after every epoch, whatever this says",
+    "no_metadata": "no_metadata: a file always says how it was made, whatever this says",
     "network_dropout": "network_dropout: it is applied to the input of a layer, not between its two factors",
 }
 
@@ -138,7 +149,8 @@ class Training(BaseModel):
     # --- the loss ---
     v_parameterization: bool = False
     noise_offset: float = Field(0.0, ge=0, le=10)
-    min_snr_gamma: float | None = Field(None, gt=0, le=1000)
+    loss_type: Literal["l2"] = "l2"
+    min_snr_gamma: float | None = Field(None, ge=0, le=1000)  # 0: none
     min_timestep: int = Field(0, ge=0, le=999)
     max_timestep: int = Field(1000, ge=1, le=1000)
 
@@ -149,6 +161,11 @@ class Training(BaseModel):
     save_precision: Literal["float", "fp16", "bf16"] = "float"
     save_model_as: str = "safetensors"
     training_comment: str = Field("", max_length=10_000)
+    metadata_title: str = Field("", max_length=1000)
+    metadata_author: str = Field("", max_length=1000)
+    metadata_description: str = Field("", max_length=10_000)
+    metadata_license: str = Field("", max_length=1000)
+    metadata_tags: str = Field("", max_length=10_000)
     sample_every_n_epochs: int | None = Field(None, ge=0)
     sample_prompts: list[str] = []
     sample_sampler: str = "DDIM"
@@ -191,6 +208,18 @@ class Training(BaseModel):
             )
         return tuple(numbers)
 
+    @field_validator("text_encoder_lr", mode="before")
+    @classmethod
+    def _one_rate(cls, value: Any) -> Any:
+        """kohya's GUI writes one for each text encoder."""
+        if not isinstance(value, list):
+            return value
+        if len(set(map(str, value))) > 1:
+            raise ValueError(
+                f"text_encoder_lr {shown(value)}: all text encoders have one learning rate; give one number"
+            )
+        return value[0] if value else None
+
     @field_validator("network_args", "optimizer_args", "lr_scheduler_args", mode="before")
     @classmethod
     def _pairs(cls, value: Any, info: Any) -> Any:
@@ -218,6 +247,11 @@ class Training(BaseModel):
     @classmethod
     def _lines(cls, value: Any) -> Any:
         listed = value.splitlines() if isinstance(value, str) else value
+        if isinstance(value, str) and len(listed) == 1 and value.rstrip().lower().endswith(_PROMPT_FILES):
+            raise ValueError(
+                f"sample_prompts {shown(value)} is no prompt; possible: prompts, one a line, or by hand the path of a "
+                ".txt file with them"
+            )
         return [line.strip() for line in listed if line.strip() and not line.strip().startswith("#")]
 
     @field_validator("output_name", "log_prefix")

@@ -1,5 +1,6 @@
 """Whole trainings of the tiny checkpoint: repeatable, resumable, stoppable, and what they leave behind."""
 
+import hashlib
 import json
 import math
 import random
@@ -81,7 +82,16 @@ def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings
 
 @pytest.mark.slow
 def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
-    trainings.run(output_name="zog", network_args=["conv_dim=2"], training_comment="a comment", min_snr_gamma=5)
+    trainings.run(
+        output_name="zog",
+        network_args=["conv_dim=2"],
+        optimizer_args=["weight_decay=0.1", "eps=1e-7"],
+        training_comment="a comment",
+        metadata_author="somebody",
+        metadata_title="A Zog",
+        learning_rate=1e-4,
+        min_snr_gamma=5,
+    )
     with safe_open(tmp_path / "out" / "zog.safetensors", framework="pt") as file:
         metadata = file.metadata()
     expected = {
@@ -89,17 +99,21 @@ def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
         "ss_epoch": "1", "ss_steps": "4", "ss_max_train_steps": "4", "ss_num_batches_per_epoch": "4",
         "ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "2.0",
         "ss_network_args": '{"conv_dim": "2"}', "ss_unet_lr": "0.001", "ss_text_encoder_lr": "0.001",
-        "ss_optimizer": "AdamW", "ss_lr_scheduler": "constant", "ss_base_model_version": "sd_v1", "ss_clip_skip": "1",
+        "ss_optimizer": "AdamW(weight_decay=0.1,eps=1e-7)", "ss_lr_scheduler": "constant",
+        "ss_learning_rate": "0.0001", "ss_base_model_version": "sd_v1", "ss_clip_skip": "1",
         "ss_min_snr_gamma": "5.0", "ss_resolution": "(64, 64)", "ss_seed": "5", "ss_training_comment": "a comment",
         "ss_sd_model_name": trainings.checkpoint.name, "ss_network_dropout": "None",
-        "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.title": "zog",
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.implementation": "diffusers",
+        "modelspec.title": "A Zog", "modelspec.author": "somebody", "modelspec.prediction_type": "epsilon",
     }  # fmt: skip
     assert {name: metadata[name] for name in expected} == expected
     assert json.loads(metadata["ss_dataset_dirs"]) == {"1_zog": {"n_repeats": 1, "img_count": 4}}
     assert json.loads(metadata["ss_tag_frequency"])["1_zog"]["green"] == 4
     assert json.loads(metadata["ss_bucket_info"])["buckets"] == {"0": {"resolution": [64, 64], "count": 4}}
-    assert len(metadata["sshs_model_hash"]) == 64
+    assert "modelspec.license" not in metadata
+    with (tmp_path / "out" / "zog.safetensors").open("rb") as content:
+        content.seek(8 + int.from_bytes(content.read(8), "little"))
+        assert metadata["sshs_model_hash"] == hashlib.file_digest(content, "sha256").hexdigest(), "of the tensors alone"
     assert len(metadata["sshs_legacy_hash"]) == 8
     assert len(metadata["ss_new_sd_model_hash"]) == 64
 

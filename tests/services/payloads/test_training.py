@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import InvalidArgument
-from services.common.payloads import training
+from services.common.payloads import network_args, training
 from services.common.payloads.training import Training, check_training, parse_toml
 from tests.processes import ROOT
 
@@ -64,6 +64,7 @@ pretrained_model_name_or_path="./sd-models/v1-5-pruned-emaonly.safetensors"
 
 
 LYCORIS = {"network_module": "lycoris.kohya"}
+GUI = sorted((Path(__file__).parent / "kohya").glob("*.toml"))
 
 
 def reason(**fields: Any) -> str:
@@ -102,8 +103,9 @@ def test_every_key_that_is_known_is_read_where_a_training_runs() -> None:
     }
     read |= {key for name, keys in derived.items() if name in read for key in keys}
     of_the_file_alone = {"save_precision", "training_comment"}
+    of_the_file_alone |= {f"metadata_{name}" for name in ("author", "description", "license", "tags", "title")}
     assert of_the_file_alone <= _read_of(ROOT / "gpu_worker" / "trainer" / "saving.py", {"config"})
-    only_one_is_possible = {"save_model_as"}
+    only_one_is_possible = {"save_model_as", "loss_type"}
     assert Training.model_fields.keys() - read == of_the_file_alone | only_one_is_possible
 
 
@@ -115,6 +117,22 @@ def _attributes(tree: ast.AST, owners: set[str]) -> set[str]:
     """What is read of whatever has one of these names, `config.seed` as well as `self._config.seed`."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return {node.attr for node in nodes if ast.unparse(node.value).rpartition(".")[2] in owners}
+
+
+@pytest.mark.parametrize("path", GUI, ids=lambda path: path.stem)
+def test_what_kohyas_gui_writes_is_taken_as_it_is(path: Path) -> None:
+    config = check_training(parse_toml(path.read_text()))
+    assert config.unknown == []
+    assert config.text_rate == config.unet_rate > 0
+    assert config.algorithm == ("locon" if "locon" in path.stem else "lora")
+
+
+def test_what_is_missing_of_lycoris_is_taken_where_it_is_off_and_named_where_it_is_on() -> None:
+    for name in network_args._MISSING:
+        for off in ("False", "0", "0.0", "None"):
+            assert check_training(LYCORIS | {"network_args": [f"{name}={off}"]}).network_args == {}
+        sentence = f"network_args {name}=True: it is not supported; leave it out"
+        assert reason(**LYCORIS, network_args=[f"{name}=True"]) == sentence
 
 
 def test_what_other_tools_write_for_every_kind_of_network_is_taken_where_it_is_off() -> None:
@@ -235,6 +253,15 @@ def test_a_checked_configuration_gives_itself_again() -> None:
             "optimizer_type Prodigy finds the learning rate itself: unet_lr 1.0 and text_encoder_lr 0.5",
         ),
         ({"max_token_length": 100}, "max_token_length 100: input should be 75, 150 or 225"),
+        (
+            {"text_encoder_lr": [1e-4, 1e-5]},
+            "text_encoder_lr [0.0001, 1e-05]: all text encoders have one learning rate",
+        ),
+        *(
+            ({"sample_prompts": f"/content/prompt.{ending}"}, "is no prompt; possible: prompts, one a line, or by hand")
+            for ending in ("txt", "toml", "json")
+        ),
+        ({"loss_type": "huber"}, "loss_type \"huber\": input should be 'l2'"),
         ({"sample_sampler": "magic"}, 'sample_sampler "magic" is not known; possible: Euler'),
         ({"seed": float("nan")}, "seed NaN: input should be a finite number"),
     ],

@@ -34,6 +34,11 @@ class Bar:
         """See Listener."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def fail(self, reason: str) -> None:
+        """Says why the training ends; how far it was is of no use to anybody then."""
+        self._bar.remove_task(self._task)
+        self.log(f"error: {reason}")
+
     def encoded(self, number: int, num_pictures: int) -> None:
         """See Listener."""
         self._bar.update(self._task, description="encoding", completed=number, total=num_pictures)
@@ -81,8 +86,8 @@ def main(arguments: list[str]) -> int:
         except Stopped:
             shown.log("stopped; what was saved stays")
             return EXIT_STOPPED
-        except (JobError, InvalidArgument, RuntimeError) as error:
-            shown.log(f"error: {error}")
+        except (JobError, InvalidArgument, RuntimeError, OSError) as error:
+            shown.fail(str(error))
             return EXIT_FAILED
         finally:
             signal.signal(signal.SIGINT, before)
@@ -127,7 +132,7 @@ def _file(path: str, key: str) -> CachedModel:
     """A model by its path, with its SHA-256."""
     found = Path(path)
     if not found.is_file():
-        raise JobError(f"{key} {path!r} is no file")
+        raise JobError(f"{key} {path!r} is no file; possible: a .safetensors or .ckpt file")
     with found.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     return CachedModel(str(found), key, found.name, found, digest.hexdigest())

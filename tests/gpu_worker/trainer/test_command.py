@@ -84,6 +84,8 @@ def test_what_is_wrong_is_one_sentence(
         ),
         ({"pretrained_model_name_or_path": "/no"}, "error: pretrained_model_name_or_path '/no' is no file"),
         ({"pretrained_model_name_or_path": str(folder / "broken.safetensors")}, "error: broken.safetensors is damaged"),
+        ({"output_dir": str(folder / "broken.safetensors")}, "error: [Errno 17] File exists: "),
+        ({"sample_prompts": "nowhere.txt"}, 'error: sample_prompts "nowhere.txt" is no prompt'),
     ]
     for keys, sentence in wrong:
         assert refusal(write(folder, config | keys), capsys).startswith(sentence)

@@ -11,7 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from sqlalchemy import text
 
 from esd.training.v1 import training_pb2 as pb
-from tests.services.training.conftest import CHECKPOINT, MODEL, Service
+from tests.services.training.conftest import CHECKPOINT, MODEL, Service, next_of
 
 INVALID, FORBIDDEN = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED
 
@@ -170,6 +170,12 @@ async def test_somebody_elses_model_or_dataset_is_not_there(service: Service) ->
     stranger = service.tokens.user("eve", ["train:all"], ["Other"])
     assert (await service.refused(service.document(), stranger))[1].startswith("Model not found")
     assert (await service.refused(client(), stranger))[1] == "Model not found"
+    of_nobody = service.document()
+    of_nobody["training_params"]["s3_data_path"] = "dataset/nobodys"
+    assert (await service.refused(of_nobody))[1].startswith("Dataset not found")
+    assert (await service.refused(client(training_params={"dataset": "nobodys"})))[1] == "Dataset not found"
+    assert (await service.refused(service.document(reg_data_dir="dataset/nobodys")))[1].startswith("Dataset not found")
+    assert await service.create(of_nobody, metadata=service.user("root", "user:all"))
 
 
 async def test_a_name_in_use_is_refused(service: Service) -> None:
@@ -264,6 +270,14 @@ async def test_deleting_removes_the_input_and_never_the_model_or_the_dataset(ser
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await service.get(created.id)
     assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_nobody_sees_what_happens_in_somebody_elses_training(service: Service) -> None:
+    other = await service.create(metadata=service.user("bob"))
+    metrics = service.stub.GetTrainingMetrics(pb.GetTrainingMetricsRequest(job_id=other.id), metadata=service.user())
+    events = service.stub.WatchTrainingJob(pb.WatchTrainingJobRequest(job_id=other.id), metadata=service.user())
+    assert await next_of(events) is None
+    assert [await call.code() for call in (metrics, events)] == [FORBIDDEN, FORBIDDEN]
 
 
 async def test_nobody_stops_or_deletes_somebody_elses_training(service: Service) -> None:

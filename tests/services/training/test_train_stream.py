@@ -15,12 +15,11 @@ from esd.endpoints.v1 import endpoints_pb2
 from esd.training.v1 import training_pb2 as pb
 from tests.services.training.conftest import Service, next_of
 
+RATES = {"unet": 0.001, "text": 0.0001}
+
 
 def points(*steps: int) -> pb.TrainerProgress:
-    made = [
-        pb.MetricPoint(step=step, epoch=1, loss=1 / step, average_loss=0.5, learning_rates={"unet": 0.001})
-        for step in steps
-    ]
+    made = [pb.MetricPoint(step=step, epoch=1, loss=1 / step, average_loss=0.5, learning_rates=RATES) for step in steps]
     return pb.TrainerProgress(points=made, num_steps=9, num_epochs=3, seconds_left=12)
 
 
@@ -92,7 +91,17 @@ async def test_a_whole_training_ends_completed_with_its_files_in_the_output(serv
     assert (preview.epoch, preview.prompt, preview.name) == (1, "a demo", "sample/demo_e000001_00.png")
     assert (await service.http.get(preview.url)).content == b"picture"
     step = next(event.step for event in told if event.HasField("step"))
-    assert (step.step, step.num_steps, step.num_epochs, step.learning_rates["unet"]) == (3, 9, 3, 0.001)
+    assert step == pb.TrainingStep(
+        step=3, num_steps=9, epoch=1, num_epochs=3, loss=1 / 3, average_loss=0.5, learning_rates=RATES, seconds_left=12
+    )
+    saved = [event.saved for event in told if event.HasField("saved")]
+    assert [(file.name, file.epoch, file.size_bytes) for file in saved] == [
+        ("demo-000001.safetensors", 1, len(b"first")), ("demo.safetensors", 3, len(b"last")),
+    ]  # fmt: skip
+    assert all(event.log.time for event in told if event.HasField("log"))
+    metrics = pb.GetTrainingMetricsRequest(job_id=created.id)
+    [*_, point] = (await service.stub.GetTrainingMetrics(metrics, metadata=service.user())).points
+    assert point == pb.MetricPoint(step=3, epoch=1, loss=1 / 3, average_loss=0.5, learning_rates=RATES)
 
 
 async def test_who_watches_after_the_end_is_told_what_was_noted(service: Service) -> None:

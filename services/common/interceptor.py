@@ -252,6 +252,8 @@ class _Rpc:
             code, message = STATUS_OF[kind], str(error)
         else:
             log.error("rpc failed", method=self._name, exc_info=error)
+        # What is quoted from a payload may have half of a surrogate pair, with which the call would never end.
+        message = message.encode(errors="backslashreplace").decode()
         # It travels as a header, percent-encoded, and the gateway takes 60 KiB of those.
         message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…"
         retry_after = error.retry_after_seconds if isinstance(error, errors.ResourceExhausted) else None

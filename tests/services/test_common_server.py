@@ -91,6 +91,12 @@ async def test_an_error_of_the_domain_becomes_its_status_with_its_sentence(
     assert failure == (STATUS_OF[kind], "röle 1 is troubled")
 
 
+async def test_a_sentence_with_what_is_no_text_ends_the_call_too(stub: Any, subject: Subject, user_token: Any) -> None:
+    subject.error = errors.InvalidArgument("\ud800 is half of a pair")
+    failure = await _failure(stub.CreateRole(GOOD_ROLE, metadata=user_token("ann", ["role:all"])))
+    assert failure == (grpc.StatusCode.INVALID_ARGUMENT, r"\ud800 is half of a pair")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a detail"), KeyError("a detail"), errors.EsdError("a detail")])
 async def test_an_unknown_error_reveals_nothing(stub: Any, subject: Subject, user_token: Any, error: Exception) -> None:
     subject.error = error

@@ -88,22 +88,13 @@ class Generation(Payload):
     def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
         return checked_form(fields, cls.model_fields.keys(), cls.without_effect, cls.has_picture)
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("prompt", "hr_prompt", check_fields=False)
     @classmethod
-    def _storable(cls, text: str, info: Any) -> str:
-        # Neither JSONB nor protobuf can carry these; JSON's escapes can.
-        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(
-                f"{info.field_name} contains a character that is no text (U+0000 or half of a surrogate pair)"
-            )
-        return text
-
-    @field_validator("prompt")
-    @classmethod
-    def _joinable(cls, text: str) -> str:
+    def _joinable(cls, text: str, info: Any) -> str:
         num_texts = len(prompts.joined_by_and(prompts.read(text).text))
         if num_texts > prompts.MAX_TEXTS:
-            raise ValueError(f"prompt joins {num_texts} texts with AND; at most {prompts.MAX_TEXTS} are possible")
+            most = f"at most {prompts.MAX_TEXTS} are possible"
+            raise ValueError(f"{info.field_name} joins {num_texts} texts with AND; {most}")
         return text
 
     @model_validator(mode="after")

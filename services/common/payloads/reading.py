@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from services.common.payloads.base import Payload
 from services.common.payloads.extras import RemoveBackground, UpscaleMany, UpscaleOne
 from services.common.payloads.generation import Generation
 from services.common.payloads.img2img import Img2Img
-from services.common.payloads.showing import sentence
+from services.common.payloads.showing import is_text, path_of, sentence
 from services.common.payloads.txt2img import Txt2Img
 
 TASKS: dict[str, type[Payload]] = {
@@ -57,6 +58,9 @@ def check(task_type: str, fields: dict[str, Any], job_id: str) -> Payload:
     if task is None:
         raise InvalidArgument(f"task type {task_type} is not known; possible: {', '.join(TASKS)}")
     request = _validated(task, fields)
+    for path, text in _texts(request.model_dump()):
+        if not is_text(text):
+            raise InvalidArgument(f"{path} contains a character that is no text (U+0000 or half of a surrogate pair)")
     if not isinstance(request, Generation):
         return request
     texts = {"seed": job_id, "subseed": f"{job_id} subseed"}
@@ -75,6 +79,15 @@ def _validated(task: type[Payload], fields: dict[str, Any]) -> Payload:
         return task.model_validate(fields)
     except ValidationError as error:
         raise InvalidArgument("; ".join(sentence(problem, task) for problem in error.errors())) from None
+
+
+def _texts(value: Any, *path: str | int) -> Iterator[tuple[str, str]]:
+    """The texts in a value, each with where it is."""
+    if isinstance(value, str):
+        yield path_of(path), value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, *path, name)
 
 
 def seed_of(job_id: str) -> int:

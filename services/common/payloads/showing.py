@@ -17,13 +17,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 3]}..."
 
 
+def is_text(value: str) -> bool:
+    """Whether JSONB and protobuf can carry it; JSON's escapes can write more."""
+    if value.isascii():  # which is known without a look at each letter
+        return "\0" not in value
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def sentence(problem: Any, model: type[BaseModel]) -> str:
     """What is wrong with a field, of which value, and what is possible; `problem` is one of a ValidationError."""
     location = problem["loc"]
     if problem["type"] == "value_error":  # it names its field, but not the object that this lies in
         outer = location[:-1] if location and isinstance(location[-1], str) else location
-        return f"{_path(outer)}: {problem['ctx']['error']}" if outer else str(problem["ctx"]["error"])
-    name, value = _path(location), shown(problem["input"])
+        return f"{path_of(outer)}: {problem['ctx']['error']}" if outer else str(problem["ctx"]["error"])
+    name, value = path_of(location), shown(problem["input"])
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] in {"greater_than_equal", "less_than_equal"} and (possible := _range(model, location)):
@@ -33,7 +40,8 @@ def sentence(problem: Any, model: type[BaseModel]) -> str:
     return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
-def _path(location: Sequence[str | int]) -> str:
+def path_of(location: Sequence[str | int]) -> str:
+    """Where a field lies, as in `controlnet[0].model`."""
     first, *inner = location
     return f"{first}{''.join(f'[{part}]' if isinstance(part, int) else f'.{part}' for part in inner)}"
 

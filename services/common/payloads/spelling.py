@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from services.common.payloads import plots, prompts, samplers
 from services.common.payloads.scripts import as_fields, check_scripts
-from services.common.payloads.showing import shown
+from services.common.payloads.showing import is_text, shown
 
 _OFF = (False, 0, "", "None", "none")
 # What would change the picture and cannot be had, and what is possible instead.
@@ -77,7 +77,7 @@ def checked_form(
     passes = [(name, field) for name, field in _SCHEDULES if name in known and given.get(name)]
     ignored += [field for name, field in passes if samplers.ignores(given[name], given.get(field))]
     given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
-    given.setdefault("ignored", ignored)
+    given.setdefault("ignored", [name if is_text(name) else shown(name) for name in ignored])
     given |= as_fields(given.get("alwayson_scripts"))
     if given.get("refiner_checkpoint") in _OFF:
         given.pop("refiner_checkpoint", None)

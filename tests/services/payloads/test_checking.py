@@ -120,6 +120,17 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
         ({"steps": "many"}, 'steps "many": input should be a valid integer'),
         ({"prompt": "a\0b"}, "prompt contains a character that is no text"),
         ({"prompt": "\ud800"}, "prompt contains a character that is no text"),
+        ({"enable_hr": True, "hr_prompt": "\ud800"}, "hr_prompt contains a character that is no text"),
+        ({"enable_hr": True, "hr_prompt": "<lora:a:x>"}, '<lora:a:x>: "x" is no number'),
+        ({"enable_hr": True, "hr_prompt": " AND " * 9}, "hr_prompt joins 10 texts with AND; at most 8 are possible"),
+        (
+            {"alwayson_scripts": {"controlnet": {"args": [{"model": "a\0", "image": encoded(noise())}]}}},
+            "controlnet[0].model contains a character that is no text",
+        ),
+        (
+            {"prompt": "a cat", "script_name": "x/y/z plot", "script_args": [7, "cat,\0", []]},
+            "plot.x.values[1] contains a character that is no text",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_field_and_value(fields: dict[str, object], sentence: str) -> None:
@@ -283,6 +294,10 @@ def test_names_of_the_checked_form_are_unknown_names_in_a_clients_payload() -> N
         "form": "mine",
     }
     assert check(**own) == check() | {"ignored": list(own)}
+
+
+def test_what_is_ignored_has_a_name_that_can_be_stored() -> None:
+    assert check(**{"a\0b": 1, "\ud800": 1, "é": 1})["ignored"] == [r'"a\u0000b"', r'"\ud800"', "é"]
 
 
 def test_what_is_ignored_is_named() -> None:

@@ -12,8 +12,8 @@ _MAX_LETTERS = 80
 
 
 def shown(value: Any) -> str:
-    """As JSON, cut where it would fill the sentence."""
-    text = json.dumps(value, ensure_ascii=True)
+    """As JSON, cut where it would fill the sentence; a date of TOML as text."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 3]}..."
 
 

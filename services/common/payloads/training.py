@@ -27,6 +27,7 @@ _SAMPLERS = {
     "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2M",
 }  # fmt: skip
 _MAX_PIXELS = 2048 * 2048
+_MAX_NAME_BYTES = 200  # systems take 255, of which an epoch's number and endings need some
 _PROMPT_FILES = (".txt", ".toml", ".json")  # of kohya; only by hand there are files, and those of lines are read before
 _ALIASES = {
     "caption_extention": "caption_extension",  # kohya spelled it so once
@@ -197,7 +198,7 @@ class Training(BaseModel):
         sides = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         try:
             numbers = [int(side) for side in sides]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             numbers = []
         if len(numbers) == 1:
             numbers *= 2
@@ -251,6 +252,10 @@ class Training(BaseModel):
             raise ValueError(
                 f"sample_prompts {shown(value)} is no prompt; possible: prompts, one a line, or by hand the path of a "
                 ".txt file with them"
+            )
+        if not isinstance(listed, list) or not all(isinstance(line, str) for line in listed):
+            raise ValueError(
+                f"sample_prompts {shown(value)} is neither a text with a prompt in each line nor a list of prompts"
             )
         return [line.strip() for line in listed if line.strip() and not line.strip().startswith("#")]
 
@@ -345,7 +350,10 @@ class Training(BaseModel):
 
 def _is_file_name(text: str) -> bool:
     """Whether it can be the name of a file, or a part of it, in every system."""
-    return not text.startswith(".") and not any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in text)
+    is_short = len(text.encode()) <= _MAX_NAME_BYTES
+    return (
+        is_short and not text.startswith(".") and not any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in text)
+    )
 
 
 def flattened(sections: dict[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,19 @@ def test_what_an_optimizer_or_schedule_cannot_do_is_named(
         Steps(models, network, config, NUM_STEPS, lambda _: None)
 
 
+@pytest.mark.parametrize("max_tokens", [75, 150])
+def test_a_step_reads_as_much_of_a_caption_as_it_is_told(plain: dict[str, Models], max_tokens: int) -> None:
+    models, long = copy.deepcopy(plain["sd15"]), ", ".join(["a red circle"] * 20)  # 80 tokens
+    config = check_training(RATES | {"max_token_length": max_tokens})
+    steps = Steps(models, networks.create(models, config), config, NUM_STEPS, lambda _: None)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    one, other = (
+        float(steps.loss(Batch(latents, [text]), torch.Generator().manual_seed(1)).detach())
+        for text in (long, f"{long}, a star")
+    )
+    assert (one == other) == (max_tokens == 75)
+
+
 def test_captions_of_up_to_225_tokens_are_read_in_chunks(plain: dict[str, Models]) -> None:
     from gpu_worker.models import prompt
     from gpu_worker.trainer import texts

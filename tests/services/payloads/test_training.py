@@ -1,6 +1,9 @@
 """A training's keys: kohya's defaults and spellings, what is mapped, refused and unknown."""
 
 import ast
+import contextlib
+import math
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,30 @@ def test_what_is_not_given_has_kohyas_default() -> None:
     assert (config.max_token_length, config.caption_extension) == (75, ".caption")
 
 
+def test_a_value_of_any_type_is_taken_or_refused_with_a_sentence() -> None:
+    odd = (
+        5,
+        -1,
+        1e300,
+        math.inf,
+        math.nan,
+        True,
+        "",
+        "x",
+        "a" * 20_000,
+        [],
+        [5],
+        [[]],
+        {"a": 1},
+        date(2026, 1, 1),
+        2**70,
+    )
+    for name in [*Training.model_fields, *training._REFUSED, *training._NOTES, *training._WITHOUT_EFFECT]:
+        for value in odd:
+            with contextlib.suppress(InvalidArgument):
+                check_training({name: value})
+
+
 def test_sections_only_group_keys_and_later_ones_win() -> None:
     fields = parse_toml('[training]\noutput_name="a"\nseed=1\n[saving_arguments]\noutput_name="b"\n')
     assert fields == {"output_name": "b", "seed": 1}
@@ -241,6 +268,11 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         ),
         ({"network_module": "networks.oft"}, "network_module \"networks.oft\": input should be 'networks.lora' or"),
         ({"save_model_as": "ckpt"}, 'save_model_as "ckpt" is not possible; possible: safetensors'),
+        (
+            {"sample_prompts": [5]},
+            "sample_prompts [5] is neither a text with a prompt in each line nor a list of prompts",
+        ),
+        ({"output_name": "\U0001f408" * 60}, "cannot be the name of a file"),
         ({"output_name": "../x"}, 'output_name "../x" cannot be the name of a file'),
         ({"log_prefix": "/tmp/x"}, 'log_prefix "/tmp/x" cannot be the name of a file'),
         ({"log_prefix": "../../x"}, 'log_prefix "../../x" cannot be the name of a file'),

@@ -65,7 +65,7 @@ _WITHOUT_EFFECT = {
     "log_with", "lowvram", "max_data_loader_n_workers", "multires_noise_discount", "noise_offset_type",
     "persistent_data_loader_workers", "sdpa", "skip_cache_check", "vae_batch_size", "wandb_run_name",
 }  # fmt: skip
-_ABOUT_KOHYA = "it only says how kohya's own process does its work, and does nothing here"
+_ABOUT_KOHYA = "said to kohya's own process or GUI, and without effect here"
 _NOTES = {
     "xformers": "xformers: attention is computed by torch's scaled_dot_product_attention, which needs no xformers",
     "mem_eff_attn": "mem_eff_attn: attention is computed by torch's scaled_dot_product_attention",
@@ -186,7 +186,8 @@ class Training(BaseModel):
         ]
         given.setdefault("unknown", sorted(name for name in unknown if name not in _WITHOUT_EFFECT))
         notes = [note for name, note in _NOTES.items() if given.get(name)]
-        notes += [f"{name}: {_ABOUT_KOHYA}" for name in sorted(_WITHOUT_EFFECT) if given.get(name)]
+        if for_kohya := sorted(name for name in _WITHOUT_EFFECT if given.get(name)):
+            notes.append(f"{', '.join(for_kohya)}: {_ABOUT_KOHYA}")
         given.setdefault("notes", notes)
         if given.get("save_precision") == "fp32":
             given["save_precision"] = "float"

@@ -66,21 +66,28 @@ def test_there_are_as_many_regularisation_pictures_as_others(tmp_path: Path) -> 
 
 
 def test_each_file_that_cannot_be_used_is_named_with_its_reason(tmp_path: Path) -> None:
-    folder = tmp_path / "1_cat"
+    folder = tmp_path / "own" / "1_cat"
     draw(folder / "good.png", (80, 64))
     draw(folder / "small.png", (12, 12))
     (folder / "nonsense.png").write_bytes(b"nonsense")
     (folder / "half.png").write_bytes((folder / "good.png").read_bytes()[:60])
     Image.new("1", (8000, 8000)).save(folder / "bomb.png")
+    with (folder / "huge.png").open("wb") as huge:
+        huge.truncate(2**28 + 1)
+    others = tmp_path / "others" / "1_animal"
+    others.mkdir(parents=True)
+    (others / "z.png").write_bytes(b"nonsense")
     lines: list[str] = []
-    found = read(tmp_path, lines.append)
+    found = read(tmp_path / "own", lines.append, reg_data_dir=str(tmp_path / "others"))
     assert [picture.path.name for picture in found.pictures] == ["good.png"]
     assert lines == [f"left out: {sentence}" for sentence in found.rejected]
     assert found.rejected == (
         "1_cat/bomb.png has 8000x8000 pixels; at most 33554432 pixels are possible",
         "1_cat/half.png is damaged or truncated: it cannot be read as PNG",
+        "1_cat/huge.png has more than 268435456 bytes",
         "1_cat/nonsense.png is no picture that can be read; possible: PNG, JPEG, WEBP, BMP, GIF",
         "1_cat/small.png is too small: 12x12 pixels would be enlarged 5.3 times to 64x64; at most 4 times is possible",
+        "1_animal/z.png is no picture that can be read; possible: PNG, JPEG, WEBP, BMP, GIF",
     )
 
 

@@ -88,6 +88,34 @@ def test_the_losses_are_those_of_a_plain_loop(plain: dict[str, Models], family: 
     assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
 
 
+def test_a_loss_scaler_changes_nothing_of_what_a_step_does_to_the_weights(plain: dict[str, Models]) -> None:
+    config, found = check_training(RATES | {"max_grad_norm": 0.1}), []
+    for is_scaled in (False, True):
+        models = copy.deepcopy(plain["sd15"])
+        torch.manual_seed(config.seed)
+        network = networks.create(models, config)
+        steps = Steps(models, network, config, NUM_STEPS, lambda _: None)
+        steps._scaler = torch.amp.GradScaler("cpu", enabled=is_scaled)  # as in fp16
+        steps.step([batches(models)[0]], torch.Generator().manual_seed(1))
+        found.append(network.tensors())
+    without, scaled = found
+    assert all(torch.allclose(scaled[name], without[name], atol=1e-5) for name in without)
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_gradient_checkpointing_computes_what_lies_within_a_block_again(plain: dict[str, Models], is_on: bool) -> None:
+    models = copy.deepcopy(plain["sd15"])
+    config = check_training(RATES | {"gradient_checkpointing": is_on})
+    steps, calls = Steps(models, networks.create(models, config), config, NUM_STEPS, lambda _: None), []
+    parts = {
+        name: part for model in (models.unet, models.text_encoders[0].model) for name, part in model.named_modules()
+    }
+    for part in (parts["mid_block.resnets.1"], parts["encoder.layers.0.mlp"]):
+        part.register_forward_pre_hook(lambda module, _: calls.append(module))
+    steps.step([batches(models)[0]], torch.Generator().manual_seed(1))
+    assert len(calls) == (4 if is_on else 2)
+
+
 def test_a_step_that_the_loss_scaler_skips_does_not_count_for_the_schedule(plain: dict[str, Models]) -> None:
     models = copy.deepcopy(plain["sd15"])
     config = check_training(RATES | {"lr_scheduler": "linear"})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import grpc
 import httpx
@@ -40,3 +43,18 @@ def accepts(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def distrust(url: str, trust_file: Path) -> str | None:
+    """Why workers who go by the certificates in the file cannot reach the https URL; None if they can."""
+    parts = urlsplit(url)
+    try:
+        with (
+            socket.create_connection((parts.hostname, parts.port or 443), timeout=_SECONDS) as connection,
+            ssl.create_default_context(cafile=trust_file).wrap_socket(connection, server_hostname=parts.hostname),
+        ):
+            return None
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except OSError as error:
+        return error.strerror or str(error)

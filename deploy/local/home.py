@@ -4,7 +4,7 @@ secrets/    0700; one file per secret, 0600
 postgres/   the database cluster (owned by the user PostgreSQL runs as)
 swift/      the object store
 worker/     worker secrets, logs and model cache, kept by the endpoints service
-run/        0700; the lock and the state of the running stack
+run/        0700; the lock and the state of the running stack, and whom its workers trust
 """
 
 import hashlib
@@ -75,6 +75,7 @@ class Home:
         self.worker = private_folder(self.path / "worker")
         self.swift = private_folder(self.path / "swift")
         self.postgres = self.path / "postgres"
+        self.trust_file = self.run / "trusted.pem"  # certificates that workers go by, where the gateway has one
 
         self.api_key_file = self.kept("api-key", new_api_key)
         self.password_key_file = self.kept("password-key", lambda: Fernet.generate_key().decode())

@@ -98,9 +98,10 @@ def make_plan(options: Options, home: Home) -> Plan:
         "ESD_RUN_DIR": str(home.run / "gateway"),
         **{name: str(Path(os.environ[name]).absolute()) for name in _FILES if os.environ.get(name)},
     }
-    ready = {**common, "ESD_PROBE_URL": local_url + os.environ.get("ESD_BASE_PATH", "")}
-    # This machine's workers need no name of it. With TLS they do: that in the certificate.
-    of_workers = common if scheme == "https" else {**common, "ESD_PUBLIC_URL": local_url}
+    # This machine's workers need no name of it. With TLS they do: that in the certificate, which they trust.
+    own_way = {"SSL_CERT_FILE": str(home.trust_file)} if scheme == "https" else {"ESD_PUBLIC_URL": local_url}
+    of_workers = {**common, **own_way}
+    ready = {**of_workers, "ESD_PROBE_URL": local_url + os.environ.get("ESD_BASE_PATH", "")}
     programs = [
         Program("postgres", postgres.command(), {}, ports["postgres"], stop_signal="INT"),
         Program("swift", store.command(), store.environment(), ports["swift"]),

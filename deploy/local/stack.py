@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
+import certifi
+
 from deploy.local.home import CannotRunError, Home, default_home, run_folder
 from deploy.local.plan import Options, Plan, make_plan
 from deploy.local.postgres import Postgres
@@ -97,6 +99,7 @@ def run(options: Options) -> None:
             home = Home(options.home)
             plan = make_plan(options, home)
             _check_settings(plan)
+            _save_trust(home)
             Postgres(home, plan.ports["postgres"]).prepare()
             state = _new_state(plan, home)
             state.save(file)
@@ -135,6 +138,13 @@ def _check_settings(plan: Plan) -> None:
     settings = load(GatewaySettings)
     refuse_open_door(settings)
     refuse_unusable_certificate(settings)
+
+
+def _save_trust(home: Home) -> None:
+    """Has this machine's workers trust the gateway's certificate, which may be a self-made one, beside the usual."""
+    if certificate := os.environ.get("ESD_TLS_CERT_FILE"):
+        usual = os.environ.get("SSL_CERT_FILE") or certifi.where()
+        home.trust_file.write_text(Path(usual).read_text() + "\n" + Path(certificate).read_text())
 
 
 def _new_state(plan: Plan, home: Home) -> State:

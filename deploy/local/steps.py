@@ -29,8 +29,8 @@ def bootstrap(home: Home) -> None:
 
 
 async def ready(home: Home) -> None:
-    """Returns when everything answers."""
-    from deploy.local.health import gateway_answers, serving
+    """Returns when everything answers. Says so if workers of this machine could not reach a gateway with TLS."""
+    from deploy.local.health import distrust, gateway_answers, serving
 
     waiting = [address for name in SERVICES for address in os.environ[f"ESD_{name.upper()}_ADDRESS"].split(",")]
     while waiting:
@@ -40,6 +40,13 @@ async def ready(home: Home) -> None:
             await asyncio.sleep(_RETRY_SECONDS)
     while not await gateway_answers(os.environ["ESD_PROBE_URL"], home.api_key):  # noqa: ASYNC110 - of another process
         await asyncio.sleep(_RETRY_SECONDS)
+    url = os.environ["ESD_PUBLIC_URL"]
+    if url.startswith("https:") and (reason := distrust(url, home.trust_file)):
+        print(
+            f"workers of this machine cannot reach the gateway at {url}: {reason}; set ESD_PUBLIC_URL to its address "
+            "by a name that is in the certificate (ESD_TLS_CERT_FILE)",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

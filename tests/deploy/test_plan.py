@@ -34,6 +34,16 @@ def test_the_stack_finds_itself_where_it_listens(home: Home, listen: str, itself
     assert url_of_workers(plan) == plan.probe_url
 
 
+def test_workers_trust_the_certificate_of_a_gateway_with_tls(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trusted() -> str | None:
+        programs = make_plan(Options(home.path, "127.0.0.1:0"), home).programs
+        return next(program for program in programs if program.name == "endpoints").environment.get("SSL_CERT_FILE")
+
+    assert trusted() is None
+    monkeypatch.setenv("ESD_TLS_CERT_FILE", "certificate.pem")
+    assert trusted() == str(home.trust_file)
+
+
 def test_workers_call_a_gateway_with_tls_by_its_name(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESD_PUBLIC_URL", "https://esd.example")
     assert url_of_workers(make_plan(Options(home.path, "127.0.0.1:0"), home)).startswith("http://127.0.0.1:")

@@ -21,6 +21,7 @@ from deploy.local.ports import free_port
 from gpu_worker import demo_model
 from gpu_worker.demo_model.judge import is_right
 from gpu_worker.demo_model.scenes import Scene
+from tests.gateway.test_start import make_certificate
 from tests.processes import ROOT
 
 
@@ -103,6 +104,17 @@ def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> 
     rest, _ = demo.communicate(timeout=300)
     assert "stopped" in rest
     assert processes_of(home) == []
+
+
+@pytest.mark.slow
+def test_workers_draw_behind_a_self_made_certificate(home: Path) -> None:
+    certificate, key = make_certificate(home)
+    files = {"ESD_TLS_CERT_FILE": str(certificate), "ESD_TLS_KEY_FILE": str(key)}
+    demo = make_demo(home, 0, "--listen", f"localhost:{free_port()}", **files)
+    said, _ = demo.communicate(timeout=300)
+    assert demo.returncode == 0, said
+    assert_pictures(home, demo_model.PROMPT)
+    assert "cannot reach" not in (home / "home" / "stack.log").read_text()
 
 
 def test_a_checkpoint_that_does_not_exist_is_named(home: Path) -> None:

@@ -28,7 +28,7 @@ class GatewaySettings(Settings):
 
     listen: str = Field("127.0.0.1:8080", pattern=ADDRESS)
     webui_port: int | None = Field(None, ge=1, le=65535)
-    base_path: str = Field("", pattern=r"^((/[A-Za-z0-9._~-]+)+/?|/?)$")
+    base_path: str = Field("", pattern=r"^((/[A-Za-z0-9._~-]+)+/?|/?)$", examples=["/prod"])
     identity_address: str = Field(pattern=ADDRESSES)
     models_address: str = Field(pattern=ADDRESSES)
     endpoints_address: str = Field(pattern=ADDRESSES)

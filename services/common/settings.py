@@ -17,6 +17,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.common.process import refuse
 
+URL = r"^https?://[^/?#\s]+"
+_A_URL = "https://esd.example.org"
+
 
 class Settings(BaseSettings):
     """The base of every process's settings."""
@@ -35,7 +38,7 @@ class BlobSettings(BaseSettings):
     bucket: str
     region: str = "us-east-1"
     endpoint_url: str | None = None
-    public_url: str | None = None
+    public_url: str | None = Field(None, pattern=URL, examples=[_A_URL])
     access_key: str | None = None
     secret_key_file: Path | None = None
 
@@ -55,7 +58,7 @@ class ServiceSettings(Settings):
     endpoints_address: str = ""
     inference_address: str = ""
     training_address: str = ""
-    public_url: str = "http://127.0.0.1:8080"
+    public_url: str = Field("http://127.0.0.1:8080", pattern=URL, examples=[_A_URL])
 
 
 class AuditedSettings(ServiceSettings):
@@ -101,4 +104,7 @@ def _problem(settings: type[BaseSettings], problem: ErrorDetails) -> str:
     name = settings.model_config.get("env_prefix", "") + "_".join(str(part) for part in problem["loc"]).upper()
     given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
     what = problem["msg"].removeprefix("Value error, ")  # pydantic's own words before ours
+    field = settings.model_fields.get(str(problem["loc"][0]))
+    if problem["type"] == "string_pattern_mismatch" and field is not None and field.examples:
+        what = f"a value such as {field.examples[0]} is wanted"  # which a pattern does not say to everybody
     return f"setting {name}: {what}{given}"

@@ -229,7 +229,11 @@ def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:
         ({"ESD_LISTEN": "0.0.0.0:0"}, "ESD_TLS_CERT_FILE"),
         ({"ESD_LISTEN": "nonsense"}, "ESD_LISTEN=nonsense"),
         ({"ESD_LISTEN": "127.0.0.1:65536"}, "ESD_LISTEN=127.0.0.1:65536"),
-        ({"ESD_BASE_PATH": "prod"}, "ESD_BASE_PATH"),
+        ({"ESD_BASE_PATH": "prod"}, "setting ESD_BASE_PATH: a value such as /prod is wanted (given: 'prod')"),
+        (
+            {"ESD_PUBLIC_URL": "esd.example"},
+            "setting ESD_PUBLIC_URL: a value such as https://esd.example.org is wanted",
+        ),
         ({"ESD_LOG_LEVEL": "loud"}, "ESD_LOG_LEVEL"),
         ({"ESD_SWIFT_RESERVE": "loads"}, "swift: setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%"),
         ({"ESD_AUTOSCALER": "keda"}, "endpoints: setting ESD_AUTOSCALER: keda scales what runs with"),

@@ -12,6 +12,7 @@ This file is only ever run: eventlet patches the whole process, so nothing of ou
 """
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -20,10 +21,11 @@ from typing import Any
 
 import eventlet
 
+logging.disable()  # the patch logs a traceback for an object of a library's that it cannot look into, and goes on
 eventlet.monkey_patch()
+logging.disable(logging.NOTSET)
 
-import logging  # noqa: E402 - after the patch, like everything that uses threads or sockets
-import socket  # noqa: E402
+import socket  # noqa: E402 - after the patch, like everything that uses threads or sockets
 
 from eventlet import wsgi  # noqa: E402
 from swift.common import bufferedhttp, utils  # noqa: E402

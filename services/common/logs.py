@@ -9,8 +9,8 @@ import structlog
 
 from services.common.settings import Settings
 
-# These libraries describe what they do at INFO, including URLs that carry a signature.
-_QUIET = ("httpx", "httpcore", "botocore", "boto3", "urllib3", "alembic", "grpc", "s3transfer")
+# These libraries describe what they do at INFO, including URLs that carry a signature, or every minute.
+_QUIET = ("httpx", "httpcore", "botocore", "boto3", "urllib3", "alembic", "grpc", "s3transfer", "procrastinate")
 
 
 def configure(service: str, settings: Settings) -> None:

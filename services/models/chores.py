@@ -62,7 +62,11 @@ class Chores:
         async def run(context: procrastinate.JobContext, /, **arguments: Any) -> None:
             if is_counted:
                 arguments["num_tried"] = context.job.attempts
-            await work(**arguments)
+            try:
+                await work(**arguments)
+            except Exception:
+                log.warning("a chore failed and is tried again", chore=name, arguments=arguments, exc_info=True)
+                raise
 
         retry = _Again(self._first_wait_seconds)
         self._app.task(name=name, queue=self._known(name, queue), pass_context=True, retry=retry)(run)

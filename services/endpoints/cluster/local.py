@@ -144,7 +144,8 @@ class LocalCluster:
         del self._processes[key]
         failed = not worker.was_live and not process.is_stopping
         words = last_words(self._log_file(worker))
-        log.warning("a worker ended", worker=worker.worker_id, exit=process.exit, last_words=words)
+        say = log.info if process.is_stopping else log.warning
+        say("a worker ended", worker=worker.worker_id, exit=process.exit, last_words=words)
         self._exits[key] = process.exit
         await self._record_end(worker, worker.num_failures + 1 if failed else 0, _how_it_ended(process, words))
         return None

@@ -83,7 +83,11 @@ class LocalTasks:
             reason = f"attempt {task.num_attempts} was interrupted, which counts for none"
             return self._again(task, task.num_failed, reason)
         words = last_words(self._log_file(task)) or "its log is empty"
-        log.warning("an attempt of a task failed", task_id=task.id, attempt=task.num_attempts, exit=code, last=words)
+        if task.stop_requested:  # as by a training that has told its service how it ended
+            log.info("a task was stopped", task_id=task.id, attempt=task.num_attempts, exit=code)
+        else:
+            ended = {"attempt": task.num_attempts, "exit": code, "last": words}
+            log.warning("an attempt of a task failed", task_id=task.id, **ended)
         num_failed = task.num_failed + 1
         reason = f"it {how_it_ended(code)}: {words}"
         if num_failed >= task.max_attempts:

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
@@ -143,14 +144,16 @@ async def test_a_task_that_is_asked_to_leave_leaves(
     await stop(task_id)  # again, and nothing happens
 
 
-async def test_a_task_that_does_not_leave_in_time_is_killed_with_what_it_started(
+async def test_a_task_that_does_not_leave_in_time_is_killed_with_what_it_started_and_has_not_failed(
     run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach, stop: Any
 ) -> None:
     run_loop([*foreman.command, "--stubborn"], stop_seconds=0.5)
     task_id = await begin()
     said, _ = await foreman.next(task_id)
-    await stop(task_id)
-    await reach(task_id, STOPPED)
+    with capture_logs() as logs:
+        await stop(task_id)
+        await reach(task_id, STOPPED)
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == []
     await until(lambda: not is_alive(said["pid"]))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.common.database import Database
 from services.common.tasks import cancel
@@ -52,10 +53,14 @@ async def test_a_chore_is_tried_until_it_is_done_and_told_how_often_if_it_wants_
     chores.add("fail", fail, is_counted=is_counted)
     async with database.transaction() as session:
         await chores.defer(session, "fail", "lock", {"name": "x"})
-    running = asyncio.create_task(chores.run())
-    async with asyncio.timeout(120):
-        await done.wait()
-    await cancel([running])
+    with capture_logs() as logs:
+        running = asyncio.create_task(chores.run())
+        async with asyncio.timeout(120):
+            await done.wait()
+        await cancel([running])
+    failed = {"event": "a chore failed and is tried again", "log_level": "warning", "chore": "fail"}
+    assert [line for line in logs if failed.items() <= line.items()] == logs
+    assert len(logs) == expected - 1
     await database.dispose()
 
 

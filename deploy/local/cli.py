@@ -73,7 +73,8 @@ def status(home: HomeOption = None) -> None:
     if state is None:
         fail(f"no stack runs in {folder(home)}: start one with `esd up`")
     health = asyncio.run(_health(state, Path(state.api_key_file).read_text()))
-    table = Table(title=f"{state.url} · key in {state.api_key_file}", title_justify="left")
+    typer.echo(f"{state.url} · key in {state.api_key_file}")
+    table = Table()
     for column in ("process", "pid", "port", "state", "health"):
         table.add_column(column, justify="right" if column in {"pid", "port"} else "left")
     table.add_row("esd", str(state.pid), "", "RUNNING", "[green]ok[/]")

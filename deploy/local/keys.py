@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -48,9 +49,10 @@ def list_keys(
         typer.echo(json.dumps(keys, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("id", "user", "begins with", "acts for", "created", "last used", "ends")
+    whole = len(str(uuid.UUID(int=0)))  # of an id, which `revoke` wants, whatever a narrow terminal leaves of the rest
+    table = Table(Column("id", min_width=whole), "user", "begins with", "acts for", "created", "last used", "ends")
     for key in keys:
         acts_for = "anybody" if key["impersonate"] else "its user"
         row = [key["id"], key["username"], key["prefix"] + "…", acts_for]

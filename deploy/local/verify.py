@@ -55,7 +55,7 @@ def verify(
     url: UrlOption = None,
     key_file: KeyFileOption = None,
 ) -> None:
-    """Make a picture again, by itself, and compare. Exits with 1 if it is another picture.
+    """Make a picture again, by itself, on an Async endpoint, and compare. Exits with 1 if it is another picture.
 
     On the same device and versions, a picture whose job was `exclusive` comes out bit for bit; otherwise it may differ
     as long as the peak signal-to-noise ratio stays at 30 dB or more.

@@ -35,7 +35,7 @@ def esd(stack: Stack) -> Esd:
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deploy.local.cli", *map(str, arguments)]
-        variables = {**os.environ, "COLUMNS": "200", "ESD_HOME": str(stack.home)}
+        variables = {**os.environ, "COLUMNS": "80", "ESD_HOME": str(stack.home)}
         return subprocess.run(
             command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False
         )

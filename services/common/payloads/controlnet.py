@@ -140,6 +140,16 @@ def units(arguments: list[Any]) -> list[dict[str, Any]]:
     return found
 
 
+def units_without_model(arguments: list[Any]) -> list[str]:
+    """The names of the units that are on and have a module, and do nothing for want of a model."""
+    return [
+        f"controlnet unit {index}, which has no model"
+        for index, given in enumerate(arguments)
+        if isinstance(given, dict) and given.get("enabled") is not False
+        if given.get("module") not in _NOTHING and given.get("model") in _NOTHING
+    ]
+
+
 def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
     fields = {field: value for field, value in given.items() if field in Unit.model_fields and value is not None}
     module = _IN_PARENTHESES.sub("", str(fields.get("module", "none"))).strip().lower()

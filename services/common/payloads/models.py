@@ -10,7 +10,7 @@ from services.common.errors import InvalidArgument
 from services.common.payloads.base import Payload
 from services.common.payloads.extras import RemoveBackground
 from services.common.payloads.generation import Generation
-from services.common.payloads.upscalers import PIXEL_UPSCALERS
+from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
 BASE, VAE, LORA, EMBEDDING, CONTROLNET = "Stable-diffusion", "VAE", "Lora", "embeddings", "ControlNet"
 HYPERNETWORK = "hypernetworks"  # which nothing here runs
@@ -80,7 +80,7 @@ def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) ->
     Raises:
         InvalidArgument: it is not among them.
     """
-    name = _ALIASES.get(name, name)
+    asked, name = name, _ALIASES.get(name, name)
     same_kind = {index: model for index, (own_kind, model) in enumerate(models) if own_kind == kind}
     for wanted, known in ((name, lambda model: model), (stem(name), stem), (name, stem)):
         for index, model in same_kind.items():
@@ -92,5 +92,7 @@ def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) ->
                 return index
     there = ", ".join(same_kind.values()) or "none"
     if kind == UPSCALER:
-        there += f"; built in: {', '.join(PIXEL_UPSCALERS)}"
-    raise InvalidArgument(f"{field} names {name}, which is not among the job's models of type {kind}; there: {there}")
+        built_in = (*LATENT_UPSCALERS, *PIXEL_UPSCALERS) if field == "hr_upscaler" else PIXEL_UPSCALERS
+        there += f"; built in: {', '.join(built_in)}"
+    asked += "" if asked == name else f" ({name})"
+    raise InvalidArgument(f"{field} names {asked}, which is not among the job's models of type {kind}; there: {there}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.payloads.controlnet import units
+from services.common.payloads.controlnet import units, units_without_model
 from services.common.payloads.showing import shown
 
 
@@ -48,21 +48,24 @@ _HARMLESS = ("seed", "comments", "extra options", "hypertile", "tiled vae")
 
 
 def check_scripts(scripts: Any) -> list[str]:
-    """Looks at `alwayson_scripts`; answers the names of the scripts that have arguments and are not known. One whose
-    first argument is false is off, as scripts have it by custom.
+    """Looks at `alwayson_scripts`; answers the names of what does nothing though it seems to be on: scripts that have
+    arguments and are not known, and ControlNet's units without a model. A script whose first argument is false is off,
+    as scripts have it by custom.
 
     Raises:
         ValueError: one that cannot be had is switched on.
     """
-    unknown = []
+    without_effect = []
     for name, arguments in _arguments(scripts):
         known = name.strip().lower()
         refused = _REFUSED.get(known)
         if refused is not None and refused.is_on(arguments):
             raise ValueError(f"the script {shown(name)} cannot be run here: {refused.instead}")
         if refused is None and known not in {*_HARMLESS, *_FIELDS} and arguments and arguments[0] is not False:
-            unknown.append(f"script {name}")
-    return unknown
+            without_effect.append(f"script {name}")
+        if known == "controlnet":
+            without_effect += units_without_model(arguments)
+    return without_effect
 
 
 def as_fields(scripts: Any) -> dict[str, Any]:

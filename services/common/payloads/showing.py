@@ -37,6 +37,8 @@ def sentence(problem: Any, model: type[BaseModel]) -> str:
         return f"{name} {value} is out of range: {possible} is possible"
     if problem["type"] == "multiple_of":
         return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
+    if problem["type"] in {"model_type", "model_attributes_type"}:
+        return f"{name} {value}: an object is wanted"
     return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 

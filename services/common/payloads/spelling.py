@@ -67,6 +67,9 @@ def checked_form(
     for name, instead in _REFUSED.items():
         if given.get(name) not in (None, *_OFF):
             raise ValueError(f"{name} {shown(given[name])}: {instead}")
+    for name in ("alwayson_scripts", "override_settings"):
+        if given.get(name) and not isinstance(given[name], dict):
+            raise ValueError(f"{name} {shown(given[name])}: an object is wanted")
     ignored = unused + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
     script = str(given.get("script_name") or "None")
     if script.lower() == plots.SCRIPT:

@@ -317,6 +317,20 @@ def test_what_is_ignored_is_named() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("task", "fields", "said"),
+    [
+        ("txt2img", {"override_settings": "CLIP skip 2"}, 'override_settings "CLIP skip 2": an object is wanted'),
+        ("txt2img", {"alwayson_scripts": [1]}, "alwayson_scripts [1]: an object is wanted"),
+        ("extra-batch-images", {"imageList": ["iVBORw"]}, 'imageList[0] "iVBORw": an object is wanted'),
+    ],
+)
+def test_what_should_be_an_object_is_named(task: str, fields: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        check_payload(json.dumps(fields), task, JOB)
+    assert str(refused.value) == said
+
+
 def test_fields_of_a_second_pass_mean_nothing_to_img2img() -> None:
     """Clients send them all the same."""
     second = {"hr_sampler_name": "Use same sampler", "hr_scheduler": "Use same scheduler"}

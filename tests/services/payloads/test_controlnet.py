@@ -98,7 +98,8 @@ def test_units_that_are_off_or_have_no_model_do_nothing() -> None:
         "no unit",
     ]
     request = request_of(*off)
-    assert (request.controlnet, request.num_images, request.ignored) == ([], 1, [])
+    assert (request.controlnet, request.num_images) == ([], 1)
+    assert request.ignored == ["controlnet unit 1, which has no model"]  # the one that its client may have meant
 
 
 def test_what_each_unit_looked_at_is_a_picture_of_the_result() -> None:

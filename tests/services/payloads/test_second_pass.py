@@ -121,6 +121,8 @@ def test_an_upscaler_that_is_not_built_in_is_a_model_of_the_job() -> None:
     assert used(txt2img(hr_upscaler="4x-UltraSharp", enable_hr=False), models) == [0]
     with pytest.raises(InvalidArgument) as refused:
         used(txt2img(hr_upscaler="R-ESRGAN 4x+"), models)
-    assert "hr_upscaler names RealESRGAN_x4plus, which is not among the job's models of type ESRGAN" in str(
-        refused.value
+    assert str(refused.value) == (
+        "hr_upscaler names R-ESRGAN 4x+ (RealESRGAN_x4plus), which is not among the job's models of type ESRGAN; "
+        "there: 4x-UltraSharp.pth; built in: Latent, Latent (antialiased), Latent (bicubic), Latent (bicubic antialiased), "
+        "Latent (nearest), Latent (nearest-exact), None, Lanczos, Nearest"
     )

@@ -123,6 +123,6 @@ def test_an_upscaler_that_is_not_built_in_is_a_model_of_the_job() -> None:
         used(txt2img(hr_upscaler="R-ESRGAN 4x+"), models)
     assert str(refused.value) == (
         "hr_upscaler names R-ESRGAN 4x+ (RealESRGAN_x4plus), which is not among the job's models of type ESRGAN; "
-        "there: 4x-UltraSharp.pth; built in: Latent, Latent (antialiased), Latent (bicubic), Latent (bicubic antialiased), "
-        "Latent (nearest), Latent (nearest-exact), None, Lanczos, Nearest"
+        "there: 4x-UltraSharp.pth; built in: Latent, Latent (antialiased), Latent (bicubic), "
+        "Latent (bicubic antialiased), Latent (nearest), Latent (nearest-exact), None, Lanczos, Nearest"
     )

@@ -198,11 +198,12 @@ def check_custom(custom_extensions: str, custom_docker_image_uri: str) -> None:
 
 def _check_new(new: NewEndpoint, max_workers: int) -> None:
     """The checks of contract 5.3 in its order; those of `max_instance_number` and of the limit are ours."""
+    name = new.name or "an endpoint without a name"
     if new.type == SERVERLESS:
         raise InvalidArgument("Serverless endpoint is not supported yet")
     if new.num_initial < 1:
-        raise InvalidArgument(f"initial_instance_count should be at least 1: {new.name}")
-    _check_bounds(new.name, new.type, new.autoscaling, new.num_min, new.num_max)
+        raise InvalidArgument(f"initial_instance_count should be at least 1: {name}")
+    _check_bounds(name, new.type, new.autoscaling, new.num_min, new.num_max)
     _check_largest(max(new.num_initial, new.num_max if new.autoscaling else 0), max_workers)
     if len(_split_extensions(new.custom_extensions)) > _MAX_EXTENSIONS:
         raise InvalidArgument(f"custom_extensions should be at most {_MAX_EXTENSIONS}")

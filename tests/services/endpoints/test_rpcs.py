@@ -100,6 +100,10 @@ ASYNC = {"autoscaling_enabled": True}
 REFUSED = [
     ({"endpoint_type": "Serverless"}, "Serverless endpoint is not supported yet"),
     ({"initial_instance_count": 0}, "initial_instance_count should be at least 1: test"),
+    (
+        {"initial_instance_count": 0, "endpoint_name": ""},
+        "initial_instance_count should be at least 1: an endpoint without a name",
+    ),
     ({"initial_instance_count": 0, "endpoint_type": "Serverless"}, "Serverless endpoint is not supported yet"),
     (REALTIME, "min_instance_number should be at least 1 for real-time endpoint: test"),
     (ASYNC | {"min_instance_number": "-1"}, "min_instance_number should be at least 0 for async endpoint: test"),

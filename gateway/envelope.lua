@@ -77,9 +77,28 @@ local function text_of(body)
   return body and body:getBytes(0, body:length()) or ""
 end
 
+-- The transcoder's types, as its refusals name them, and what a client would call them; all others are objects.
+local TYPES = {
+  TYPE_STRING = "a text", TYPE_BOOL = "true or false", TYPE_INT32 = "a whole number", TYPE_INT64 = "a whole number",
+  TYPE_DOUBLE = "a number", ["type.googleapis.com/google.protobuf.ListValue"] = "a list",
+}
+
+-- The transcoder's refusals of a body, which speak of protobuf, in words of JSON. Any other error stays as it is.
+local function in_json_words(text)
+  if not starts(text, '{"message":"') then return text end
+  text = text:gsub('^{"message":": Root element must be a message%.', '{"message":"the body must be a JSON object')
+  text = text:gsub('^{"message":": Proto field is not repeating, cannot start list%.',
+    '{"message":"a list stands where a single value is wanted')
+  text = text:gsub('^{"message":"[^"]-: invalid value Starting an object on a scalar field for type ([%w_]+)"',
+    '{"message":"%1: a single value is wanted, not an object"')
+  return (text:gsub('^({"message":".*) for type ([%w_./]+)"', function(before, type)
+    return before .. "; " .. (TYPES[type] or "an object") .. ' is wanted"'
+  end))
+end
+
 -- {"code":5,"message":"…","details":[]} becomes {"statusCode":404,"message":"…"}.
 local function error_body(text, status)
-  return (text:gsub('^{"code":%d+', '{"statusCode":' .. status):gsub(',"details":%[%]}$', "}"))
+  return (in_json_words(text):gsub('^{"code":%d+', '{"statusCode":' .. status):gsub(',"details":%[%]}$', "}"))
 end
 
 local function success_body(text, status, message, unwrap)

@@ -60,6 +60,24 @@ async def test_204_has_no_body_and_no_length(gateway: Gateway) -> None:
     check_headers(response)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "said"),
+    [
+        ("POST", "/roles", [], "the body must be a JSON object"),
+        ("POST", "/roles", {"role_name": 5}, "role_name: invalid value 5; a text is wanted"),
+        ("POST", "/roles", {"role_name": ["a"]}, "a list stands where a single value is wanted"),
+        ("POST", "/inferences", {"payload_string": {}}, "payload_string: a single value is wanted, not an object"),
+        ("POST", "/inferences", {"priority": "high"}, 'priority: invalid value "high"; a whole number is wanted'),
+        ("POST", "/inferences", {"models": " for type x"}, 'models: invalid value " for type x"; an object is wanted'),
+        ("PUT", "/checkpoints/1", {"name": {}}, "name: a single value is wanted, not an object"),
+    ],
+)
+async def test_a_body_of_other_types_is_refused_in_words_of_json(
+    gateway: Gateway, method: str, path: str, body: object, said: str
+) -> None:
+    check_error(await gateway.client.request(method, path, json=body), 400, said)
+
+
 async def test_a_raw_answer_passes_as_it_is(gateway: Gateway, seen: Seen) -> None:
     tags = {"a b.safetensors": [{"ETag": '"x"', "PartNumber": 1}]}
     response = await gateway.client.put("/checkpoints/1-2", json={"status": "Active", "multi_parts_tags": tags})

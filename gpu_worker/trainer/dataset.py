@@ -138,7 +138,8 @@ def _picture(path: Path, concept: Concept, config: Training, buckets: Buckets, i
     if enlargement > _MAX_ENLARGEMENT:
         raise pictures.Damaged(
             f"{name} is too small: {size[0]}x{size[1]} pixels would be enlarged {enlargement:.1f} times to "
-            f"{fit.bucket[0]}x{fit.bucket[1]}; at most {_MAX_ENLARGEMENT:.0f} times is possible"
+            f"{fit.bucket[0]}x{fit.bucket[1]}; at most {_MAX_ENLARGEMENT:.0f} times is possible, so "
+            "give a larger picture or a lower resolution"
         )
     caption = _caption(path, config.caption_extension)
     text = concept.name if caption is None else caption

@@ -186,6 +186,9 @@ class Training(BaseModel):
         ]
         given.setdefault("unknown", sorted(name for name in unknown if name not in _WITHOUT_EFFECT))
         notes = [note for name, note in _NOTES.items() if given.get(name)]
+        if {"learning_rate", "unet_lr", "text_encoder_lr"} <= given.keys():
+            rates = f"unet_lr {shown(given['unet_lr'])} and text_encoder_lr {shown(given['text_encoder_lr'])}"
+            notes.append(f"learning_rate: it does nothing beside {rates}; set those")
         if for_kohya := sorted(name for name in _WITHOUT_EFFECT if given.get(name)):
             notes.append(f"{', '.join(for_kohya)}: {_ABOUT_KOHYA}")
         given.setdefault("notes", notes)

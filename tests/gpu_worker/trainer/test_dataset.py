@@ -86,7 +86,8 @@ def test_each_file_that_cannot_be_used_is_named_with_its_reason(tmp_path: Path) 
         "1_cat/half.png is damaged or truncated: it cannot be read as PNG",
         "1_cat/huge.png has more than 268435456 bytes",
         "1_cat/nonsense.png is no picture that can be read; possible: PNG, JPEG, WEBP, BMP, GIF",
-        "1_cat/small.png is too small: 12x12 pixels would be enlarged 5.3 times to 64x64; at most 4 times is possible",
+        "1_cat/small.png is too small: 12x12 pixels would be enlarged 5.3 times to 64x64; at most 4 times is possible, "
+        "so give a larger picture or a lower resolution",
         "1_animal/z.png is no picture that can be read; possible: PNG, JPEG, WEBP, BMP, GIF",
     )
 

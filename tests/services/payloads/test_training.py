@@ -85,6 +85,12 @@ def test_every_key_of_the_template_is_known_and_xformers_is_mapped_with_a_note()
     assert config.resolution == (512, 512)
 
 
+def test_a_learning_rate_beside_those_of_the_template_is_noted() -> None:
+    notes = check_training(parse_toml(TEMPLATE) | {"learning_rate": 1e-3}).notes
+    assert "learning_rate: it does nothing beside unet_lr 0.0001 and text_encoder_lr 1e-05; set those" in notes
+    assert check_training({"learning_rate": 1e-3, "unet_lr": 1e-4}).notes == []
+
+
 def test_what_has_no_effect_is_noted_or_refused_where_it_is_on() -> None:
     names = parse_toml(TEMPLATE).keys() - Training.model_fields.keys() - {"lr_restart_cycles"}
     assert names

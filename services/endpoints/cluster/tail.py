@@ -79,13 +79,13 @@ def _read(line: str) -> tuple[str, str]:
     if line.startswith("{"):
         try:
             values = json.loads(line)
-            return values["level"], _sentence(values["event"], str(values.get("reason", "")))
+            return values["level"], _sentence(values["event"], str(values.get("reason") or ""))
         except (ValueError, KeyError):
             return "", line
     if (match := _CONSOLE.match(line)) is None:
         return "", line
     reason = _REASON.search(match["values"])
-    return match["level"], _sentence(match["event"], _unquoted(reason[1]) if reason else "")
+    return match["level"], _sentence(match["event"], _unquoted(reason[1]) if reason and reason[1] != "None" else "")
 
 
 def _unquoted(value: str) -> str:

@@ -32,6 +32,7 @@ RAISE = "raise ValueError('no such\\nthing')"
             "the engine cannot start: it's not",
         ),
         ("log.error('short', reason='here')", "short: here"),
+        ("log.info('job ended', reason=None)", "job ended"),
         (f"try:\n    {RAISE}\nexcept ValueError:\n    log.exception('job failed', job_id=3)", "job failed"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("sys.exit('setting ESD_DEVICE: Field required')", "setting ESD_DEVICE: Field required"),

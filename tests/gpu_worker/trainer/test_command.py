@@ -1,6 +1,8 @@
 """`python -m gpu_worker train config.toml`, as a user calls it."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,35 @@ def test_a_training_by_hand_needs_no_service_and_shows_how_far_it_is(
     assert "Traceback" not in done.stderr
     assert (trainings.folder / "out" / "last.safetensors").is_file()
     assert len(list((trainings.folder / "out" / "sample").glob("last_e000001_00_*_1.png"))) == 1
+
+
+def interrupted(arguments: list[str], line: str) -> tuple[int, list[str]]:
+    """The exit code and the lines of the command, which gets Ctrl-C's signal once it has said the line."""
+    command_line = [sys.executable, "-m", "gpu_worker", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command_line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        lines = []
+        for said in running.stderr:
+            lines.append(said.strip())
+            if said.startswith(line):
+                running.send_signal(signal.SIGINT)
+                line = "nothing more"
+    return running.returncode, lines
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_training_in_order_and_resume_goes_on_from_there(
+    config: dict[str, object], trainings: Trainings
+) -> None:
+    path = write(trainings.folder, config | {"max_train_epochs": 10_000, "sample_every_n_epochs": 0,
+                                             "save_every_n_epochs": 1, "save_last_n_epochs": 2})  # fmt: skip
+    code, lines = interrupted([str(path)], f"saved {trainings.folder}/out/last-000002")
+    assert (code, lines[-2]) == (command.EXIT_STOPPED, "stopped; what was saved stays")
+    assert (trainings.folder / "out" / STATE).is_file()
+    code, lines = interrupted([str(path), "--resume"], "going on after epoch ")
+    assert (code, lines[-2]) == (command.EXIT_STOPPED, "stopped; what was saved stays")
+    assert [line for line in lines if re.fullmatch(r"going on after epoch \d+ of 10000, step \d+", line)]
 
 
 def test_what_is_wrong_is_one_sentence(

@@ -154,6 +154,8 @@ def test_a_seed_makes_trainings_of_every_kind_repeatable(trainings: Trainings, t
     assert trainings.run(out="once", **keys).losses == trainings.run(out="again", **keys).losses
     once, again = tmp_path / "once" / "last.safetensors", tmp_path / "again" / "last.safetensors"
     assert_same(once, again)
+    with safe_open(once, framework="pt") as file:
+        assert file.metadata()["modelspec.architecture"].endswith("/lora"), "as kohya has it for LyCORIS too"
     trainings.run(out="otherwise", **(keys | {"seed": 6}))
     with pytest.raises(AssertionError):
         assert_same(once, tmp_path / "otherwise" / "last.safetensors")
@@ -281,6 +283,17 @@ def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainin
     notes = trainings.run(sample_every_n_epochs=1, sample_prompts=[f"{long} --s 1"])
     assert any("no preview of " in line and "chunks" in line for line in notes.lines)
     assert notes.files == ["last.safetensors"]
+
+
+@pytest.mark.slow
+def test_previews_are_drawn_without_dropout(trainings: Trainings) -> None:
+    notes = Notes()
+    loop = trainings.loop(notes, network_dropout=0.5, sample_every_n_epochs=1, sample_prompts="a zog --s 2")
+    loop.run()
+    for epoch in (2, 3):
+        loop._previews.draw(epoch, is_saved=True, is_last=False)
+    assert len({path.read_bytes() for path in notes.drawings}) == 1
+    assert loop._models.unet.training
 
 
 @pytest.mark.slow

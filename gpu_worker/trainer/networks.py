@@ -141,6 +141,8 @@ class LycorisNetwork:
             )
             module.to(device)
             module.apply_to()
+            module.train(layer.module.training)
+            layer.module.add_module("lycoris", module)  # which is at rest with its layer, and then without dropout
             self._modules[layer.kohya] = module
             yield from module.parameters()
 

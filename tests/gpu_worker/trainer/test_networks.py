@@ -130,6 +130,25 @@ def test_diffusers_and_the_engine_load_the_file_with_equal_results(
         assert (other - without).abs().max() > 1e-3
 
 
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "network_dropout": KINDS["lora"] | {"network_dropout": 0.5},
+    "dropout": LYCORIS | {"network_args": ["algo=locon", "dropout=0.5"]},
+    "rank_dropout": LYCORIS | {"network_args": ["algo=loha", "rank_dropout=0.5"]},
+    "module_dropout": LYCORIS | {"network_args": ["algo=lokr", "factor=4", "module_dropout=0.5"]},
+}
+
+
+@pytest.mark.parametrize("kind", ["network_dropout", *slow([kind for kind in DROPOUTS if kind != "network_dropout"])])
+def test_dropout_acts_in_training_and_nowhere_else(kind: str, plain: dict[str, Models], tmp_path: Path) -> None:
+    models = copy.deepcopy(plain["sd15"])
+    shaken(models, check_training(DROPOUTS[kind]), tmp_path / "made.safetensors")
+    for is_training in (True, False, True):
+        for model in (models.unet, models.text_encoders[0].model):
+            model.train(is_training)
+        pairs = zip(outputs(models), outputs(models), strict=True)
+        assert [torch.equal(one, other) for one, other in pairs] == [not is_training] * 2
+
+
 @pytest.mark.parametrize("kind", ["lora", *slow([kind for kind in KINDS if kind != "lora"])])
 def test_a_fresh_network_adds_nothing(kind: str, plain: dict[str, Models]) -> None:
     models = copy.deepcopy(plain["sd15"])

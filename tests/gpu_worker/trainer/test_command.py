@@ -114,6 +114,7 @@ def test_what_is_wrong_is_one_sentence(
             "error: the dataset has no",
         ),
         ({"pretrained_model_name_or_path": "/no"}, "error: pretrained_model_name_or_path '/no' is no file"),
+        ({"vae": "/no"}, "error: vae '/no' is no file"),
         ({"pretrained_model_name_or_path": str(folder / "broken.safetensors")}, "error: broken.safetensors is damaged"),
         ({"output_dir": str(folder / "broken.safetensors")}, "error: [Errno 17] File exists: "),
         ({"sample_prompts": "nowhere.txt"}, 'error: sample_prompts "nowhere.txt" is no prompt'),

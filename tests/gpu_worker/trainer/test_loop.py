@@ -54,6 +54,7 @@ def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings
         log_prefix="zog-",
         sample_every_n_epochs=1,
         sample_prompts="a zog --n green --w 64 --h 64 --d 7 --l 3 --s 2",
+        sample_sampler="k_euler_a",
     )
     out = tmp_path / "out"
     assert notes.files == ["zog-000001.safetensors", "zog.safetensors"]
@@ -66,7 +67,7 @@ def test_a_training_leaves_kohyas_files_previews_and_curves(trainings: Trainings
     with Image.open(notes.drawings[0]) as image:
         assert image.size == (64, 64)
         assert image.info["parameters"].startswith(
-            "a zog\nNegative prompt: green\nSteps: 2, Sampler: DDIM, CFG scale: 3"
+            "a zog\nNegative prompt: green\nSteps: 2, Sampler: Euler a, CFG scale: 3"
         )
     found = curves(tmp_path / "logs")
     assert [path.name[:4] for path in (tmp_path / "logs").iterdir()] == ["zog-"]

@@ -16,6 +16,7 @@ from gpu_worker.trainer.stream import TrainStream
 from tests.pictures import circle
 from tests.services.training.conftest import CHECKPOINT, MODEL, Service
 from tests.services.training.test_last_words import Given
+from tests.services.training.test_train_stream import events
 
 # What comes when it comes.
 _UNORDERED = {"log", "progress"}
@@ -73,7 +74,7 @@ async def test_urls_are_asked_for_when_they_are_needed(service: Service, tmp_pat
     await service.blobs.put(f"Stable-diffusion/checkpoint/custom/{CHECKPOINT}/{MODEL}", content)
     await service.blobs.put("dataset/lego/10_lego/a.png", circle(0))
     keys = {"resolution": "64,64", "train_batch_size": 5, "max_train_epochs": 2, "save_every_n_epochs": 1,
-            "sample_every_n_epochs": 0, "network_dim": 4}  # fmt: skip
+            "sample_every_n_epochs": 0, "network_dim": 4, "mystery": 1}  # fmt: skip
     created = await service.create(service.document(output_name="demo", **keys))
     seen = await take_part(service, created.id, tmp_path)
     await service.until(created.id, "Completed")
@@ -91,6 +92,10 @@ async def test_urls_are_asked_for_when_they_are_needed(service: Service, tmp_pat
         logs, "board",
         "done",
     ]  # fmt: skip
+    lines = [event.log.line for event in await events(service, created.id) if event.HasField("log")]
+    assert lines[0].startswith("xformers: attention is computed by torch")
+    assert lines[1] == "the key mystery is not known here and does nothing"
+    assert "1 pictures, 2 epochs, 4 steps" in lines
 
 
 async def test_a_dataset_without_pictures_fails_before_the_model_is_asked_for(service: Service, tmp_path: Path) -> None:

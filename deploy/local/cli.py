@@ -12,7 +12,7 @@ import typer
 
 from deploy.local import audit, environment, keys, verify
 from deploy.local.home import SERVICES, CannotRunError
-from deploy.local.terminal import HomeOption, fail, folder
+from deploy.local.terminal import Gateway, HomeOption, fail, folder
 
 if TYPE_CHECKING:
     from deploy.local.stack import State
@@ -72,7 +72,7 @@ def status(home: HomeOption = None) -> None:
     state = read_state(folder(home))
     if state is None:
         fail(f"no stack runs in {folder(home)}: start one with `esd up`")
-    health = asyncio.run(_health(state, Path(state.api_key_file).read_text()))
+    health = asyncio.run(_health(state))
     typer.echo(f"{state.url} · key in {state.api_key_file}")
     table = Table()
     for column in ("process", "pid", "port", "state", "health"):
@@ -112,6 +112,7 @@ def demo(
         time.sleep(0.1)  # the state is a file of another process
         state = read_state(path)
     if state is not None:
+        Gateway.find(path, None, None).call("GET", "/ping")  # a key that was revoked ends it here, in a sentence
         _draw(state.url, Path(state.api_key_file).read_text(), checkpoint, prompt, size, output)
         return
     stack = Stack(path, listen)
@@ -153,12 +154,12 @@ def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, s
     console.print(f"the API was at {url}; `esd up` keeps it there, and `esd status` shows the first key's file")
 
 
-async def _health(state: State, api_key: str) -> dict[str, bool]:
-    from deploy.local.health import accepts, gateway_answers, serving
+async def _health(state: State) -> dict[str, bool]:
+    from deploy.local.health import accepts, gateway_opens, serving
 
     async def ask(name: str, port: int | None) -> bool:
         if name == "gateway":
-            return await gateway_answers(state.probe_url, api_key)
+            return await gateway_opens(state.probe_url, "any key") is not None
         return await serving(f"127.0.0.1:{port}") if name.partition("-")[0] in SERVICES else accepts(port or 0)
 
     answers = await asyncio.gather(*(ask(name, process.port) for name, process in state.processes.items()))

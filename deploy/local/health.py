@@ -26,14 +26,17 @@ async def serving(address: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def gateway_answers(url: str, api_key: str) -> bool:
-    """Whether GET /ping with the key is 200. It goes past proxies, and to any certificate: to this machine."""
+async def gateway_opens(url: str, api_key: str) -> bool | None:
+    """Whether the gateway opens to the key; None if it, or identity behind it, does not answer. It goes past proxies,
+    and to any certificate: to this machine.
+    """
     async with httpx.AsyncClient(verify=False, trust_env=False, timeout=_SECONDS) as client:  # noqa: S501
         try:
             answer = await client.get(f"{url}/ping", headers={"x-api-key": api_key})
         except httpx.TransportError:
-            return False
-    return answer.status_code == httpx.codes.OK
+            return None
+    opens: dict[int, bool] = {httpx.codes.OK: True, httpx.codes.FORBIDDEN: False}
+    return opens.get(answer.status_code)
 
 
 def accepts(port: int) -> bool:

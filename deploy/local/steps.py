@@ -1,7 +1,7 @@
 """Owns the two steps of a start that are programs of their own, so that their libraries do not stay in the launcher:
 
 bootstrap   waits for PostgreSQL and the object store, makes roles, databases and the bucket
-ready       waits until the five services say SERVING and the gateway answers GET /ping with the first key
+ready       waits until the five services say SERVING and the gateway answers GET /ping
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def bootstrap(home: Home) -> None:
 
 
 async def ready(home: Home) -> None:
-    """Returns when everything answers. Says so if workers of this machine could not reach a gateway with TLS."""
-    from deploy.local.health import distrust, gateway_answers, serving
+    """Returns when everything answers. Says what of it is of no use: a first key that was revoked, and a gateway
+    with TLS that workers of this machine cannot reach.
+    """
+    from deploy.local.health import distrust, gateway_opens, serving
 
     waiting = [address for name in SERVICES for address in os.environ[f"ESD_{name.upper()}_ADDRESS"].split(",")]
     while waiting:
@@ -38,8 +40,14 @@ async def ready(home: Home) -> None:
         waiting = [address for address, up in zip(waiting, answers, strict=True) if not up]
         if waiting:
             await asyncio.sleep(_RETRY_SECONDS)
-    while not await gateway_answers(os.environ["ESD_PROBE_URL"], home.api_key):  # noqa: ASYNC110 - of another process
+    while (opens := await gateway_opens(os.environ["ESD_PROBE_URL"], home.api_key)) is None:  # noqa: ASYNC110
         await asyncio.sleep(_RETRY_SECONDS)
+    if not opens:
+        print(
+            f"the first API key, in {home.api_key_file}, was revoked: use another one, or remove the file, and "
+            "the next start makes a new first key",
+            file=sys.stderr,
+        )
     url = os.environ["ESD_PUBLIC_URL"]
     if url.startswith("https:") and (reason := distrust(url, home.trust_file)):
         print(

@@ -203,6 +203,26 @@ def test_the_demo_waits_for_a_stack_that_starts_and_says_when_it_has_gone(tmp_pa
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_a_first_key_that_was_revoked_keeps_no_stack_from_its_work(home: Path) -> None:
+    path = home / "revoked"
+    with Stack(path) as stack:
+        caller = {"base_url": stack.url, "headers": {"x-api-key": stack.api_key}, "trust_env": False}
+        with httpx.Client(**caller) as client:  # type: ignore[arg-type]
+            (key,) = client.get("/keys").json()["data"]["keys"]
+            assert client.request("DELETE", "/keys", json={"key_id_list": [key["id"]]}).status_code == 204
+    with Stack(path) as stack:
+        assert f"the first API key, in {path}/secrets/api-key, was revoked" in stack.log_file.read_text()
+        assert esd("status", "--home", path).returncode == 0
+        assert "it is wrong, revoked or over" in esd("demo", "--home", path).stderr
+        first = stack.api_key
+        (path / "secrets" / "api-key").unlink()
+        assert esd("status", "--home", path).returncode == 0
+    with Stack(path) as stack:
+        assert stack.api_key != first
+        assert httpx.get(f"{stack.url}/ping", headers={"x-api-key": stack.api_key}, trust_env=False).status_code == 200
+
+
 def test_a_home_that_cannot_be_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()

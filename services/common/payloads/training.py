@@ -41,6 +41,7 @@ _REFUSED = {
     "face_crop_aug_range": "faces are not looked for; leave it out",
     "in_json": "datasets are folders of pictures with captions; leave it out",
     "dataset_config": "datasets are folders of pictures with captions; leave it out",
+    "datasets": "datasets are folders of pictures with captions, below train_data_dir; leave it out",
     "network_weights": "a training begins with a fresh network; leave it out",
     "weighted_captions": "captions are plain text; set it to false",
     "zero_terminal_snr": "the noise schedule is the base model's own; set it to false",

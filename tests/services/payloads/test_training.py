@@ -299,6 +299,7 @@ def test_a_checked_configuration_gives_itself_again() -> None:
             ({"sample_prompts": f"/content/prompt.{ending}"}, "is no prompt; possible: prompts, one a line, or by hand")
             for ending in ("txt", "toml", "json")
         ),
+        ({"datasets": [{"resolution": 512}]}, 'datasets [{"resolution": 512}]: datasets are folders of pictures'),
         ({"loss_type": "huber"}, "loss_type \"huber\": input should be 'l2'"),
         ({"sample_sampler": "magic"}, 'sample_sampler "magic" is not known; possible: Euler'),
         ({"seed": float("nan")}, "seed NaN: input should be a finite number"),

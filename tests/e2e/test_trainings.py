@@ -172,7 +172,10 @@ def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
 
 
 def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(stack: Stack, school: School) -> None:
-    training_id = school.begin(output_name="tough", max_train_epochs=40, save_every_n_epochs=4, sample_every_n_epochs=0)
+    several = {"optimizer_args": ["weight_decay=0.01", "eps=1e-8", "betas=0.9,0.99"]}  # which come in any order
+    training_id = school.begin(
+        output_name="tough", max_train_epochs=40, save_every_n_epochs=4, sample_every_n_epochs=0, **several
+    )
     told = school.events(training_id)
     while saved(told) != "tough-000008.safetensors":
         pass  # the state after an earlier epoch is kept before that

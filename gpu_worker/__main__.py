@@ -192,6 +192,8 @@ def main() -> None:
     os.environ.update(OFFLINE)
     if sys.argv[1:2] == ["train"]:
         sys.exit(_train(sys.argv[2:]))
+    if sys.argv[1:]:
+        refuse("a worker has settings and no arguments; a training by hand is `python -m gpu_worker train config.toml`")
     settings = load(WorkerSettings)
     logs.configure("worker", settings)
     sys.exit(asyncio.run(work(settings)))

@@ -326,7 +326,8 @@ def _error(error: ClientError, key: str) -> Exception:
     if code in {"404", "NoSuchKey", "NoSuchUpload", "NotFound"}:
         return BlobNotFound(f"there is no object {key}")
     if code in {"InvalidPart", "InvalidPartOrder", "EntityTooSmall", "MalformedXML"}:
-        return InvalidArgument(f"the object store refuses the parts of {key}: {error.response['Error']['Message']}")
+        reason = error.response["Error"]["Message"].rstrip(".")
+        return InvalidArgument(f"the object store refuses the parts of {key}: {reason}")
     # Whatever else the store dislikes (our key, the bucket, the load) no caller can mend.
     log.error("the object store refuses", key=key, code=code, operation=error.operation_name)
     return Unavailable(STORE_IS_AWAY)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from gpu_worker.__main__ import EXIT_REFUSED
 from tests.gpu_worker.doors import SECRET, Services, services
+from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -94,3 +96,10 @@ async def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     assert "ESD_SERVER_URL" in log.decode()
     assert "ESD_DRAIN_SECONDS" in log.decode()
     assert "ESD_FP8: needs ESD_PRECISION=bfloat16" in log.decode()
+
+
+def test_whoever_gives_a_worker_arguments_is_told_how_to_train_by_hand() -> None:
+    command = [sys.executable, "-m", "gpu_worker", "--help"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "python -m gpu_worker train config.toml" in refused.stderr

@@ -58,6 +58,6 @@ def distrust(url: str, trust_file: Path) -> str | None:
         ):
             return None
     except ssl.SSLCertVerificationError as error:
-        return error.verify_message
+        return error.verify_message.rstrip(".")
     except OSError as error:
         return error.strerror or str(error)

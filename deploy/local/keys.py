@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -49,15 +48,17 @@ def list_keys(
         typer.echo(json.dumps(keys, indent=2))
         return
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    whole = len(str(uuid.UUID(int=0)))  # of an id, which `revoke` wants, whatever a narrow terminal leaves of the rest
-    table = Table(Column("id", min_width=whole), "user", "begins with", "acts for", "created", "last used", "ends")
+    table = Table("id", "user", "begins with", "acts for", "created", "last used", "ends", box=None)
     for key in keys:
         acts_for = "anybody" if key["impersonate"] else "its user"
         row = [key["id"], key["username"], key["prefix"] + "…", acts_for]
         table.add_row(*row, *(_to_the_minute(key.get(name)) for name in ("created", "last_used", "expires")))
-    Console().print(table)
+    # As wide as it is: what a narrow terminal wraps is still there, such as the ids that `revoke` wants.
+    console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
 
 
 @app.command()

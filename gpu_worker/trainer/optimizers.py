@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,10 @@ def create_optimizer(config: Training, network: Network, device: torch.device, l
     if not groups:
         raise JobError("nothing would be trained: the learning rate of every part of the network is 0")
     kind, options = _kind(config.optimizer_type, device, log)
+    possible = inspect.signature(kind).parameters.keys() - {"params", "lr"}
+    if unknown := sorted(config.optimizer_args.keys() - possible):
+        named = f"optimizer_args {', '.join(unknown)}: {config.optimizer_type} has no such options"
+        raise JobError(f"{named}; possible: {', '.join(sorted(possible))}")
     options |= {name: _value(text) for name, text in config.optimizer_args.items()}
     try:
         return kind(groups, lr=groups[0]["lr"], **options)

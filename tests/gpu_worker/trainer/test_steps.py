@@ -161,7 +161,11 @@ def test_a_state_goes_on_where_the_device_makes_another_optimizer(plain: dict[st
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"optimizer_args": ["nonsense=1"]}, "optimizer_args are not possible for AdamW: "),
+        (
+            {"optimizer_args": ["nonsense=1"]},
+            "optimizer_args nonsense: AdamW has no such options; possible: amsgrad, betas, capturable, ",
+        ),
+        ({"optimizer_args": ["betas=(2, 3)"]}, "optimizer_args are not possible for AdamW: Invalid beta parameter"),
         ({"lr_scheduler": "piecewise_constant"}, "piecewise_constant needs step_rules"),
         ({"unet_lr": 0, "text_encoder_lr": 0}, "nothing would be trained: the learning rate of every part"),
     ],

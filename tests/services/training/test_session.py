@@ -11,6 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from esd.training.v1 import training_pb2 as pb
 from gpu_worker.files.transfer import Transfer
 from gpu_worker.models import tiny
+from gpu_worker.trainer import reporter
 from gpu_worker.trainer.session import TrainerSettings, _Session
 from gpu_worker.trainer.stream import TrainStream
 from tests.pictures import circle
@@ -67,14 +68,18 @@ async def take_part(service: Service, training_id: str, folder: Path, kind: type
 
 
 @pytest.mark.slow
-async def test_urls_are_asked_for_when_they_are_needed(service: Service, tmp_path: Path) -> None:
+async def test_urls_are_asked_for_when_they_are_needed(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporter, "_TOLD_SECONDS", 3600)  # what is told then is told because something ends
     tiny.write(tmp_path / MODEL, seed=1)
     content = (tmp_path / MODEL).read_bytes()
     service.world.size_bytes, service.world.sha256 = len(content), hashlib.sha256(content).hexdigest()
     await service.blobs.put(f"Stable-diffusion/checkpoint/custom/{CHECKPOINT}/{MODEL}", content)
     await service.blobs.put("dataset/lego/10_lego/a.png", circle(0))
-    keys = {"resolution": "64,64", "train_batch_size": 5, "max_train_epochs": 2, "save_every_n_epochs": 1,
-            "sample_every_n_epochs": 0, "network_dim": 4, "mystery": 1}  # fmt: skip
+    await service.blobs.put("dataset/others/1_brick/b.png", circle(60))
+    keys = {"reg_data_dir": "dataset/others", "resolution": "64,64", "train_batch_size": 5, "max_train_epochs": 2,
+            "save_every_n_epochs": 1, "sample_every_n_epochs": 0, "network_dim": 4, "mystery": 1}  # fmt: skip
     created = await service.create(service.document(output_name="demo", **keys))
     seen = await take_part(service, created.id, tmp_path)
     await service.until(created.id, "Completed")
@@ -83,6 +88,7 @@ async def test_urls_are_asked_for_when_they_are_needed(service: Service, tmp_pat
     assert seen == [
         "Downloading",
         "picture URL: 10_lego/a.png, 10_lego/a.txt",
+        "regularisation URL: 1_brick/b.png",
         f"base URL: {MODEL}",
         "Training",
         "upload URL: demo-000001.safetensors", "saved",
@@ -95,7 +101,10 @@ async def test_urls_are_asked_for_when_they_are_needed(service: Service, tmp_pat
     lines = [event.log.line for event in await events(service, created.id) if event.HasField("log")]
     assert lines[0].startswith("xformers: attention is computed by torch")
     assert lines[1] == "the key mystery is not known here and does nothing"
-    assert "1 pictures, 2 epochs, 4 steps" in lines
+    assert "2 pictures, 2 epochs, 8 steps" in lines
+    metrics = pb.GetTrainingMetricsRequest(job_id=created.id)
+    told = await service.stub.GetTrainingMetrics(metrics, metadata=service.user())
+    assert [point.step for point in told.points] == list(range(1, 9))
 
 
 async def test_a_dataset_without_pictures_fails_before_the_model_is_asked_for(service: Service, tmp_path: Path) -> None:

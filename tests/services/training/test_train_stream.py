@@ -158,6 +158,9 @@ async def test_a_later_trainer_goes_on_from_the_last_state_and_the_earlier_one_i
             state = await first.upload(f"state-{epoch:06}.pt", f"after epoch {epoch}".encode())
             await first.tell(state=pb.KeptState(file=state, epoch=epoch))
         await first.upload("state-000003.pt", b"after epoch 3")  # it ends before it has told
+        async with service.database.transaction() as session:
+            [superseded] = await session.scalars(text("SELECT prefix FROM leftover"))
+        assert superseded.endswith("/state-000001.pt")
         async with service.trainer(created.id) as second:
             assert second.welcome.state.size_bytes == len(b"after epoch 2")
             [url] = await second.urls(pb.URL_KIND_STATE, "state.pt")

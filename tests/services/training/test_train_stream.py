@@ -241,8 +241,10 @@ async def test_a_training_that_never_began_can_be_stopped(service: Service) -> N
     while (await watching.read()).status.reason != "it waits for a GPU":
         pass
     await stop(service, created.id)
+    told = []
     while not (event := await watching.read()).HasField("ended"):
-        pass
+        told.append(event)
+    assert told[-1].status == pb.TrainingStatus(status="Stopped"), "it waits for nothing any more"
     assert event.ended.status == "Stopped"
     assert service.world.finished[created.id].reason == "stopped by ann"
     with pytest.raises(AssertionError, match="has ended: it is Stopped"):

@@ -100,6 +100,8 @@ async def test_a_whole_training_ends_completed_with_its_files_in_the_output(serv
     ]  # fmt: skip
     assert all(event.log.time for event in told if event.HasField("log"))
     metrics = pb.GetTrainingMetricsRequest(job_id=created.id)
+    await stop(service, created.id)
+    assert (await service.get(created.id)).job_status == "Completed", "it has ended"
     [*_, point] = (await service.stub.GetTrainingMetrics(metrics, metadata=service.user())).points
     assert point == pb.MetricPoint(step=3, epoch=1, loss=1 / 3, average_loss=0.5, learning_rates=RATES)
 

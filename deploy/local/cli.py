@@ -112,7 +112,8 @@ def demo(
         time.sleep(0.1)  # the state is a file of another process
         state = read_state(path)
     if state is not None:
-        Gateway.find(path, None, None).call("GET", "/ping")  # a key that was revoked ends it here, in a sentence
+        gateway = Gateway(state.probe_url, Path(state.api_key_file), this_machine=True)
+        gateway.call("GET", "/ping")  # a key that was revoked or removed ends it here, in a sentence
         _draw(state.url, Path(state.api_key_file).read_text(), checkpoint, prompt, size, output)
         return
     stack = Stack(path, listen)

@@ -199,7 +199,7 @@ def test_the_demo_waits_for_a_stack_that_starts_and_says_when_it_has_gone(tmp_pa
                 answer.write(json.dumps(asdict(replace(state, ready=True))))
             _, said = demo.communicate(timeout=120)
     assert demo.returncode == 1
-    assert said.startswith("the stack at http://127.0.0.1:1 does not answer any more: ")
+    assert said.startswith("the gateway at http://127.0.0.1:1 does not answer: ")
     assert said.count("\n") == 1
 
 

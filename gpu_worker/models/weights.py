@@ -131,7 +131,11 @@ def load(base: CachedModel, vae: CachedModel | None, device: str, dtype: torch.d
     config = _config(weights, metadata, base.name)
     dtype = dtype or dtype_of("auto", device)
     fill = _Filler(base.name, dtype)
-    unet = fill(lambda: UNet2DConditionModel(**config["unet"]), "UNet", _unet_weights(weights, config["unet"]))
+    unet = fill(
+        lambda: UNet2DConditionModel(**config["unet"]),
+        "UNet",
+        lambda: _convert.convert_ldm_unet_checkpoint(weights, config["unet"]),
+    )
     decoder = _load_vae(weights, config, base, vae, vae_dtype(dtype, device))
     encoders = _load_text_encoders(weights, config, fill)
     models = assembled(unet, decoder, encoders, config["scheduler"], torch.device(device), dtype)
@@ -268,12 +272,17 @@ class _Filler:
     name: str
     dtype: torch.dtype
 
-    def __call__(self, create: Callable[[], Any], part: str, weights: Weights) -> Any:
-        """The model in evaluation mode. `part` is its name in messages.
+    def __call__(self, create: Callable[[], Any], part: str, convert: Callable[[], Weights]) -> Any:
+        """The model in evaluation mode, with the weights by its own names. `part` is its name in messages.
 
         Raises:
             JobError: weights are missing, or have shapes of another architecture.
         """
+        try:
+            # diffusers takes it for granted that where one weight is, others are; some of those that are not are None.
+            weights = {key: tensor for key, tensor in convert().items() if tensor is not None}
+        except KeyError as error:
+            raise JobError(f"{self.name} lacks weights of its {part}, such as {error.args[0]}") from None
         try:
             with Empty():
                 model = create()
@@ -295,13 +304,6 @@ class _Filler:
         return model.requires_grad_(False).eval()
 
 
-def _unet_weights(weights: Weights, config: Config) -> Weights:
-    try:
-        return dict(_convert.convert_ldm_unet_checkpoint(weights, config))
-    except KeyError:  # SDXL's label_emb is taken without asking
-        return {}
-
-
 def _load_vae(
     weights: Weights, config: Config, base: CachedModel, other: CachedModel | None, dtype: torch.dtype
 ) -> Any:
@@ -315,27 +317,37 @@ def _load_vae(
     elif not any(key.startswith(("first_stage_model.", "vae.")) for key in weights):
         raise JobError(f"{name} has no VAE in it; name one of type VAE in the job's models")
     fill = _Filler(name, dtype)
-    converted = dict(_convert.convert_ldm_vae_checkpoint(weights, vae_config))
-    return fill(lambda: AutoencoderKL(**vae_config), "VAE", converted)
+    return fill(
+        lambda: AutoencoderKL(**vae_config), "VAE", lambda: _convert.convert_ldm_vae_checkpoint(weights, vae_config)
+    )
 
 
 def _load_text_encoders(weights: Weights, config: Config, fill: _Filler) -> tuple[TextEncoder, ...]:
     encoders = []
     if "text_encoder" in config:
-        # transformers 5.6 took the wrapper `text_model` away from CLIPTextModel, but not from the one with projection.
-        converted = _convert.convert_ldm_clip_checkpoint(weights)
-        clip = {key.removeprefix("text_model."): value for key, value in converted.items()}
-        first = fill(lambda: CLIPTextModel(CLIPTextConfig(**config["text_encoder"])), "text encoder", clip)
+        first = fill(
+            lambda: CLIPTextModel(CLIPTextConfig(**config["text_encoder"])), "text encoder", lambda: _clip(weights)
+        )
         encoders.append(TextEncoder(tokenizer("<|endoftext|>"), first))
     if "text_encoder_2" in config:
         prefix = _BIG_G if encoders else _BIG_G_OF_REFINER
         clip_config = CLIPTextConfig(**config["text_encoder_2"])
         with Empty():
             empty = CLIPTextModelWithProjection(clip_config)
-        converted = _convert.convert_open_clip_checkpoint(empty, weights, prefix=prefix)
-        second = fill(lambda: CLIPTextModelWithProjection(clip_config), "second text encoder", converted)
+        second = fill(
+            lambda: CLIPTextModelWithProjection(clip_config),
+            "second text encoder",
+            lambda: _convert.convert_open_clip_checkpoint(empty, weights, prefix=prefix),
+        )
         encoders.append(TextEncoder(tokenizer("!"), second))
     return tuple(encoders)
+
+
+def _clip(weights: Weights) -> Weights:
+    # transformers 5.6 took the wrapper `text_model` away from CLIPTextModel, but not from the one with projection.
+    return {
+        key.removeprefix("text_model."): tensor for key, tensor in _convert.convert_ldm_clip_checkpoint(weights).items()
+    }
 
 
 @cache

@@ -274,6 +274,16 @@ def test_weights_that_lack_or_have_another_shape_are_named(state: dict[str, torc
     assert reason(save(path, no_clip)) == "model.safetensors has no text encoder in it"
 
 
+def test_whichever_weight_is_not_there_its_part_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    parts = {"model.diffusion_model.": "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
+    # The first two are those that diffusers takes without asking, or makes nothing of.
+    endings = ("up.3.upsample.conv.bias", "mid.attn_1.k.weight", "final_layer_norm.bias", "out.2.weight")
+    for key in [key for key in state if key.endswith(endings)]:
+        part = next(part for prefix, part in parts.items() if key.startswith(prefix))
+        rest = {name: tensor for name, tensor in state.items() if name != key}
+        assert f"weights of its {part}, such as " in reason(save(tmp_path / "model.safetensors", rest))
+
+
 def test_broken_metadata_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for config in ("{", "[]", '{"unet": 1, "vae": 2, "text_encoder": 3, "scheduler": 4}'):

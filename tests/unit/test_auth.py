@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from services.common.auth import Absence, Caller, Kind, Profile, Signer, UsernameStatus, Verifier
-from services.common.errors import EsdError, PermissionDenied, Unauthenticated, Unavailable
+from services.common.errors import EsdError, InvalidArgument, PermissionDenied, Unauthenticated, Unavailable
 from tests.serving import Tokens
 
 ANN = Caller(
@@ -23,7 +23,7 @@ ANN = Caller(
 )
 TOKENS = Tokens()
 D, W = Profile.DOCUMENT, Profile.WEBUI
-NAMED, ABSENT, UNKNOWN, FOREIGN = UsernameStatus
+NAMED, ABSENT, UNKNOWN, FOREIGN, UNREADABLE = UsernameStatus
 REFUSED, OWNER, ALLOWED = Absence
 
 
@@ -108,6 +108,9 @@ def test_with_a_verifying_key_that_is_none_nobody_starts(pem: str, capsys: pytes
         (W, ABSENT, True, OWNER, True, None),
         (W, ABSENT, True, OWNER, False, PermissionDenied),
         (W, ABSENT, True, ALLOWED, False, None),
+        # A legacy Authorization that is no name.
+        (D, UNREADABLE, True, ALLOWED, True, InvalidArgument),
+        (W, UNREADABLE, False, OWNER, False, InvalidArgument),
         (W, ABSENT, False, ALLOWED, False, PermissionDenied),
         (W, ABSENT, False, ALLOWED, True, None),
         # Named, but nobody, or nobody whom the key may act for.

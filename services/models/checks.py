@@ -20,6 +20,7 @@ MAX_NAME_BYTES = 255  # of a file on the worker's disk
 MAX_SENTENCE = 500  # characters
 _MAX_NUMBERS = 10  # of parts that a sentence lists
 _UNSEEN = {"Cc", "Cf"}  # controls and formats: a terminal obeys some, others turn a name's reading around
+_NOT_IN_XML = "\ufffe\uffff"  # with one in a key, the object store lists no uploads any more
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def printable(text: str) -> str:
 
 
 def _check_seen(field: str, name: str) -> None:
-    if any(unicodedata.category(character) in _UNSEEN for character in name):
+    if any(unicodedata.category(character) in _UNSEEN or character in _NOT_IN_XML for character in name):
         raise InvalidArgument(f"{field} {name!a} cannot be a name: it has characters that nobody sees")
 
 

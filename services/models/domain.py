@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
-from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from services.common.times import time_text
 from services.common.users import Users
 from services.common.viewer import EVERYTHING, Viewer
@@ -155,8 +155,7 @@ class Models:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} is being imported from {checkpoint.source}")
         if checkpoint.folder is not None and checkpoint.is_unfinished:
             raise FailedPrecondition(f"checkpoint {checkpoint.id} is being trained")
-        if checkpoint.error is not None:
-            raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")
+        _check_not_refused(checkpoint)
         given = {name.strip(): parts for name, parts in tags.items()}
         open_files = [file for file in checkpoint.files if not file.complete]
         named = [file for file in open_files if file.name in given]
@@ -168,10 +167,16 @@ class Models:
         parts = {file.name: complete_parts(file, given[file.name]) for file in named}
         for file in named:
             await self._complete(file, parts[file.name])
-            if (await self._blobs.head(file.key)).size_bytes <= self._look_max_bytes:
-                await self.keep(checkpoint, file)
-            else:
-                await self._store.save_look(checkpoint.id, file.name, status)
+            # From here on a deletion or refusal finds the object, and removes it.
+            await self._check_goes_on(checkpoint)
+            try:
+                if (await self._blobs.head(file.key)).size_bytes <= self._look_max_bytes:
+                    await self.keep(checkpoint, file)
+                else:
+                    await self._store.save_look(checkpoint.id, file.name, status)
+            except (BlobNotFound, Unavailable):  # which is what an object is like that is being removed
+                await self._check_goes_on(checkpoint)
+                raise
         return await self._store.save_status(checkpoint.id, status), before
 
     async def rename(self, checkpoint: Checkpoint, name: str) -> bool:
@@ -180,13 +185,14 @@ class Models:
         The new name counts at once; the object follows in the background.
 
         Raises:
-            FailedPrecondition: the checkpoint is not active. NameInUse.
+            FailedPrecondition: the checkpoint is not active. NameInUse. InvalidArgument: with the extension the name is
+            too long.
         """
         if checkpoint.status != ACTIVE:
             raise FailedPrecondition("only active can update name")
         first = checkpoint.names[0]
         if not PurePosixPath(name).suffix:
-            name += PurePosixPath(first).suffix
+            name = file_name(name + PurePosixPath(first).suffix)
         if name == first:
             return False
         if await self._store.find_used_name([name]):
@@ -260,6 +266,18 @@ class Models:
             again = "upload its parts again to their URLs, or delete the checkpoint and create it again"
             raise InvalidArgument(f"{error}; {again}") from None
 
+    async def _check_goes_on(self, checkpoint: Checkpoint) -> None:
+        """Removes the object that was just completed, where the checkpoint has ended meanwhile.
+
+        Raises:
+            CheckpointNotFound: it was deleted. FailedPrecondition: it was refused.
+        """
+        try:
+            _check_not_refused(await self._store.get_checkpoint(checkpoint.id))
+        except (CheckpointNotFound, FailedPrecondition):
+            await self.delete_objects(checkpoint)
+            raise
+
     async def keep(
         self, checkpoint: Checkpoint, file: CheckpointFile, sha256: str = "", status: str | None = None
     ) -> None:
@@ -281,11 +299,7 @@ class Models:
             sha256 = (await self._blobs.digest(file.key)).sha256
         words = ("format", "architecture", "kind") if findings.format else ()
         found = {word: getattr(findings, word) for word in words}
-        try:
-            await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found), status)
-        except CheckpointNotFound:
-            await self.delete_objects(checkpoint)  # deleted meanwhile, and this object came after
-            raise
+        await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found), status)
 
     async def _inspect(self, file: CheckpointFile, size: int) -> Findings:
         loop = asyncio.get_running_loop()
@@ -341,6 +355,11 @@ def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:
             f"checkpoint {checkpoint.id} belongs to {', '.join(checkpoint.owners)}; {viewer.name} is not among "
             f"them and has no {EVERYTHING}"
         )
+
+
+def _check_not_refused(checkpoint: Checkpoint) -> None:
+    if checkpoint.error is not None:
+        raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")
 
 
 def _uuid(text: str) -> UUID | None:

@@ -125,6 +125,14 @@ async def test_a_name_in_use_and_a_foreign_checkpoint_are_refused(models: Runnin
     assert await _rename(models, checkpoint_id, "a") == (200, "no need to update")
 
 
+async def test_a_name_that_is_too_long_with_its_extension_is_refused(models: Running) -> None:
+    name = f"a.{'x' * 250}"
+    checkpoint_id = await models.upload(name, b"weights: {}")
+    async with refused("INVALID_ARGUMENT", "261 bytes, 255 are allowed"):
+        await _rename(models, checkpoint_id, "b" * 10)
+    assert (await models.show(checkpoint_id))["name"] == [name]
+
+
 async def test_of_two_who_take_the_same_name_at_once_one_gets_it(models: Running) -> None:
     ids = [await models.upload(f"{n}.safetensors", safetensors()) for n in "ab"]
     results = await asyncio.gather(*(_rename(models, each, "c") for each in ids), return_exceptions=True)

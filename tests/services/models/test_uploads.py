@@ -100,6 +100,44 @@ async def test_a_completion_that_was_cut_short_can_be_repeated(models: Running) 
     assert (await models.show(created.checkpoint.id))["status"] == "Active"
 
 
+@pytest.mark.parametrize(
+    ("ended_by", "content"),
+    [
+        ("deletion", safetensors()),
+        ("deletion", malicious("true")),
+        ("deletion", safetensors(21 * MIB)),
+        ("refusal", safetensors()),
+    ],
+    ids=["deletion", "deletion of a bad one", "deletion of a large one", "refusal"],
+)
+async def test_an_object_that_the_store_completes_when_its_checkpoint_has_ended_is_removed(
+    models: Running, monkeypatch: pytest.MonkeyPatch, ended_by: str, content: bytes
+) -> None:
+    created = await models.create(("a.safetensors", 1), ("b.safetensors", 1))
+    checkpoint_id = created.checkpoint.id
+    folder = f"Stable-diffusion/checkpoint/custom/{checkpoint_id}/"
+    tags = {"a.safetensors": await models.put(created, "a.safetensors", b"x")}
+    bad = {"b.safetensors": await models.put(created, "b.safetensors", b"x")}
+
+    async def complete_late(key: str, *upload: Any) -> None:
+        monkeypatch.undo()
+        if ended_by == "deletion":
+            await models.delete([checkpoint_id])
+        else:
+            async with refused("FAILED_PRECONDITION", "b.safetensors is truncated"):
+                await models.update(checkpoint_id, bad)
+        await models.emptied(folder)
+        await models.blobs.put(key, content)
+
+    monkeypatch.setattr(models.blobs, "complete_multipart", complete_late)
+    code, words = (
+        ("NOT_FOUND", "not found") if ended_by == "deletion" else ("FAILED_PRECONDITION", "b.safetensors is truncated")
+    )
+    async with refused(code, checkpoint_id, words):
+        await models.update(checkpoint_id, tags)
+    assert await models.blobs.find(folder) == []
+
+
 async def test_the_tar_of_the_original_client_is_accepted(models: Running) -> None:
     packed = tar("models/Stable-diffusion/a.safetensors", safetensors())
     checkpoint_id = await models.upload("a.safetensors", packed)

@@ -15,6 +15,7 @@ from tests.chaos.painting import PaintingEngine
 
 if __name__ == "__main__":
     _address, _engine, _folder = sys.argv[1:]
+    del sys.argv[1:]  # a worker has no arguments
     _log = os.open(Path(_folder) / f"worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(_log, sys.stdout.fileno())
     os.dup2(_log, sys.stderr.fileno())

@@ -60,14 +60,19 @@ class ProcessKubelet:
         await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
 
     async def fall_silent(self) -> None:
-        """The network is gone: the processes run on, and the API server and this node do not hear each other."""
+        """The network is gone: the API server and this node do not hear each other. Nobody hears the processes either,
+        which stand still: else they would go on telling others what a real node's could tell nobody."""
         self._line.clear()
+        for process in self._processes.values():
+            process.send_signal(signal.SIGSTOP)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def come_back(self) -> None:
         """The network is there again."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGCONT)
         self._line.set()
         self._talk()
 

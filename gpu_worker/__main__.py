@@ -33,7 +33,7 @@ from services.common import logs
 from services.common.auth import Verifier
 from services.common.clients import TokenSource, plain_channel
 from services.common.process import EXIT_WRONG_SETTING, die_with_launcher, refuse
-from services.common.settings import Settings, load, read_secret
+from services.common.settings import SOME_URLS, URL, Settings, load, read_secret
 
 log = structlog.get_logger()
 
@@ -53,7 +53,7 @@ OFFLINE = {
 class WorkerSettings(Settings):
     """What a worker needs: the gateway's URL, its secret, and a folder."""
 
-    server_url: str = Field(pattern=r"^https?://[^/]+")
+    server_url: str = Field(pattern=URL, examples=SOME_URLS)
     secret_file: Path
     cache_dir: Path
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$")

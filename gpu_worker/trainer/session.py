@@ -35,7 +35,7 @@ from services.common.errors import InvalidArgument
 from services.common.payloads.models import BASE
 from services.common.payloads.training import Training, check_training
 from services.common.process import EXIT_INTERRUPTED
-from services.common.settings import Settings, read_secret
+from services.common.settings import SOME_URLS, URL, Settings, read_secret
 from services.common.structs import plain
 
 log = structlog.get_logger()
@@ -45,7 +45,7 @@ T = TypeVar("T")
 class TrainerSettings(Settings):
     """What a trainer needs: the gateway's URL, its secret, and a folder."""
 
-    server_url: str = Field(pattern=r"^https?://[^/]+")
+    server_url: str = Field(pattern=URL, examples=SOME_URLS)
     secret_file: Path
     task_id: str = Field(pattern=r"^[0-9a-f-]{36}$")
     cache_dir: Path

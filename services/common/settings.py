@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.common.process import refuse
 
 URL = r"^https?://[^/?#\s]+"
-_A_URL = "https://esd.example.org"
+SOME_URLS = ["https://esd.example.org"]  # what a wrong one is answered with
 
 
 class Settings(BaseSettings):
@@ -38,7 +38,7 @@ class BlobSettings(BaseSettings):
     bucket: str
     region: str = "us-east-1"
     endpoint_url: str | None = None
-    public_url: str | None = Field(None, pattern=URL, examples=[_A_URL])
+    public_url: str | None = Field(None, pattern=URL, examples=SOME_URLS)
     access_key: str | None = None
     secret_key_file: Path | None = None
 
@@ -58,7 +58,7 @@ class ServiceSettings(Settings):
     endpoints_address: str = ""
     inference_address: str = ""
     training_address: str = ""
-    public_url: str = Field("http://127.0.0.1:8080", pattern=URL, examples=[_A_URL])
+    public_url: str = Field("http://127.0.0.1:8080", pattern=URL, examples=SOME_URLS)
 
 
 class AuditedSettings(ServiceSettings):

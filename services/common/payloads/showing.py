@@ -19,9 +19,8 @@ def shown(value: Any) -> str:
 
 def is_text(value: str) -> bool:
     """Whether JSONB and protobuf can carry it; JSON's escapes can write more."""
-    if value.isascii():  # which is known without a look at each letter
-        return "\0" not in value
-    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    # Whether it is ASCII is known without a look at each letter, of which pictures have many.
+    return "\0" not in value and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def sentence(problem: Any, model: type[BaseModel]) -> str:

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.common.errors import Unavailable
 from services.common.process import refuse
+from services.common.settings import SOME_URLS, URL
 from services.endpoints.cluster.pods import MANAGER, Program
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 
@@ -50,7 +51,7 @@ class KubernetesSettings(BaseSettings):
 
     namespace: str = "esd-workers"
     image: str
-    server_url: str = Field(pattern=r"^https?://[^/]+")
+    server_url: str = Field(pattern=URL, examples=SOME_URLS)
     command: list[str] = Field(default=["python", "-m", "gpu_worker"], min_length=1)
     profiles: dict[str, Profile] = Field(default_factory=dict)
     cache_gib: int = Field(100, ge=1)

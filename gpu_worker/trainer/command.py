@@ -86,7 +86,10 @@ def main(arguments: list[str]) -> int:
         except Stopped:
             shown.log("stopped; what was saved stays")
             return EXIT_STOPPED
-        except (JobError, InvalidArgument, RuntimeError, OSError) as error:
+        except OSError as error:  # of a file that the user named, or of a disk that is full
+            shown.fail(": ".join(str(part) for part in (error.filename, error.strerror) if part) or str(error))
+            return EXIT_FAILED
+        except (JobError, InvalidArgument, RuntimeError) as error:
             shown.fail(str(error))
             return EXIT_FAILED
         finally:
@@ -120,7 +123,7 @@ def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
 def _read(path: Path) -> Training:
     try:
         fields = parse_toml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise JobError(f"{path} cannot be read: {error}") from None
     prompts = fields.get("sample_prompts")
     if isinstance(prompts, str) and len(prompts) < 4096 and Path(prompts).is_file():

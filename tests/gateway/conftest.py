@@ -27,6 +27,7 @@ from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 
 KEY = "09876543210987654321"
+SLOW_KEY = "as good, but identity takes a second to say so"
 SECRET = "the gateway's 100% secret"
 ROOT = Path(__file__).parents[2]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -63,7 +64,10 @@ class Authorization(ext_authz_pb2_grpc.AuthorizationServicer):
     async def Check(self, request: ext_authz_pb2.CheckRequest, context: Context) -> ext_authz_pb2.CheckResponse:
         self.seen.checks.append(request)
         self.seen.check_secrets.append(metadata(context).get("x-esd-secret", ""))
-        if request.attributes.request.http.headers.get("x-api-key") != KEY:
+        key = request.attributes.request.http.headers.get("x-api-key")
+        if key == SLOW_KEY:
+            await asyncio.sleep(1)  # a database that is busy
+        elif key != KEY:
             denied = ext_authz_pb2.DeniedHttpResponse(status={"code": 403}, body="Forbidden")
             return ext_authz_pb2.CheckResponse(
                 status=status_pb2.Status(code=code_pb2.PERMISSION_DENIED), denied_response=denied

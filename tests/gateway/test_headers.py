@@ -16,6 +16,8 @@ UNREADABLE = [
     ("grpc-status", b"5"),
     ("grpc-retry-pushback-ms", b"x"),
     ("x-junk-bin", b"###"),
+    ("x_esd_token", b"forged"),  # which some servers read as x-esd-token
+    ("trace_id", b"1"),
     ("x^y", b"1"),
     ("it's", b"1"),
     ("x-a", b"\xff"),

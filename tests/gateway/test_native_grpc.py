@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
 
+from deploy.local.ports import free_port
 from esd.identity.v1 import ext_authz_pb2, ext_authz_pb2_grpc, identity_pb2, identity_pb2_grpc
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.training.v1 import training_pb2, training_pb2_grpc
-from tests.gateway.conftest import KEY, Gateway, Seen
+from tests.gateway.conftest import KEY, Gateway, Seen, running_gateway
 
 WITH_KEY = (("x-api-key", KEY),)
 
@@ -39,10 +41,14 @@ async def test_a_native_client_gets_the_services_own_error(channel: grpc.aio.Cha
     )
 
 
-async def test_a_native_client_without_a_key_is_refused_natively(channel: grpc.aio.Channel) -> None:
+@pytest.mark.parametrize("metadata", [(), (("x-api-key", "wrong"),), (("authorization", f"Bearer {KEY}"),)])
+async def test_a_native_client_without_a_valid_key_is_told_where_it_belongs(
+    channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await identity_pb2_grpc.IdentityServiceStub(channel).Ping(identity_pb2.PingRequest())
-    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.PERMISSION_DENIED, "Forbidden")
+        await identity_pb2_grpc.IdentityServiceStub(channel).Ping(identity_pb2.PingRequest(), metadata=metadata)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert caught.value.details() == "the metadata x-api-key must be a valid API key"
 
 
 async def test_a_native_client_of_a_service_that_is_down_gets_unavailable(channel: grpc.aio.Channel) -> None:
@@ -50,7 +56,41 @@ async def test_a_native_client_of_a_service_that_is_down_gets_unavailable(channe
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.ListTrainingJobs(training_pb2.ListTrainingJobsRequest(), metadata=WITH_KEY)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert not (caught.value.details() or "").startswith("{")
+    assert caught.value.details() == "the service is not available, try again"
+
+
+async def test_a_native_client_while_identity_is_down_gets_unavailable(
+    services: tuple[str, Seen], tmp_path: Path
+) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    async with (
+        running_gateway(tmp_path, services[0], ESD_IDENTITY_ADDRESS=nobody) as gateway,
+        grpc.aio.insecure_channel(gateway.address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetInferenceJob(inference_pb2.GetInferenceJobRequest(), metadata=WITH_KEY)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == "the service is not available, try again"
+
+
+@pytest.mark.parametrize("method", ["esd.nobody.v1.NobodyService/Get", "grpc.reflection.v1.ServerReflection/Info"])
+async def test_a_native_client_of_a_service_that_there_is_not_is_told_so(
+    channel: grpc.aio.Channel, method: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.unary_unary(f"/{method}")(b"", metadata=WITH_KEY)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.details() == "there is no such service behind this gateway"
+
+
+async def test_metadata_with_an_underscore_goes_no_further_and_does_no_harm(
+    channel: grpc.aio.Channel, seen: Seen
+) -> None:
+    await identity_pb2_grpc.IdentityServiceStub(channel).Ping(
+        identity_pb2.PingRequest(), metadata=(*WITH_KEY, ("trace_id", "1"), ("x_esd_token", "forged"))
+    )
+    assert not {"trace_id", "x_esd_token"} & seen.calls[0].keys()
 
 
 async def test_the_token_of_a_user_reaches_internal_rpcs_which_refuse_it_themselves(

@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from services.common.process import refuse
-from services.common.settings import Settings
+from services.common.settings import HOST_AND_PORT, Settings
 
-_ADDRESS = r"(\[[0-9a-fA-F:.]+\]|[^:\s,]+):\d{1,5}"
-ADDRESS = f"^{_ADDRESS}$"
-ADDRESSES = f"^{_ADDRESS}(,{_ADDRESS})*$"
+ADDRESS = f"^{HOST_AND_PORT}$"
+ADDRESSES = f"^{HOST_AND_PORT}(,{HOST_AND_PORT})*$"
 
 
 class GatewaySettings(Settings):

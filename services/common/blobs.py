@@ -78,13 +78,18 @@ class Blobs:
     """One bucket. Methods that talk to the store are coroutines; presigning is local arithmetic and is not."""
 
     def __init__(self, settings: BlobSettings) -> None:
+        """Raises SystemExit where there are no credentials; they may come, as those of a cloud's machine do."""
         self.bucket = settings.bucket
         session = _session(settings)
         self._client = _client(session, settings.endpoint_url)
+        if (credentials := session.get_credentials()) is None:
+            raise SystemExit(
+                "there are no credentials for the object store: set ESD_S3_ACCESS_KEY and ESD_S3_SECRET_KEY_FILE, or "
+                "provide those that AWS's SDK finds by itself"
+            )
         # The client knows how buckets are addressed there.
         signer = _client(session, settings.public_url) if settings.public_url else self._client
         probe: str = signer.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "-"})
-        credentials = session.get_credentials()
         self._presigner = Presigner(probe.partition("/-?")[0], settings.region, credentials.get_frozen_credentials)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="blobs")
 

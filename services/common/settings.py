@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -19,6 +19,17 @@ from services.common.process import refuse
 
 URL = r"^https?://[^/?#\s]+"
 SOME_URLS = ["https://esd.example.org"]  # what a wrong one is answered with
+HOST_AND_PORT = r"(\[[0-9a-fA-F:.]+\]|[^:\s,]+):\d{1,5}"
+_IPV4_AND_PORT = r"\d{1,3}(\.\d{1,3}){3}:\d{1,5}"
+# `host:port` of another service. Of replicas, a name that stands for all of them, or the IPv4 addresses with commas
+# between them: a gRPC channel (clients.py) takes no list of names.
+Address = Annotated[
+    str,
+    Field(
+        pattern=f"^({HOST_AND_PORT}|{_IPV4_AND_PORT}(,{_IPV4_AND_PORT})+)$",
+        examples=["identity:9000 or, for replicas, 10.0.0.1:9000,10.0.0.2:9000"],
+    ),
+]
 
 
 class Settings(BaseSettings):
@@ -40,24 +51,23 @@ class BlobSettings(BaseSettings):
     endpoint_url: str | None = None
     public_url: str | None = Field(None, pattern=URL, examples=SOME_URLS)
     access_key: str | None = None
-    secret_key_file: Path | None = None
+    secret_key_file: Path | None = Field(None, validate_default=True)
+
+    @field_validator("secret_key_file")
+    @classmethod
+    def _both_or_neither(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if (value is None) != (info.data.get("access_key") is None):
+            raise ValueError("it and ESD_S3_ACCESS_KEY belong together: set both or neither")
+        return value
 
 
 class ServiceSettings(Settings):
-    """What each service needs. `listen` is `host:port`; addresses are those of the other services.
-
-    A service with replicas has their addresses with commas between them.
-    """
+    """What each service needs. `listen` is `host:port`. A service that asks others has their addresses too."""
 
     listen: str = "127.0.0.1:0"
     database_url: str
     secret_file: Path
     verifying_key_file: Path
-    identity_address: str = ""
-    models_address: str = ""
-    endpoints_address: str = ""
-    inference_address: str = ""
-    training_address: str = ""
     public_url: str = Field("http://127.0.0.1:8080", pattern=URL, examples=SOME_URLS)
 
 

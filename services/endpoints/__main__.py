@@ -19,7 +19,7 @@ from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.process import refuse
 from services.common.server import Server
-from services.common.settings import AuditedSettings, load, read_secret
+from services.common.settings import Address, AuditedSettings, load, read_secret
 from services.endpoints.cluster import Cluster
 from services.endpoints.cluster.gpus import find_gpus
 from services.endpoints.cluster.local import LocalCluster
@@ -44,6 +44,9 @@ class EndpointsSettings(AuditedSettings):
     cluster/kubernetes.py say how workers run.
     """
 
+    identity_address: Address
+    models_address: Address
+    inference_address: Address
     cluster: Literal["local", "kubernetes"] = "local"
     worker_dir: Path | None = None
     worker_command: list[str] = Field(default=[sys.executable, "-m", "gpu_worker"], min_length=1)

@@ -22,7 +22,7 @@ from services.common.notifications import Notifications
 from services.common.outbound import Outbound
 from services.common.process import refuse
 from services.common.server import Server, mutual_tls
-from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.common.settings import Address, BlobSettings, ServiceSettings, load, read_secret
 from services.common.tasks import Background
 from services.inference.channels import CHANNELS
 from services.inference.domain import Inference
@@ -55,6 +55,9 @@ PriorityBound = Annotated[int, Field(ge=-100, le=100)]
 class InferenceSettings(ServiceSettings):
     """The service's own settings beside those of every service."""
 
+    identity_address: Address
+    models_address: Address
+    endpoints_address: Address
     lease_seconds: float = Field(30.0, ge=10.0, description="silence after which a worker's jobs go to others")
     grace_seconds: float = Field(5.0, ge=0.0, description="time for a worker whose stream broke to come back")
     store_outage_seconds: float = Field(

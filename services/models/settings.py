@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pydantic import Field
 
 from services.common.blobs import GIB
-from services.common.settings import AuditedSettings
+from services.common.settings import Address, AuditedSettings
 from services.models.domain import LOOK_MAX_BYTES
 
 
@@ -20,6 +20,7 @@ class ModelsSettings(AuditedSettings):
     Uploaded files of more than `look_max_bytes` are looked at after their client was answered.
     """
 
+    identity_address: Address
     import_allowed_networks: list[IPv4Network | IPv6Network] = Field(default_factory=list)
     import_max_bytes: int = Field(100 * GIB, ge=1)
     import_max_hours: float = Field(24, gt=0)

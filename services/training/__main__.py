@@ -15,7 +15,7 @@ from services.common.database import Database
 from services.common.leftovers import LeftoverStore
 from services.common.notifications import Notifications
 from services.common.server import Server
-from services.common.settings import BlobSettings, ServiceSettings, load, read_secret
+from services.common.settings import Address, BlobSettings, ServiceSettings, load, read_secret
 from services.training.channels import CHANNELS
 from services.training.domain import Trainings
 from services.training.peers import Models, Tasks
@@ -31,6 +31,9 @@ from services.training.watching import Watching
 class TrainingSettings(ServiceSettings):
     """The service's own settings beside those of every service."""
 
+    identity_address: Address
+    models_address: Address
+    endpoints_address: Address
     training_max_hours: float = Field(0.0, ge=0.0, description="hours that a training may take; 0: any number")
 
 

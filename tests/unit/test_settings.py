@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from deploy.local.home import SERVICES
+from services.common.blobs import Blobs
 from services.common.process import EXIT_WRONG_SETTING
-from services.common.settings import Settings, load, read_secret
+from services.common.settings import BlobSettings, Settings, load, read_secret
 from tests.processes import ROOT
 
 
@@ -50,6 +53,13 @@ def test_a_secret_that_cannot_be_read_stops_the_process_by_name(
     [
         ("endpoints", {"ESD_AUTOSCALER": "keda"}, "setting ESD_AUTOSCALER: keda scales what runs with"),
         ("identity", {"ESD_SECRET_HASHES_FILE": "Makefile"}, "setting ESD_SECRET_HASHES_FILE: Makefile is not a JSON"),
+        ("models", {"ESD_IDENTITY_ADDRESS": ""}, "setting ESD_IDENTITY_ADDRESS: Field required\n"),
+        (
+            "models",
+            {"ESD_IDENTITY_ADDRESS": "one:1,two:1"},
+            "setting ESD_IDENTITY_ADDRESS: a value such as identity:9000 or, for replicas, "
+            "10.0.0.1:9000,10.0.0.2:9000 is wanted (given: 'one:1,two:1')\n",
+        ),
     ],
 )
 def test_a_service_that_cannot_run_as_it_is_set_up_says_so_and_ends_for_good(
@@ -57,9 +67,32 @@ def test_a_service_that_cannot_run_as_it_is_set_up_says_so_and_ends_for_good(
 ) -> None:
     files = ("SECRET", "VERIFYING_KEY", "AUDIT_KEY", "SIGNING_KEY", "SECRET_HASHES", "API_KEY", "PASSWORD_KEY")
     environment = {f"ESD_{name}_FILE": "/no/such/file" for name in files}
+    environment |= {f"ESD_{name.upper()}_ADDRESS": "127.0.0.1:1" for name in SERVICES}
     environment |= {"ESD_DATABASE_URL": "postgresql+psycopg://nobody@127.0.0.1:1/none", **settings}
     command = [sys.executable, "-m", f"services.{service}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_WRONG_SETTING, done.stderr
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["ESD_S3_ACCESS_KEY", "ESD_S3_SECRET_KEY_FILE"])
+def test_one_half_of_the_stores_credentials_stops_the_process_by_name(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ESD_S3_BUCKET", "esd")
+    monkeypatch.setenv(given, "Makefile")
+    with pytest.raises(SystemExit):
+        load(BlobSettings)
+    assert "it and ESD_S3_ACCESS_KEY belong together: set both or neither" in capsys.readouterr().err
+
+
+def test_a_service_that_finds_no_credentials_of_the_store_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where others may have theirs
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(SystemExit, match="there are no credentials for the object store: set ESD_S3_ACCESS_KEY and"):
+        Blobs(BlobSettings(bucket="esd"))

@@ -41,13 +41,6 @@ def test_it_holds_what_the_models_hold_under_the_original_names(models: weights.
 
 
 @pytest.mark.slow
-async def test_it_draws_what_twenty_prompts_say(engine: Engine) -> None:
-    plain = PLAIN[::10] + PLAIN[5::10]
-    asked = plain[:10] + dressed_up(plain[10:])
-    assert marks(asked, await answers(engine, asked)).right >= 18
-
-
-@pytest.mark.slow
 async def test_of_a_hundred_pictures_95_are_right_and_90_with_words_around_the_prompts(engine: Engine) -> None:
     assert marks(PLAIN, await answers(engine, PLAIN)).right >= 95
     for asked in (dressed_up(PLAIN), dressed_up(PLAIN, STRANGE_BEGINNINGS, STRANGE_WORDS)):

@@ -1,9 +1,10 @@
 -- The REST envelope {"statusCode", "data", "message"} (contract 1.4) around what the transcoder made of a gRPC answer, and
 -- the base path off the request. Headers that no gRPC server can read go no further. Native gRPC and event streams pass
--- untouched. What the services say about an answer comes as x-esd-status, x-esd-message (percent-encoded), x-esd-raw and
--- x-esd-unwrap (services/common/interceptor.py).
+-- untouched, but for calls that a service cancels when it stops. What the services say about an answer comes as
+-- x-esd-status, x-esd-message (percent-encoded), x-esd-raw and x-esd-unwrap (services/common/interceptor.py).
 
 local FILTER = "esd.envelope"
+local AWAY = "the service is not available, try again"
 
 local function starts(text, prefix)
   return text ~= nil and text:sub(1, #prefix) == prefix
@@ -111,16 +112,22 @@ end
 
 function envoy_on_response(handle)
   local marks = handle:streamInfo():dynamicMetadata():get(FILTER)
-  if marks ~= nil and marks["native"] then return end
   local headers = handle:headers()
+  if marks ~= nil and marks["native"] then
+    if headers:get("grpc-status") == "1" then -- a service that stops cancels what it has not answered
+      headers:replace("grpc-status", "14")
+      headers:replace("grpc-message", AWAY)
+    end
+    return
+  end
   for _, name in ipairs({ "grpc-status", "grpc-message", "grpc-accept-encoding" }) do take(headers, name) end
   local status, message = take(headers, "x-esd-status"), take(headers, "x-esd-message")
   local raw, unwrap = take(headers, "x-esd-raw"), take(headers, "x-esd-unwrap")
   local http_status, content_type = headers:get(":status"), headers:get("content-type")
   if content_type ~= "application/json" then return end
-  if http_status == "499" then -- a service that stops cancels what it has not answered
+  if http_status == "499" then -- as above, in JSON
     headers:replace(":status", "503")
-    handle:body(true):setBytes('{"statusCode":503,"message":"the service is not available, try again"}')
+    handle:body(true):setBytes('{"statusCode":503,"message":"' .. AWAY .. '"}')
   elseif http_status ~= "200" then -- an error of a service, or of Envoy itself, which has this form already
     local body = handle:body(true)
     body:setBytes(error_body(text_of(body), http_status))

@@ -59,6 +59,14 @@ async def test_a_native_client_of_a_service_that_is_down_gets_unavailable(channe
     assert caught.value.details() == "the service is not available, try again"
 
 
+async def test_what_a_service_that_stops_has_not_answered_is_unavailable(channel: grpc.aio.Channel) -> None:
+    request = identity_pb2.ListRolesRequest(role="cancelled")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await identity_pb2_grpc.IdentityServiceStub(channel).ListRoles(request, metadata=WITH_KEY)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == "the service is not available, try again"
+
+
 async def test_a_native_client_while_identity_is_down_gets_unavailable(
     services: tuple[str, Seen], tmp_path: Path
 ) -> None:

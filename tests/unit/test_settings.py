@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ from deploy.local.home import SERVICES
 from services.common.blobs import Blobs
 from services.common.process import EXIT_WRONG_SETTING
 from services.common.settings import BlobSettings, Settings, load, read_secret
+from services.endpoints.__main__ import EndpointsSettings
+from services.identity.settings import IdentitySettings
+from services.inference.__main__ import InferenceSettings
+from services.models.settings import ModelsSettings
+from services.training.__main__ import TrainingSettings
 from tests.processes import ROOT
 
 
@@ -96,3 +102,26 @@ def test_a_service_that_finds_no_credentials_of_the_store_says_so(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(SystemExit, match="there are no credentials for the object store: set ESD_S3_ACCESS_KEY and"):
         Blobs(BlobSettings(bucket="esd"))
+
+
+SETTINGS_OF: dict[str, type[Settings]] = {
+    "identity": IdentitySettings,
+    "models": ModelsSettings,
+    "endpoints": EndpointsSettings,
+    "inference": InferenceSettings,
+    "training": TrainingSettings,
+}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_who_starts_a_service_by_hand_finds_every_setting_that_it_needs(service: str) -> None:
+    told = set()
+    for names, services in re.findall(
+        r"^\| (`ESD_.*?) \| (.*?) \|", (ROOT / "services/README.md").read_text(), re.MULTILINE
+    ):
+        if service in services.split(", ") or (services.startswith("all") and service not in services):
+            told |= set(re.findall(r"ESD_\w+", names))
+    needed = {f"ESD_{name.upper()}" for name, field in SETTINGS_OF[service].model_fields.items() if field.is_required()}
+    assert needed <= told
+    addresses = {f"ESD_{name.upper()}_ADDRESS" for name in SERVICES}
+    assert addresses & told == addresses & needed

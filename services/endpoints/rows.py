@@ -99,9 +99,14 @@ class Worker(SQLModel, table=True):
     gpu: str | None = None
 
     @property
+    def key(self) -> str:
+        """The name of the place, whichever process is in it."""
+        return f"{self.endpoint_id}-{self.slot}"
+
+    @property
     def worker_id(self) -> str:
         """The name by which the queue knows the process; another launch has another one."""
-        return f"{self.endpoint_id}-{self.slot}-{self.num_launches}"
+        return f"{self.key}-{self.num_launches}"
 
 
 class State(StrEnum):
@@ -144,6 +149,11 @@ class Task(SQLModel, table=True):
     pid: int | None = None
     start_time: str | None = None
     gpu: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name under which its processes are held, one after the other."""
+        return self.id
 
     @property
     def has_ended(self) -> bool:

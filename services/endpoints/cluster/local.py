@@ -15,8 +15,8 @@ import structlog
 
 from services.endpoints.cluster import Pool, PoolState, TaskState
 from services.endpoints.cluster.local_tasks import LocalTasks
-from services.endpoints.cluster.machine import FIRST_BACKOFF_SECONDS, LocalSettings, Machine
-from services.endpoints.cluster.process import Process, start
+from services.endpoints.cluster.machine import LocalSettings, Machine
+from services.endpoints.cluster.process import Process
 from services.endpoints.cluster.tail import last_words, shorten
 from services.endpoints.rows import Task, Worker
 from services.endpoints.store import EndpointStore
@@ -43,12 +43,9 @@ class LocalCluster:
     ) -> None:
         self._store = store
         self._task_store = tasks
-        self._machine = Machine(settings, store, tasks)
-        self._tasks = LocalTasks(self._machine, tasks, on_change)
-        self._on_change = on_change
-        self._processes: dict[tuple[str, int], Process] = {}
-        self._not_before: dict[tuple[str, int], float] = {}  # the loop's time
-        self._exits: dict[tuple[str, int], int | None] = {}  # of the process before, as Process.exit
+        self._machine = Machine(settings, store, tasks, on_change)
+        self._tasks = LocalTasks(self._machine, tasks)
+        self._exits: dict[str, int | None] = {}  # by the worker's key: of the process before, as Process.exit
         self._reading: asyncio.Task[_Round] | None = None
 
     async def has_secret(self, owner_id: str) -> bool:
@@ -89,7 +86,6 @@ class LocalCluster:
     async def forget(self, owner_id: str) -> None:
         """Removes the owner's folder."""
         self._machine.forget(owner_id)
-        self._tasks.forget(owner_id)
 
     async def remove_orphans(self, owner_ids: Collection[str]) -> None:
         """Removes folders. A process without a row has a secret that identity will refuse, and ends by itself."""
@@ -99,10 +95,7 @@ class LocalCluster:
 
     def close(self) -> None:
         """Lets go of all processes, which run on."""
-        for process in self._processes.values():
-            process.let_go()
-        self._processes.clear()
-        self._tasks.close()
+        self._machine.processes.close()
 
     async def _read_once(self) -> _Round:
         """The rows that concern pools. A round asks for every endpoint at once, and all share one answer."""
@@ -123,30 +116,21 @@ class LocalCluster:
         return _Round(found, self._machine.shares_of(workers, tasks).kept_for_tasks())
 
     async def _process_of(self, worker: Worker) -> Process | None:
-        """The worker's running process, adopted if it is not known; None if there is none, which the row says then."""
-        if worker.pid is None or worker.start_time is None:
+        """The worker's running process; None if there is none, which the row says then."""
+        if worker.pid is None:
             return None
-        key = (worker.endpoint_id, worker.slot)
-        process = self._processes.get(key)
-        if process is not None and (process.pid, process.start_time) != (worker.pid, worker.start_time):
-            self._processes.pop(key).let_go()  # another control loop has replaced it meanwhile
-            process = None
-        if process is None:
-            process = Process.adopt(worker.pid, worker.start_time, self._on_change)
-            if process is None:  # it ended while nobody watched, which says nothing about how it started
-                await self._record_end(worker, worker.num_failures, "it ended while nobody watched")
-                return None
-            log.info("a worker is adopted", worker=worker.worker_id, pid=process.pid)
-            self._processes[key] = process
+        process = self._machine.processes.find(worker)
+        if process is None:  # which says nothing about how it started
+            await self._record_end(worker, worker.num_failures, "it ended while nobody watched")
+            return None
         if not process.has_ended:
             shorten(self._log_file(worker))
             return process
-        del self._processes[key]
         failed = not worker.was_live and not process.is_stopping
         words = last_words(self._log_file(worker))
         say = log.info if process.is_stopping else log.warning
         say("a worker ended", worker=worker.worker_id, exit=process.exit, last_words=words)
-        self._exits[key] = process.exit
+        self._exits[worker.key] = process.exit
         await self._record_end(worker, worker.num_failures + 1 if failed else 0, _how_it_ended(process, words))
         return None
 
@@ -154,15 +138,11 @@ class LocalCluster:
         await self._store.set_worker_ended(worker, num_failures, reason)
         worker.pid, worker.start_time, worker.num_failures = None, None, num_failures
         if num_failures:
-            loop = asyncio.get_running_loop()
-            delay = FIRST_BACKOFF_SECONDS * 2 ** (num_failures - 1)
-            self._not_before[worker.endpoint_id, worker.slot] = loop.time() + delay
-            loop.call_later(delay, self._on_change)
+            self._machine.processes.pause(worker.key, num_failures)
 
     async def _start(self, worker: Worker) -> Process | None:
-        """Starts a process for the worker, unless its back-off lasts or another control loop was faster."""
-        key = (worker.endpoint_id, worker.slot)
-        if asyncio.get_running_loop().time() < self._not_before.get(key, 0):
+        """Starts a process for the worker, unless it pauses or another control loop was faster."""
+        if self._machine.processes.is_pausing(worker.key):
             return None
         async with self._machine.starting:
             gpu = (await self._machine.shares()).for_worker() if self._machine.settings.gpus else None
@@ -171,23 +151,16 @@ class LocalCluster:
             worker.num_launches += 1
             worker.gpu = gpu
             environment = self._machine.environment(worker.endpoint_id, gpu) | {"ESD_WORKER_ID": worker.worker_id}
-            process, release = start(
-                self._machine.settings.command, environment, self._log_file(worker), self._on_change
+            command, log_file = self._machine.settings.command, self._log_file(worker)
+            process = await self._machine.processes.start(
+                worker, self._store.claim_launch, command, environment, log_file
             )
-            worker.pid, worker.start_time = process.pid, process.start_time
-            claimed = False
-            try:
-                claimed = await self._store.claim_launch(worker)
-            finally:
-                release(claimed)  # not claimed: the process ends without having run the command
-        if not claimed:
-            return None
-        self._processes[key] = process
-        log.info("a worker is started", worker=worker.worker_id, pid=process.pid, gpu=worker.gpu)
+        if process is not None:
+            log.info("a worker is started", worker=worker.worker_id, pid=process.pid, gpu=worker.gpu)
         return process
 
     def _failure(self, worker: Worker) -> str:
-        code = self._exits.get((worker.endpoint_id, worker.slot))  # None also where another control loop saw it end
+        code = self._exits.get(worker.key)  # None also where another control loop saw it end
         how = "ended" if code is None else f"ended with code {code}"
         words = last_words(self._log_file(worker)) or "its log is empty"
         return f"a worker failed to start {worker.num_failures} times in a row; the last one {how}: {words}"

@@ -1,20 +1,20 @@
-"""Owns what workers and tasks of this machine have in common: their files, their environment, and its GPUs."""
+"""Owns what workers and tasks of this machine have in common: their processes, files, environment, and its GPUs."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.endpoints.cluster.gpus import Shares
+from services.endpoints.cluster.process import Processes
 from services.endpoints.rows import State, Task, Worker
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_store import TaskStore
 
-FIRST_BACKOFF_SECONDS = 0.5  # doubled at each further failure
 # What a process inherits. It gets no other variable: the service's own name the database and its secret.
 _INHERITED = {"PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE"}
 _INHERITED_PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "PYTORCH_", "OMP_", "MKL_", "HF_")
@@ -61,8 +61,11 @@ class LocalSettings:
 class Machine:
     """This machine. An owner is an endpoint or a task, by its id."""
 
-    def __init__(self, settings: LocalSettings, endpoints: EndpointStore, tasks: TaskStore) -> None:
+    def __init__(
+        self, settings: LocalSettings, endpoints: EndpointStore, tasks: TaskStore, on_change: Callable[[], None]
+    ) -> None:
         self.settings = settings
+        self.processes = Processes(on_change)
         self.starting = asyncio.Lock()  # so that no two choose the same GPU
         self._endpoints = endpoints
         self._tasks = tasks

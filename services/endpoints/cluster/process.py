@@ -1,4 +1,4 @@
-"""Owns a handle on a process that may or may not be our child: it tells when the process ends, without polling."""
+"""Owns the processes that rows name, our children or not: handles that tell when one ends, without polling."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+import structlog
 
 from services.common import process as bonds
 
+log = structlog.get_logger()
+
+_FIRST_PAUSE_SECONDS = 0.5  # doubled at each further failure
 # The shell waits for a line before it becomes the command: by then the pid is in the database. If this service dies
 # between the two, the shell reads the end of the pipe and goes, so that nothing ever runs that no row knows.
 _GATE = 'read -r go && exec "$@"'
@@ -98,50 +103,104 @@ class Process:
         self._on_end()
 
 
-def start(
-    command: list[str],
-    environment: dict[str, str],
-    log_file: Path,
-    on_end: Callable[[], None],
-    exit_file: Path | None = None,
-) -> tuple[Process, Callable[[bool], None]]:
-    """Starts a process in a session of its own, held back until the returned function is called.
+class Row(Protocol):
+    """A row with the process that was last started for it; `pid` is None where there is none. `key` outlasts it."""
 
-    Called with True it becomes the command, with False it ends. Its output is appended to the log file, which begins
-    anew and may be shortened meanwhile.
-    With an `exit_file`, the command's exit code is there once the process has ended, and nothing if it was killed.
-    """
-    shell = ["/bin/sh", "-c", _GATE, "worker", *command]
-    if exit_file is not None:
-        shell = ["/bin/sh", "-c", _RECORDING_GATE, str(exit_file), sys.executable, bonds.__file__, *command]
-    gate_out, gate_in = os.pipe()
-    try:
+    pid: int | None
+    start_time: str | None
+
+    @property
+    def key(self) -> str: ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Processes:
+    """The processes of rows. `on_change` is called when one has ended, or when a pause has."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+        self._watched: dict[str, Process] = {}
+        self._pausing: set[str] = set()
+
+    def find(self, row: Row) -> Process | None:
+        """The row's process, adopted if it is not watched yet; one that has ended since is found once.
+
+        None where there is none, or it ended while nobody watched.
+        """
+        process = self._watched.pop(row.key, None)
+        if process is not None and (process.pid, process.start_time) != (row.pid, row.start_time):
+            process.let_go()  # another control loop has replaced it meanwhile
+            process = None
+        if process is None and row.pid is not None and row.start_time is not None:
+            process = Process.adopt(row.pid, row.start_time, self._on_change)
+            if process is not None:
+                log.info("a process is adopted", key=row.key, pid=process.pid)
+        if process is not None and not process.has_ended:
+            self._watched[row.key] = process
+        return process
+
+    async def start(
+        self,
+        row: R,
+        claim: Callable[[R], Awaitable[bool]],
+        command: list[str],
+        environment: dict[str, str],
+        log_file: Path,
+        exit_file: Path | None = None,
+    ) -> Process | None:
+        """Starts the row's next process, in a session of its own; it becomes the command once `claim` wrote the row.
+
+        None: `claim` said no, since another control loop was faster; the process ends without having run the command.
+        Its output is appended to the log file, which begins anew and may be shortened meanwhile. With an `exit_file`,
+        the command's exit code is there once the process has ended, and nothing if it was killed.
+        """
+        shell = ["/bin/sh", "-c", _GATE, "worker", *command]
+        if exit_file is not None:
+            shell = ["/bin/sh", "-c", _RECORDING_GATE, str(exit_file), sys.executable, bonds.__file__, *command]
+        gate_out, gate_in = os.pipe()
+        try:
+            process = self._spawn(shell, gate_out, environment, log_file)
+            row.pid, row.start_time = process.pid, process.start_time
+            if not await claim(row):
+                return None
+            self._watched[row.key] = process
+            os.write(gate_in, b"go\n")
+            return process
+        finally:
+            os.close(gate_in)
+            os.close(gate_out)
+
+    def pause(self, key: str, num_failures: int) -> None:
+        """Begins a pause before the next process of a row, the longer the more often one has failed."""
+        self._pausing.add(key)
+        delay = _FIRST_PAUSE_SECONDS * 2 ** max(0, num_failures - 1)
+        asyncio.get_running_loop().call_later(delay, self._end_pause, key)
+
+    def is_pausing(self, key: str) -> bool:
+        """Whether no process is to be started yet."""
+        return key in self._pausing
+
+    def close(self) -> None:
+        """Lets go of all processes, which run on."""
+        for process in self._watched.values():
+            process.let_go()
+        self._watched.clear()
+
+    def _spawn(self, command: list[str], stdin: int, environment: dict[str, str], log_file: Path) -> Process:
         log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_file.write_bytes(b"")
         with log_file.open("ab") as output:
             child = subprocess.Popen(
-                shell,
-                env=environment,
-                stdin=gate_out,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, env=environment, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         child.returncode = 0  # keeps Popen from waiting for the process: the handle does
-        process = Process(child.pid, os.pidfd_open(child.pid), start_time_of(child.pid), on_end)
-    except OSError:
-        os.close(gate_in)
-        raise
-    finally:
-        os.close(gate_out)
+        return Process(child.pid, os.pidfd_open(child.pid), start_time_of(child.pid), self._on_change)
 
-    def release(go: bool) -> None:
-        if go:
-            with suppress(BrokenPipeError):  # it was killed meanwhile, which the handle tells
-                os.write(gate_in, b"go\n")
-        os.close(gate_in)
-
-    return process, release
+    def _end_pause(self, key: str) -> None:
+        self._pausing.discard(key)
+        self._on_change()
 
 
 def start_time_of(pid: int) -> str:

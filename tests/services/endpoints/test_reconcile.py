@@ -150,7 +150,7 @@ async def test_two_loops_run_one_set_of_workers_and_the_second_takes_over(
     workers = await store.get_workers(endpoint.id)
     assert [worker.num_launches for worker in workers] == [1, 1]
     assert len(peers.queue.workers[endpoint.id]) == 2
-    (leader,) = [loop for loop in loops if loop.cluster._processes]
+    (leader,) = [loop for loop in loops if loop.cluster._machine.processes._watched]
     await leader.stop()
     os.kill(workers[0].pid, signal.SIGKILL)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from services.endpoints.cluster.process import start
+from services.endpoints.cluster.process import Processes
 from services.endpoints.cluster.tail import last_words, shorten
+from services.endpoints.rows import Worker
 
 WORKER = """
 import logging, sys, structlog
@@ -61,8 +62,9 @@ async def test_a_long_log_is_shortened_while_its_process_writes_on(tmp_path: Pat
     os.mkfifo(gate)
     has_ended = asyncio.Event()
     script = 'cat "$1"; read -r go <"$2"; echo the end'
-    _, release = start(["/bin/sh", "-c", script, "sh", str(before), str(gate)], {}, log, has_ended.set)
-    release(True)
+    command = ["/bin/sh", "-c", script, "sh", str(before), str(gate)]
+    worker = Worker(endpoint_id="an endpoint", slot=0)
+    await Processes(has_ended.set).start(worker, _claim, command, {}, log)
     with gate.open("w") as opened:  # waits for the process, which then has written all of it
         shorten(log)
         shorten(log)  # which is short
@@ -75,3 +77,7 @@ async def test_a_long_log_is_shortened_while_its_process_writes_on(tmp_path: Pat
 
 def test_no_log_has_no_last_words(tmp_path: Path) -> None:
     assert last_words(tmp_path / "log") == ""
+
+
+async def _claim(worker: Worker) -> bool:
+    return True

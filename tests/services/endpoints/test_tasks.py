@@ -289,7 +289,7 @@ async def test_two_loops_begin_a_task_once(run_loop: RunLoop, foreman: Foreman, 
     loops = [run_loop(foreman.command), run_loop(foreman.command)]
     task_id = await begin()
     _, end = await foreman.next(task_id)
-    (leader,) = [loop for loop in loops if loop.cluster._tasks._processes]
+    (leader,) = [loop for loop in loops if loop.cluster._machine.processes._watched]
     await leader.stop()
     end()
     assert (await reach(task_id, SUCCEEDED)).num_attempts == 1

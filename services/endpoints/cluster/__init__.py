@@ -8,6 +8,8 @@ from typing import Protocol
 
 from services.endpoints.rows import State, Task
 
+MAX_FAILURES = 3  # of a worker, in a row before it reached the queue: then its pool is given up
+
 
 @dataclass(frozen=True)
 class Following:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import structlog
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from services.endpoints.cluster import Following, Pool, PoolState, TaskState, manifests
+from services.endpoints.cluster import MAX_FAILURES, Following, Pool, PoolState, TaskState, manifests
 from services.endpoints.cluster.kubernetes_api import (
     APPLY,
     INVALID,
@@ -34,12 +34,11 @@ from services.endpoints.cluster.kubernetes_api import (
 from services.endpoints.cluster.kubernetes_tasks import KubernetesTasks
 from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import MANAGED, MANAGER, OWNER, name_of, secret_object
-from services.endpoints.cluster.tail import last_words_in
+from services.endpoints.cluster.tail import last_words_in, why_given_up
 from services.endpoints.rows import Task
 
 log = structlog.get_logger()
 
-MAX_FAILURES = 3
 _SETTLED_SECONDS = 600.0  # until what nobody was seen to change is looked after again
 _KEDA = manifests.KEDA_GROUP, manifests.KEDA_VERSION
 
@@ -255,7 +254,7 @@ class KubernetesCluster:
                 if waiting and waiting.reason == "InvalidImageName":
                     failure = f"the worker's image {worker.image} has an impossible name"
                 elif ended and count - now[name] + 1 >= MAX_FAILURES:
-                    failure = _failure_of(ended if worker.state.terminated else worker.last_state.terminated)
+                    failure = why_given_up(ended.exit_code, last_words_in(ended.message))
         self._restarts[endpoint_id] = now
         return failure
 
@@ -280,10 +279,3 @@ async def running(
             yield cluster
         finally:
             watching.cancel()
-
-
-def _failure_of(end: Any) -> str:
-    words = last_words_in(end.message or "") or "its log is empty"
-    return (
-        f"a worker failed to start {MAX_FAILURES} times in a row; the last one ended with code {end.exit_code}: {words}"
-    )

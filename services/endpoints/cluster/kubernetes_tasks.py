@@ -152,8 +152,7 @@ def _last_failure(pods: list[Any]) -> str:
             if (end := container.state.terminated) and end.exit_code:
                 if end.reason == _NO_MEMORY:
                     return "it was ended since it needs more memory than its instance type has"
-                words = last_words_in(end.message or "") or "its log is empty"
-                return f"it {how_it_ended(end.exit_code)}: {words}"
+                return f"it {how_it_ended(end.exit_code)}: {last_words_in(end.message)}"
         if pod.status.phase == "Failed":
             return f"it was ended by the cluster: {pod.status.message or pod.status.reason or 'nobody says why'}"
     return "its pod is gone"

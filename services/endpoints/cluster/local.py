@@ -13,18 +13,16 @@ from pathlib import Path
 
 import structlog
 
-from services.endpoints.cluster import Pool, PoolState, TaskState
+from services.endpoints.cluster import MAX_FAILURES, Pool, PoolState, TaskState
 from services.endpoints.cluster.local_tasks import LocalTasks
 from services.endpoints.cluster.machine import LocalSettings, Machine
 from services.endpoints.cluster.process import Process
-from services.endpoints.cluster.tail import last_words, shorten
+from services.endpoints.cluster.tail import last_words, shorten, why_given_up
 from services.endpoints.rows import Task, Worker
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_store import TaskStore
 
 log = structlog.get_logger()
-
-MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,8 @@ class LocalCluster:
         for worker in workers:
             process = await self._process_of(worker)
             if process is None and worker.num_failures >= MAX_FAILURES and worker.slot < num_workers:
-                return PoolState(num_running, self._failure(worker))
+                code = self._exits.get(worker.key)  # None also where another control loop saw it end
+                return PoolState(num_running, why_given_up(code, last_words(self._log_file(worker))))
             if process is None and worker.slot < num_workers:
                 process = await self._start(worker)
             elif process is None:
@@ -159,12 +158,6 @@ class LocalCluster:
             log.info("a worker is started", worker=worker.worker_id, pid=process.pid, gpu=worker.gpu)
         return process
 
-    def _failure(self, worker: Worker) -> str:
-        code = self._exits.get(worker.key)  # None also where another control loop saw it end
-        how = "ended" if code is None else f"ended with code {code}"
-        words = last_words(self._log_file(worker)) or "its log is empty"
-        return f"a worker failed to start {worker.num_failures} times in a row; the last one {how}: {words}"
-
     def _log_file(self, worker: Worker) -> Path:
         return self._machine.folder(worker.endpoint_id) / f"worker-{worker.slot}.log"
 
@@ -176,4 +169,4 @@ def _how_it_ended(process: Process, words: str) -> str:
     if process.is_stopping:
         return "it was asked to leave and left"
     code = "" if process.exit is None else f" with code {process.exit}"
-    return f"it ended by itself{code}: {words or 'its log is empty'}"
+    return f"it ended by itself{code}: {words}"

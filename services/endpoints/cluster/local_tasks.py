@@ -49,7 +49,7 @@ class LocalTasks:
             log.info("an attempt of a task was interrupted", task_id=task.id, attempt=task.num_attempts)
             reason = f"attempt {task.num_attempts} was interrupted, which counts for none"
             return self._again(task, task.num_failed, reason)
-        words = last_words(self._log_file(task)) or "its log is empty"
+        words = last_words(self._log_file(task))
         if task.stop_requested:  # as by a training that has told its service how it ended
             log.info("a task was stopped", task_id=task.id, attempt=task.num_attempts, exit=code)
         else:

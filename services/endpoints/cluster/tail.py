@@ -13,6 +13,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from services.endpoints.cluster import MAX_FAILURES
+
 _TAIL_BYTES = 16384
 _MAX_LOG_BYTES = 64 << 20
 _KEPT_LOG_BYTES = 1 << 20
@@ -33,15 +35,18 @@ def how_it_ended(code: int | None) -> str:
     return f"ended with code {code}"
 
 
-def last_words(log_file: Path) -> str:
-    """The last error that was logged; else the last other line that is not of a traceback; else the last message.
+def why_given_up(code: int | None, words: str) -> str:
+    """Why a worker is not started again, by the end of its last process; None where nobody saw its code."""
+    how = "ended" if code is None else f"ended with code {code}"
+    return f"a worker failed to start {MAX_FAILURES} times in a row; the last one {how}: {words}"
 
-    Empty where there is no log, or nothing in it.
-    """
+
+def last_words(log_file: Path) -> str:
+    """The last error that was logged; else the last other line that is not of a traceback; else the last message."""
     try:
         end = _end_of(log_file, _TAIL_BYTES)
     except FileNotFoundError:
-        return ""
+        end = b""
     return last_words_in(end.decode(errors="replace"))
 
 
@@ -63,15 +68,15 @@ def _end_of(file: Path, num_bytes: int) -> bytes:
         return opened.read(num_bytes)
 
 
-def last_words_in(end: str) -> str:
+def last_words_in(end: str | None) -> str:
     """The same of the end of a log that is known already."""
-    lines = [_read(line) for line in end.splitlines() if not _TRACEBACK.match(line)]
+    lines = [_read(line) for line in (end or "").splitlines() if not _TRACEBACK.match(line)]
     errors = [message for level, message in lines if level in _ERRORS]
     others = [message for level, message in lines if not level]
     for found in (errors, others, [message for _, message in lines]):
         if found:
             return found[-1]
-    return ""
+    return "its log is empty"
 
 
 def _read(line: str) -> tuple[str, str]:

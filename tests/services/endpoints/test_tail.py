@@ -75,8 +75,8 @@ async def test_a_long_log_is_shortened_while_its_process_writes_on(tmp_path: Pat
     assert log.stat().st_size <= (1 << 20) + len("the end\n")
 
 
-def test_no_log_has_no_last_words(tmp_path: Path) -> None:
-    assert last_words(tmp_path / "log") == ""
+def test_a_log_that_is_not_there_is_an_empty_one(tmp_path: Path) -> None:
+    assert last_words(tmp_path / "log") == "its log is empty"
 
 
 async def _claim(worker: Worker) -> bool:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal
 
 import structlog
@@ -27,9 +28,9 @@ from services.endpoints.cluster.kubernetes_api import (
     UnknownProfileError,
     connect,
     exists,
+    ignoring,
     sentence,
     told_as_unavailable,
-    unless_missing,
 )
 from services.endpoints.cluster.kubernetes_tasks import KubernetesTasks
 from services.endpoints.cluster.mirror import Mirror
@@ -79,7 +80,7 @@ class KubernetesCluster:
         now = asyncio.get_running_loop().time()
         if now < self._has_secret_until.get(owner_id, 0):
             return True
-        with told_as_unavailable(), unless_missing():
+        with told_as_unavailable(), ignoring(HTTPStatus.NOT_FOUND):
             await self._api.core.read_namespaced_secret(
                 name_of(owner_id), self._api.namespace, _request_timeout=TIMEOUT_SECONDS
             )
@@ -122,7 +123,7 @@ class KubernetesCluster:
         with told_as_unavailable():
             await self._let_go(owner_id)
             for delete in await self._deletions():
-                with unless_missing():
+                with ignoring(HTTPStatus.NOT_FOUND):
                     await delete(name, namespace, propagation_policy="Background", _request_timeout=TIMEOUT_SECONDS)
         for known in (self._restarts, self._settled, self._has_secret_until, self._handed_over):
             known.pop(owner_id, None)
@@ -158,7 +159,7 @@ class KubernetesCluster:
         if not found:
             return None
         if found[0].spec.replicas:
-            with unless_missing():
+            with ignoring(HTTPStatus.NOT_FOUND):
                 await self._scale(found[0], 0)
         return found[0]
 
@@ -199,7 +200,7 @@ class KubernetesCluster:
     async def _let_go(self, owner_id: str) -> None:
         """Lets KEDA scale the pool no longer, if it did; after a start of this service that is not known."""
         if self._has_keda and self._handed_over.get(owner_id, True):
-            with unless_missing():
+            with ignoring(HTTPStatus.NOT_FOUND):
                 await self._api.custom.delete_namespaced_custom_object(
                     *_KEDA,
                     self._api.namespace,

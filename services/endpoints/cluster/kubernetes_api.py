@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,7 @@ APPLY: dict[str, Any] = {
     "_content_type": "application/apply-patch+yaml",
     "_request_timeout": TIMEOUT_SECONDS,
 }
-INVALID = {400, 422}
-_NOT_FOUND, _CONFLICT = 404, 409
+INVALID = {HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY}
 _LATE = timedelta(seconds=10)  # that a kubelet may be with the end of a pod
 # By who goes first: the priority classes of pools and of tasks (deploy/kubernetes/workers/priorities.yaml).
 _PRIORITIES = {
@@ -144,17 +144,13 @@ async def connect(settings: KubernetesSettings) -> client.ApiClient:
 
 
 @contextmanager
-def unless_missing() -> Iterator[None]:
-    """Goes on behind the block where the object is not there."""
-    with _unless(_NOT_FOUND):
+def ignoring(status: HTTPStatus) -> Iterator[None]:
+    """Goes on behind the block where the API server answers so: NOT_FOUND, or CONFLICT for what is there already."""
+    try:
         yield
-
-
-@contextmanager
-def unless_there() -> Iterator[None]:
-    """Goes on behind the block where the object is there already."""
-    with _unless(_CONFLICT):
-        yield
+    except ApiException as error:
+        if error.status != status:
+            raise
 
 
 @contextmanager
@@ -175,12 +171,3 @@ def sentence(error: Exception) -> str:
             return str(json.loads(error.body or b"")["message"])
         return f"{error.status} {error.reason}"
     return str(error) or type(error).__name__
-
-
-@contextmanager
-def _unless(status: int) -> Iterator[None]:
-    try:
-        yield
-    except ApiException as error:
-        if error.status != status:
-            raise

@@ -7,6 +7,7 @@ there is to know it by when a Job is gone.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from kubernetes_asyncio.client.exceptions import ApiException
@@ -19,11 +20,10 @@ from services.endpoints.cluster.kubernetes_api import (
     KubernetesApi,
     UnknownProfileError,
     exists,
+    ignoring,
     is_lost,
     sentence,
     told_as_unavailable,
-    unless_missing,
-    unless_there,
 )
 from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import name_of
@@ -61,7 +61,7 @@ class KubernetesTasks:
             return await self._create(task)
 
     async def _delete(self, task_id: str) -> None:
-        with unless_missing():
+        with ignoring(HTTPStatus.NOT_FOUND):
             await self._api.batch.delete_namespaced_job(
                 name_of(task_id),
                 self._api.namespace,
@@ -73,7 +73,7 @@ class KubernetesTasks:
         """Makes the Job, once: what runs for hours is not changed by a newer version of this service."""
         try:
             manifest = manifests.job(task, self._api.profile(task.instance_type), self._api.program(task.kind))
-            with unless_there():
+            with ignoring(HTTPStatus.CONFLICT):
                 made = await self._api.batch.create_namespaced_job(
                     self._api.namespace, manifest, _request_timeout=TIMEOUT_SECONDS
                 )

@@ -32,19 +32,23 @@ Address = Annotated[
 ]
 
 
-class Settings(BaseSettings):
-    """The base of every process's settings."""
+class FromEnvironment(BaseSettings):
+    """Values that the environment has under one prefix."""
 
     model_config = SettingsConfigDict(env_prefix="ESD_", env_ignore_empty=True, extra="ignore", frozen=True)
+
+
+class Settings(FromEnvironment):
+    """The base of every process's settings."""
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
     log_format: str = Field("console", pattern="^(console|json)$")
 
 
-class BlobSettings(BaseSettings):
+class BlobSettings(FromEnvironment):
     """Where the bucket is. Services talk to `endpoint_url`; presigned URLs are signed for `public_url`."""
 
-    model_config = SettingsConfigDict(env_prefix="ESD_S3_", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="ESD_S3_")
 
     bucket: str
     region: str = "us-east-1"

@@ -41,7 +41,7 @@ class EndpointsSettings(AuditedSettings):
     """`worker_dir` keeps the secrets, logs and model cache of local workers; `max_instances` bounds one endpoint.
 
     A worker that is stopped may take `drain_seconds` to finish its job. With `cluster` kubernetes, the settings of
-    cluster/kubernetes.py say how workers run.
+    cluster/kubernetes_api.py say how workers run; those of scaling.py say how many.
     """
 
     identity_address: Address
@@ -59,12 +59,6 @@ class EndpointsSettings(AuditedSettings):
     max_cpu_tasks: int = Field(1, ge=0)
     # Who scales pools that follow their load: the control loop, or KEDA in the cluster, asking the inference service.
     autoscaler: Literal["own", "keda"] = "own"
-    # How pools follow their load (scaling.ScalingPolicy).
-    scale_target_async: float = Field(3.0, gt=0)
-    scale_target_real_time: float = Field(5.0, gt=0)
-    scale_job_seconds: float = Field(10.0, gt=0)
-    scale_out_seconds: float = Field(30.0, ge=0)
-    scale_in_seconds: float = Field(900.0, ge=0)
 
     @field_validator("autoscaler")
     @classmethod
@@ -72,16 +66,6 @@ class EndpointsSettings(AuditedSettings):
         if value == "keda" and info.data.get("cluster") != "kubernetes":
             raise ValueError("keda scales what runs with ESD_CLUSTER=kubernetes only")
         return value
-
-    def scaling(self) -> ScalingPolicy:
-        """How pools follow their load."""
-        return ScalingPolicy(
-            target_async=self.scale_target_async,
-            target_real_time=self.scale_target_real_time,
-            job_seconds=self.scale_job_seconds,
-            out_seconds=self.scale_out_seconds,
-            in_seconds=self.scale_in_seconds,
-        )
 
     def local(self) -> LocalSettings:
         """How workers run on this machine.
@@ -128,6 +112,7 @@ async def running_cluster(
 
 async def main(settings: EndpointsSettings) -> None:
     """Serves and reconciles until told to stop; workers run on."""
+    policy = load(ScalingPolicy)
     database = Database(settings.database_url)
     await database.migrate("endpoints")
     audit = Audit.from_file("endpoints", settings.audit_key_file)
@@ -144,8 +129,8 @@ async def main(settings: EndpointsSettings) -> None:
     rpc.add_TaskServiceServicer_to_server(TaskServicer(Tasks(tasks)), server.grpc)
     async with running_cluster(settings, store, tasks, wake.set) as cluster:
         task_control = TaskControl(tasks, identity, cluster, wake)
-        scaling, by_cluster = settings.scaling(), settings.autoscaler == "keda"
-        control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, scaling, by_cluster)
+        by_cluster = settings.autoscaler == "keda"
+        control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, policy, by_cluster)
         await server.run(control.run(), audit.log_heads(database))
     await database.dispose()
 

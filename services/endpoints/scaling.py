@@ -11,16 +11,23 @@ import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
-@dataclass(frozen=True)
-class ScalingPolicy:
-    """How pools grow and shrink. Targets are jobs for each worker; a job counts as `job_seconds` of work."""
+from services.common.settings import FromEnvironment
 
-    target_async: float = 3.0
-    target_real_time: float = 5.0
-    job_seconds: float = 10.0
-    out_seconds: float = 30.0
-    in_seconds: float = 900.0
+
+class ScalingPolicy(FromEnvironment):
+    """How pools grow and shrink, from ESD_SCALE_…. Targets are jobs for each worker; a job counts as `job_seconds` of
+    work."""
+
+    model_config = SettingsConfigDict(env_prefix="ESD_SCALE_")
+
+    target_async: float = Field(3.0, gt=0)
+    target_real_time: float = Field(5.0, gt=0)
+    job_seconds: float = Field(10.0, gt=0)
+    out_seconds: float = Field(30.0, ge=0)
+    in_seconds: float = Field(900.0, ge=0)
 
 
 @dataclass(frozen=True)

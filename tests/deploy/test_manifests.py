@@ -28,6 +28,7 @@ from gateway.settings import GatewaySettings, refuse_open_door
 from services.common.settings import BlobSettings, load
 from services.endpoints.__main__ import EndpointsSettings
 from services.endpoints.cluster.kubernetes_api import KubernetesSettings
+from services.endpoints.scaling import ScalingPolicy
 from services.identity.settings import IdentitySettings
 from services.inference.__main__ import InferenceSettings
 from services.models.settings import ModelsSettings
@@ -43,7 +44,7 @@ SETTINGS: dict[str, list[Any]] = {
     "gateway": [GatewaySettings],
     "identity": [IdentitySettings],
     "models": [ModelsSettings, BlobSettings],
-    "endpoints": [EndpointsSettings, KubernetesSettings],
+    "endpoints": [EndpointsSettings, ScalingPolicy, KubernetesSettings],
     "inference": [InferenceSettings, BlobSettings],
     "training": [TrainingSettings, BlobSettings],
 }

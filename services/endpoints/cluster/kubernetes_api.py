@@ -14,11 +14,11 @@ import aiohttp
 from kubernetes_asyncio import client, config
 from kubernetes_asyncio.client.exceptions import ApiException
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from services.common.errors import Unavailable
 from services.common.process import refuse
-from services.common.settings import SOME_URLS, URL
+from services.common.settings import SOME_URLS, URL, FromEnvironment
 from services.endpoints.cluster.pods import MANAGER, Program
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 
@@ -38,7 +38,7 @@ _PRIORITIES = {
 }
 
 
-class KubernetesSettings(BaseSettings):
+class KubernetesSettings(FromEnvironment):
     """How workers and tasks run on a cluster, from ESD_KUBERNETES_….
 
     `server_url` is the gateway as pods see it; without `kubeconfig` the pod's own service account is used. `profiles`
@@ -47,7 +47,7 @@ class KubernetesSettings(BaseSettings):
     `keda_scaler_address` is where KEDA finds the inference service's door for it.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ESD_KUBERNETES_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="ESD_KUBERNETES_")
 
     namespace: str = "esd-workers"
     image: str

@@ -76,7 +76,7 @@ def decide(before: Scale, num_needed: int, num_min: int, num_max: int, now: date
     since = before.surplus_since or now
     peak = max(wanted, before.surplus_peak)
     if now - since >= timedelta(seconds=policy.in_seconds):
-        return Scale(peak)
+        return Scale(peak) if peak == wanted else Scale(peak, surplus_since=now, surplus_peak=wanted)
     return Scale(num_workers, surplus_since=since, surplus_peak=peak)
 
 

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.endpoints.scaling import Backlog, Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
@@ -81,7 +81,7 @@ def test_an_idle_pool_shrinks_to_its_minimum_after_the_idle_time_and_not_before(
 
 
 def test_a_pool_shrinks_to_the_most_that_it_needed_meanwhile() -> None:
-    assert after(Scale(5), [(NOW, 0), (TICK, 3), (2 * TICK, 1), (IN, 0)]) == Scale(3)
+    assert after(Scale(5), [(NOW, 0), (TICK, 3), (2 * TICK, 1), (IN, 0)]) == Scale(3, surplus_since=START + IN)
 
 
 def test_bounds_hold_at_once() -> None:
@@ -107,6 +107,7 @@ def test_more_work_never_needs_fewer_workers(
 
 
 @given(before=scales(), num_needed=counts, limits=bounds)
+@example(before=Scale(2, surplus_since=START - IN, surplus_peak=1), num_needed=0, limits=(0, 2))
 def test_a_decision_is_within_bounds_and_asking_again_changes_nothing(
     before: Scale, num_needed: int, limits: tuple[int, int]
 ) -> None:

@@ -15,7 +15,7 @@ import structlog
 
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
-from services.endpoints.cluster import Cluster, Following, Pool, PoolState
+from services.endpoints.cluster import Autoscaling, Cluster, Pool, PoolState
 from services.endpoints.peers import Holder, Identity, Load, Queue
 from services.endpoints.rows import CREATING, DELETING, DRAINING, FAILED, IN_SERVICE, REAL_TIME, UPDATING, Endpoint
 from services.endpoints.scaling import Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
@@ -131,16 +131,16 @@ class ControlLoop:
         if not endpoint.are_pins_told:
             await self._queue.pin_models(endpoint.id, endpoint.pinned)
             await self._store.set_pins_told(endpoint)
-        following = self._following(endpoint)
-        if self._loads is not None and following is None:
+        autoscaling = self._autoscaling(endpoint)
+        if self._loads is not None and autoscaling is None:
             await self._rescale(endpoint, load)
         num_workers = 0 if endpoint.status in _WITHOUT_WORKERS else endpoint.num_workers
-        if (num_workers or following) and not await self._cluster.has_secret(endpoint.id):
+        if (num_workers or autoscaling) and not await self._cluster.has_secret(endpoint.id):
             secret = await self._identity.create_secret(Holder.WORKER, endpoint.id)
             await self._cluster.save_secret(endpoint.id, secret)
-        pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type, following)
+        pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type, autoscaling)
         state = await self._cluster.apply(pool, num_workers, load.worker_ids)
-        if following and state.num_wanted is not None:
+        if autoscaling and state.num_wanted is not None:
             await self._take_scale(endpoint, Scale(state.num_wanted), "the cluster decided so")
         if endpoint.status == DELETING:
             if state.num_running == 0:
@@ -155,18 +155,16 @@ class ControlLoop:
         elif self._loads is not None:
             await self._observe(endpoint, load, state)
 
-    def _following(self, endpoint: Endpoint) -> Following | None:
+    def _autoscaling(self, endpoint: Endpoint) -> Autoscaling | None:
         """How an endpoint follows its load where that is the cluster's affair."""
-        if not self._scaled_by_cluster or not _follows(endpoint):
+        if not self._scaled_by_cluster or not _follows_load(endpoint):
             return None
-        policy = self._policy
-        target = policy.target_real_time if endpoint.type == REAL_TIME else policy.target_async
-        times = policy.job_seconds, policy.out_seconds, policy.in_seconds
-        return Following(endpoint.num_min, endpoint.num_max, target, *times)
+        target = self._policy.target(endpoint.type == REAL_TIME)
+        return Autoscaling(endpoint.num_min, endpoint.num_max, target, self._policy)
 
     async def _rescale(self, endpoint: Endpoint, load: Load) -> None:
         """Decides how many workers an endpoint that follows its load should have."""
-        if not _follows(endpoint):
+        if not _follows_load(endpoint):
             return
         num_needed = needed_workers(load.backlog, endpoint.type == REAL_TIME, self._policy)
         bounds = endpoint.num_min, endpoint.num_max
@@ -217,7 +215,7 @@ class ControlLoop:
         log.info("an endpoint is gone", endpoint=endpoint.name)
 
 
-def _follows(endpoint: Endpoint) -> bool:
+def _follows_load(endpoint: Endpoint) -> bool:
     """Whether its number of workers follows its load; a new one gets its first before."""
     return endpoint.autoscaling and endpoint.status in (IN_SERVICE, UPDATING)
 

@@ -29,6 +29,10 @@ class ScalingPolicy(FromEnvironment):
     out_seconds: float = Field(30.0, ge=0)
     in_seconds: float = Field(900.0, ge=0)
 
+    def target(self, is_real_time: bool) -> float:
+        """How many jobs a worker is to have."""
+        return self.target_real_time if is_real_time else self.target_async
+
 
 @dataclass(frozen=True)
 class Backlog:
@@ -53,11 +57,10 @@ def needed_workers(backlog: Backlog, is_real_time: bool, policy: ScalingPolicy) 
 
     Never more than there are jobs: a worker without one is of no use.
     """
-    target = policy.target_real_time if is_real_time else policy.target_async
     weight = float(backlog.num_jobs)
     if backlog.work_seconds is not None and backlog.num_jobs:
         weight = backlog.work_seconds / policy.job_seconds
-    return min(backlog.num_jobs, max(math.ceil(weight / target), 1))
+    return min(backlog.num_jobs, max(math.ceil(weight / policy.target(is_real_time)), 1))
 
 
 def decide(before: Scale, num_needed: int, num_min: int, num_max: int, now: datetime, policy: ScalingPolicy) -> Scale:

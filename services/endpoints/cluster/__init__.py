@@ -7,30 +7,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.endpoints.rows import State, Task
+from services.endpoints.scaling import ScalingPolicy
 
 MAX_FAILURES = 3  # of a worker, in a row before it reached the queue: then its pool is given up
 
 
 @dataclass(frozen=True)
-class Following:
+class Autoscaling:
     """How a pool follows its load where the cluster sees to that (KEDA): bounds, jobs for each worker, and times."""
 
     num_min: int
     num_max: int
     target: float
-    job_seconds: float
-    out_seconds: float
-    in_seconds: float
+    policy: ScalingPolicy
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What a cluster needs to know of an endpoint. Where it is `following`, its number of workers is left alone."""
+    """What a cluster needs to know of an endpoint. With `autoscaling` the cluster decides how many workers it has."""
 
     endpoint_id: str
     endpoint_name: str
     instance_type: str
-    following: Following | None = None
+    autoscaling: Autoscaling | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class PoolState:
     """What runs of a pool.
 
     `num_running` counts workers that exist, ready or not. `failure` says why the pool's workers do not start, when
-    trying again is pointless. `num_wanted` is what the cluster has decided where the pool is following its load.
+    trying again is pointless. `num_wanted` is what the cluster has decided for a pool with autoscaling.
     """
 
     num_running: int

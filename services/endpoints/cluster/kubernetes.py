@@ -18,7 +18,7 @@ from typing import Any, Literal
 import structlog
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from services.endpoints.cluster import MAX_FAILURES, Following, Pool, PoolState, TaskState, manifests
+from services.endpoints.cluster import MAX_FAILURES, Autoscaling, Pool, PoolState, TaskState, manifests
 from services.endpoints.cluster.kubernetes_api import (
     APPLY,
     INVALID,
@@ -97,7 +97,7 @@ class KubernetesCluster:
     async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
         """Makes the Deployment as it should be, scales it, and counts its pods."""
         with told_as_unavailable():
-            if num_workers or pool.following:
+            if num_workers or pool.autoscaling:
                 try:
                     deployment = await self._keep(pool, num_workers)
                 except ApiException as error:
@@ -111,7 +111,7 @@ class KubernetesCluster:
             pods = await self._pods.of(pool.endpoint_id)
         num_running = sum(exists(pod) for pod in pods)
         failure = self._failure(pool.endpoint_id, pods, live) if num_workers else None
-        return PoolState(num_running, failure, deployment.spec.replicas if pool.following else None)
+        return PoolState(num_running, failure, deployment.spec.replicas if pool.autoscaling else None)
 
     async def apply_task(self, task: Task, should_run: bool) -> TaskState:
         """Makes the Job as it should be, and reads what became of it."""
@@ -148,7 +148,7 @@ class KubernetesCluster:
         """The pool's Deployment, made as it should be and scaled. A new one has one pod, never too many here."""
         found = await self._deployments.of(pool.endpoint_id)
         deployment = found[0] if found and self._is_settled(pool, found[0]) else await self._apply_deployment(pool)
-        if not pool.following and deployment.spec.replicas != num_workers:
+        if not pool.autoscaling and deployment.spec.replicas != num_workers:
             await self._scale(deployment, num_workers)
         return deployment
 
@@ -177,8 +177,8 @@ class KubernetesCluster:
         manifest = manifests.deployment(pool, self._api.profile(pool.instance_type), self._api.program())
         name, namespace = name_of(pool.endpoint_id), self._api.namespace
         made = await self._api.apps.patch_namespaced_deployment(name, namespace, manifest, **APPLY)
-        if pool.following:
-            await self._hand_over(pool, pool.following)
+        if pool.autoscaling:
+            await self._hand_over(pool, pool.autoscaling)
         else:
             await self._let_go(pool.endpoint_id)
         if await self._knows_budgets():
@@ -189,9 +189,9 @@ class KubernetesCluster:
         self._deployments.put(made)
         return made
 
-    async def _hand_over(self, pool: Pool, following: Following) -> None:
+    async def _hand_over(self, pool: Pool, scaling: Autoscaling) -> None:
         """Lets KEDA scale the pool."""
-        manifest = manifests.scaled_object(pool, following, self._api.keda_scaler_address)
+        manifest = manifests.scaled_object(pool, scaling, self._api.keda_scaler_address)
         await self._api.custom.patch_namespaced_custom_object(
             *_KEDA, self._api.namespace, manifests.SCALED_OBJECTS, name_of(pool.endpoint_id), manifest, **APPLY
         )

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from services.common.process import EXIT_INTERRUPTED
-from services.endpoints.cluster import Following, Pool
+from services.endpoints.cluster import Autoscaling, Pool
 from services.endpoints.cluster.pods import OWNER, Program, labels_of, name_of, pod_template
 from services.endpoints.cluster.profiles import Profile
 from services.endpoints.rows import Task
@@ -48,9 +48,9 @@ def disruption_budget(endpoint_id: str) -> dict[str, Any]:
     }
 
 
-def scaled_object(pool: Pool, following: Following, scaler_address: str) -> dict[str, Any]:
+def scaled_object(pool: Pool, scaling: Autoscaling, scaler_address: str) -> dict[str, Any]:
     """What KEDA needs to scale the pool's Deployment as the own loop would (services/endpoints/scaling.py)."""
-    at_once = [{"type": "Pods", "value": following.num_max, "periodSeconds": 15}]
+    at_once = [{"type": "Pods", "value": scaling.num_max, "periodSeconds": 15}]
 
     def after(seconds: float) -> dict[str, Any]:
         return {"stabilizationWindowSeconds": min(math.ceil(seconds), _LONGEST_WINDOW_SECONDS), "policies": at_once}
@@ -58,10 +58,10 @@ def scaled_object(pool: Pool, following: Following, scaler_address: str) -> dict
     metadata = {
         "scalerAddress": scaler_address,
         "endpointId": pool.endpoint_id,
-        "target": f"{following.target:g}",
-        "jobSeconds": f"{following.job_seconds:g}",
+        "target": f"{scaling.target:g}",
+        "jobSeconds": f"{scaling.policy.job_seconds:g}",
     }
-    behavior = {"scaleUp": after(following.out_seconds), "scaleDown": after(following.in_seconds)}
+    behavior = {"scaleUp": after(scaling.policy.out_seconds), "scaleDown": after(scaling.policy.in_seconds)}
     trigger = {"type": "external-push", "metadata": metadata, "authenticationRef": {"name": _KEDA_AUTHENTICATION}}
     return {
         "apiVersion": f"{KEDA_GROUP}/{KEDA_VERSION}",
@@ -69,11 +69,11 @@ def scaled_object(pool: Pool, following: Following, scaler_address: str) -> dict
         "metadata": {"name": name_of(pool.endpoint_id), "labels": labels_of(pool.endpoint_id)},
         "spec": {
             "scaleTargetRef": {"name": name_of(pool.endpoint_id)},
-            "minReplicaCount": following.num_min,
-            "maxReplicaCount": following.num_max,
+            "minReplicaCount": scaling.num_min,
+            "maxReplicaCount": scaling.num_max,
             "pollingInterval": 5,
-            "cooldownPeriod": math.ceil(following.in_seconds),
-            "initialCooldownPeriod": math.ceil(following.in_seconds),
+            "cooldownPeriod": math.ceil(scaling.policy.in_seconds),
+            "initialCooldownPeriod": math.ceil(scaling.policy.in_seconds),
             "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior}},
             "triggers": [trigger],
         },

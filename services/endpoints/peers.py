@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 import grpc
 
@@ -12,53 +10,29 @@ from esd.identity.v1 import identity_pb2
 from esd.inference.v1 import inference_pb2, inference_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
 from esd.options.v1 import options_pb2
+from services.common.auth import Kind
 from services.common.payloads.models import BASE
 from services.common.rpc_errors import answer, domain_error
 from services.common.users import Users
 from services.common.viewer import Viewer
-from services.endpoints.scaling import Backlog
+from services.endpoints.scaling import Load
 
 _TIMEOUT_SECONDS = 10.0
-
-
-class Holder(StrEnum):
-    """Who holds a secret that this service gives out."""
-
-    WORKER = "worker"
-    TRAINER = "trainer"
-
-
-_CALLERS = {Holder.WORKER: options_pb2.CALLER_WORKER, Holder.TRAINER: options_pb2.CALLER_TRAINER}
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the queue knows of an endpoint: its workers with a live stream, its jobs, and how long one worker would
-    take for them, if it knows."""
-
-    worker_ids: frozenset[str] = frozenset()
-    num_queued: int = 0
-    num_running: int = 0
-    work_seconds: float | None = None
-
-    @property
-    def backlog(self) -> Backlog:
-        """All jobs that have not ended."""
-        return Backlog(self.num_queued + self.num_running, self.work_seconds)
+_CALLERS = {Kind.WORKER: options_pb2.CALLER_WORKER, Kind.TRAINER: options_pb2.CALLER_TRAINER}
 
 
 class Identity(Users):
     """The identity service: users, and the secrets of what this service starts."""
 
-    async def create_secret(self, holder: Holder, owner_id: str) -> str:
+    async def create_secret(self, kind: Kind, owner_id: str) -> str:
         """A new secret for the workers of an endpoint or for a task, in place of any earlier one."""
-        request = identity_pb2.CreateSecretRequest(caller=_CALLERS[holder], subject=owner_id)
+        request = identity_pb2.CreateSecretRequest(caller=_CALLERS[kind], subject=owner_id)
         response = await answer(self._stub.CreateSecret(request, timeout=_TIMEOUT_SECONDS), "identity")
         return str(response.secret)
 
-    async def delete_secret(self, holder: Holder, owner_id: str) -> None:
+    async def delete_secret(self, kind: Kind, owner_id: str) -> None:
         """Makes the secret worthless; idempotent."""
-        request = identity_pb2.DeleteSecretRequest(caller=_CALLERS[holder], subject=owner_id)
+        request = identity_pb2.DeleteSecretRequest(caller=_CALLERS[kind], subject=owner_id)
         await answer(self._stub.DeleteSecret(request, timeout=_TIMEOUT_SECONDS), "identity")
 
 

@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 
 import structlog
 
+from services.common.auth import Kind
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
 from services.endpoints.cluster import Autoscaling, Cluster, Pool, PoolState
-from services.endpoints.peers import Holder, Identity, Load, Queue
+from services.endpoints.peers import Identity, Queue
 from services.endpoints.rows import CREATING, DELETING, DRAINING, FAILED, IN_SERVICE, REAL_TIME, UPDATING, Endpoint
-from services.endpoints.scaling import Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
+from services.endpoints.scaling import Load, Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
 from services.endpoints.store import CHANGED, EndpointStore
 from services.endpoints.task_control import TaskControl
 
@@ -136,7 +137,7 @@ class ControlLoop:
             await self._rescale(endpoint, load)
         num_workers = 0 if endpoint.status in _WITHOUT_WORKERS else endpoint.num_workers
         if (num_workers or autoscaling) and not await self._cluster.has_secret(endpoint.id):
-            secret = await self._identity.create_secret(Holder.WORKER, endpoint.id)
+            secret = await self._identity.create_secret(Kind.WORKER, endpoint.id)
             await self._cluster.save_secret(endpoint.id, secret)
         pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type, autoscaling)
         state = await self._cluster.apply(pool, num_workers, load.worker_ids)
@@ -166,7 +167,7 @@ class ControlLoop:
         """Decides how many workers an endpoint that follows its load should have."""
         if not _follows_load(endpoint):
             return
-        num_needed = needed_workers(load.backlog, endpoint.type == REAL_TIME, self._policy)
+        num_needed = needed_workers(load, endpoint.type == REAL_TIME, self._policy)
         bounds = endpoint.num_min, endpoint.num_max
         scale = decide(endpoint.scale, num_needed, *bounds, datetime.now(UTC), self._policy)
         await self._take_scale(endpoint, scale, _why(load, num_needed, bounds))
@@ -205,11 +206,11 @@ class ControlLoop:
         A worker that was killed holds its jobs until the queue notices, so the endpoint is retired until none is left.
         """
         await self._queue.retire_endpoint(endpoint.id, f"endpoint {endpoint.name} was deleted")
-        if load.num_queued or load.num_running:
+        if load.num_jobs:
             return
         if endpoint.pinned:
             await self._queue.pin_models(endpoint.id, [])
-        await self._identity.delete_secret(Holder.WORKER, endpoint.id)
+        await self._identity.delete_secret(Kind.WORKER, endpoint.id)
         await self._cluster.forget(endpoint.id)
         await self._store.remove_endpoint(endpoint.id)
         log.info("an endpoint is gone", endpoint=endpoint.name)

@@ -35,11 +35,19 @@ class ScalingPolicy(FromEnvironment):
 
 
 @dataclass(frozen=True)
-class Backlog:
-    """Jobs that wait or run, and how long one worker would take for them, where that is known."""
+class Load:
+    """What the queue knows of an endpoint: its workers with a live stream, its jobs, and how long one worker would
+    take for them, if it knows."""
 
-    num_jobs: int = 0
+    worker_ids: frozenset[str] = frozenset()
+    num_queued: int = 0
+    num_running: int = 0
     work_seconds: float | None = None
+
+    @property
+    def num_jobs(self) -> int:
+        """All that have not ended."""
+        return self.num_queued + self.num_running
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,15 @@ class Scale:
     surplus_peak: int = 0
 
 
-def needed_workers(backlog: Backlog, is_real_time: bool, policy: ScalingPolicy) -> int:
-    """ceil(backlog / target), where long jobs count for more than one and short ones for less if their time is known.
+def needed_workers(load: Load, is_real_time: bool, policy: ScalingPolicy) -> int:
+    """ceil(jobs / target), where long jobs count for more than one and short ones for less if their time is known.
 
     Never more than there are jobs: a worker without one is of no use.
     """
-    weight = float(backlog.num_jobs)
-    if backlog.work_seconds is not None and backlog.num_jobs:
-        weight = backlog.work_seconds / policy.job_seconds
-    return min(backlog.num_jobs, max(math.ceil(weight / policy.target(is_real_time)), 1))
+    weight = float(load.num_jobs)
+    if load.work_seconds is not None and load.num_jobs:
+        weight = load.work_seconds / policy.job_seconds
+    return min(load.num_jobs, max(math.ceil(weight / policy.target(is_real_time)), 1))
 
 
 def decide(before: Scale, num_needed: int, num_min: int, num_max: int, now: datetime, policy: ScalingPolicy) -> Scale:

@@ -12,9 +12,10 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
+from services.common.auth import Kind
 from services.common.errors import EsdError
 from services.endpoints.cluster import Cluster, TaskState
-from services.endpoints.peers import Holder, Identity
+from services.endpoints.peers import Identity
 from services.endpoints.rows import State, Task
 from services.endpoints.task_store import TaskStore
 
@@ -57,7 +58,7 @@ class TaskControl:
         is_overdue = task.deadline is not None and datetime.now(UTC) >= task.deadline
         should_run = not task.stop_requested and not is_overdue
         if should_run and not await self._cluster.has_secret(task.id):
-            secret = await self._identity.create_secret(Holder.TRAINER, task.id)
+            secret = await self._identity.create_secret(Kind.TRAINER, task.id)
             await self._cluster.save_secret(task.id, secret)
         found = await self._cluster.apply_task(task, should_run)
         now = found if should_run or found.state == State.RUNNING else _ended(task, found)
@@ -68,7 +69,7 @@ class TaskControl:
             log.info("a task has changed", task_id=task.id, state=now.state, reason=now.reason)
 
     async def _clear(self, task: Task) -> None:
-        await self._identity.delete_secret(Holder.TRAINER, task.id)
+        await self._identity.delete_secret(Kind.TRAINER, task.id)
         await self._cluster.forget(task.id)
         await self._store.set_cleared(task.id)
 

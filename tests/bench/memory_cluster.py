@@ -26,9 +26,8 @@ from services.endpoints.cluster.kubernetes import KubernetesCluster
 from services.endpoints.cluster.kubernetes_api import KubernetesApi, KubernetesSettings
 from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
-from services.endpoints.peers import Load
 from services.endpoints.reconcile import ControlLoop
-from services.endpoints.scaling import ScalingPolicy
+from services.endpoints.scaling import Load, ScalingPolicy
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from services.endpoints.scaling import Backlog, Scale, ScalingPolicy, decide, needed_workers
+from services.endpoints.scaling import Load, Scale, ScalingPolicy, decide, needed_workers
 from tests.bench.memory_cluster import Round, rounds_of
 
 NUM_ENDPOINTS = 1000
@@ -105,7 +105,9 @@ def _decide_all(scales: list[Scale], jobs: Counts, wanted: Counts, policy: Scali
     num_changes = 0
     for index, num_jobs in enumerate(jobs.tolist()):
         before = scales[index]
-        needed = needed_workers(Backlog(num_jobs, num_jobs * JOB_SECONDS), is_real_time=False, policy=policy)
+        needed = needed_workers(
+            Load(num_queued=num_jobs, work_seconds=num_jobs * JOB_SECONDS), is_real_time=False, policy=policy
+        )
         after = decide(before, needed, 0, MAX_WORKERS, now, policy)
         if after.num_workers != before.num_workers:
             num_changes += 1

@@ -15,10 +15,11 @@ from uuid import uuid4
 
 import pytest
 
+from services.common.auth import Kind
 from services.endpoints.cluster import Cluster, Pool, PoolState
 from services.endpoints.cluster.local import LocalCluster
 from services.endpoints.cluster.machine import LocalSettings
-from services.endpoints.peers import Holder, Identity
+from services.endpoints.peers import Identity
 from services.endpoints.rows import Endpoint, State, Task
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
@@ -110,7 +111,7 @@ class Driver:
 @pytest.fixture
 def give_secret(clients: tuple[Identity, Any], pool: Pool) -> Callable[[Cluster], Awaitable[None]]:
     async def give(cluster: Cluster) -> None:
-        await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
+        await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Kind.WORKER, pool.endpoint_id))
 
     return give
 

@@ -16,11 +16,12 @@ from uuid import uuid4
 import pytest
 from kubernetes_asyncio import client
 
+from services.common.auth import Kind
 from services.common.database import Database
 from services.endpoints.cluster import Cluster, Pool
 from services.endpoints.cluster.pods import OWNER, name_of
 from services.endpoints.domain import Endpoints, NewEndpoint
-from services.endpoints.peers import Holder, Identity, Queue
+from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.rows import Endpoint
 from services.endpoints.scaling import ScalingPolicy
@@ -225,7 +226,7 @@ async def test_a_third_node_takes_the_worker_that_waited(
 ) -> None:
     cluster: Cluster = await make_kubernetes()
     pool = Pool(str(uuid4()), "test", "one-gpu")
-    await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
+    await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Kind.WORKER, pool.endpoint_id))
     await cluster.apply(pool, 5, ())
 
     def live() -> int:

@@ -15,9 +15,9 @@ from uuid import uuid4
 import pytest
 from kubernetes_asyncio import client
 
+from services.common.auth import Kind
 from services.endpoints.cluster import Cluster, Pool
 from services.endpoints.cluster.pods import name_of
-from services.endpoints.peers import Holder
 from services.endpoints.rows import State, Task
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
@@ -44,7 +44,7 @@ async def full_cluster(
             cluster: Cluster = await make_kubernetes(worker_or_task(foreman), gpu_priority=gpu_priority)
             pool = Pool(str(uuid4()), "test", "one-gpu")
             pools.append((cluster, pool))
-            await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Holder.WORKER, pool.endpoint_id))
+            await cluster.save_secret(pool.endpoint_id, await clients[0].create_secret(Kind.WORKER, pool.endpoint_id))
             await cluster.apply(pool, NUM_GPUS, ())
             await until(lambda: num_live(peers, pool) == NUM_GPUS, seconds=120)
             await stack.enter_async_context(controlled(TaskControl(task_store, clients[0], cluster, asyncio.Event())))

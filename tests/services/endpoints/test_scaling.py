@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.endpoints.scaling import Backlog, Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
+from services.endpoints.scaling import Load, Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
 
 POLICY = ScalingPolicy()
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -16,7 +16,7 @@ TICK = timedelta(seconds=1)
 counts = st.integers(0, 50)
 bounds = st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda pair: (min(pair), max(*pair, 1)))
 times = st.one_of(st.none(), st.integers(0, 2000).map(lambda seconds: START - timedelta(seconds=seconds)))
-backlogs = st.builds(Backlog, counts, st.one_of(st.none(), st.floats(0, 1e5)))
+loads = st.builds(Load, num_queued=counts, work_seconds=st.one_of(st.none(), st.floats(0, 1e5)))
 
 
 @st.composite
@@ -58,7 +58,7 @@ NOW = timedelta()
 def test_needed_workers_are_the_backlog_over_the_target(
     num_jobs: int, work_seconds: float | None, is_real_time: bool, num_workers: int
 ) -> None:
-    assert needed_workers(Backlog(num_jobs, work_seconds), is_real_time, POLICY) == num_workers
+    assert needed_workers(Load(num_queued=num_jobs, work_seconds=work_seconds), is_real_time, POLICY) == num_workers
 
 
 def test_a_pool_grows_after_the_time_of_need_and_not_before() -> None:
@@ -89,20 +89,21 @@ def test_bounds_hold_at_once() -> None:
     assert decide(Scale(1), 4, 4, 6, START, POLICY) == Scale(4)
 
 
-@given(backlog=backlogs, is_real_time=st.booleans())
+@given(load=loads, is_real_time=st.booleans())
 def test_there_is_a_worker_if_and_only_if_there_is_a_job_and_never_more_than_jobs(
-    backlog: Backlog, is_real_time: bool
+    load: Load, is_real_time: bool
 ) -> None:
-    num_workers = needed_workers(backlog, is_real_time, POLICY)
-    assert (num_workers > 0) == (backlog.num_jobs > 0)
-    assert num_workers <= backlog.num_jobs
+    num_workers = needed_workers(load, is_real_time, POLICY)
+    assert (num_workers > 0) == (load.num_jobs > 0)
+    assert num_workers <= load.num_jobs
 
 
 @given(num_jobs=counts, more=counts, seconds=st.floats(0, 1e5), longer=st.floats(0, 1e5), is_real_time=st.booleans())
 def test_more_work_never_needs_fewer_workers(
     num_jobs: int, more: int, seconds: float, longer: float, is_real_time: bool
 ) -> None:
-    less, much = Backlog(num_jobs, seconds), Backlog(num_jobs + more, seconds + longer)
+    less = Load(num_queued=num_jobs, work_seconds=seconds)
+    much = Load(num_queued=num_jobs + more, work_seconds=seconds + longer)
     assert needed_workers(less, is_real_time, POLICY) <= needed_workers(much, is_real_time, POLICY)
 
 

@@ -19,7 +19,7 @@ from deploy.local.ports import free_port
 from esd.inference.v1 import externalscaler_pb2 as pb
 from esd.inference.v1 import externalscaler_pb2_grpc as rpc
 from services.common.database import Database
-from services.endpoints.scaling import Backlog, ScalingPolicy, needed_workers
+from services.endpoints.scaling import Load, ScalingPolicy, needed_workers
 from services.inference.__main__ import InferenceSettings, keda_door
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.scaler import ScalerServicer, Trigger, backlog
@@ -148,6 +148,6 @@ def test_a_backlog_by_its_target_is_as_many_workers_as_the_own_policy_has(
     trigger = Trigger(uuid4(), target, job_seconds)
     amount = backlog(PoolState([], num_queued, num_held, work_seconds), trigger)
     policy = ScalingPolicy(target_async=target, job_seconds=job_seconds)
-    needed = needed_workers(Backlog(num_queued + num_held, work_seconds), is_real_time=False, policy=policy)
+    needed = needed_workers(Load(frozenset(), num_queued, num_held, work_seconds), is_real_time=False, policy=policy)
     # KEDA's answer is the quotient rounded up; a rounding error at a whole number is not worth a worker.
     assert needed in {math.ceil(amount / target), math.ceil(amount / target - 1e-9)}

@@ -50,22 +50,6 @@ class Change:
     pinned: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class EventPage:
-    """Events, newest first, and the key that continues after them; None at the end."""
-
-    events: list[Event]
-    next_key: str | None
-
-
-@dataclass(frozen=True)
-class Page:
-    """Endpoints, newest first, and the key that continues after them; None at the end."""
-
-    endpoints: list[Endpoint]
-    next_key: str | None
-
-
 class Endpoints:
     """The domain. `max_workers` bounds every count, so that a slip of the finger does not bring the machine down."""
 
@@ -78,8 +62,11 @@ class Endpoints:
         self._models = models
         self._max_workers = max_workers
 
-    async def list_endpoints(self, sees_all: bool, username: str, endpoint_id: str, limit: str, key: str) -> Page:
-        """Endpoints that the caller may see: all, or those that the user of the query may use.
+    async def list_endpoints(
+        self, sees_all: bool, username: str, endpoint_id: str, limit: str, key: str
+    ) -> tuple[list[Endpoint], str | None]:
+        """Endpoints that the caller may see, newest first, and the next page's key: all, or those that the user of the
+        query may use.
 
         Raises:
             InvalidArgument: the user is not known, the limit no number, the key none of ours.
@@ -90,14 +77,14 @@ class Endpoints:
         after = (-position[0].timestamp(), str(position[1])) if position else None
         rows = [
             row
-            for row in await self._store.page_endpoints()
+            for row in await self._store.get_all_live()
             if (sees_all or (viewer and viewer.sees(row.owners)))
             and (not endpoint_id or row.id == endpoint_id)
             and (after is None or _position(row) > after)
         ]
         page = rows[:num_wanted]
         last = page[-1] if len(page) < len(rows) else None
-        return Page(page, make_key(_KEY_NAMES, last.id, last.start_time) if last else None)
+        return page, make_key(_KEY_NAMES, last.id, last.start_time) if last else None
 
     async def create_endpoint(self, new: NewEndpoint, creator: str) -> Endpoint:
         """Adds an endpoint; the control loop starts its workers.
@@ -144,8 +131,10 @@ class Endpoints:
             if await self._store.update_endpoint(before, values, f"by {by.name}: {words or 'nothing'}"):
                 return await self._store.get_live(endpoint_id)
 
-    async def list_events(self, endpoint_id: str, viewer: Viewer, limit: str, key: str) -> EventPage:
-        """What was done with an endpoint that the caller may see.
+    async def list_events(
+        self, endpoint_id: str, viewer: Viewer, limit: str, key: str
+    ) -> tuple[list[Event], str | None]:
+        """What was done with an endpoint that the caller may see, newest first, and the next page's key.
 
         Raises:
             EndpointNotFound: it is not there, or not for this caller. InvalidArgument: a bad limit or key.
@@ -157,7 +146,7 @@ class Endpoints:
         found = await self._events.page_events(endpoint_id, num_wanted + 1, after)
         page = found[:num_wanted]
         last = page[-1] if len(found) > num_wanted else None
-        return EventPage(page, make_key(_EVENT_KEY_NAMES, last.id, last.time) if last else None)
+        return page, make_key(_EVENT_KEY_NAMES, last.id, last.time) if last else None
 
     async def delete_endpoints(self, names: list[str]) -> None:
         """Deletes what is found of these: from now on it is not listed, and its name and roles are free."""
@@ -165,7 +154,7 @@ class Endpoints:
 
     async def find_endpoints(self, name: str, inference_type: str, user: Viewer) -> list[Endpoint]:
         """Endpoints that a job may run on: the pinned one, else the usable ones of the type that the user may use."""
-        rows = await self._store.page_endpoints()
+        rows = await self._store.get_all_live()
         if name:
             return [row for row in rows if row.name == name]
         return [

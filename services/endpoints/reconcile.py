@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import structlog
@@ -181,8 +182,7 @@ class ControlLoop:
             return
         if scale.num_workers != endpoint.num_workers:
             log.info("a pool is scaled", endpoint=endpoint.name, before=endpoint.num_workers, now=scale.num_workers)
-        endpoint.num_workers, endpoint.need_since = scale.num_workers, scale.need_since
-        endpoint.surplus_since, endpoint.surplus_peak = scale.surplus_since, scale.surplus_peak
+        endpoint.sqlmodel_update(asdict(scale))
 
     async def _observe(self, endpoint: Endpoint, load: Load, state: PoolState) -> None:
         """Writes down what the queue sees of the workers."""

@@ -30,7 +30,7 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
         self._endpoints = endpoints
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
-        page = await self._endpoints.list_endpoints(
+        endpoints, next_key = await self._endpoints.list_endpoints(
             sees_all=current_caller().may("sagemaker_endpoint:all"),
             username=request.username,
             endpoint_id=request.endpoint_id,
@@ -38,7 +38,7 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
             key=request.exclusive_start_key,
         )
         return pb.ListEndpointsResponse(
-            endpoints=[_message(row) for row in page.endpoints], last_evaluated_key=json_value(page.next_key)
+            endpoints=[_message(row) for row in endpoints], last_evaluated_key=json_value(next_key)
         )
 
     async def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.CreateEndpointResponse:
@@ -73,14 +73,13 @@ class EndpointsServicer(rpc.EndpointsServiceServicer):
     ) -> pb.ListEndpointEventsResponse:
         caller = current_caller()
         viewer = Viewer(caller.name, list(caller.roles), sees_everything=caller.may("sagemaker_endpoint:all"))
-        page = await self._endpoints.list_events(
+        found, next_key = await self._endpoints.list_events(
             request.endpoint_id, viewer, limit=request.limit, key=request.exclusive_start_key
         )
         events = [
-            pb.EndpointEvent(time=time_text(event.time), type=event.type, message=event.message)
-            for event in page.events
+            pb.EndpointEvent(time=time_text(event.time), type=event.type, message=event.message) for event in found
         ]
-        return pb.ListEndpointEventsResponse(events=events, last_evaluated_key=json_value(page.next_key))
+        return pb.ListEndpointEventsResponse(events=events, last_evaluated_key=json_value(next_key))
 
     async def DeleteEndpoints(self, request: pb.DeleteEndpointsRequest, context: Any) -> pb.DeleteEndpointsResponse:
         await self._endpoints.delete_endpoints(list(request.endpoint_name_list))

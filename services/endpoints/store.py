@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Table, delete, select, text, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
@@ -36,7 +38,8 @@ from services.endpoints.scaling import Scale
 CHANGED = "endpoints_changed"  # the NOTIFY channel that wakes the control loop
 _LEADER_LOCK = 0x656E6470  # any numbers will do, as long as all replicas take the same
 _CREATE_LOCK = 0x656E6471
-_BOUNDS = ("autoscaling", "num_min", "num_max", "num_workers")
+# What nobody may have changed since an endpoint was read by who now decides for it.
+_DECISIVE = ("id", "status", "autoscaling", "num_min", "num_max", "num_workers")
 
 
 class RoleHasEndpoint(FailedPrecondition):
@@ -88,7 +91,7 @@ class EndpointStore:
             await notify(session, CHANGED, endpoint.id)
             await self._audit.record(session, "endpoint.create", endpoint.name, after=endpoint.facts())
 
-    async def page_endpoints(self) -> list[Endpoint]:
+    async def get_all_live(self) -> list[Endpoint]:
         """All endpoints that are not being deleted, newest first. They are few: a role owns at most one.
 
         Asked at every job, hence not by a session.
@@ -112,14 +115,12 @@ class EndpointStore:
             raise EndpointNotFound(f"endpoint with id {endpoint_id} is not found")
         return found
 
-    async def update_endpoint(self, before: Endpoint, values: Mapping[str, Any], message: str) -> bool:
+    async def update_endpoint(self, before: Endpoint, values: dict[str, Any], message: str) -> bool:
         """Changes an endpoint as somebody asked. False: it is not as it was read any more."""
-        read = [col(Endpoint.id) == before.id]
-        read += [getattr(Endpoint, name) == getattr(before, name) for name in ("status", *_BOUNDS)]
         async with self._database.transaction() as session:
             await notify(session, CHANGED, before.id)
             updated = Happening(UPDATED, message)
-            return bool(await self._change(session, "endpoint.update", read, values, updated))
+            return bool(await self._change(session, "endpoint.update", _as_read(before), values, updated))
 
     async def mark_deleting(self, names: list[str]) -> None:
         """Frees the names and roles of these endpoints at once; the control loop does the rest."""
@@ -140,23 +141,15 @@ class EndpointStore:
 
     async def set_scale(self, endpoint: Endpoint, scale: Scale, reason: str) -> bool:
         """Remembers what was decided, and why if it counts. False: the endpoint has changed since it was read."""
-        values: dict[str, Any] = {
-            "num_workers": scale.num_workers,
-            "need_since": scale.need_since,
-            "surplus_since": scale.surplus_since,
-            "surplus_peak": scale.surplus_peak,
-        }
+        values: dict[str, Any] = asdict(scale)
         happening = None
         if scale.num_workers != endpoint.num_workers:
             word = SCALED_OUT if scale.num_workers > endpoint.num_workers else SCALED_IN
-            text = f"from {endpoint.num_workers} to {scale.num_workers} workers: {reason}"
-            happening = Happening(word, text)
+            happening = Happening(word, f"from {endpoint.num_workers} to {scale.num_workers} workers: {reason}")
             if endpoint.status == IN_SERVICE:
                 values["status"] = UPDATING
-        read = [col(Endpoint.id) == endpoint.id, col(Endpoint.status) == endpoint.status]
-        read += [getattr(Endpoint, name) == getattr(endpoint, name) for name in _BOUNDS]
         async with self._database.transaction() as session:
-            return bool(await self._change(session, "endpoint.update", read, values, happening))
+            return bool(await self._change(session, "endpoint.update", _as_read(endpoint), values, happening))
 
     async def set_failed(self, endpoint_id: str, error: str) -> None:
         """Gives an endpoint up."""
@@ -180,19 +173,16 @@ class EndpointStore:
             for endpoint in removed.scalars().all():
                 await self._audit.record(session, "endpoint.remove", endpoint.name, before=endpoint.facts())
 
-    async def get_workers(self, endpoint_id: str | None = None) -> list[Worker]:
-        """The workers of one endpoint, or all."""
-        found = select(Worker).order_by(col(Worker.endpoint_id), col(Worker.slot))
-        if endpoint_id is not None:
-            found = found.where(col(Worker.endpoint_id) == endpoint_id)
+    async def get_workers(self) -> list[Worker]:
+        """The workers of all endpoints."""
         async with self._database.transaction() as session:
-            return list((await session.execute(found)).scalars())
+            found = await session.execute(select(Worker).order_by(col(Worker.endpoint_id), col(Worker.slot)))
+            return list(found.scalars())
 
-    async def add_worker(self, endpoint_id: str, slot: int) -> None:
+    async def add_worker(self, worker: Worker) -> None:
         """Adds an empty place, if it is not there."""
-        statement = text("INSERT INTO workers VALUES (:id, :slot, 0, 0, false) ON CONFLICT DO NOTHING")
         async with self._database.transaction() as session:
-            await session.execute(statement, {"id": endpoint_id, "slot": slot})
+            await session.execute(insert(Worker).values(worker.model_dump()).on_conflict_do_nothing())
 
     async def claim_launch(self, worker: Worker) -> bool:
         """Records a process as the worker's, unless another control loop was first.
@@ -200,15 +190,9 @@ class EndpointStore:
         `worker` is the row as read, with `num_launches` raised by one and the new process in it.
         """
         launched = (
-            _worker(worker)
-            .where(col(Worker.num_launches) == worker.num_launches - 1)
-            .values(
-                num_launches=worker.num_launches,
-                was_live=False,
-                pid=worker.pid,
-                start_time=worker.start_time,
-                gpu=worker.gpu,
-            )
+            _worker(worker, worker.num_launches - 1)
+            .values(num_launches=worker.num_launches, was_live=False)
+            .values(pid=worker.pid, start_time=worker.start_time, gpu=worker.gpu)
         )
         where = f" on GPU {worker.gpu}" if worker.gpu is not None else ""
         started = Happening(WORKER_STARTED, f"worker {worker.slot}, process {worker.pid}{where}")
@@ -236,9 +220,7 @@ class EndpointStore:
     async def remove_worker(self, worker: Worker) -> None:
         """Removes a place whose process has ended."""
         async with self._database.transaction() as session:
-            row = await session.get(Worker, (worker.endpoint_id, worker.slot))
-            if row is not None:
-                await session.delete(row)
+            await session.execute(delete(Worker).where(*_place(worker)))
 
     @asynccontextmanager
     async def leadership(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
@@ -276,7 +258,7 @@ class EndpointStore:
         session: AsyncSession,
         action: str,
         wanted: Sequence[ColumnElement[bool]],
-        values: Mapping[str, Any],
+        values: dict[str, Any],
         happening: Happening | None = None,
     ) -> int:
         """Gives these endpoints the values, and tells the audit and the events of each. Answers how many they are."""
@@ -284,14 +266,21 @@ class EndpointStore:
         found = (await session.execute(query)).scalars().all()
         for endpoint in found:
             before = endpoint.facts()
-            for name, value in values.items():
-                setattr(endpoint, name, value)
+            endpoint.sqlmodel_update(values)
             await self._audit.record(session, action, endpoint.name, before, endpoint.facts())
             if happening is not None:
                 await remember(session, endpoint.id, happening)
         return len(found)
 
 
-def _worker(worker: Worker, num_launches: int | None = None) -> Any:
-    row = update(Worker).where(col(Worker.endpoint_id) == worker.endpoint_id, col(Worker.slot) == worker.slot)
-    return row if num_launches is None else row.where(col(Worker.num_launches) == num_launches)
+def _as_read(endpoint: Endpoint) -> list[ColumnElement[bool]]:
+    return [getattr(Endpoint, name) == getattr(endpoint, name) for name in _DECISIVE]
+
+
+def _place(worker: Worker) -> tuple[ColumnElement[bool], ...]:
+    return col(Worker.endpoint_id) == worker.endpoint_id, col(Worker.slot) == worker.slot
+
+
+def _worker(worker: Worker, num_launches: int) -> Any:
+    """A change of the worker's row, if so many launches is still what it has."""
+    return update(Worker).where(*_place(worker), col(Worker.num_launches) == num_launches)

@@ -114,7 +114,7 @@ async def test_pools_of_the_first_schema_are_as_large_as_they_were_meant_to_be(b
     rows = {row.id[-1]: row for row in await store.get_all()}
     assert {number: row.num_workers for number, row in rows.items()} == {"1": 3, "2": 2, "3": 1}
     assert rows["2"].error == "no CUDA here"
-    assert [worker.pid for worker in await store.get_workers(ENDPOINT)] == [4242, None]
+    assert [worker.pid for worker in await store.get_workers()] == [4242, None]
     await store.mark_deleting(["esd-async-one"])  # and they go on from there
 
 

@@ -59,8 +59,9 @@ class LocalCluster:
         read = await self._read_once()
         workers = read.workers.get(pool.endpoint_id, [])
         for slot in set(range(num_workers)) - {worker.slot for worker in workers}:
-            await self._store.add_worker(pool.endpoint_id, slot)
-            workers.append(Worker(endpoint_id=pool.endpoint_id, slot=slot))
+            worker = Worker(endpoint_id=pool.endpoint_id, slot=slot)
+            await self._store.add_worker(worker)
+            workers.append(worker)
         num_running = 0
         for worker in workers:
             process = await self._process_of(worker)

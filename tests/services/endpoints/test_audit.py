@@ -31,7 +31,7 @@ async def test_each_change_of_an_endpoint_writes_one_row(
     assert (row["actor"], row["address"], row["request_id"]) == ("ann", "192.0.2.7", "request-1")
     assert row["changes"]["owners"] == {"to": ["painter"]}
 
-    (endpoint,) = await store.page_endpoints()
+    (endpoint,) = await store.get_all_live()
     await store.set_num_live(endpoint.id, 1)
     await store.set_in_service(endpoint.id, datetime.now(UTC))
     await store.set_in_service(endpoint.id, datetime.now(UTC))

@@ -40,7 +40,7 @@ def settled(store: EndpointStore, peers: Peers) -> Settled:
     async def wait(num_workers: int) -> Endpoint:
         async def found() -> Endpoint | None:
             (row,) = await store.get_all()
-            workers = await store.get_workers(row.id)
+            workers = await store.get_workers()
             seen = len(peers.queue.workers.get(row.id, ()))
             as_wanted = {len(workers), seen, row.num_live, row.num_workers} == {num_workers}
             return row if as_wanted and row.status == "InService" else None

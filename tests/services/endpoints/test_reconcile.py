@@ -54,7 +54,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 async def worker_of(store: EndpointStore, endpoint: Endpoint) -> Worker:
-    (worker,) = await store.get_workers(endpoint.id)
+    (worker,) = [row for row in await store.get_workers() if row.endpoint_id == endpoint.id]
     return worker
 
 
@@ -147,7 +147,7 @@ async def test_two_loops_run_one_set_of_workers_and_the_second_takes_over(
     loops = [run_loop(), run_loop()]
     await create(num_workers=2)
     endpoint = await endpoint_in("InService", 2)
-    workers = await store.get_workers(endpoint.id)
+    workers = await store.get_workers()
     assert [worker.num_launches for worker in workers] == [1, 1]
     assert len(peers.queue.workers[endpoint.id]) == 2
     (leader,) = [loop for loop in loops if loop.cluster._machine.processes._watched]
@@ -155,11 +155,11 @@ async def test_two_loops_run_one_set_of_workers_and_the_second_takes_over(
     os.kill(workers[0].pid, signal.SIGKILL)
 
     async def replaced() -> bool:
-        rows = await store.get_workers(endpoint.id)
+        rows = await store.get_workers()
         return [row.num_launches for row in rows] == [2, 1] and all(row.was_live for row in rows)
 
     await until(replaced)
-    assert [row.pid for row in await store.get_workers(endpoint.id)][1] == workers[1].pid
+    assert [row.pid for row in await store.get_workers()][1] == workers[1].pid
 
 
 async def test_three_failed_starts_make_the_endpoint_failed_with_the_reason(
@@ -174,7 +174,7 @@ async def test_three_failed_starts_make_the_endpoint_failed_with_the_reason(
     assert retired == (endpoint.id, f"endpoint esd-async-test failed: {sentence}")
 
     async def no_workers() -> bool:
-        return await store.get_workers(endpoint.id) == []
+        return await store.get_workers() == []
 
     await until(no_workers)
 
@@ -223,8 +223,8 @@ async def test_a_worker_that_does_not_end_in_time_is_killed(
 async def test_gpus_are_shared_out(run_loop: RunLoop, create: Create, store: EndpointStore, endpoint_in: Any) -> None:
     run_loop(gpus=("0", "1"))
     await create(num_workers=2)
-    endpoint = await endpoint_in("InService", 2)
-    workers = await store.get_workers(endpoint.id)
+    await endpoint_in("InService", 2)
+    workers = await store.get_workers()
     assert [worker.gpu for worker in workers] == ["0", "1"]
     for worker in workers:
         assert environment_of(worker.pid)["CUDA_VISIBLE_DEVICES"] == worker.gpu

@@ -17,7 +17,7 @@ import structlog
 from services.common.auth import Kind
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
-from services.endpoints.cluster import Autoscaling, Cluster, Pool, PoolState
+from services.endpoints.cluster import Autoscaling, Cluster, Pool, PoolStatus
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.rows import CREATING, DELETING, DRAINING, FAILED, IN_SERVICE, REAL_TIME, UPDATING, Endpoint
 from services.endpoints.scaling import Load, Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
@@ -141,21 +141,21 @@ class ControlLoop:
             secret = await self._identity.create_secret(Kind.WORKER, endpoint.id)
             await self._cluster.save_secret(endpoint.id, secret)
         pool = Pool(endpoint.id, endpoint.name, endpoint.instance_type, autoscaling)
-        state = await self._cluster.apply(pool, num_workers, load.worker_ids)
-        if autoscaling and state.num_wanted is not None:
-            await self._take_scale(endpoint, Scale(state.num_wanted), "the cluster decided so")
+        status = await self._cluster.apply(pool, num_workers, load.worker_ids)
+        if autoscaling and status.num_wanted is not None:
+            await self._take_scale(endpoint, Scale(status.num_wanted), "the cluster decided so")
         if endpoint.status == DELETING:
-            if state.num_running == 0:
+            if status.num_running == 0:
                 await self._clean_up(endpoint, load)
         elif endpoint.status == FAILED:
             await self._retire_failed(endpoint, endpoint.error or "")
-        elif state.failure:
-            log.error("an endpoint failed", endpoint=endpoint.name, error=state.failure)
-            await self._store.set_failed(endpoint.id, state.failure)
-            await self._retire_failed(endpoint, state.failure)
+        elif status.failure:
+            log.error("an endpoint failed", endpoint=endpoint.name, error=status.failure)
+            await self._store.set_failed(endpoint.id, status.failure)
+            await self._retire_failed(endpoint, status.failure)
             self._wake.set()  # stop its other workers
         elif self._loads is not None:
-            await self._observe(endpoint, load, state)
+            await self._observe(endpoint, load, status)
 
     def _autoscaling(self, endpoint: Endpoint) -> Autoscaling | None:
         """How an endpoint follows its load where that is the cluster's affair."""
@@ -184,12 +184,12 @@ class ControlLoop:
             log.info("a pool is scaled", endpoint=endpoint.name, before=endpoint.num_workers, now=scale.num_workers)
         endpoint.sqlmodel_update(asdict(scale))
 
-    async def _observe(self, endpoint: Endpoint, load: Load, state: PoolState) -> None:
+    async def _observe(self, endpoint: Endpoint, load: Load, status: PoolStatus) -> None:
         """Writes down what the queue sees of the workers."""
         num_live = len(load.worker_ids)
         if num_live != endpoint.num_live:
             await self._store.set_num_live(endpoint.id, num_live)
-        has_arrived = num_live == state.num_running == endpoint.num_workers
+        has_arrived = num_live == status.num_running == endpoint.num_workers
         if (num_live and endpoint.status == CREATING) or (has_arrived and endpoint.status == UPDATING):
             await self._store.set_in_service(endpoint.id, datetime.now(UTC))
             log.info("an endpoint is in service", endpoint=endpoint.name)

@@ -109,7 +109,7 @@ class Worker(SQLModel, table=True):
         return f"{self.key}-{self.num_launches}"
 
 
-class State(StrEnum):
+class TaskState(StrEnum):
     """Where a task is in its life. It waits again between two attempts."""
 
     WAITING = "waiting"
@@ -119,7 +119,7 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
-OPEN = (State.WAITING, State.RUNNING)  # of a task that has not ended
+OPEN = (TaskState.WAITING, TaskState.RUNNING)  # of a task that has not ended
 
 
 class Task(SQLModel, table=True):
@@ -137,7 +137,7 @@ class Task(SQLModel, table=True):
     instance_type: str
     max_attempts: int
     deadline_seconds: int | None = Field(default=None, sa_type=BigInteger)
-    state: str = State.WAITING
+    state: str = TaskState.WAITING
     reason: str = ""
     stop_requested: bool = False
     num_attempts: int = 0

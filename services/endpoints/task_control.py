@@ -14,9 +14,9 @@ import structlog
 
 from services.common.auth import Kind
 from services.common.errors import EsdError
-from services.endpoints.cluster import Cluster, TaskState
+from services.endpoints.cluster import Cluster, TaskStatus
 from services.endpoints.peers import Identity
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 from services.endpoints.task_store import TaskStore
 
 log = structlog.get_logger()
@@ -61,8 +61,8 @@ class TaskControl:
             secret = await self._identity.create_secret(Kind.TRAINER, task.id)
             await self._cluster.save_secret(task.id, secret)
         found = await self._cluster.apply_task(task, should_run)
-        now = found if should_run or found.state == State.RUNNING else _ended(task, found)
-        if now == TaskState.of(task, State(task.state), task.reason):
+        now = found if should_run or found.state == TaskState.RUNNING else _ended(task, found)
+        if now == TaskStatus.of(task, TaskState(task.state), task.reason):
             return
         if await self._store.set_state(task.id, now.state, now.num_attempts, now.num_failed, now.reason):
             self._wake.set()  # it has a deadline now, or left a GPU, or is to be cleared up
@@ -74,9 +74,9 @@ class TaskControl:
         await self._store.set_cleared(task.id)
 
 
-def _ended(task: Task, found: TaskState) -> TaskState:
+def _ended(task: Task, found: TaskStatus) -> TaskStatus:
     """What a task is that should not run any more, and does not."""
     if task.stop_requested:
-        return replace(found, state=State.STOPPED, reason="")
+        return replace(found, state=TaskState.STOPPED, reason="")
     took = f"it took longer than its {task.deadline_seconds} seconds"
-    return replace(found, state=State.FAILED, reason=took)
+    return replace(found, state=TaskState.FAILED, reason=took)

@@ -7,16 +7,16 @@ from typing import Any
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
 from services.common.auth import current_caller
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 from services.endpoints.tasks import TRAIN, NewTask, Tasks
 
 _KINDS = {pb.TASK_KIND_TRAIN: TRAIN}
 _STATES = {
-    State.WAITING: pb.TASK_STATE_WAITING,
-    State.RUNNING: pb.TASK_STATE_RUNNING,
-    State.SUCCEEDED: pb.TASK_STATE_SUCCEEDED,
-    State.FAILED: pb.TASK_STATE_FAILED,
-    State.STOPPED: pb.TASK_STATE_STOPPED,
+    TaskState.WAITING: pb.TASK_STATE_WAITING,
+    TaskState.RUNNING: pb.TASK_STATE_RUNNING,
+    TaskState.SUCCEEDED: pb.TASK_STATE_SUCCEEDED,
+    TaskState.FAILED: pb.TASK_STATE_FAILED,
+    TaskState.STOPPED: pb.TASK_STATE_STOPPED,
 }
 
 
@@ -46,5 +46,5 @@ class TaskServicer(rpc.TaskServiceServicer):
 
 def _message(task: Task) -> pb.Task:
     return pb.Task(
-        task_id=task.id, state=_STATES[State(task.state)], reason=task.reason, num_attempts=task.num_attempts
+        task_id=task.id, state=_STATES[TaskState(task.state)], reason=task.reason, num_attempts=task.num_attempts
     )

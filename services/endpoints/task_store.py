@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from services.common.database import Database, notify
 from services.common.errors import NotFound
-from services.endpoints.rows import OPEN, State, Task
+from services.endpoints.rows import OPEN, Task, TaskState
 from services.endpoints.store import CHANGED
 
 
@@ -64,18 +64,18 @@ class TaskStore:
         `task` is the row as read, with `num_attempts` raised by one and the new process in it.
         """
         values: dict[str, Any] = {"pid": task.pid, "start_time": task.start_time, "gpu": task.gpu}
-        values |= {"num_attempts": task.num_attempts, "state": State.RUNNING, "reason": ""}
+        values |= {"num_attempts": task.num_attempts, "state": TaskState.RUNNING, "reason": ""}
         values |= {"begin_time": func.coalesce(col(Task.begin_time), func.clock_timestamp())}
         return await self._change(task.id, col(Task.num_attempts) == task.num_attempts - 1, values)
 
-    async def set_state(self, task_id: str, state: State, num_attempts: int, num_failed: int, reason: str) -> bool:
+    async def set_state(self, task_id: str, state: TaskState, num_attempts: int, num_failed: int, reason: str) -> bool:
         """Remembers what became of the task after so many attempts. One that does not run has no process.
 
         False: it has ended already, or another control loop has begun it again meanwhile.
         """
         values: dict[str, Any] = {"state": state, "num_attempts": num_attempts, "reason": reason}
         values["num_failed"] = num_failed
-        if state == State.RUNNING:
+        if state == TaskState.RUNNING:
             values["begin_time"] = func.coalesce(col(Task.begin_time), func.clock_timestamp())
         else:
             values |= {"pid": None, "start_time": None, "gpu": None}

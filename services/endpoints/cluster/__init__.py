@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 from services.endpoints.scaling import ScalingPolicy
 
 MAX_FAILURES = 3  # of a worker, in a row before it reached the queue: then its pool is given up
@@ -33,7 +33,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class PoolState:
+class PoolStatus:
     """What runs of a pool.
 
     `num_running` counts workers that exist, ready or not. `failure` says why the pool's workers do not start, when
@@ -46,16 +46,16 @@ class PoolState:
 
 
 @dataclass(frozen=True)
-class TaskState:
+class TaskStatus:
     """What became of a task so far, and what it waits for or why it failed."""
 
-    state: State
+    state: TaskState
     num_attempts: int
     num_failed: int
     reason: str = ""
 
     @classmethod
-    def of(cls, task: Task, state: State, reason: str = "") -> TaskState:
+    def of(cls, task: Task, state: TaskState, reason: str = "") -> TaskStatus:
         """The task in this state after the attempts that its row knows."""
         return cls(state, task.num_attempts, task.num_failed, reason)
 
@@ -75,11 +75,11 @@ class Cluster(Protocol):
         """Puts the secret where the owner's processes find it."""
         ...
 
-    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
+    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolStatus:
         """Starts what is missing and stops what is too many; `live` are the ids of workers that the queue sees."""
         ...
 
-    async def apply_task(self, task: Task, should_run: bool) -> TaskState:
+    async def apply_task(self, task: Task, should_run: bool) -> TaskStatus:
         """Begins the task when it is its turn, and again while it may; stops it when it should not run any more.
 
         It has stopped when the answer is not RUNNING.

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import structlog
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from services.endpoints.cluster import MAX_FAILURES, Autoscaling, Pool, PoolState, TaskState, manifests
+from services.endpoints.cluster import MAX_FAILURES, Autoscaling, Pool, PoolStatus, TaskStatus, manifests
 from services.endpoints.cluster.kubernetes_api import (
     APPLY,
     INVALID,
@@ -94,7 +94,7 @@ class KubernetesCluster:
             name, manifest = name_of(owner_id), secret_object(owner_id, secret)
             await self._api.core.patch_namespaced_secret(name, self._api.namespace, manifest, **APPLY)
 
-    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
+    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolStatus:
         """Makes the Deployment as it should be, scales it, and counts its pods."""
         with told_as_unavailable():
             if num_workers or pool.autoscaling:
@@ -103,17 +103,17 @@ class KubernetesCluster:
                 except ApiException as error:
                     if error.status not in INVALID:
                         raise
-                    return PoolState(0, f"the cluster refuses these workers: {sentence(error)}")
+                    return PoolStatus(0, f"the cluster refuses these workers: {sentence(error)}")
                 except UnknownProfileError as error:
-                    return PoolState(0, str(error))
+                    return PoolStatus(0, str(error))
             else:
                 deployment = await self._empty(pool.endpoint_id)
             pods = await self._pods.of(pool.endpoint_id)
         num_running = sum(exists(pod) for pod in pods)
         failure = self._failure(pool.endpoint_id, pods, live) if num_workers else None
-        return PoolState(num_running, failure, deployment.spec.replicas if pool.autoscaling else None)
+        return PoolStatus(num_running, failure, deployment.spec.replicas if pool.autoscaling else None)
 
-    async def apply_task(self, task: Task, should_run: bool) -> TaskState:
+    async def apply_task(self, task: Task, should_run: bool) -> TaskStatus:
         """Makes the Job as it should be, and reads what became of it."""
         return await self._tasks.apply(task, should_run)
 

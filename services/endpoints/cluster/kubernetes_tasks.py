@@ -13,7 +13,7 @@ from typing import Any
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from services.common.process import EXIT_INTERRUPTED
-from services.endpoints.cluster import TaskState, manifests
+from services.endpoints.cluster import TaskStatus, manifests
 from services.endpoints.cluster.kubernetes_api import (
     INVALID,
     TIMEOUT_SECONDS,
@@ -28,7 +28,7 @@ from services.endpoints.cluster.kubernetes_api import (
 from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import name_of
 from services.endpoints.cluster.tail import how_it_ended, last_words_in
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 
 _NO_MEMORY = "OOMKilled"  # a container's reason, by its runtime
 
@@ -41,7 +41,7 @@ class KubernetesTasks:
         self._jobs = jobs
         self._pods = pods
 
-    async def apply(self, task: Task, should_run: bool) -> TaskState:
+    async def apply(self, task: Task, should_run: bool) -> TaskStatus:
         """Makes the Job or deletes it, and reads from it and its pods what became of the task."""
         with told_as_unavailable():
             jobs, pods = await self._jobs.of(task.id), await self._pods.of(task.id)
@@ -49,14 +49,14 @@ class KubernetesTasks:
                 if jobs:
                     await self._delete(task.id)
                 is_running = any(exists(pod) for pod in pods)
-                return TaskState.of(task, State.RUNNING if is_running else State.WAITING, task.reason)
+                return TaskStatus.of(task, TaskState.RUNNING if is_running else TaskState.WAITING, task.reason)
             if not jobs:
                 return await self._create(task)
-            state = _state(task, jobs[0], pods)
-            if state.state != State.WAITING or not _is_left_with_lost(jobs[0], pods):
-                return state
-            if state.num_failed > task.num_failed:
-                return state  # the row has to know it before the Job is gone
+            status = _status(task, jobs[0], pods)
+            if status.state != TaskState.WAITING or not _is_left_with_lost(jobs[0], pods):
+                return status
+            if status.num_failed > task.num_failed:
+                return status  # the row has to know it before the Job is gone
             await self._delete(task.id)
             return await self._create(task)
 
@@ -69,7 +69,7 @@ class KubernetesTasks:
                 _request_timeout=TIMEOUT_SECONDS,
             )
 
-    async def _create(self, task: Task) -> TaskState:
+    async def _create(self, task: Task) -> TaskStatus:
         """Makes the Job, once: what runs for hours is not changed by a newer version of this service."""
         try:
             manifest = manifests.job(task, self._api.profile(task.instance_type), self._api.program(task.kind))
@@ -81,13 +81,13 @@ class KubernetesTasks:
         except ApiException as error:
             if error.status not in INVALID:
                 raise
-            return TaskState.of(task, State.FAILED, f"the cluster refuses this task: {sentence(error)}")
+            return TaskStatus.of(task, TaskState.FAILED, f"the cluster refuses this task: {sentence(error)}")
         except UnknownProfileError as error:
-            return TaskState.of(task, State.FAILED, str(error))
-        return TaskState.of(task, State.WAITING, task.reason)
+            return TaskStatus.of(task, TaskState.FAILED, str(error))
+        return TaskStatus.of(task, TaskState.WAITING, task.reason)
 
 
-def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
+def _status(task: Task, job: Any, pods: list[Any]) -> TaskStatus:
     """What became of the task. Its pods know first; the Job remembers those that are gone."""
     pods = [pod for pod in pods if not is_lost(pod)]
     # The times are whole seconds; of two in one, the one that changed last.
@@ -97,15 +97,15 @@ def _state(task: Task, job: Any, pods: list[Any]) -> TaskState:
     conditions = {found.type for found in job.status.conditions or () if found.status == "True"}
     num_failed = max(_num_failed(job), phases.count("Failed"), task.num_failed)
     if "Succeeded" in phases or "Complete" in conditions:
-        return TaskState(State.SUCCEEDED, max(num_failed + 1, task.num_attempts), num_failed)
+        return TaskStatus(TaskState.SUCCEEDED, max(num_failed + 1, task.num_attempts), num_failed)
     if num_failed >= task.max_attempts or "Failed" in conditions:
-        return TaskState(State.FAILED, max(num_failed, task.num_attempts), num_failed, _last_failure(pods))
+        return TaskStatus(TaskState.FAILED, max(num_failed, task.num_attempts), num_failed, _last_failure(pods))
     if "Running" in phases:
-        return TaskState(State.RUNNING, max(num_failed + 1, task.num_attempts), num_failed)
+        return TaskStatus(TaskState.RUNNING, max(num_failed + 1, task.num_attempts), num_failed)
     reason = _obstacle(pods[-1]) if phases[-1:] == ["Pending"] else ""
     if not reason and num_failed:
         reason = f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}"
-    return TaskState(State.WAITING, max(num_failed, task.num_attempts), num_failed, reason or task.reason)
+    return TaskStatus(TaskState.WAITING, max(num_failed, task.num_attempts), num_failed, reason or task.reason)
 
 
 def _num_failed(job: Any) -> int:

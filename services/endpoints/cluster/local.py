@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from services.endpoints.cluster import MAX_FAILURES, Pool, PoolState, TaskState
+from services.endpoints.cluster import MAX_FAILURES, Pool, PoolStatus, TaskStatus
 from services.endpoints.cluster.local_tasks import LocalTasks
 from services.endpoints.cluster.machine import LocalSettings, Machine
 from services.endpoints.cluster.process import Process
@@ -54,7 +54,7 @@ class LocalCluster:
         """Writes the secret's file, readable for this user only."""
         self._machine.save_secret(owner_id, secret)
 
-    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolState:
+    async def apply(self, pool: Pool, num_workers: int, live: Collection[str]) -> PoolStatus:
         """Looks at each worker of the pool once: starts, stops, restarts, counts."""
         read = await self._read_once()
         workers = read.workers.get(pool.endpoint_id, [])
@@ -67,7 +67,7 @@ class LocalCluster:
             process = await self._process_of(worker)
             if process is None and worker.num_failures >= MAX_FAILURES and worker.slot < num_workers:
                 code = self._exits.get(worker.key)  # None also where another control loop saw it end
-                return PoolState(num_running, why_given_up(code, last_words(self._log_file(worker))))
+                return PoolStatus(num_running, why_given_up(code, last_words(self._log_file(worker))))
             if process is None and worker.slot < num_workers:
                 process = await self._start(worker)
             elif process is None:
@@ -77,9 +77,9 @@ class LocalCluster:
             elif worker.worker_id in live and not worker.was_live:
                 await self._store.set_worker_live(worker)
             num_running += process is not None
-        return PoolState(num_running)
+        return PoolStatus(num_running)
 
-    async def apply_task(self, task: Task, should_run: bool) -> TaskState:
+    async def apply_task(self, task: Task, should_run: bool) -> TaskStatus:
         """Looks at the task once: starts it, stops it, starts it again."""
         return await self._tasks.apply(task, should_run)
 

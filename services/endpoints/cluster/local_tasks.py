@@ -12,10 +12,10 @@ from pathlib import Path
 import structlog
 
 from services.common.process import EXIT_INTERRUPTED
-from services.endpoints.cluster import TaskState
+from services.endpoints.cluster import TaskStatus
 from services.endpoints.cluster.machine import Machine
 from services.endpoints.cluster.tail import how_it_ended, last_words
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 from services.endpoints.task_store import TaskStore
 
 log = structlog.get_logger()
@@ -28,7 +28,7 @@ class LocalTasks:
         self._machine = machine
         self._store = store
 
-    async def apply(self, task: Task, should_run: bool) -> TaskState:
+    async def apply(self, task: Task, should_run: bool) -> TaskStatus:
         """Looks at the task once: starts it, stops it, starts it again; says what became of it."""
         if task.pid is not None:
             process = self._machine.processes.find(task)
@@ -36,15 +36,15 @@ class LocalTasks:
                 return self._how_it_ended(task)
             if not should_run:
                 process.stop(self._machine.settings.stop_seconds)
-            return TaskState.of(task, State.RUNNING)
+            return TaskStatus.of(task, TaskState.RUNNING)
         if not should_run:
-            return TaskState.of(task, State.WAITING)
+            return TaskStatus.of(task, TaskState.WAITING)
         return await self._start(task)
 
-    def _how_it_ended(self, task: Task) -> TaskState:
+    def _how_it_ended(self, task: Task) -> TaskStatus:
         code = self._exit_code(task)
         if code == 0:
-            return TaskState.of(task, State.SUCCEEDED)
+            return TaskStatus.of(task, TaskState.SUCCEEDED)
         if code == EXIT_INTERRUPTED:
             log.info("an attempt of a task was interrupted", task_id=task.id, attempt=task.num_attempts)
             reason = f"attempt {task.num_attempts} was interrupted, which counts for none"
@@ -58,23 +58,23 @@ class LocalTasks:
         num_failed = task.num_failed + 1
         reason = f"it {how_it_ended(code)}: {words}"
         if num_failed >= task.max_attempts:
-            return TaskState(State.FAILED, task.num_attempts, num_failed, reason)
+            return TaskStatus(TaskState.FAILED, task.num_attempts, num_failed, reason)
         return self._again(task, num_failed, f"attempt {num_failed} of {task.max_attempts} failed: {reason}")
 
-    def _again(self, task: Task, num_failed: int, reason: str) -> TaskState:
+    def _again(self, task: Task, num_failed: int, reason: str) -> TaskStatus:
         """Has the task begun again, the later the more often it has failed."""
         self._machine.processes.pause(task.key, num_failed)
-        return TaskState(State.WAITING, task.num_attempts, num_failed, reason)
+        return TaskStatus(TaskState.WAITING, task.num_attempts, num_failed, reason)
 
-    async def _start(self, task: Task) -> TaskState:
+    async def _start(self, task: Task) -> TaskStatus:
         """Starts a process for the task, unless it has to wait or another control loop was faster."""
-        waiting = TaskState.of(task, State.WAITING, task.reason)
+        waiting = TaskStatus.of(task, TaskState.WAITING, task.reason)
         if self._machine.processes.is_pausing(task.key):
             return waiting
         async with self._machine.starting:
             gpu, obstacle = await self._machine.place_for_task()
             if obstacle:
-                return TaskState.of(task, State.WAITING, obstacle)
+                return TaskStatus.of(task, TaskState.WAITING, obstacle)
             begun = task.model_copy(update={"num_attempts": task.num_attempts + 1, "gpu": gpu})
             command = [*self._machine.settings.command, task.kind]
             environment = self._machine.environment(task.id, gpu) | {"ESD_TASK_ID": task.id}
@@ -85,7 +85,7 @@ class LocalTasks:
         if process is None:
             return waiting
         log.info("a task is begun", task_id=task.id, attempt=begun.num_attempts, pid=process.pid, gpu=gpu)
-        return TaskState.of(begun, State.RUNNING)
+        return TaskStatus.of(begun, TaskState.RUNNING)
 
     def _exit_code(self, task: Task) -> int | None:
         """What the command ended with; None where it was killed together with the shell that would have known."""

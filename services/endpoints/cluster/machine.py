@@ -11,7 +11,7 @@ from pathlib import Path
 
 from services.endpoints.cluster.gpus import Shares
 from services.endpoints.cluster.process import Processes
-from services.endpoints.rows import State, Task, Worker
+from services.endpoints.rows import Task, TaskState, Worker
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_store import TaskStore
 
@@ -81,7 +81,7 @@ class Machine:
             workers=tuple(worker.gpu for worker in workers if worker.pid),
             tasks=tuple(task.gpu for task in tasks if task.pid),
             num_waiting_workers=sum(not worker.pid for worker in workers),
-            num_waiting_tasks=sum(task.state == State.WAITING and not task.stop_requested for task in tasks),
+            num_waiting_tasks=sum(task.state == TaskState.WAITING and not task.stop_requested for task in tasks),
             tasks_first=self.settings.tasks_first,
         )
 

@@ -16,11 +16,11 @@ from uuid import uuid4
 import pytest
 
 from services.common.auth import Kind
-from services.endpoints.cluster import Cluster, Pool, PoolState
+from services.endpoints.cluster import Cluster, Pool, PoolStatus
 from services.endpoints.cluster.local import LocalCluster
 from services.endpoints.cluster.machine import LocalSettings
 from services.endpoints.peers import Identity
-from services.endpoints.rows import Endpoint, State, Task
+from services.endpoints.rows import Endpoint, Task, TaskState
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
@@ -94,17 +94,17 @@ class Driver:
         """The workers that reached the queue."""
         return self._peers.queue.workers.get(self._pool.endpoint_id, set())
 
-    async def apply(self, num_workers: int) -> PoolState:
+    async def apply(self, num_workers: int) -> PoolStatus:
         return await self._cluster.apply(self._pool, num_workers, self.live())
 
-    async def until(self, num_workers: int) -> PoolState:
+    async def until(self, num_workers: int) -> PoolStatus:
         """Applies until so many workers run, and as many have reached the queue."""
 
-        async def reached() -> PoolState | None:
+        async def reached() -> PoolStatus | None:
             state = await self.apply(num_workers)
             return state if state.num_running == len(self.live()) == num_workers else None
 
-        state: PoolState = await until(reached, seconds=120)
+        state: PoolStatus = await until(reached, seconds=120)
         return state
 
 
@@ -125,7 +125,7 @@ async def test_workers_come_and_go_as_they_are_asked_for(
     await give_secret(cluster)
     assert await cluster.has_secret(pool.endpoint_id)
     for num_workers in (1, 2, 1, 0):
-        assert await driver.until(num_workers) == PoolState(num_workers)
+        assert await driver.until(num_workers) == PoolStatus(num_workers)
     await cluster.forget(pool.endpoint_id)
     assert not await cluster.has_secret(pool.endpoint_id)
     await cluster.forget(pool.endpoint_id)  # there is nothing left, and nothing to complain about
@@ -205,7 +205,7 @@ async def begin(
 def reach(task_store: TaskStore) -> Reach:
     """Waits until the task is in the state, and cleared if that is its end."""
 
-    async def wait(task: Task, state: State, words: str = "") -> Task:
+    async def wait(task: Task, state: TaskState, words: str = "") -> Task:
         async def found() -> Task | None:
             row = await task_store.get_task(task.id)
             return row if row.state == state and row.is_cleared == row.has_ended and words in row.reason else None
@@ -222,9 +222,9 @@ async def test_a_task_runs_to_its_end_with_a_secret_of_its_own(
     task = await begin()
     said, end = await foreman.next(task.id)
     assert (said["word"], said["secret"]) == ("train", peers.identity.trainers[task.id])
-    await reach(task, State.RUNNING)
+    await reach(task, TaskState.RUNNING)
     end()
-    assert (await reach(task, State.SUCCEEDED)).num_attempts == 1
+    assert (await reach(task, TaskState.SUCCEEDED)).num_attempts == 1
     assert peers.identity.trainers == {}
 
 
@@ -234,7 +234,7 @@ async def test_a_task_that_fails_is_begun_again_as_often_as_it_may(
     task = await begin(max_attempts=2)
     (await foreman.next(task.id))[1](3, "the loss is nan")
     (await foreman.next(task.id))[1](4, "out of memory")
-    failed = await reach(task, State.FAILED)
+    failed = await reach(task, TaskState.FAILED)
     assert (failed.num_attempts, failed.reason) == (2, "it ended with code 4: out of memory")
 
 
@@ -244,5 +244,5 @@ async def test_a_task_that_is_stopped_leaves_and_is_not_begun_again(
     task = await begin(max_attempts=2)
     await foreman.next(task.id)
     await task_store.request_stop(task.id)
-    await reach(task, State.STOPPED)
+    await reach(task, TaskState.STOPPED)
     assert not foreman.has_met(task.id)

@@ -18,7 +18,7 @@ from kubernetes_asyncio import client
 from services.common.auth import Kind
 from services.endpoints.cluster import Cluster, Pool
 from services.endpoints.cluster.pods import name_of
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
 from tests.services.endpoints.conftest import Peers, until
@@ -93,7 +93,7 @@ async def add(
     return await store.add_task(row)
 
 
-async def reach(store: TaskStore, task: Task, state: State, words: str = "") -> Task:
+async def reach(store: TaskStore, task: Task, state: TaskState, words: str = "") -> Task:
     async def found() -> Task | None:
         row = await store.get_task(task.id)
         return row if row.state == state and words in row.reason else None
@@ -107,13 +107,13 @@ async def test_where_pools_go_first_a_task_waits_until_a_worker_has_left(
 ) -> None:
     cluster, pool = await full_cluster("pools")
     task = await add(task_store)
-    await reach(task_store, task, State.WAITING, "it waits for a place: 0/2 nodes are available")
+    await reach(task_store, task, TaskState.WAITING, "it waits for a place: 0/2 nodes are available")
     assert num_live(peers, pool) == NUM_GPUS
     await cluster.apply(pool, NUM_GPUS - 1, ())
     _, end = await foreman.next(task.id)
     await cluster.apply(pool, NUM_GPUS, ())  # the worker that comes back waits: nobody is sent away for it
     end()
-    await reach(task_store, task, State.SUCCEEDED)
+    await reach(task_store, task, TaskState.SUCCEEDED)
     await until(lambda: num_live(peers, pool) == NUM_GPUS, seconds=120)
 
 
@@ -125,7 +125,7 @@ async def test_where_tasks_go_first_a_worker_drains_and_leaves_its_place(
     _, end = await foreman.next(task.id)
     await until(lambda: num_live(peers, pool) == NUM_GPUS - 1)
     end()
-    await reach(task_store, task, State.SUCCEEDED)
+    await reach(task_store, task, TaskState.SUCCEEDED)
     await until(lambda: num_live(peers, pool) == NUM_GPUS, seconds=120)
 
 
@@ -142,7 +142,7 @@ async def test_a_task_ends_at_its_deadline_and_leaves_nothing(
 
     await until(has_failed, seconds=120)
     row = await task_store.get_task(task.id)
-    assert (row.state, row.reason) == (State.FAILED, "it took longer than its 3 seconds")
+    assert (row.state, row.reason) == (TaskState.FAILED, "it took longer than its 3 seconds")
     async with await nodes.client() as api:
 
         async def is_gone() -> bool:
@@ -170,7 +170,7 @@ async def test_attempts_that_failed_count_also_when_the_job_that_knew_of_them_is
         await batch.delete_namespaced_job(name_of(task.id), NAMESPACE, propagation_policy="Background")
     async with controlled(second):
         (await foreman.next(task.id))[1](4, "out of memory")
-        failed = await reach(task_store, task, State.FAILED)
+        failed = await reach(task_store, task, TaskState.FAILED)
         await until(lambda: is_cleared(task_store, task))  # and nothing is left of it
     assert (failed.num_attempts, failed.reason) == (2, "it ended with code 4: out of memory")
     assert not foreman.has_met(task.id)
@@ -178,7 +178,7 @@ async def test_attempts_that_failed_count_also_when_the_job_that_knew_of_them_is
 
 async def runs_after_failure(store: TaskStore, task: Task) -> bool:
     row = await store.get_task(task.id)
-    return (row.state, row.num_failed) == (State.RUNNING, 1)
+    return (row.state, row.num_failed) == (TaskState.RUNNING, 1)
 
 
 async def is_cleared(store: TaskStore, task: Task) -> bool:
@@ -192,5 +192,5 @@ async def test_a_task_of_an_instance_type_that_nobody_described_fails_and_names_
     task = await add(task_store, "ml.p2.xlarge")
     await TaskControl(task_store, clients[0], cluster, asyncio.Event()).look()
     failed = await task_store.get_task(task.id)
-    assert failed.state == State.FAILED
+    assert failed.state == TaskState.FAILED
     assert failed.reason.startswith('instance_type "ml.p2.xlarge" is not known on this cluster; it has cpu, ml.g4dn.')

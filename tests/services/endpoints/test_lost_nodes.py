@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from services.endpoints.cluster.pods import labels_of, name_of
-from services.endpoints.rows import State, Task
+from services.endpoints.rows import Task, TaskState
 from tests.services.endpoints.test_budgets import ApiServer
 
 TASK = Task(
@@ -24,7 +24,7 @@ TASK = Task(
     max_attempts=3,
     num_attempts=2,
     num_failed=1,
-    state=State.RUNNING,
+    state=TaskState.RUNNING,
     creation_time=datetime.now(UTC),
 )
 
@@ -71,11 +71,11 @@ async def test_a_task_on_a_lost_node_gets_another_job_with_the_attempts_that_are
     server = WithJob(seconds=60)
     async with server.serving() as cluster:
         state = await cluster.apply_task(TASK, True)
-        assert (state.state, state.num_attempts) == (State.WAITING, 2)
+        assert (state.state, state.num_attempts) == (TaskState.WAITING, 2)
         assert server.asked == [("DELETE", "jobs"), ("POST", "jobs")]
         assert server.made[0]["spec"]["backoffLimit"] == 1, "of three attempts one has failed"
         again = await cluster.apply_task(TASK, True)
-        assert (again.state, again.num_attempts) == (State.WAITING, 2)
+        assert (again.state, again.num_attempts) == (TaskState.WAITING, 2)
         assert len(server.asked) == 2, "the pod that is lost is not the new Job's"
 
 
@@ -83,7 +83,7 @@ async def test_a_failed_attempt_is_in_the_row_before_the_job_that_tells_of_it_is
     server = WithJob(seconds=60)
     async with server.serving() as cluster:
         state = await cluster.apply_task(TASK.model_copy(update={"num_failed": 0}), True)
-        assert (state.state, state.num_failed) == (State.WAITING, 1)
+        assert (state.state, state.num_failed) == (TaskState.WAITING, 1)
         assert server.asked == []
 
 
@@ -99,5 +99,5 @@ async def test_a_service_that_died_between_the_two_jobs_makes_the_second_with_th
 async def test_a_task_whose_pod_may_still_leave_in_order_keeps_its_job() -> None:
     server = WithJob(seconds=0)
     async with server.serving() as cluster:
-        assert (await cluster.apply_task(TASK, True)).state == State.RUNNING
+        assert (await cluster.apply_task(TASK, True)).state == TaskState.RUNNING
         assert server.asked == []

@@ -162,10 +162,10 @@ def failed_pod(number: int, exit_code: int, *conditions: str, reason: str = "Err
 def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:
     job = client.V1Job(metadata=client.V1ObjectMeta(), status=client.V1JobStatus(failed=1))
     pods = [failed_pod(1, 5), failed_pod(2, 137, "DisruptionTarget"), failed_pod(3, 1)]
-    state = kubernetes_tasks._state(TASK, job, pods)
+    state = kubernetes_tasks._status(TASK, job, pods)
     assert (state.state, state.reason) == ("waiting", "attempt 1 of 3 failed: it ended with code 1: no more")
     others = [failed_pod(4, 1), failed_pod(5, 1)]
-    assert kubernetes_tasks._state(TASK, job, [*pods, *others]).state == "failed"
+    assert kubernetes_tasks._status(TASK, job, [*pods, *others]).state == "failed"
 
 
 @pytest.mark.parametrize(
@@ -178,4 +178,4 @@ def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:
 )
 def test_a_failed_task_says_how_its_last_pod_ended(pod: client.V1Pod, reason: str) -> None:
     job = client.V1Job(metadata=client.V1ObjectMeta(), status=client.V1JobStatus(failed=TASK.max_attempts))
-    assert kubernetes_tasks._state(TASK, job, [pod]).reason == reason
+    assert kubernetes_tasks._status(TASK, job, [pod]).reason == reason

@@ -101,18 +101,18 @@ class ControlLoop:
         while True:
             self._wake.clear()
             await confirm()
-            seconds = await self.look()
+            seconds = await self.reconcile()
             try:
                 async with asyncio.timeout(seconds):
                     await self._wake.wait()
             except TimeoutError:
                 pass  # the sweep, or the time of a pool or task has come
 
-    async def look(self) -> float:
+    async def reconcile(self) -> float:
         """Looks at every endpoint and task once and does what is to be done now; answers how long it may rest."""
         endpoints = await self._store.get_all()
         await asyncio.gather(*(self._reconcile_safely(endpoint) for endpoint in endpoints))
-        deadline = await self._tasks.look()
+        deadline = await self._tasks.reconcile()
         now = datetime.now(UTC)
         due = [seconds_until_due(row.scale, now, self._policy) for row in endpoints if row.autoscaling]
         if deadline is not None:
@@ -122,13 +122,13 @@ class ControlLoop:
     async def _reconcile_safely(self, endpoint: Endpoint) -> None:
         """One endpoint's trouble is not the others'; the sweep tries again."""
         try:
-            await self._reconcile(endpoint)
+            await self._reconcile_endpoint(endpoint)
         except EsdError as error:
             log.warning("an endpoint waits", endpoint=endpoint.name, error=str(error))
         except Exception:
             log.exception("an endpoint cannot be reconciled", endpoint=endpoint.name)
 
-    async def _reconcile(self, endpoint: Endpoint) -> None:
+    async def _reconcile_endpoint(self, endpoint: Endpoint) -> None:
         load = (self._loads or {}).get(endpoint.id, Load())
         if not endpoint.are_pins_told:
             await self._queue.pin_models(endpoint.id, endpoint.pinned)

@@ -37,12 +37,12 @@ class TaskControl:
         """The ids of the tasks that may have something in the cluster."""
         return [task.id for task in await self._store.get_uncleared()]
 
-    async def look(self) -> datetime | None:
+    async def reconcile(self) -> datetime | None:
         """Looks at each task once, the oldest first, so that they begin in this order; answers the next deadline."""
         tasks = await self._store.get_uncleared()
         for task in tasks:
             try:
-                await self._reconcile(task)
+                await self._reconcile_task(task)
             except EsdError as error:
                 log.warning("a task waits", task_id=task.id, error=str(error))
             except Exception:  # one task's trouble is not the others'
@@ -51,7 +51,7 @@ class TaskControl:
         await self._store.remove_ended(now - KEPT)
         return min((task.deadline for task in tasks if task.deadline and task.deadline > now), default=None)
 
-    async def _reconcile(self, task: Task) -> None:
+    async def _reconcile_task(self, task: Task) -> None:
         if task.has_ended:
             await self._clear(task)
             return

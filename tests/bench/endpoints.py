@@ -114,17 +114,17 @@ async def _rounds(database_url: str, folder: Path) -> list[float]:
     control = ControlLoop(store, database, identity, queue, cluster, task_control, wake, ScalingPolicy())
     for _ in range(NUM_ENDPOINTS):
         await domain.create_endpoint(NewEndpoint("", "Async", "any", 1, True, 0, 1, [str(uuid4())]), "bench")
-    await control.look()
+    await control.reconcile()
     workers = await store.get_workers()
     control.hear({row.endpoint_id: Load(frozenset([row.worker_id]), 1, 0) for row in workers})
     for _ in range(3):
-        await control.look()
+        await control.reconcile()
     if any(row.status != "InService" for row in await store.get_all()):
         raise SystemExit("the endpoints did not come into service")
     milliseconds = []
     for _ in range(NUM_ROUNDS):
         began = time.perf_counter()
-        await control.look()
+        await control.reconcile()
         milliseconds.append(1000 * (time.perf_counter() - began))
     for row in workers:
         os.kill(row.pid or 0, signal.SIGKILL)

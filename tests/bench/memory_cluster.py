@@ -164,7 +164,7 @@ async def _rounds(database: Database, api: client.ApiClient, num_endpoints: int,
             loads[row.id] = Load(frozenset(pod.metadata.name for pod in pods), num_jobs, 0)
         control.hear(loads)
         before, began = memory.num_requests, time.perf_counter()
-        await control.look()
+        await control.reconcile()
         return 1000 * (time.perf_counter() - began), memory.num_requests - before
 
     first = await measure()

@@ -181,7 +181,7 @@ async def begin(
 
     async def look() -> None:
         while True:
-            await control.look()
+            await control.reconcile()
             await asyncio.sleep(0.1)
 
     async def add(instance_type: str = "one-gpu", max_attempts: int = 1) -> Task:

@@ -63,7 +63,7 @@ async def controlled(control: TaskControl) -> AsyncIterator[None]:
 
     async def look() -> None:
         while True:
-            await control.look()
+            await control.reconcile()
             await asyncio.sleep(0.1)
 
     looking = asyncio.create_task(look())
@@ -137,7 +137,7 @@ async def test_a_task_ends_at_its_deadline_and_leaves_nothing(
     task = await add(task_store, "cpu", deadline_seconds=3)
 
     async def has_failed() -> bool:
-        await control.look()
+        await control.reconcile()
         return (await task_store.get_task(task.id)).is_cleared
 
     await until(has_failed, seconds=120)
@@ -190,7 +190,7 @@ async def test_a_task_of_an_instance_type_that_nobody_described_fails_and_names_
 ) -> None:
     cluster: Cluster = await make_kubernetes()
     task = await add(task_store, "ml.p2.xlarge")
-    await TaskControl(task_store, clients[0], cluster, asyncio.Event()).look()
+    await TaskControl(task_store, clients[0], cluster, asyncio.Event()).reconcile()
     failed = await task_store.get_task(task.id)
     assert failed.state == TaskState.FAILED
     assert failed.reason.startswith('instance_type "ml.p2.xlarge" is not known on this cluster; it has cpu, ml.g4dn.')

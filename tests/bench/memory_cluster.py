@@ -52,7 +52,7 @@ class MemoryApi(KubernetesApi):
     def __init__(self, api: client.ApiClient, settings: KubernetesSettings) -> None:
         super().__init__(api, settings, drain_seconds=60, gpu_priority="pools")
         self.num_requests = 0
-        self.tell: Callable[[Any], None] = lambda pod: None  # the mirror of pods
+        self.tell: Callable[[Any], None] = lambda pod: None  # the informer of pods
         self._deployments: dict[str, Any] = {}
         self._secrets: set[str] = set()
         self._version = 0
@@ -139,8 +139,8 @@ async def _rounds(database: Database, api: client.ApiClient, num_endpoints: int,
     wake = asyncio.Event()
     cluster = KubernetesCluster(memory, False, wake.set)
     memory.tell = cluster._pods.put
-    for mirror in (cluster._deployments, cluster._pods, cluster._jobs):
-        mirror._is_fresh.set()
+    for informer in (cluster._deployments, cluster._pods, cluster._jobs):
+        informer._is_fresh.set()
     nobody: Any = _NoIdentity()
     policy = ScalingPolicy(out_seconds=0)
     control = ControlLoop(

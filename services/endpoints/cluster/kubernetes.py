@@ -1,7 +1,7 @@
 """Owns workers that are pods: a Deployment per endpoint, kept by server-side apply and scaled by its subresource.
 
 Whoever runs this may do what deploy/kubernetes/workers/role.yaml lists, in one namespace. What runs is read from
-mirrors (mirror.py), and what is as it was left needs no request; once in a while all is applied again. Nothing is
+informers (informer.py), and what is as it was left needs no request; once in a while all is applied again. Nothing is
 remembered here that the cluster does not tell again, but for how often a worker had been restarted when it was last
 seen at work.
 """
@@ -19,6 +19,7 @@ import structlog
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from services.endpoints.cluster import MAX_FAILURES, Autoscaling, Pool, PoolStatus, TaskStatus, manifests
+from services.endpoints.cluster.informer import Informer
 from services.endpoints.cluster.kubernetes_api import (
     APPLY,
     INVALID,
@@ -33,7 +34,6 @@ from services.endpoints.cluster.kubernetes_api import (
     told_as_unavailable,
 )
 from services.endpoints.cluster.kubernetes_tasks import KubernetesTasks
-from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import MANAGED, MANAGER, OWNER, name_of, secret_object
 from services.endpoints.cluster.tail import last_words_in, why_given_up
 from services.endpoints.rows import Task
@@ -58,9 +58,9 @@ class KubernetesCluster:
 
     def __init__(self, api: KubernetesApi, has_keda: bool, on_change: Callable[[], None]) -> None:
         self._api = api
-        self._deployments = Mirror("deployments", api.apps.list_namespaced_deployment, api.namespace, on_change)
-        self._pods = Mirror("pods", api.core.list_namespaced_pod, api.namespace, on_change)
-        self._jobs = Mirror("jobs", api.batch.list_namespaced_job, api.namespace, on_change)
+        self._deployments = Informer("deployments", api.apps.list_namespaced_deployment, api.namespace, on_change)
+        self._pods = Informer("pods", api.core.list_namespaced_pod, api.namespace, on_change)
+        self._jobs = Informer("jobs", api.batch.list_namespaced_job, api.namespace, on_change)
         self._tasks = KubernetesTasks(api, self._jobs, self._pods)
         self._has_keda = has_keda
         self._settled: dict[str, _Settled] = {}
@@ -72,8 +72,8 @@ class KubernetesCluster:
     async def run(self) -> None:
         """Follows what happens in the cluster until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for mirror in (self._deployments, self._pods, self._jobs):
-                group.create_task(mirror.run())
+            for informer in (self._deployments, self._pods, self._jobs):
+                group.create_task(informer.run())
 
     async def has_secret(self, owner_id: str) -> bool:
         """Whether the Secret is there."""
@@ -219,7 +219,7 @@ class KubernetesCluster:
             _content_type="application/merge-patch+json",
             _request_timeout=TIMEOUT_SECONDS,
         )
-        deployment.spec.replicas = num_workers  # in the mirror, which will be told the same
+        deployment.spec.replicas = num_workers  # in the informer, which will be told the same
 
     async def _knows_budgets(self) -> bool:
         """Whether the cluster has policy/v1 (Kubernetes 1.21 and newer)."""

@@ -14,6 +14,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 from services.common.process import EXIT_INTERRUPTED
 from services.endpoints.cluster import TaskStatus, manifests
+from services.endpoints.cluster.informer import Informer
 from services.endpoints.cluster.kubernetes_api import (
     INVALID,
     TIMEOUT_SECONDS,
@@ -25,7 +26,6 @@ from services.endpoints.cluster.kubernetes_api import (
     sentence,
     told_as_unavailable,
 )
-from services.endpoints.cluster.mirror import Mirror
 from services.endpoints.cluster.pods import name_of
 from services.endpoints.cluster.tail import how_it_ended, last_words_in
 from services.endpoints.rows import Task, TaskState
@@ -36,7 +36,7 @@ _NO_MEMORY = "OOMKilled"  # a container's reason, by its runtime
 class KubernetesTasks:
     """Runs tasks as Jobs."""
 
-    def __init__(self, api: KubernetesApi, jobs: Mirror, pods: Mirror) -> None:
+    def __init__(self, api: KubernetesApi, jobs: Informer, pods: Informer) -> None:
         self._api = api
         self._jobs = jobs
         self._pods = pods

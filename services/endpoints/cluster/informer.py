@@ -25,7 +25,7 @@ _RETRY_SECONDS = 1.0
 _FRESH_SECONDS = 5.0
 
 
-class Mirror:
+class Informer:
     """The objects that `list_` lists in a namespace, by owner. `on_change` is called when one changes."""
 
     def __init__(self, kind: str, list_: Callable[..., Any], namespace: str, on_change: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Literal
 
@@ -103,11 +103,8 @@ async def running_cluster(
         ) as cluster:
             yield cluster
         return
-    local = LocalCluster(store, tasks, settings.local(), on_change)
-    try:
+    with closing(LocalCluster(store, tasks, settings.local(), on_change)) as local:
         yield local
-    finally:
-        local.close()
 
 
 async def main(settings: EndpointsSettings) -> None:

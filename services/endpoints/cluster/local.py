@@ -40,7 +40,6 @@ class LocalCluster:
         self, store: EndpointStore, tasks: TaskStore, settings: LocalSettings, on_change: Callable[[], None]
     ) -> None:
         self._store = store
-        self._task_store = tasks
         self._machine = Machine(settings, store, tasks, on_change)
         self._tasks = LocalTasks(self._machine, tasks)
         self._exits: dict[str, int | None] = {}  # by the worker's key: of the process before, as Process.exit
@@ -106,14 +105,11 @@ class LocalCluster:
     async def _read(self) -> _Round:
         await asyncio.sleep(0)  # those who ask in this turn of the event loop share the answer
         self._reading = None  # those who ask later get a later one
-        workers = await self._store.get_workers()
-        found: dict[str, list[Worker]] = {}
-        for worker in workers:
-            found.setdefault(worker.endpoint_id, []).append(worker)
-        if not self._machine.settings.tasks_first:
-            return _Round(found, [])
-        tasks = await self._task_store.get_uncleared()
-        return _Round(found, self._machine.shares_of(workers, tasks).kept_for_tasks())
+        workers: dict[str, list[Worker]] = {}
+        for worker in await self._store.get_workers():
+            workers.setdefault(worker.endpoint_id, []).append(worker)
+        kept = (await self._machine.shares()).kept_for_tasks() if self._machine.settings.tasks_first else []
+        return _Round(workers, kept)
 
     async def _process_of(self, worker: Worker) -> Process | None:
         """The worker's running process; None if there is none, which the row says then."""

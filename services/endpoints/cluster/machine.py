@@ -11,7 +11,7 @@ from pathlib import Path
 
 from services.endpoints.cluster.gpus import Shares
 from services.endpoints.cluster.process import Processes
-from services.endpoints.rows import Task, TaskState, Worker
+from services.endpoints.rows import TaskState
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_store import TaskStore
 
@@ -72,10 +72,7 @@ class Machine:
 
     async def shares(self) -> Shares:
         """Who has the GPUs now."""
-        return self.shares_of(await self._endpoints.get_workers(), await self._tasks.get_uncleared())
-
-    def shares_of(self, workers: list[Worker], tasks: list[Task]) -> Shares:
-        """Who has the GPUs, by these rows."""
+        workers, tasks = await self._endpoints.get_workers(), await self._tasks.get_uncleared()
         return Shares(
             gpus=tuple(self.settings.gpus),
             workers=tuple(worker.gpu for worker in workers if worker.pid),

@@ -125,7 +125,7 @@ async def test_a_native_grpc_client_gets_native_answers(stack: Stack, admin: Api
         assert "role_name" in (refused.value.details() or "")
         with pytest.raises(grpc.aio.AioRpcError) as denied:
             await stub.ListRoles(identity_pb2.ListRolesRequest(), metadata=(("x-api-key", "wrong"),))
-        assert denied.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert denied.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_what_is_inside_stays_closed_to_users_and_to_nobody(stack: Stack, admin: Api) -> None:

@@ -223,6 +223,26 @@ def test_a_first_key_that_was_revoked_keeps_no_stack_from_its_work(home: Path) -
         assert httpx.get(f"{stack.url}/ping", headers={"x-api-key": stack.api_key}, trust_env=False).status_code == 200
 
 
+@pytest.mark.slow
+def test_a_home_that_was_moved_serves_what_it_served(home: Path) -> None:
+    first, second = home / "here", home / "there"
+    with Stack(first) as stack:
+        key = stack.api_key
+        with httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False) as client:
+            picture = {"filename": "1.png", "name": "1.png", "type": "image", "params": {}}
+            body = {"dataset_name": "kept", "content": [picture], "params": {}}
+            url = client.post("/datasets", json=body).json()["data"]["s3PresignUrl"]["1.png"]
+            assert client.put(url, content=b"a picture").status_code == 200
+            assert client.put("/datasets/kept", json={"status": "Enabled"}).status_code == 200
+    first.rename(second)
+    with (
+        Stack(second) as stack,
+        httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False) as client,
+    ):
+        (shown,) = client.get("/datasets/kept").json()["data"]["data"]
+        assert client.get(shown["preview_url"]).content == b"a picture"
+
+
 def test_a_home_that_cannot_be_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()

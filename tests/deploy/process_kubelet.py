@@ -55,9 +55,7 @@ class ProcessKubelet:
 
     async def die(self) -> None:
         """Power is gone: the processes too, and nobody is told."""
-        for task in (*self._tasks, *self._pods.values()):
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._pods.values(), return_exceptions=True)
+        await _cancel(*self._tasks, *self._pods.values())
 
     async def fall_silent(self) -> None:
         """The network is gone: the API server and this node do not hear each other. Nobody hears the processes either,
@@ -65,9 +63,7 @@ class ProcessKubelet:
         self._line.clear()
         for process in self._processes.values():
             process.send_signal(signal.SIGSTOP)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel(*self._tasks)
 
     def come_back(self) -> None:
         """The network is there again."""
@@ -85,7 +81,7 @@ class ProcessKubelet:
 
     async def _beats(self) -> None:
         while True:
-            with suppress(ApiException, aiohttp.ClientError):  # the next one may get through
+            with suppress(ApiException, aiohttp.ClientError, TimeoutError):  # the next one may get through
                 await self._beat()
             await asyncio.sleep(_BEAT_SECONDS)
 
@@ -167,8 +163,7 @@ class ProcessKubelet:
             place.mkdir()
             mounts[mount.mount_path] = str(place)
             if (source := volumes[mount.name].secret) is not None:
-                secret = await self._core.read_namespaced_secret(source.secret_name, pod.metadata.namespace)
-                for name, content in secret.data.items():
+                for name, content in (await self._secret(source.secret_name, pod.metadata.namespace)).items():
                     (place / name).write_bytes(base64.b64decode(content))
         fields = {"metadata.name": pod.metadata.name}
         environment = {
@@ -180,6 +175,14 @@ class ProcessKubelet:
                 if value == path or value.startswith(f"{path}/"):
                     environment[name] = place_of + value.removeprefix(path)
         return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
+
+    async def _secret(self, name: str, namespace: str) -> dict[str, str]:
+        """What is in a Secret, which may come after its pod."""
+        while True:
+            with suppress(ApiException, aiohttp.ClientError, TimeoutError):
+                found: dict[str, str] = (await self._core.read_namespaced_secret(name, namespace)).data
+                return found
+            await asyncio.sleep(_BACKOFF_SECONDS)
 
     async def _tell(
         self, pod: Any, num_restarts: int, state: dict[str, Any], last: dict[str, Any] | None, phase: str = "Running"
@@ -214,12 +217,22 @@ class ProcessKubelet:
                 return
 
 
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    """Ends them. Raises what one had failed of before: a node that does only half of its work is no node."""
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended
+
+
 def _stop(process: asyncio.subprocess.Process, grace_seconds: int) -> None:
     def kill() -> None:
         if process.returncode is None:
             process.kill()
 
-    process.send_signal(signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it has just ended by itself
+        process.send_signal(signal.SIGTERM)
     asyncio.get_running_loop().call_later(max(grace_seconds, _LEAST_GRACE_SECONDS), kill)
 
 

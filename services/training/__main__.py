@@ -19,8 +19,8 @@ from services.common.settings import Address, BlobSettings, ServiceSettings, loa
 from services.training.channels import CHANNELS
 from services.training.domain import Trainings
 from services.training.peers import Models, Tasks
+from services.training.reconcile import ControlLoop
 from services.training.servicer import TrainingServicer
-from services.training.settling import Settler
 from services.training.store import TrainingStore
 from services.training.trainer_servicer import TrainerServicer
 from services.training.trainer_store import TrainerStore
@@ -48,8 +48,8 @@ async def main() -> None:
     tasks = Tasks(channel(settings.endpoints_address, tokens))
     notifications, blobs = Notifications(), Blobs(load(BlobSettings))
     store, trainer_store = TrainingStore(database), TrainerStore(database)
-    settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
-    trainings = Trainings(store, blobs, models, settler, round(settings.training_max_hours * 3600))
+    control = ControlLoop(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
+    trainings = Trainings(store, blobs, models, control, round(settings.training_max_hours * 3600))
     verifier = Verifier.from_file(settings.verifying_key_file, audience="training")
     server = Server(settings.listen, verifier, token_review(channel(settings.identity_address, tokens)))
     watching = Watching(trainings, store, notifications, server.stopping)
@@ -57,7 +57,7 @@ async def main() -> None:
     trainers = TrainerServicer(Trainers(trainer_store, blobs), store, notifications, server.stopping)
     rpc.add_TrainerServiceServicer_to_server(trainers, server.grpc)
     await server.run(
-        database.listen(CHANNELS, notifications.on_notify), notifications.wake_all(at=server.stopping), settler.run()
+        database.listen(CHANNELS, notifications.on_notify), notifications.wake_all(at=server.stopping), control.run()
     )
     await database.dispose()
 

@@ -14,8 +14,8 @@ from services.common.payloads.models import BASE
 from services.common.viewer import Viewer
 from services.training.configuration import Wish, check_type, configured, read_wish, shown_params, template_name
 from services.training.peers import Model, Models
+from services.training.reconcile import ControlLoop
 from services.training.rows import STOPPED, Metric, Training
-from services.training.settling import Settler
 from services.training.store import TrainingStore
 
 STOPPED_BY = "stopped by {}"
@@ -40,12 +40,12 @@ class Trainings:
     """Trainings as their users see them. `max_seconds` is the most that one may take; 0: any."""
 
     def __init__(
-        self, store: TrainingStore, blobs: Blobs, models: Models, settler: Settler, max_seconds: int = 0
+        self, store: TrainingStore, blobs: Blobs, models: Models, control: ControlLoop, max_seconds: int = 0
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._models = models
-        self._settler = settler
+        self._control = control
         self._max_seconds = max_seconds
 
     def input_location(self, training: Training) -> str:
@@ -96,9 +96,9 @@ class Trainings:
             await self._models.create_checkpoint(str(training_id), training.last_file, user)
             await self._blobs.put(toml_key, toml.encode())
             await self._store.begin(training_id)
-            await self._settler.start(training)
+            await self._control.start(training)
         except EsdError:
-            await self._settler.discard(training)
+            await self._control.discard(training)
             raise
         return training
 
@@ -164,7 +164,7 @@ class Trainings:
         for training in found:
             _check_owner(training, user)
         for training in found:
-            await self._settler.delete(training)
+            await self._control.delete(training)
 
     async def _find(self, job_id: str) -> Training | None:
         try:

@@ -25,8 +25,8 @@ from services.common.notifications import Notifications
 from services.training.channels import CHANNELS
 from services.training.domain import Trainings
 from services.training.peers import Models, Tasks
+from services.training.reconcile import ControlLoop
 from services.training.servicer import TrainingServicer
-from services.training.settling import Settler
 from services.training.store import TrainingStore
 from services.training.trainer_servicer import TrainerServicer
 from services.training.trainer_store import TrainerStore
@@ -331,8 +331,8 @@ async def service(
         known = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
         models, tasks, notifications = Models(known), Tasks(known), Notifications()
         store, trainer_store = TrainingStore(database), TrainerStore(database)
-        settler = Settler(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
-        trainings = Trainings(store, blobs, models, settler, max_seconds=7200)
+        control = ControlLoop(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
+        trainings = Trainings(store, blobs, models, control, max_seconds=7200)
 
         def add_servicers(server: grpc.aio.Server) -> None:
             watching = Watching(trainings, store, notifications, stopping)
@@ -344,7 +344,7 @@ async def service(
         chores = [
             asyncio.create_task(database.listen(CHANNELS, notifications.on_notify)),
             asyncio.create_task(notifications.wake_all(at=stopping)),
-            asyncio.create_task(settler.run()),
+            asyncio.create_task(control.run()),
         ]
         yield Service(
             channel,

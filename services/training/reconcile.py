@@ -31,7 +31,7 @@ _SWEEP_ROUNDS = 20  # rounds between two looks at old objects
 _LEFT = "the trainer left without having told how the training ended"
 
 
-class Settler:
+class ControlLoop:
     """The control loop of trainings."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Settler:
             while True:
                 try:
                     for training in await self._trainers.unsettled():
-                        await self._look(training)
+                        await self._reconcile(training)
                     if number % _SWEEP_ROUNDS == 0:
                         await self._sweeper.sweep()
                 except Unavailable as error:
@@ -98,7 +98,7 @@ class Settler:
         except EsdError as error:
             log.warning("a training that did not begin leaves something", training=str(training.id), reason=str(error))
 
-    async def _look(self, training: Training) -> None:
+    async def _reconcile(self, training: Training) -> None:
         """Does what is due for one training; what fails is tried again in the next round."""
         try:
             if not training.is_begun:

@@ -98,8 +98,8 @@ class Loop:
             self._num_batches, random.SystemRandom().randint(0, 2**32), now,
         )  # fmt: skip
 
-    def run(self, resumed: Path | None = None) -> None:
-        """Trains to the end, from the state in a file if there is one.
+    def run(self, resumed: Path | None = None, is_own: bool = False) -> None:
+        """Trains to the end, from the state in a file if there is one. `is_own`: it is known to be of this training.
 
         Raises:
             Stopped: the listener wanted it; what was saved stays.
@@ -107,7 +107,7 @@ class Loop:
             torch.OutOfMemoryError: see `within_memory`.
         """
         config, listener = self._config, self._listener
-        first_epoch, step = self._resume(resumed)
+        first_epoch, step = self._resume(resumed, is_own)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._encode()
         listener.begun(Plan(len(self._dataset.pictures), self._num_epochs, self._num_steps, step))
@@ -140,10 +140,10 @@ class Loop:
             return config.max_train_epochs, config.max_train_epochs * per_epoch
         return math.ceil(config.max_train_steps / per_epoch), config.max_train_steps
 
-    def _resume(self, resumed: Path | None) -> tuple[int, int]:
+    def _resume(self, resumed: Path | None, is_own: bool) -> tuple[int, int]:
         if resumed is None:
             return 0, 0
-        found = state.read(resumed, self._config)
+        found = state.read(resumed, None if is_own else self._config)
         try:
             self._network.load(found.network)
             self._steps.load(found.steps)

@@ -204,7 +204,7 @@ class _Session:
             raise JobError(f"fm_type is {fm_type}, but {base.name} is a {found} checkpoint")
         if config.no_half_vae:
             models.vae.float()
-        Loop(config, models, base, pictures, self._folder / "out", reporter).run(state)
+        Loop(config, models, base, pictures, self._folder / "out", reporter).run(state, is_own=True)
 
     def _places(self, welcome: pb.TrainerWelcome) -> dict[str, str]:
         """Where this process has what the configuration names."""

@@ -41,8 +41,9 @@ def write(path: Path, state: State, config: Training) -> None:
     os.replace(partial, path)
 
 
-def read(path: Path, config: Training) -> State:
-    """The state in a file.
+def read(path: Path, config: Training | None) -> State:
+    """The state in a file, of a training with this configuration; None where it was kept for this training alone, whose
+    keys another version may have read in another way.
 
     Raises:
         JobError: it cannot be read, or belongs to another configuration.
@@ -53,7 +54,7 @@ def read(path: Path, config: Training) -> State:
         found = content["config"]
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise JobError(f"the state {path.name} is damaged: it cannot be read") from error
-    if found != _fingerprint(config):
+    if config is not None and found != _fingerprint(config):
         raise JobError(f"the state {path.name} belongs to a training with another configuration")
     return state
 

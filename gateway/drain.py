@@ -8,6 +8,7 @@ interface is `admin.socket` in the working directory.
 
 import argparse
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -97,9 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="run Envoy, and let requests under way end before it does")
     parser.add_argument("--linger", type=float, required=True, help="seconds for which it still listens")
     parser.add_argument("--stop", type=float, required=True, help="seconds after that for what is under way")
+    parser.add_argument("--temporary", action="store_true", help="remove the working directory when Envoy has ended")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
-    sys.exit(run(arguments.command, arguments.linger, arguments.stop))
+    status = run(arguments.command, arguments.linger, arguments.stop)
+    if arguments.temporary:
+        import shutil  # noqa: PLC0415 - it is of use at the end only
+
+        shutil.rmtree(os.getcwd())
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,19 @@ async def test_with_a_certificate_both_rest_and_grpc_are_encrypted(services: tup
             assert await stub.Ping(identity_pb2.PingRequest(), metadata=(("x-api-key", KEY),)) is not None
 
 
+async def test_a_folder_that_the_gateway_made_for_itself_is_gone_when_it_ends(
+    services: tuple[str, Seen], tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    async with running_gateway(tmp_path, services[0], ESD_RUN_DIR="", TMPDIR=str(temporary)) as gateway:
+        [folder] = temporary.iterdir()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        gateway.process.terminate()
+        assert await gateway.process.wait() == 0
+    assert not list(temporary.iterdir())
+
+
 async def test_the_rendered_file_is_for_its_owner_only(services: tuple[str, Seen], tmp_path: Path) -> None:
     async with running_gateway(tmp_path, services[0]):
         assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700

@@ -5,7 +5,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.processes import ROOT
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, is_alive, until
 
 Create = Callable[..., Awaitable[Endpoint]]
+StartService = Callable[[], Awaitable[asyncio.subprocess.Process]]
 
 
 @pytest.fixture
@@ -28,6 +29,26 @@ def create(domain: Endpoints) -> Create:
         return await domain.create_endpoint(new, "ann")
 
     return make
+
+
+@pytest.fixture
+async def start_service(service_environment: dict[str, str], store: EndpointStore) -> AsyncIterator[StartService]:
+    """Starts the service as a process. None of these, nor a worker of theirs, outlives the test."""
+    started: list[asyncio.subprocess.Process] = []
+
+    async def start() -> asyncio.subprocess.Process:
+        command = [sys.executable, "-m", "services.endpoints"]
+        started.append(await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    for row in await store.get_workers():
+        if is_alive(row.pid):
+            os.kill(row.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -247,28 +268,25 @@ async def test_a_worker_does_not_outlive_the_launcher(
 
 @pytest.mark.slow
 async def test_workers_survive_the_service_that_started_them_and_are_adopted_by_the_next(
-    service_environment: dict[str, str], store: EndpointStore, create: Create, endpoint_in: Any
+    start_service: StartService, store: EndpointStore, create: Create, endpoint_in: Any
 ) -> None:
-    command = [sys.executable, "-m", "services.endpoints"]
-    first = await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT)
+    first = await start_service()
     await create()
     endpoint = await endpoint_in("InService")
     worker = await another_process(store, endpoint, None)
     first.kill()
     await first.wait()
-    second = await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT)
+    second = await start_service()
     os.kill(worker.pid, signal.SIGKILL)  # whether before or after the adoption, the new service replaces it
     again = await another_process(store, endpoint, worker.pid)
     second.terminate()
     assert await second.wait() == 0
-    third = await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT)
+    third = await start_service()
     await create("other", role="poet")
     await until(lambda: both_in_service(store))
     assert (await worker_of(store, endpoint)).pid == again.pid
     third.terminate()
     assert await third.wait() == 0
-    for row in await store.get_workers():
-        os.kill(row.pid, signal.SIGKILL)
 
 
 async def test_the_queue_is_told_what_is_pinned_and_again_when_it_did_not_hear(

@@ -95,7 +95,11 @@ class Home:
 
     def database_password(self, role: str) -> str:
         """Returns the password of a PostgreSQL role."""
-        return self.kept(f"postgres-{role}.password", _random).read_text()
+        return self.kept(self.database_password_file(role).name, _random).read_text()
+
+    def database_password_file(self, role: str) -> Path:
+        """Where that password is, or will be."""
+        return self.secrets / f"postgres-{role}.password"
 
     def audit_key_file(self, service: str) -> Path:
         """Returns the file with the key of a service's audit."""

@@ -44,6 +44,10 @@ class PostgresUnavailableError(CannotRunError):
     """PostgreSQL cannot be started here."""
 
 
+class PasswordRefusedError(PostgresUnavailableError):
+    """The administrator's password is another one than the home's; the message says how to get out of it."""
+
+
 class Postgres:
     """The database cluster of one ESD_HOME on one port."""
 
@@ -53,12 +57,18 @@ class Postgres:
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
 
     def prepare(self) -> None:
-        """Makes the cluster if there is none (about half a second). Raises PostgresUnavailableError."""
+        """Makes the cluster if there is none (about half a second), and its administrator's password if that is gone.
+
+        Raises:
+            PostgresUnavailableError: PostgreSQL cannot do that here.
+        """
         data = self._home.postgres
         if self._user:
             self._check_reachable(self._user)
         if (data / "PG_VERSION").exists():
             self._drop_stale_lock()
+            if not self._home.database_password_file(ADMIN).exists():
+                self._renew_password()
             return
         # A cluster is made aside and renamed: a start that is cut off leaves no half cluster.
         part = data.with_name("postgres.new")
@@ -88,12 +98,22 @@ class Postgres:
         return f"postgresql+psycopg://{role}:{password}@127.0.0.1:{self.port}/{database or role}"
 
     def wait_until_up(self, seconds: float = 30) -> None:
-        """Returns when the server accepts connections. Raises PostgresUnavailableError after `seconds`."""
+        """Returns when the server accepts connections.
+
+        Raises:
+            PasswordRefusedError: it does not know the home's password.
+            PostgresUnavailableError: it does not answer after `seconds`.
+        """
         end = time.monotonic() + seconds
         while True:
             try:
                 self._connect().close()
             except psycopg.OperationalError as error:
+                if "password authentication failed" in str(error):
+                    raise PasswordRefusedError(
+                        f"PostgreSQL does not take the password in {self._home.database_password_file(ADMIN)}: put the "
+                        "one back that was there, or remove the file, and the next start makes another"
+                    ) from error
                 if time.monotonic() > end:
                     raise PostgresUnavailableError(
                         f"PostgreSQL does not answer after {seconds:.0f} s: {error}"
@@ -140,6 +160,14 @@ class Postgres:
         if not any(process.info["cwd"] == str(data) for process in psutil.process_iter(["cwd"])):
             (data / "postmaster.pid").unlink(missing_ok=True)
 
+    def _renew_password(self) -> None:
+        """Gives the administrator another password, by the one way that asks for none: a server for one user."""
+        statement = sql.SQL("ALTER ROLE {} PASSWORD {}").format(
+            sql.Identifier(ADMIN), sql.Literal(self._home.database_password(ADMIN))
+        )
+        command = [str(self._binaries() / "postgres"), "--single", "-D", str(self._home.postgres), "postgres"]
+        self._run(command, "a new password", statement.as_string() + "\n")
+
     def _initdb(self, folder: Path, password: Path) -> None:
         command = [str(self._binaries() / "initdb"), "-D", str(folder), f"--username={ADMIN}", f"--pwfile={password}"]
         command += [
@@ -150,8 +178,17 @@ class Postgres:
             "--locale=C",
             "--no-instructions",
         ]
+        try:
+            self._run(command, "initdb")
+        except PostgresUnavailableError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _run(self, command: list[str], what: str, text: str = "") -> None:
+        """One of PostgreSQL's programs to its end, with this text as its input."""
         done = subprocess.run(
             bound(command, user=self._user),
+            input=text,
             capture_output=True,
             text=True,
             check=False,
@@ -159,8 +196,7 @@ class Postgres:
             env=_plain_environment(),
         )
         if done.returncode != 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise PostgresUnavailableError(f"initdb failed:\n{done.stderr.strip()}")
+            raise PostgresUnavailableError(f"{what} failed:\n{done.stderr.strip()}")
 
     def _binaries(self) -> Path:
         """The wheel's binaries, or a copy under ESD_HOME where the unprivileged user cannot reach the wheel."""

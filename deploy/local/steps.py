@@ -11,17 +11,21 @@ import os
 import sys
 
 from deploy.local.home import S3_BUCKET, SERVICES, Home, default_home
+from services.common.process import refuse
 
 _RETRY_SECONDS = 0.1  # a server that is not there yet sends no event
 
 
 def bootstrap(home: Home) -> None:
     """Makes what the services expect; does nothing where it is."""
-    from deploy.local.postgres import Postgres  # each step loads only what it needs
+    from deploy.local.postgres import PasswordRefusedError, Postgres  # each step loads only what it needs
     from deploy.local.store import Store
 
     postgres = Postgres(home, int(os.environ["ESD_POSTGRES_PORT"]))
-    postgres.wait_until_up()
+    try:
+        postgres.wait_until_up()
+    except PasswordRefusedError as error:
+        refuse(str(error))
     postgres.bootstrap(SERVICES)
     store = Store(home, int(os.environ["ESD_SWIFT_PORT"]))
     store.wait_until_up()

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.local.home import Home
 from deploy.local.ports import free_port
-from deploy.local.postgres import ADMIN, Postgres, _reachable
+from deploy.local.postgres import ADMIN, PasswordRefusedError, Postgres, _reachable
 from deploy.local.store import process_environment
 from services.common.process import bound
 from tests.processes import running
@@ -90,6 +90,25 @@ def test_a_role_has_the_password_that_is_in_the_home_now(postgres: Postgres, esd
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as another user")
+def test_who_removes_the_administrators_password_gets_another(database_home: Home) -> None:
+    server, file = Postgres(database_home, free_port()), database_home.database_password_file(ADMIN)
+    server.prepare()
+    before = file.read_text()
+    file.unlink()
+    server.prepare()
+    assert file.read_text() != before
+    with running(server.command(), process_environment()):
+        server.wait_until_up()
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            connect(server, ADMIN, before, "postgres")
+
+
+def test_a_password_that_the_database_does_not_know_is_named(postgres: Postgres, tmp_path: Path) -> None:
+    other = Home(tmp_path)  # with secrets of its own
+    with pytest.raises(PasswordRefusedError, match=f"in {other.database_password_file(ADMIN)}: put the one back"):
+        Postgres(other, postgres.port).wait_until_up()
+
+
 def test_the_database_user_reaches_what_was_made_under_a_strict_umask(monkeypatch: pytest.MonkeyPatch) -> None:
     umask = os.umask(0o077)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -63,7 +64,7 @@ def up(
 
 @app.command()
 def status(home: HomeOption = None) -> None:
-    """Show each process, its port and whether it works. Exits with 1 if something does not."""
+    """Show each process, its port and whether it works, and how full the disk is. Exits with 1 if something fails."""
     from rich.console import Console
     from rich.table import Table
 
@@ -74,6 +75,8 @@ def status(home: HomeOption = None) -> None:
         fail(f"no stack runs in {folder(home)}: start one with `esd up`")
     health = asyncio.run(_health(state))
     typer.echo(f"{state.url} · key in {state.api_key_file}")
+    has_room, room = _room(folder(home))
+    typer.echo(room)
     table = Table()
     for column in ("process", "pid", "port", "state", "health"):
         table.add_column(column, justify="right" if column in {"pid", "port"} else "left")
@@ -81,10 +84,10 @@ def status(home: HomeOption = None) -> None:
     for name, process in state.processes.items():
         sign = "[green]ok[/]" if health[name] else "[red]does not answer[/]"
         table.add_row(name, str(process.pid or ""), str(process.port or ""), process.state, sign)
-    for pid in _workers(state.pid):
-        table.add_row("worker", str(pid), "", "RUNNING", "")
+    for name, pid in _workers(state.pid):
+        table.add_row(name, str(pid), "", "RUNNING", "")
     Console().print(table)
-    raise typer.Exit(0 if all(health.values()) else 1)
+    raise typer.Exit(0 if has_room and all(health.values()) else 1)
 
 
 @app.command()
@@ -167,14 +170,29 @@ async def _health(state: State) -> dict[str, bool]:
     return dict(zip(state.processes, answers, strict=True))
 
 
-def _workers(launcher: int) -> list[int]:
+def _room(home: Path) -> tuple[bool, str]:
+    """Whether the object store takes anything more, which leaves a reserve of its disk, and that in words."""
+    from deploy.local.store import reserved_bytes
+
+    disk = shutil.disk_usage(home)
+    reserve_bytes = reserved_bytes(disk.total)
+    words = f"{disk.free / 2**30:.1f} GiB of {disk.total / 2**30:.1f} are free on the disk of {home}"
+    if disk.free >= reserve_bytes:
+        return True, words
+    return False, f"{words}: no upload is taken, and results wait, until there are {reserve_bytes / 2**30:.1f}"
+
+
+def _workers(launcher: int) -> list[tuple[str, int]]:
+    """What the workers and trainers of this machine are called, and their pids."""
     import psutil
 
     try:
         children = psutil.Process(launcher).children(recursive=True)
-        return [child.pid for child in children if "gpu_worker" in child.cmdline()]
+        commands = [(child.cmdline(), child.pid) for child in children]
     except psutil.Error:  # the stack is ending
         return []
+    found = [(command[3:], pid) for command, pid in commands if command[1:3] == ["-m", "gpu_worker"]]
+    return [("trainer" if kind == ["train"] else "worker", pid) for kind, pid in found]
 
 
 if __name__ == "__main__":

@@ -95,6 +95,36 @@ def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
 
 
 @pytest.mark.slow
+def test_status_says_when_the_store_takes_nothing_more_because_the_disk_is_full(stack: Stack) -> None:
+    shown = esd("status", "--home", stack.home, ESD_SWIFT_RESERVE="100%")
+    assert shown.returncode == 1, shown.stdout + shown.stderr
+    assert f"free on the disk of {stack.home}: no upload is taken, and results wait" in shown.stdout
+    assert "no upload is taken" not in esd("status", "--home", stack.home, ESD_SWIFT_RESERVE="0").stdout
+
+
+def test_status_tells_workers_from_trainers_and_leaves_out_the_shells_around_them(tmp_path: Path) -> None:
+    (tmp_path / "gpu_worker.py").write_text("print('here', flush=True); import time; time.sleep(600)")
+    started = []
+    for command in (
+        [sys.executable, "-m", "gpu_worker"],
+        ["sh", "-c", '"$@"; :', "sh", sys.executable, "-m", "gpu_worker", "train"],
+    ):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+    worker, shell = started
+    [trainer] = psutil.Process(shell.pid).children()
+    try:
+        assert sorted(_workers(os.getpid())) == [("trainer", trainer.pid), ("worker", worker.pid)]
+    finally:
+        trainer.kill()
+        worker.kill()
+        for process in started:
+            process.communicate()
+
+
+@pytest.mark.slow
 def test_a_second_start_on_the_same_home_says_so(stack: Stack) -> None:
     second = esd("up", "--home", stack.home, "--listen", "127.0.0.1:0")
     assert second.returncode == 1

@@ -86,6 +86,7 @@ class Background:
         task = asyncio.create_task(quietly())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # else what was stopped before it began says so at its end
 
     async def stop(self) -> None:
         """Ends all chores."""

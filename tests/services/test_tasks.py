@@ -1,8 +1,9 @@
-"""Tasks end even where one cancellation is swallowed."""
+"""Tasks end even where one cancellation is swallowed, and leave nothing behind."""
 
 import asyncio
+import inspect
 
-from services.common.tasks import cancel
+from services.common.tasks import Background, cancel
 
 
 async def test_a_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
@@ -36,3 +37,10 @@ async def test_who_is_cancelled_while_it_cancels_waits_for_their_end_and_ends_ca
     await asyncio.sleep(0)
     await cancel([outer])
     assert (inner.done(), outer.cancelled(), cancellations) == (True, True, 3)
+
+
+async def test_a_chore_that_is_stopped_before_it_began_is_closed() -> None:
+    chore, background = asyncio.sleep(0), Background()
+    background.run(chore)
+    await background.stop()
+    assert inspect.getcoroutinestate(chore) == inspect.CORO_CLOSED

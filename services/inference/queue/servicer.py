@@ -286,11 +286,12 @@ class _WorkSession:
         await self._queue.give_back(stream, lease_id)
 
     def _drop(self, lease_id: UUID) -> None:
-        """The worker holds a lease no more. With its last one goes what kept others from it."""
+        """The worker holds a lease no more. With its last one, or the one that waits, goes what kept others from it."""
         self._leases.discard(lease_id)
         self._relay.drop(lease_id)
         if self._waiting is not None and self._waiting.lease_id == lease_id:
             self._waiting = None
+            self._wake.set()
         self._hand_over_waiting()
         if not self._leases:
             self._wake.set()

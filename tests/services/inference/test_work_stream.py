@@ -156,6 +156,27 @@ async def test_a_job_on_its_last_attempt_waits_for_what_its_worker_holds_unless_
         assert (await other.take()).spec.job_id == ids[2]
 
 
+async def test_a_worker_gets_other_jobs_when_the_one_that_it_would_have_run_alone_is_cancelled(
+    service: Service, database_url: str
+) -> None:
+    async with (
+        service.worker() as worker,
+        await psycopg.AsyncConnection.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection,
+    ):
+        await service.started()
+        await worker.take()
+        alone, other = [await service.started() for _ in range(2)]
+        await connection.execute("UPDATE job SET num_lost = %s WHERE id = %s", (LAST_ATTEMPT, alone))
+        await worker.want(8)
+        claimed = "SELECT FROM job WHERE id = %s AND lease_id IS NOT NULL"
+        async with asyncio.timeout(60):  # nothing tells
+            while not (await connection.execute(claimed, (alone,))).rowcount:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await service.jobs.CancelInferenceJob(pb.CancelInferenceJobRequest(job_id=alone), metadata=service.user())
+        assert kind(await worker.read()) == "cancel"
+        assert (await worker.read()).assign.spec.job_id == other
+
+
 async def until(service: Service, prefix: str, *, gone: bool) -> None:
     """Waits for what is done to objects in the background, of which nothing tells."""
     async with asyncio.timeout(60):

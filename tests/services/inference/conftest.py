@@ -4,8 +4,8 @@ worker that does what the test says."""
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any
@@ -49,7 +49,10 @@ from services.inference.watching.events import Events
 from services.inference.watching.store import BoardStore
 from services.inference.webhooks.domain import Webhooks
 from services.inference.webhooks.store import WebhookStore
-from tests.serving import Metadata, Tokens
+from tests.serving import Metadata, Tokens, serving
+
+# What they assert is told as what a test asserts.
+pytest.register_assert_rewrite("tests.services.inference.any_worker", "tests.services.inference.journal")
 
 PNG = b"\x89PNG\r\n\x1a\n not really"
 SHA256 = hashlib.sha256(PNG).hexdigest()
@@ -188,6 +191,9 @@ class Service:
             call.cancel()
 
 
+Replica = Callable[[asyncio.Event], AbstractAsyncContextManager[Service]]
+
+
 class ScriptedWorker:
     """A worker's end of the Work stream."""
 
@@ -301,31 +307,47 @@ def stopping() -> asyncio.Event:
 
 
 @pytest.fixture
-async def service(
+def world() -> World:
+    """What the other services know: one Async endpoint, to begin with."""
+    world = World()
+    world.add_endpoint()
+    return world
+
+
+@pytest.fixture
+async def known(world: World) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to them."""
+
+    def add_peers(server: grpc.aio.Server) -> None:
+        endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(world, server)
+        models_pb2_grpc.add_ModelsServiceServicer_to_server(world, server)
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(world, server)
+
+    async with peer(add_peers) as channel:
+        yield channel
+
+
+@pytest.fixture
+def replica(
     database_url: str,
     blobs: Blobs,
     http: httpx.AsyncClient,
     tokens: Tokens,
     limits: Limits,
     quotas: Quotas,
-    stopping: asyncio.Event,
     webhook_seconds: float,
-    serve: Callable[..., Awaitable[grpc.aio.Channel]],
-) -> AsyncIterator[Service]:
-    """The running service with one Async endpoint. No sweep helps it: what works, works by notification."""
-    database = Database(database_url)
-    # SQLAlchemy loses its first connection, open, when the task that makes it is cancelled.
-    async with database.transaction():
-        pass
-    world = World()
-    async with AsyncExitStack() as stack:
+    world: World,
+    known: grpc.aio.Channel,
+) -> Replica:
+    """Runs a replica of the service during a block; `stopping` ends the streams in it. No sweep helps it: what works,
+    works by notification."""
 
-        def add_peers(server: grpc.aio.Server) -> None:
-            endpoints_pb2_grpc.add_EndpointsServiceServicer_to_server(world, server)
-            models_pb2_grpc.add_ModelsServiceServicer_to_server(world, server)
-            identity_pb2_grpc.add_IdentityServiceServicer_to_server(world, server)
-
-        known = await stack.enter_async_context(peer(add_peers))
+    @asynccontextmanager
+    async def running(stopping: asyncio.Event) -> AsyncIterator[Service]:
+        database = Database(database_url)
+        # SQLAlchemy loses its first connection, open, when the task that makes it is cancelled.
+        async with database.transaction():
+            pass
         peers, notifications, background = Peers(known, known, known), Notifications(), Background()
         pools, leftovers = PoolStore(database), LeftoverStore(database)
         store, rehoming = JobStore(database, quotas), Rehoming(pools, peers)
@@ -345,32 +367,42 @@ async def service(
             workers = QueueServicer(queue, pools, rehoming, Pins(pools, peers, blobs), notifications, board, stopping)
             inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
-        channel = await serve(add_servicers, audience="inference")
-        listening = asyncio.create_task(database.listen(CHANNELS, notifications.on_notify))
-        sweeping = rehoming.run(limits.renew_seconds)
         chores = (
+            database.listen(CHANNELS, notifications.on_notify),
             queue.run(),
-            sweeping,
+            rehoming.run(limits.renew_seconds),
             cleaner.run(),
             Deadlines(store, notifications).run(),
             board.run(stopping),
             webhooks.run(),
+            notifications.wake_all(at=stopping),
         )
-        running = asyncio.gather(*chores, notifications.wake_all(at=stopping))
-        yield Service(
-            inference_pb2_grpc.InferenceServiceStub(channel),
-            inference_pb2_grpc.QueueServiceStub(channel),
-            world,
-            blobs,
-            http,
-            tokens,
-            world.add_endpoint(),
-            notifications,
-            rehoming,
-        )
+        running = asyncio.gather(*chores)
+        try:
+            async with serving(add_servicers, tokens.verifier("inference")) as channel:
+                yield Service(
+                    inference_pb2_grpc.InferenceServiceStub(channel),
+                    inference_pb2_grpc.QueueServiceStub(channel),
+                    world,
+                    blobs,
+                    http,
+                    tokens,
+                    world.endpoints[0].id,
+                    notifications,
+                    rehoming,
+                )
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await background.stop()
+            await database.dispose()
+
+    return running
+
+
+@pytest.fixture
+async def service(replica: Replica, stopping: asyncio.Event) -> AsyncIterator[Service]:
+    """The running service with one Async endpoint."""
+    async with replica(stopping) as service:
+        yield service
         stopping.set()
-        for task in (listening, running):
-            task.cancel()
-        await asyncio.gather(listening, running, return_exceptions=True)
-        await background.stop()
-    await database.dispose()

@@ -31,10 +31,10 @@ _SYNTAX = re.compile(
     r"""
     \\ (?P<escaped> [\\()\[\]] )
     | (?P<open> [(\[] )
-    | : \s* (?P<weight> [+-]? (?: \d+ \.? \d* | \. \d+ ) ) \s* \)
+    | : \s* (?P<weight> [+-]? (?: \d+ (?: \. \d* )? | \. \d+ ) ) \s* \)
     | (?P<close> [)\]] )
     | \s* \b (?P<break> BREAK ) \b \s*
-    | (?P<text> [^\\()\[\]:B\s]+ | . )
+    | (?P<text> [^\\()\[\]:B\s]+ | \s+ | . )
     """,
     re.VERBOSE | re.DOTALL,
 )

@@ -6,7 +6,6 @@ What prepares the picture (`module`) must need no weights; those that do, or tha
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -28,7 +27,6 @@ INPAINT_ONLY = "inpaint_only"
 INPAINT = ("inpaint", INPAINT_ONLY)
 MAX_UNITS = 10
 _NOTHING = (None, "", "None", "none")
-_IN_PARENTHESES = re.compile(r"\s*\(.*\)$")
 # Older spellings of the extension's API.
 _FIELDS = {"input_image": "image", "guidance": "guidance_end"}
 _VALUES = {
@@ -152,7 +150,10 @@ def units_without_model(arguments: list[Any]) -> list[str]:
 
 def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
     fields = {field: value for field, value in given.items() if field in Unit.model_fields and value is not None}
-    module = _IN_PARENTHESES.sub("", str(fields.get("module", "none"))).strip().lower()
+    module = str(fields.get("module", "none"))
+    if module.endswith(")"):
+        module = module.partition("(")[0]
+    module = module.strip().lower()
     module = _MODULES.get(module, module)
     model = str(fields.get("model", "None"))
     if module.startswith(("reference", "revision", "ip-adapter")) or "ip-adapter" in model.lower():

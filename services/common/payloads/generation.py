@@ -88,6 +88,14 @@ class Generation(Payload):
     def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
         return checked_form(fields, cls.model_fields.keys(), cls.without_effect, cls.has_picture)
 
+    @field_validator("prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt", check_fields=False)
+    @classmethod
+    def _bounded_text(cls, text: str, info: Any) -> str:
+        if len(text) > prompts.MAX_CHARACTERS:
+            most = f"at most {prompts.MAX_CHARACTERS} are possible"
+            raise ValueError(f"{info.field_name} has {len(text)} characters; {most}")
+        return text
+
     @field_validator("prompt", "hr_prompt", check_fields=False)
     @classmethod
     def _joinable(cls, text: str, info: Any) -> str:

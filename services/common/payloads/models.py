@@ -23,7 +23,7 @@ _ALIASES = {
     "R-ESRGAN 4x+ Anime6B": "RealESRGAN_x4plus_anime_6B",
     "R-ESRGAN 2x+": "RealESRGAN_x2plus",
 }
-_HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
+_HASH = re.compile(r"\[[0-9a-fA-F]+\]$")
 
 
 def used(request: Payload, models: Sequence[tuple[str, str]]) -> list[int]:
@@ -62,7 +62,8 @@ def _used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
 
 def stem(name: str) -> str:
     """A file's name as prompts have it: without folder, extension, and the hash that A1111 shows behind it."""
-    return PurePosixPath(_HASH.sub("", name)).stem
+    shown_hash = _HASH.search(name)
+    return PurePosixPath(name[: shown_hash.start()].rstrip() if shown_hash else name).stem
 
 
 def _vae(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:

@@ -20,6 +20,7 @@ SCRIPT = "x/y/z plot"
 NOTHING = "Nothing"
 _PROMPT, _SEED = "Prompt S/R", "Seed"
 _MAX_VALUES = 64
+_MAX_LETTERS = 1000  # of a value, which may stand for each letter of a prompt
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Axis(BaseModel):
     @classmethod
     def _of_its_type(cls, values: list[int | float | str], info: Any) -> list[Any]:
         """JSON's numbers know no types."""
+        if long := next((value for value in values if isinstance(value, str) and len(value) > _MAX_LETTERS), None):
+            raise ValueError(f"a value has {len(long)} letters; at most {_MAX_LETTERS} are possible")
         axis = _AXES.get(info.data.get("name"))  # none where the name is wrong
         try:
             return [axis.type(value) for value in values] if axis else values
@@ -178,12 +181,11 @@ def _axis(letter: str, given: list[Any], is_csv: bool, fields: dict[str, Any], i
     name = _name(letter, given[0], is_img2img)
     if name == NOTHING:
         return {}
-    texts = _texts(given[1], given[2], is_csv)
     kind = _AXES[name].type
-    values = list(_expanded(texts, kind)) if kind is not str else texts
     try:
-        values = [kind(value) for value in values]
-    except (ValueError, OverflowError):
+        texts = _texts(given[1], given[2], is_csv)
+        values = [kind(value) for value in (texts if kind is str else _expanded(texts, kind))]
+    except (ValueError, OverflowError, csv.Error):
         raise ValueError(f"{SCRIPT}: {letter} values {shown(given[1])} cannot be read as those of {name}") from None
     if not values or len(values) > _MAX_VALUES:
         raise ValueError(f"{SCRIPT}: {letter} has {len(values)} values of {name}; 1 to {_MAX_VALUES} are possible")

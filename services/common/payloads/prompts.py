@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 from services.common.payloads.showing import shown
 
 MAX_TEXTS = 8
+MAX_CHARACTERS = 10_000
+# None of these, nor what reads with them, takes a time that grows with the square of a text: others are served too.
 _TAG = re.compile(r"<(\w+):([^<>]+)>")
 _AND = re.compile(r"\bAND\b")
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-_WEIGHTED = re.compile(rf"(?P<text>.*?)\s*:\s*(?P<weight>{_NUMBER})\s*", re.DOTALL)
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+_WEIGHT = re.compile(rf"\s*{_NUMBER}\s*")
 _PAIRS = {"[": "]", "(": ")"}
 
 
@@ -59,8 +61,8 @@ def joined_by_and(text: str) -> list[tuple[str, float]]:
     """The texts between ANDs, each with its weight, 1 unless it ends in a number (`a cat :0.5 AND a dog`)."""
     found = []
     for part in _AND.split(text):
-        match = _WEIGHTED.fullmatch(part)
-        found.append((match["text"], float(match["weight"])) if match else (part, 1.0))
+        before, colon, weight = part.rpartition(":")
+        found.append((before.rstrip(), float(weight)) if colon and _WEIGHT.fullmatch(weight) else (part, 1.0))
     return found
 
 
@@ -73,20 +75,22 @@ def at_step(text: str, step: int, num_steps: int, steps_before: int = 0) -> str:
     0: a text that ends at n holds for the steps 0 to n, one more than it says, and the first step of an alternation
     comes twice. Of samplers with two evaluations in a step it counts the evaluations; here it is always steps.
     """
-    resolved, position = [], 0
-    while position < len(text):
-        letter = text[position]
-        end = _closing(text, position) if letter == "[" else None
-        if end is not None:
-            inner = text[position + 1 : end]
-            chosen = _chosen(inner, step, num_steps, steps_before)
-            found = at_step(inner if chosen is None else chosen, step, num_steps, steps_before)
-            resolved.append(f"[{found}]" if chosen is None else found)
-            position = end + 1
+    brackets = _brackets(text)
+    resolved = []
+    spans = [(0, len(text))]  # that are still to be read, the next one last
+    while spans:
+        start, end = spans.pop()
+        opening = next((index for index in _openings(text, start, end) if index in brackets), end)
+        resolved.append(text[start:opening])
+        if opening == end:
+            continue
+        closing, cuts = brackets[opening]
+        chosen = _chosen(text, [opening, *cuts, closing], step, num_steps, steps_before)
+        if chosen is None:  # the brackets only weigh
+            resolved.append("[")
+            spans += [(closing + 1, end), (closing, closing + 1), (opening + 1, closing)]
         else:
-            length = 2 if letter == "\\" else 1
-            resolved.append(text[position : position + length])
-            position += length
+            spans += [(closing + 1, end), chosen]
     return "".join(resolved)
 
 
@@ -99,50 +103,50 @@ def _lora(tag: str, arguments: list[str]) -> Lora:
 
 
 def _number(tag: str, text: str) -> float:
-    if not re.fullmatch(_NUMBER, text.strip()):
+    if not _WEIGHT.fullmatch(text):
         raise ValueError(f"{tag}: {shown(text)} is no number; possible: <lora:name:1> or <lora:name:0.5:1>")
     return float(text)
 
 
-def _chosen(inner: str, step: int, num_steps: int, steps_before: int) -> str | None:
-    """What stands for the inside of square brackets in that step; None: they only weigh."""
-    alternatives = _split(inner, "|")
-    if len(alternatives) > 1:
-        return alternatives[max(step - 1, 0) % len(alternatives)]
-    parts = _split(inner, ":")
-    if len(parts) not in {2, 3} or not re.fullmatch(rf"\s*{_NUMBER}\s*", parts[-1]):
+def _chosen(text: str, marks: list[int], step: int, num_steps: int, steps_before: int) -> tuple[int, int] | None:
+    """Where what stands for a pair of square brackets in that step begins and ends; None: they only weigh. `marks` are
+    the places of the brackets and of what separates parts between them."""
+    if alternatives := [mark for mark in marks[1:-1] if text[mark] == "|"]:
+        marks = [marks[0], *alternatives, marks[-1]]
+    parts = [(before + 1, after) for before, after in pairwise(marks)]
+    if alternatives:
+        return parts[max(step - 1, 0) % len(parts)]
+    if len(parts) not in {2, 3} or not _WEIGHT.fullmatch(text, *parts[-1]):
         return None
-    when = float(parts[-1])
+    said = text[slice(*parts[-1])]
+    when = float(said)
     part_before = 1 if steps_before else 0
-    until = int((when - part_before) * num_steps if "." in parts[-1] else when - steps_before)
-    before, after = parts[:2] if len(parts) == 3 else ("", parts[0])
-    return before if until >= 1 and step <= until else after
+    until = (when - part_before) * num_steps if "." in said else when - steps_before
+    before, after = parts[:2] if len(parts) == 3 else ((0, 0), parts[0])
+    return before if until >= max(step, 1) else after
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the bracket that opens at `start` is closed."""
-    return next((index for index, _, depth in _walk(text, start) if depth == 0), None)
+def _openings(text: str, start: int, end: int) -> Iterator[int]:
+    """Where square brackets stand."""
+    while (start := text.find("[", start, end)) >= 0:
+        yield start
+        start += 1
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """Split where no bracket is open."""
-    cuts = [index for index, letter, depth in _walk(text, 0) if letter == separator and depth == 0]
-    starts = [0, *(cut + 1 for cut in cuts)]
-    return [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
-
-
-def _walk(text: str, start: int) -> Iterator[tuple[int, str, int]]:
-    """Letters that are not escaped, each with how many brackets are open behind it."""
-    opened: list[Any] = []
-    index = start
-    while index < len(text):
-        letter = text[index]
+def _brackets(text: str) -> dict[int, tuple[int, list[int]]]:
+    """By the place of each square bracket that is closed: where that is, and what separates parts directly between."""
+    found: dict[int, tuple[int, list[int]]] = {}
+    opened: list[tuple[int, str, list[int]]] = []  # place, what closes it, separators
+    letters = iter(enumerate(text))
+    for index, letter in letters:
         if letter == "\\":
-            index += 2
-            continue
-        if letter in _PAIRS:
-            opened.append(_PAIRS[letter])
-        elif opened and letter == opened[-1]:
-            opened.pop()
-        yield index, letter, len(opened)
-        index += 1
+            next(letters, None)
+        elif letter in _PAIRS:
+            opened.append((index, _PAIRS[letter], []))
+        elif opened and letter == opened[-1][1]:
+            opening, closed_by, cuts = opened.pop()
+            if closed_by == "]":
+                found[opening] = index, cuts
+        elif opened and letter in "|:":
+            opened[-1][2].append(index)
+    return found

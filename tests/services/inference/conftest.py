@@ -55,6 +55,9 @@ from tests.serving import Metadata, Tokens, serving
 pytest.register_assert_rewrite("tests.services.inference.any_worker", "tests.services.inference.journal")
 
 PNG = b"\x89PNG\r\n\x1a\n not really"
+# A payload that is kept as it came in its job's row, and one that has no place there.
+LONG = {"enable_hr": True, "denoising_strength": 0.5} | dict.fromkeys(("prompt", "hr_prompt"), "long " * 2_000)
+LARGE = LONG | dict.fromkeys(("negative_prompt", "hr_negative_prompt"), "long " * 2_000)
 SHA256 = hashlib.sha256(PNG).hexdigest()
 
 

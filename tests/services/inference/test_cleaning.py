@@ -12,7 +12,7 @@ from services.common.errors import Unavailable
 from services.common.leftovers import LeftoverStore
 from services.inference.store import JobStore
 from services.inference.upkeep.cleaning import Cleaner
-from tests.services.inference.conftest import Service
+from tests.services.inference.conftest import LARGE, Service
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -45,7 +45,7 @@ async def test_jobs_are_removed_with_their_objects_when_their_retention_is_over(
 async def test_a_payload_whose_job_did_not_come_goes_and_one_whose_job_came_stays(
     service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    payload = json.dumps({"prompt": "long " * 10_000})
+    payload = json.dumps(LARGE)
     kept = await service.create(payload_string=payload)
     before = await keys(service)
     with monkeypatch.context() as broken:

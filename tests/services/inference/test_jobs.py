@@ -13,7 +13,7 @@ from services.inference import domain
 from services.inference.channels import JOB_ENDED
 from services.inference.submitting.quotas import Quotas
 from tests.pictures import encoded, noise
-from tests.services.inference.conftest import PNG, Service
+from tests.services.inference.conftest import LARGE, LONG, PNG, Service
 
 pytestmark = pytest.mark.timeout(60)
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
@@ -177,7 +177,7 @@ async def test_a_payload_replaced_after_the_start_has_no_effect(service: Service
 
 
 async def test_a_large_payload_travels_by_url_with_its_sha256(service: Service) -> None:
-    await service.started(prompt="long " * 20_000)
+    await service.started(**LARGE)
     async with service.worker() as worker:
         spec = (await worker.take()).spec
     assert not spec.payload.fields
@@ -306,11 +306,9 @@ async def test_a_job_is_for_its_owner_and_holders_of_user_all(service: Service) 
 
 async def test_a_page_of_jobs_with_long_payloads_ends_before_its_limit(service: Service) -> None:
     """1,000 of them would be an answer that is too large to be sent."""
-    ids = [
-        (await service.create(payload_string=json.dumps({"prompt": "long " * 6_000}))).inference_id for _ in range(3)
-    ]
+    ids = [(await service.create(payload_string=json.dumps(LONG))).inference_id for _ in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(domain, "_MAX_PAGE_BYTES", 70_000)
+        patch.setattr(domain, "_MAX_PAGE_BYTES", 50_000)
         found, key = [], ""
         for _ in ids:
             request = pb.ListInferenceJobsRequest(limit="0", exclusive_start_key=key)
@@ -592,7 +590,7 @@ class TestFullQueue:
         await service.started()
         before = await service.blobs.find("frozen/")  # of other tests
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await create(service, payload_string=json.dumps({"prompt": "long " * 10_000}))
+            await create(service, payload_string=json.dumps(LARGE))
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(refused.value.trailing_metadata() or ())["retry-after"] == "10"
         assert await service.blobs.find("frozen/") == before

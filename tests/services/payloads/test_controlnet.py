@@ -138,6 +138,7 @@ def test_img2imgs_own_picture_is_looked_at_where_a_unit_has_none() -> None:
             {"module": "openpose_full"},
             'controlnet[0]: the module "openpose_full" cannot be run here; possible: none, canny, ',
         ),
+        ({"module": " " * 200_000 + "x"}, 'controlnet[0]: the module "x" cannot be run here'),
         ({"module": "tile_colorfix+sharp"}, 'controlnet[0]: the module "tile_colorfix+sharp" cannot be run here'),
         ({"module": "inpaint_only+lama"}, 'the module "inpaint_only+lama" cannot be run here'),
         (

@@ -1,5 +1,6 @@
 """A1111's prompt syntax beside words: networks, AND, texts that change on the way; and which models a request uses."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from services.common.errors import InvalidArgument
 from services.common.payloads import check, used
 from services.common.payloads.prompts import Lora, at_step, joined_by_and, read
 
+LONG = 200_000
 MODELS = [
     ("Stable-diffusion", "v1-5.safetensors"),
     ("Stable-diffusion", "other.ckpt"),
@@ -60,6 +62,22 @@ def test_a_text_changes_on_the_way(text: str, steps: list[str]) -> None:
     assert [at_step(text, step, 4) for step in range(4)] == steps
 
 
+@pytest.mark.parametrize("text", ["[" * LONG, "[" * LONG + "]" * LONG, "(" * LONG + ")" * LONG, ":" * LONG, " " * LONG])
+def test_a_hostile_text_is_read_in_a_time_that_grows_with_it(text: str) -> None:
+    """What grew with its square would be cut off by the tests' timeout."""
+    assert at_step(text, 1, 4) == text
+    assert joined_by_and(text) == [(text, 1.0)]
+    assert read(text).text == text
+
+
+def test_hostile_numbers_are_read_in_a_time_that_grows_with_them() -> None:
+    digits = "1" * LONG
+    assert joined_by_and(f"a:{digits}x") == [(f"a:{digits}x", 1.0)]
+    assert joined_by_and(f"a:{digits}") == [("a", math.inf)]
+    assert at_step(f"[a:b:{digits}][c:-{digits}][d:{digits}x]", 3, 4) == f"ac[d:{digits}x]"
+    assert at_step("[a|" * LONG + "b" + "]" * LONG, 2, 4) == "b"
+
+
 def test_steps_count_as_in_a1111() -> None:
     """Its entries are (last step, text); the first whose last step is not before the sampler's, from 0, is read."""
     entries = [(10, "cat"), (20, "dog")]
@@ -83,6 +101,11 @@ def test_texts_are_joined_by_and_with_weights() -> None:
     [
         ({"prompt": "<lora:x:much>"}, '<lora:x:much>: "much" is no number; possible: <lora:name:1>'),
         ({"prompt": " AND ".join("abcdefghi")}, "prompt joins 9 texts with AND; at most 8 are possible"),
+        ({"prompt": "a" * 10_001}, "prompt has 10001 characters; at most 10000 are possible"),
+        (
+            {"enable_hr": True, "hr_negative_prompt": "a" * 10_001},
+            "hr_negative_prompt has 10001 characters; at most 10000 are possible",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(fields: dict[str, Any], sentence: str) -> None:
@@ -119,6 +142,7 @@ def test_a_request_uses_the_models_that_it_names() -> None:
             {"prompt": "<lora:stile:1>"},
             "<lora:stile> names stile, which is not among the job's models of type Lora; there: style.safe",
         ),
+        ({"override_settings": {"sd_vae": " " * LONG + "x"}}, "override_settings.sd_vae names   "),
         (
             {"override_settings": {"sd_vae": "x.pt"}},
             "override_settings.sd_vae names x.pt, which is not among the job's",

@@ -71,7 +71,7 @@ log_level = ERROR
 cors_allow_origin = *
 cors_expose_headers = etag
 [pipeline:main]
-pipeline = catch_errors gatekeeper cache listing_formats bulk s3api tempauth copy slo dlo versioned_writes symlink \
+pipeline = catch_errors gatekeeper cache listing_formats s3api tempauth copy slo dlo versioned_writes symlink \
 proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
@@ -90,8 +90,6 @@ use = egg:swift#gatekeeper
 paste.filter_factory = deploy.local.swift_cache:filter_factory
 [filter:listing_formats]
 use = egg:swift#listing_formats
-[filter:bulk]
-use = egg:swift#bulk
 [filter:copy]
 use = egg:swift#copy
 [filter:slo]

@@ -98,6 +98,15 @@ def test_the_store_tells_strangers_nothing_of_itself(s3: S3Access) -> None:
         assert version("swift") not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("method", "query"), [("PUT", "extract-archive=tar"), ("PUT", "extract-archive=tar.bz2"), ("POST", "bulk-delete")]
+)
+def test_the_store_reads_nothing_of_a_stranger(s3: S3Access, method: str, query: str) -> None:
+    """An archive that it unpacked would keep it, or its memory, busy before anybody asks for a signature."""
+    for path in (f"/{s3.bucket}/a", f"/{s3.bucket}/a/b", f"/{s3.bucket}"):
+        assert httpx.request(method, f"{s3.endpoint_url}{path}?{query}", content=b"x").status_code >= 400, path
+
+
 def test_expired_urls_are_refused(s3: S3Access, monkeypatch: pytest.MonkeyPatch) -> None:
     yesterday = datetime.now(UTC) - timedelta(days=1)
     monkeypatch.setattr("botocore.auth.get_current_datetime", lambda *_: yesterday)

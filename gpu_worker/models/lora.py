@@ -136,9 +136,11 @@ def _delta(name: str, base_name: str, layer: str, parts: Weights, module: Any, d
     try:
         if is_low_rank:
             return _low_rank(parts, module)
-        full = _full(parts)
-        if _MAGNITUDE in parts:
-            full = _decomposed(full.reshape(weight.shape), weight.to(device, torch.float32), parts[_MAGNITUDE])
+        # First without numbers: products of small factors that do not fit may be larger than the memory.
+        sizes = {part: tensor if part == _ALPHA else tensor.to("meta") for part, tensor in parts.items()}
+        full = _whole(sizes, weight.to("meta", torch.float32))
+        if full.numel() == weight.numel():
+            full = _whole(parts, weight.to(device, torch.float32))
     except KeyError as error:
         raise JobError(f"{name} lacks {error} for its layer {layer}; possible: {_KINDS}") from None
     except torch.OutOfMemoryError:
@@ -167,6 +169,14 @@ def _low_rank(parts: Weights, module: Any) -> Delta:
         return lambda layer, x: scale * last(layer, first(layer, x))
     before, between, after = _pointwise(down), _like(module, middle), _pointwise(up)
     return lambda layer, x: scale * after(layer, between(layer, before(layer, x)))
+
+
+def _whole(parts: Weights, weight: torch.Tensor) -> torch.Tensor:
+    """What is added to a layer's weights."""
+    full = _full(parts)
+    if _MAGNITUDE in parts:
+        full = _decomposed(full.reshape(weight.shape), weight, parts[_MAGNITUDE])
+    return full
 
 
 def _full(parts: Weights) -> torch.Tensor:

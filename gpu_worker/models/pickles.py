@@ -34,6 +34,8 @@ _REAL: dict[tuple[str, str], Any] = {
 }
 
 
+# Tensors may share numbers or repeat them, and become as large as they say once they are used. Tied weights share.
+_MAX_TIMES_SHARED = 2
 # Where files keep their weights: checkpoints, embeddings, and the family of ESRGAN.
 _INNER = ("state_dict", "string_to_param", "params_ema", "params-ema", "params")
 
@@ -101,6 +103,9 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
     tensors = {key: value for key, value in weights.items() if isinstance(key, str) and torch.is_tensor(value)}
     if not tensors:
         raise JobError(f"{name} holds no weights")
+    file_bytes, num_bytes = path.stat().st_size, sum(tensor.nbytes for tensor in tensors.values())
+    if num_bytes > _MAX_TIMES_SHARED * file_bytes:
+        raise JobError(f"{name} is damaged: its tensors would have {num_bytes} bytes, the file has {file_bytes}")
     return tensors
 
 

@@ -47,6 +47,7 @@ _BIG_G_OF_REFINER = "conditioner.embedders.0.model."
 _convert: Any = single_file_utils
 _PICKLE_STARTS = (b"PK", b"\x80")
 _LENGTH_BYTES = 8
+_PARTS = {"unet", "vae", "text_encoder", "text_encoder_2", "scheduler"}
 _NUM_CONTEXT_SD2 = 1024
 _NUM_CHANNELS_INPAINTING = 9
 
@@ -241,12 +242,37 @@ def _own_config(text: str, name: str) -> Config:
     try:
         config: Config = json.loads(text)
         text_encoder = "text_encoder" if "text_encoder" in config else "text_encoder_2"
-        parts = [config[part] for part in ("unet", "vae", text_encoder, "scheduler")]
-    except (ValueError, KeyError, TypeError):
-        raise JobError(f"{name} has metadata {CONFIG_METADATA} that cannot be read") from None
-    if not all(isinstance(part, dict) for part in parts):
+        parts = {"unet", "vae", text_encoder, "scheduler"} | _PARTS & config.keys()
+        is_sound = all(isinstance(config[part], dict) for part in parts)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_sound = False
+    if not is_sound:
         raise JobError(f"{name} has metadata {CONFIG_METADATA} that cannot be read")
+    if unknown := [part for part in sorted(parts) if not _is_known(part, config[part])]:
+        raise JobError(
+            f"{name} has metadata {CONFIG_METADATA} that is beyond what is known of its {unknown[0]}; possible: what "
+            "Stable Diffusion 1.5 and SDXL have, or less of it"
+        )
     return config
+
+
+def _is_known(part: str, config: Any) -> bool:
+    """Whether a part's configuration has only names that the families' have, and no number that is larger: with others
+    the libraries build for hours, or fetch code."""
+    families = [family_config(family).get(part, {}) for family in ("sd15", "sdxl", "sdxl_refiner")]
+    for name, value in config.items():
+        known = [_values(family[name]) for family in families if name in family]
+        largest = max((number for values in known for number in values if isinstance(number, int | float)), default=0)
+        given = _values(value)
+        if not known or len(given) > max(map(len, known)):
+            return False
+        if not all(isinstance(one, str) or (isinstance(one, int | float) and 0 <= one <= largest) for one in given):
+            return False
+    return True
+
+
+def _values(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 @cache

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**25  # about 5800x5800
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_MAX_SCANS = 100  # of a JPEG, of a few bytes each, and each goes over all pixels; a photo has about ten
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 # Pillow's own bound is for all callers in the process, and half a warning; MAX_PIXELS takes its place here.
 Image.MAX_IMAGE_PIXELS = None
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
@@ -71,6 +73,8 @@ def opened(content: bytes, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Damaged(f"{name} has {width}x{height} pixels; at most {MAX_PIXELS} pixels are possible")
+    if content.startswith(_JPEG) and (num_scans := content.count(_SCAN)) > _MAX_SCANS:
+        raise Damaged(f"{name} has {num_scans} scans; at most {_MAX_SCANS} are possible")
     return image
 
 

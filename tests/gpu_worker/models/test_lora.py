@@ -10,6 +10,7 @@ import torch
 from lycoris.functional.general import weight_decompose
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_worker.job import JobError
 from gpu_worker.models import ldm, lora, weights
@@ -242,6 +243,45 @@ def test_what_does_not_fit_is_refused_by_name(
     with pytest.raises(JobError) as refused:
         lora.load(as_cached(path, "Lora"), models, "tiny")
     assert sentence in str(refused.value)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made in it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if torch.is_tensor(made) and made.device.type != "meta":
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {
+            f"hada_w{index}_{part}": torch.zeros(shape)
+            for index in (1, 2)
+            for part, shape in (("a", (3000, 1)), ("b", (1, 3000)))
+        },
+        {"lokr_w1": torch.zeros(30, 100), "lokr_w2": torch.zeros(30, 100)},
+        {
+            "lora_up.weight": torch.zeros(3000, 1),
+            "lora_down.weight": torch.zeros(1, 3000),
+            "dora_scale": torch.zeros(3000),
+        },
+        {"diff": torch.zeros(16, 16), "dora_scale": torch.zeros(100_000, 1)},
+    ],
+)
+def test_small_factors_of_a_product_that_does_not_fit_are_not_multiplied(
+    models: weights.Models, tmp_path: Path, parts: Weights
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_{ATTENTION.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}, path)
+    with Largest() as largest, pytest.raises(JobError, match="is a LoRA for another architecture than tiny"):
+        lora.load(as_cached(path, "Lora"), models, "tiny")
+    assert largest.numel <= path.stat().st_size
 
 
 def test_several_texts_and_changing_texts_have_the_guidance_of_their_step(models: weights.Models) -> None:

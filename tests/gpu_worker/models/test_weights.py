@@ -186,6 +186,19 @@ def test_what_torch_would_unpack_into_more_than_the_file_is_refused(tmp_path: Pa
     assert "its members have more bytes than the file" in reason(packed)
 
 
+@pytest.mark.parametrize(
+    "tensors", [{"x": torch.zeros(1, 768).expand(1 << 30, 768)}, dict.fromkeys("abc", torch.zeros(1 << 18))]
+)
+def test_tensors_that_share_what_the_file_has_once_are_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(tensors, path)
+    assert "model.pt is damaged: its tensors would have " in reason(path)
+    torch.save({"x": tensors.popitem()[1][0], "y": torch.zeros(1 << 10)}, path)
+    assert weights.read(path, path.name)[0].keys() == {"x", "y"}
+
+
 def test_a_tar_of_torch_hidden_behind_a_pickle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
@@ -286,11 +299,36 @@ def test_whichever_weight_is_not_there_its_part_is_named(state: dict[str, torch.
 
 def test_broken_metadata_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    for config in ("{", "[]", '{"unet": 1, "vae": 2, "text_encoder": 3, "scheduler": 4}'):
+    second = json.dumps(tiny.config() | {"text_encoder_2": 3})
+    nested = "[" * 100_000
+    for config in ("{", "[]", '{"unet": 1, "vae": 2, "text_encoder": 3, "scheduler": 4}', second, nested):
         assert "esd_config" in reason(save(path, state, config))
     config = tiny.config()
     config["unet"]["block_out_channels"] = [1, 2]
     assert "describes no UNet" in reason(save(path, state, config))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("unet", "layers_per_block", 10**9),
+        ("unet", "layers_per_block", [2, 2, 2, 10**9]),
+        ("unet", "block_out_channels", [16] * 1000),
+        ("unet", "sample_size", {"a": 1}),
+        ("unet", "attention_head_dim", -1),
+        ("vae", "layers_per_block", float("nan")),
+        ("text_encoder", "num_hidden_layers", 10**9),
+        ("text_encoder", "attn_implementation", "somebody/kernels"),
+    ],
+)
+def test_metadata_beyond_the_known_families_is_refused_before_anything_is_built(
+    state: dict[str, torch.Tensor], tmp_path: Path, part: str, name: str, value: Any
+) -> None:
+    config = tiny.config()
+    config[part][name] = value
+    assert f"esd_config that is beyond what is known of its {part}" in reason(
+        save(tmp_path / "model.safetensors", state, config)
+    )
 
 
 def test_the_same_seed_writes_the_same_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def bomb(width: int, height: int) -> str:
     return base64.b64encode(content).decode()
 
 
+def many_scans(count: int) -> str:
+    """A JPEG whose last scan comes so many times more."""
+    content = base64.b64decode(encoded(Image.new("L", (64, 64)), "JPEG", progressive=True))
+    return base64.b64encode(content[:-2] + content[content.rindex(b"\xff\xda") : -2] * count + content[-2:]).decode()
+
+
 PICTURE = Image.linear_gradient("L")  # 256x256
 PNG = encoded(PICTURE)
 
@@ -46,6 +52,7 @@ PNG = encoded(PICTURE)
         ({"init_images": ["https://example.org/a.png"]}, "init_images[0] is a URL; the picture itself is needed"),
         ({"init_images": [bomb(60000, 60000)]}, "init_images[0] has 60000x60000 pixels; at most 33554432 pixels are"),
         ({"init_images": [PNG[: len(PNG) // 2 // 4 * 4]]}, "init_images[0] is damaged or truncated"),
+        ({"init_images": [many_scans(1000)]}, "scans; at most 100 are possible"),
         ({"init_images": [PNG], "mask": bomb(100000, 1000)}, "mask has 100000x1000 pixels"),
         ({"init_images": [PNG], "mask": "nonsense!"}, "mask is not base64"),
         ({"init_images": []}, "init_images []: list should have at least 1 item"),
@@ -77,6 +84,10 @@ def test_a_photo_is_turned_as_its_camera_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the top is on the right
     assert pictures.decode(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif), "image").size == (10, 20)
+
+
+def test_a_photo_may_come_scan_by_scan() -> None:
+    assert pictures.decode(many_scans(20), "image").size == (64, 64)
 
 
 def test_a_truncated_photo_is_found_when_it_is_decoded() -> None:

@@ -28,6 +28,7 @@ from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
 from services.common.payloads.models import HYPERNETWORK
+from services.common.sentences import MAX_REASON, printable
 from services.common.structs import plain
 from services.common.tasks import together
 
@@ -276,7 +277,10 @@ def is_last(event: worker_pb2.JobEvent) -> bool:
 
 def _failed(job: Job, reason: str, *, cancelled: bool = False, postponed: bool = False) -> worker_pb2.JobEvent:
     failed = worker_pb2.JobFailed(
-        reason=reason, cancelled=cancelled, postponed=postponed, nothing_uploaded=not job.has_uploaded
+        reason=printable(reason, MAX_REASON),  # it may quote a hostile file
+        cancelled=cancelled,
+        postponed=postponed,
+        nothing_uploaded=not job.has_uploaded,
     )
     return worker_pb2.JobEvent(failed=failed)
 

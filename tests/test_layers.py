@@ -29,7 +29,7 @@ OWNERS = {
     "pydantic_settings": {"settings.py"},
     "httpcore": {"outbound.py"},
 }
-WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors", "payloads", "tasks", "structs"}
+WORKER_MAY = {"settings", "logs", "auth", "clients", "process", "errors", "payloads", "sentences", "tasks", "structs"}
 TORCH_OWNERS = {"devices.py", "demo_model", "engine", "models", "sampling", "tasks", "trainer"}
 # Of the engine, what decides: it is tried without a model.
 WITHOUT_TORCH = {"batch.py", "bounds.py", "engine.py", "importing.py", "resident.py", "run.py", "settings.py"}

@@ -35,6 +35,7 @@ from services.common.errors import InvalidArgument
 from services.common.payloads.models import BASE
 from services.common.payloads.training import Training, check_training
 from services.common.process import EXIT_INTERRUPTED
+from services.common.sentences import MAX_REASON, printable
 from services.common.settings import SOME_URLS, URL, Settings, read_secret
 from services.common.structs import plain
 
@@ -129,7 +130,7 @@ class _Session:
             self.stream.tell(done=pb.TrainerDone())
         except (JobError, InvalidArgument) as error:
             log.warning("the training failed", reason=str(error))
-            self.stream.tell(failed=pb.TrainerFailed(reason=str(error)))
+            self.stream.tell(failed=pb.TrainerFailed(reason=printable(str(error), MAX_REASON)))
         else:
             self.stream.tell(done=pb.TrainerDone())
         await self.stream.all_kept()

@@ -1,7 +1,4 @@
-"""Checks requests beyond what their proto can say. Pure functions; each names field and value where it refuses.
-
-`printable` makes words of what a file or a source says of itself fit to be kept and shown.
-"""
+"""Checks requests beyond what their proto can say. Pure functions; each names field and value where it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from services.models.rows import CheckpointFile
 
 MAX_PARAMS_BYTES = 64 * 1024
 MAX_NAME_BYTES = 255  # of a file on the worker's disk
-MAX_SENTENCE = 500  # characters
 _MAX_NUMBERS = 10  # of parts that a sentence lists
 _UNSEEN = {"Cc", "Cf"}  # controls and formats: a terminal obeys some, others turn a name's reading around
 _NOT_IN_XML = "\ufffe\uffff"  # with one in a key, the object store lists no uploads any more
@@ -113,13 +109,6 @@ def stored_parts(name: str, parts: Sequence[tuple[int, str]], stored: Mapping[in
         if stored[number].lower() != etag.lower():
             raise InvalidArgument(f"{name}: {etag} is not the ETag of the uploaded part {number}")
     return [(number, stored[number]) for number, _ in parts]
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal obeys or no database takes, and not longer than MAX_SENTENCE characters."""
-    beginning = text[: MAX_SENTENCE + 1]
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in beginning)
-    return shown if len(shown) <= MAX_SENTENCE else f"{shown[: MAX_SENTENCE - 1]}…"
 
 
 def _check_seen(field: str, name: str) -> None:

@@ -190,6 +190,17 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert reason.startswith("wrong.safetensors is a LoRA for another architecture than tiny.safetensors")
 
 
+async def test_a_reason_that_quotes_a_hostile_file_can_be_told(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    spec, content = make_spec(prompt="<lora:wrong>"), io.BytesIO()
+    torch.save({"lora_unet_\0\ud800" + "x" * 100_000 + ".lora_down.weight": torch.ones(2, 32)}, content)
+    add_file(spec, store, "Lora", "wrong.pt", content.getvalue())
+    reason = (await generate(spec))[-1].failed.reason
+    assert "has no layer lora_unet_\\x00\\ud800xxx" in reason
+    assert len(reason) == 4000
+
+
 @pytest.mark.slow
 async def test_every_checkpoint_and_the_vae_of_a_job_are_told_by_hash(
     generate: Any, store: ObjectStore, make_spec: Any, tmp_path: Path

@@ -13,6 +13,7 @@ from services.common.blobs import Blobs
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
 from services.common.notifications import Notifications
+from services.common.sentences import MAX_REASON, printable
 from services.common.tasks import Background
 from services.inference.peers import Model
 from services.inference.queue.claim import WARM_WINDOW
@@ -172,7 +173,7 @@ class Queue:
 
     async def fail(self, stream: WorkerStream, lease_id: UUID, reason: str, *, nothing_uploaded: bool = False) -> bool:
         """Records that a job failed; False when the lease is lost."""
-        reason = reason or "the worker gave no reason"
+        reason = printable(reason, MAX_REASON) or "the worker gave no reason"
         job = await self._store.fail(stream.endpoint_id, lease_id, reason, leaves_objects=not nothing_uploaded)
         if job is not None:
             log.info("job failed", job=str(job.id), reason=job.failure)
@@ -185,6 +186,7 @@ class Queue:
     async def postpone(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
         """The worker cannot reach the object store: the job is tried again, until that has taken too long. False when
         the lease is lost."""
+        reason = printable(reason, MAX_REASON)
         job = await self._store.postpone(stream.endpoint_id, lease_id, reason, self.limits.outage_seconds)
         if job is not None:
             log.warning("job postponed", job=str(job.id), reason=reason, status=job.status)

@@ -22,7 +22,7 @@ from services.inference.queue.store import LeaseStore
 from services.inference.rows import LAST_ATTEMPT, MAX_LOST
 from services.inference.store import JobStore
 from services.inference.upkeep.outputs import Outputs
-from tests.services.inference.conftest import PNG, SHA256, ScriptedWorker, Service, ended_with
+from tests.services.inference.conftest import LARGE, PNG, SHA256, ScriptedWorker, Service, ended_with
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -232,7 +232,7 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
 
 async def test_the_urls_of_a_worker_live_a_day(service: Service) -> None:
     receipt = await service.create()
-    await service.upload(receipt, prompt="x" * 50_000)  # too long for the row, so it goes by URL too
+    await service.upload(receipt, **LARGE)  # too long for the row, so it goes by URL too
     await service.start(receipt.id)
     async with service.worker() as worker:
         spec = (await worker.take()).spec
@@ -271,6 +271,17 @@ async def test_a_failure_is_shown_with_the_workers_reason(service: Service) -> N
     assert (job["status"], job["sagemakerRaw"]) == ("failed", "v1-5.safetensors is truncated")
     assert job["completeTime"]
     assert "image_names" not in job
+
+
+async def test_a_reason_that_nobody_could_keep_fails_its_job_and_leaves_the_stream(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        await worker.tell(assign.lease_id, failed={"reason": "no layer \0\x1b[2J" + "x" * 100_000})
+        assert (await worker.read()).acknowledge.lease_id == assign.lease_id
+    reason = MessageToDict(await service.get(job_id))["sagemakerRaw"]
+    assert reason.startswith("no layer \\x00\\x1b[2Jxxx")
+    assert len(reason) == 4000
 
 
 async def test_a_job_that_a_worker_stops_by_itself_goes_to_another(service: Service) -> None:

@@ -14,7 +14,8 @@ from google.protobuf.json_format import MessageToDict
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
 from services.common.errors import InvalidArgument
-from services.models.checks import MAX_SENTENCE, Tag, complete_parts, stored_parts
+from services.common.sentences import MAX_SENTENCE
+from services.models.checks import Tag, complete_parts, stored_parts
 from services.models.rows import CheckpointFile
 from tests.services.models.conftest import Running, refused, tag
 from tests.services.models.files import MIB, malicious, safetensors, tar, torch_zip, weights, with_header

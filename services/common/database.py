@@ -48,6 +48,8 @@ class Database:
         # Errors go to the log, and the values of a statement may be secrets.
         self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, hide_parameters=True)
         event.listen(self.engine.sync_engine, "checkout", _refuse_if_ended)
+        event.listen(self.engine.sync_engine, "checkin", self._close_if_disposed)
+        self._is_disposed = False
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
         self._plain_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         self._driver = Driver(self._plain_url, pool_size)
@@ -126,9 +128,15 @@ class Database:
                 await asyncio.sleep(0.3)  # nothing tells when a database that is down comes back
 
     async def dispose(self) -> None:
-        """Closes all connections."""
+        """Closes all connections: those that work when that is done."""
+        self._is_disposed = True
         await self.engine.dispose()
         await self._driver.close()
+
+    def _close_if_disposed(self, _connection: object, record: Any) -> None:
+        """Closes what comes back late: its pool is gone, and would leave it open."""
+        if self._is_disposed:
+            record.invalidate()
 
 
 def _refuse_if_ended(connection: Any, _record: object, _fairy: object) -> None:

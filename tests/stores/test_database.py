@@ -49,6 +49,17 @@ async def test_many_read_at_once(database: Database) -> None:
     assert await asyncio.gather(*(read(number) for number in range(50))) == list(range(50))
 
 
+async def test_connections_that_work_when_the_rest_is_closed_are_closed_when_they_come_back(database: Database) -> None:
+    async with database.transaction() as session, database.atomic() as run:
+        connection = await (await session.connection()).get_raw_connection()
+        plain = connection.driver_connection
+        await database.dispose()
+        assert await session.scalar(text("SELECT 8")) == 8
+        assert await run(_NUMBER, number=7) == [{"number": 7}]
+    assert plain is not None
+    assert plain.closed
+
+
 async def test_a_database_that_is_away_is_said_to_be_unavailable() -> None:
     database = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
     with pytest.raises(Unavailable):

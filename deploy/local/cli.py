@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -186,13 +187,14 @@ def _workers(launcher: int) -> list[tuple[str, int]]:
     """What the workers and trainers of this machine are called, and their pids."""
     import psutil
 
-    try:
-        children = psutil.Process(launcher).children(recursive=True)
-        commands = [(child.cmdline(), child.pid) for child in children]
-    except psutil.Error:  # the stack is ending
-        return []
-    found = [(command[3:], pid) for command, pid in commands if command[1:3] == ["-m", "gpu_worker"]]
-    return [("trainer" if kind == ["train"] else "worker", pid) for kind, pid in found]
+    found = []
+    with suppress(psutil.Error):  # the stack is ending
+        for child in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                command = child.cmdline()
+                if command[1:3] == ["-m", "gpu_worker"]:
+                    found.append(("trainer" if command[3:] == ["train"] else "worker", child.pid))
+    return found
 
 
 if __name__ == "__main__":

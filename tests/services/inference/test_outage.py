@@ -12,12 +12,11 @@ from services.inference.rows import MAX_LOST
 from services.inference.submitting import freezing
 from tests.conftest import S3Access
 from tests.line import Line
-from tests.services.inference.conftest import Service
+from tests.services.inference.conftest import LARGE, Service
 from tests.serving import fails
 
 pytestmark = pytest.mark.timeout(60)
 REASON = "x.safetensors cannot be downloaded: the object store answers 503"
-LARGE = "x" * 50_000  # too long for the row
 
 
 @pytest.fixture
@@ -68,15 +67,15 @@ async def test_a_job_that_waits_for_the_store_past_its_deadline_says_so(service:
     )
 
 
-@pytest.mark.parametrize("prompt", ["a cat", LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("payload", [{"prompt": "a cat"}, LARGE], ids=["small", "large"])
 async def test_a_start_while_the_store_is_away_is_503_and_may_be_repeated(
-    service: Service, line: Line, prompt: str
+    service: Service, line: Line, payload: dict[str, Any]
 ) -> None:
     finished = await service.started()
     async with service.worker() as worker:
         await worker.finish(await worker.take())
         receipt = await service.create()
-        await service.upload(receipt, prompt=prompt)
+        await service.upload(receipt, **payload)
         line.shut()
         assert await fails(service.start(receipt.id), grpc.StatusCode.UNAVAILABLE) == STORE_IS_AWAY
         assert (await service.get(receipt.id)).status == "created"

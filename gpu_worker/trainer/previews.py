@@ -27,6 +27,7 @@ from gpu_worker.trainer.listening import Listener
 from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Txt2Img
+from services.common.payloads.showing import shown
 from services.common.payloads.training import Training
 
 _MAX_ROWS = 2
@@ -126,7 +127,7 @@ def _requests(config: Training) -> list[Txt2Img]:
         try:
             found.append(_request(prompt, config, _options(options)))
         except InvalidArgument as error:
-            raise JobError(f"sample_prompts {line!r}: {error}") from None
+            raise JobError(f"sample_prompts {shown(line)}: {error}") from None
     return found
 
 

@@ -280,7 +280,7 @@ def test_a_training_whose_steps_are_all_skipped_ends(trainings: Trainings) -> No
 
 @pytest.mark.slow
 def test_a_preview_that_cannot_be_drawn_is_told_and_the_training_goes_on(trainings: Trainings) -> None:
-    long = "a, " * 5000
+    long = "a, " * 3000
     notes = trainings.run(sample_every_n_epochs=1, sample_prompts=[f"{long} --s 1"])
     assert any("no preview of " in line and "chunks" in line for line in notes.lines)
     assert notes.files == ["last.safetensors"]
@@ -314,7 +314,7 @@ def test_a_stop_ends_a_preview_within_one_step_of_it(trainings: Trainings, monke
 
 @pytest.mark.parametrize("prompt", ["a cat --z 1", "a cat --w 13"])
 def test_an_impossible_preview_is_refused_before_the_first_step(trainings: Trainings, prompt: str) -> None:
-    with pytest.raises(JobError, match=r"sample_prompts 'a cat --[zw] 1"):
+    with pytest.raises(JobError, match=r'sample_prompts "a cat --[zw] 1'):
         trainings.loop(Notes(), sample_every_n_epochs=1, sample_prompts=[prompt])
 
 

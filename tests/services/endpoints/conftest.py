@@ -4,12 +4,15 @@ peers      stand-ins of identity and of the queue on one real server; what they 
 store      the store on a fresh, migrated database
 foreman    whom stand-in tasks ask what to do
 stub       EndpointsService on a real server, without a control loop
+start_service  starts the service as a process
 run_loop   starts a control loop with the local cluster; several may run, each can be stopped
 """
 
 import asyncio
 import os
+import signal
 import sys
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -49,6 +52,7 @@ from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
 from tests.deploy.control_plane import ASSETS, ControlPlane, account_token, control_plane, prepare
 from tests.deploy.process_kubelet import ProcessKubelet
+from tests.processes import ROOT
 from tests.services.endpoints.foreman import Foreman
 from tests.serving import AUDIT_KEY, Metadata, Tokens
 
@@ -256,6 +260,29 @@ def service_environment(database_url: str, peers: Peers, tokens: Tokens, tmp_pat
         "ESD_WORKER_COMMAND": f'["{sys.executable}", "-m", "tests.services.endpoints.standin_worker"]',
         "ESD_DEVICE": "cpu",
     }
+
+
+StartService = Callable[[], Awaitable[Process]]
+
+
+@pytest.fixture
+async def start_service(service_environment: dict[str, str], store: EndpointStore) -> AsyncIterator[StartService]:
+    """Starts the service as a process. None of these, nor a worker of theirs, outlives the test."""
+    started: list[Process] = []
+
+    async def start() -> Process:
+        command = [sys.executable, "-m", "services.endpoints"]
+        started.append(await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    for row in await store.get_workers():
+        if row.pid is not None and is_alive(row.pid):
+            os.kill(row.pid, signal.SIGKILL)
 
 
 @dataclass

@@ -4,8 +4,7 @@ import asyncio
 import os
 import signal
 import stat
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from services.common.viewer import Viewer
 from services.endpoints.domain import Change, Endpoints, NewEndpoint
 from services.endpoints.rows import Endpoint, Worker
 from services.endpoints.store import EndpointStore
-from tests.processes import ROOT
-from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, is_alive, until
+from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, RunLoop, StartService, is_alive, until
 
 Create = Callable[..., Awaitable[Endpoint]]
-StartService = Callable[[], Awaitable[asyncio.subprocess.Process]]
 
 
 @pytest.fixture
@@ -29,26 +26,6 @@ def create(domain: Endpoints) -> Create:
         return await domain.create_endpoint(new, "ann")
 
     return make
-
-
-@pytest.fixture
-async def start_service(service_environment: dict[str, str], store: EndpointStore) -> AsyncIterator[StartService]:
-    """Starts the service as a process. None of these, nor a worker of theirs, outlives the test."""
-    started: list[asyncio.subprocess.Process] = []
-
-    async def start() -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "services.endpoints"]
-        started.append(await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT))
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    for row in await store.get_workers():
-        if is_alive(row.pid):
-            os.kill(row.pid, signal.SIGKILL)
 
 
 @pytest.fixture

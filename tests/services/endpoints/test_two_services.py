@@ -1,10 +1,6 @@
 """Two services on one database: one leads, either may be killed at any moment, and the result is the same."""
 
-import asyncio
 import os
-import sys
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +11,7 @@ from services.endpoints.domain import Endpoints, NewEndpoint
 from services.endpoints.event_store import EventStore
 from services.endpoints.rows import Worker
 from services.endpoints.store import EndpointStore
-from tests.processes import ROOT
-from tests.services.endpoints.conftest import Peers, is_alive, until
-
-StartService = Callable[[], Awaitable[Process]]
-
-
-@pytest.fixture
-async def start_service(service_environment: dict[str, str]) -> AsyncIterator[StartService]:
-    """Starts a service as a process."""
-    started: list[Process] = []
-
-    async def start() -> Process:
-        command = [sys.executable, "-m", "services.endpoints"]
-        started.append(await asyncio.create_subprocess_exec(*command, env=service_environment, cwd=ROOT))
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+from tests.services.endpoints.conftest import Peers, StartService, is_alive, until
 
 
 @pytest.mark.slow

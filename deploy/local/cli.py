@@ -76,7 +76,7 @@ def status(home: HomeOption = None) -> None:
         fail(f"no stack runs in {folder(home)}: start one with `esd up`")
     health = asyncio.run(_health(state))
     typer.echo(f"{state.url} · key in {state.api_key_file}")
-    has_room, room = _room(folder(home))
+    has_room, room = _room(folder(home), state.reserve)
     typer.echo(room)
     table = Table()
     for column in ("process", "pid", "port", "state", "health"):
@@ -171,12 +171,12 @@ async def _health(state: State) -> dict[str, bool]:
     return dict(zip(state.processes, answers, strict=True))
 
 
-def _room(home: Path) -> tuple[bool, str]:
+def _room(home: Path, reserve: str) -> tuple[bool, str]:
     """Whether the object store takes anything more, which leaves a reserve of its disk, and that in words."""
     from deploy.local.store import reserved_bytes
 
     disk = shutil.disk_usage(home)
-    reserve_bytes = reserved_bytes(disk.total)
+    reserve_bytes = reserved_bytes(reserve, disk.total)
     words = f"{disk.free / 2**30:.1f} GiB of {disk.total / 2**30:.1f} are free on the disk of {home}"
     if disk.free >= reserve_bytes:
         return True, words

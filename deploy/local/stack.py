@@ -22,6 +22,7 @@ import certifi
 from deploy.local.home import CannotRunError, Home, default_home, run_folder
 from deploy.local.plan import Options, Plan, make_plan
 from deploy.local.postgres import Postgres
+from deploy.local.store import reserve
 from gateway.settings import GatewaySettings, refuse_open_door, refuse_unusable_certificate
 from services.common.process import bound
 from services.common.settings import load
@@ -57,6 +58,7 @@ class State:
     probe_url: str
     api_key_file: str
     ready: bool = False
+    reserve: str = "0"  # of the object store; one that older versions do not tell
     processes: dict[str, ProcessState] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
@@ -150,7 +152,9 @@ def _save_trust(home: Home) -> None:
 def _new_state(plan: Plan, home: Home) -> State:
     processes = {program.name: ProcessState(program.port) for program in plan.programs if not program.once}
     key_file = str(home.api_key_file)
-    return State(os.getpid(), plan.url, plan.webui_url, plan.probe_url, key_file, processes=processes)
+    return State(
+        os.getpid(), plan.url, plan.webui_url, plan.probe_url, key_file, reserve=reserve(), processes=processes
+    )
 
 
 def _lock(file: IO[str]) -> bool:

@@ -1,7 +1,6 @@
 """Owns how the launcher runs and readies the object store (deploy.local.swift is a process of its own)."""
 
 import os
-import re
 import signal
 import socket
 import sys
@@ -10,8 +9,6 @@ from typing import Any
 
 from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
 from services.common.process import bound
-
-_RESERVE = "2%"  # what deploy.local.swift takes by itself
 
 
 class Store:
@@ -34,7 +31,7 @@ class Store:
             "ESD_S3_ACCESS_KEY": S3_ACCESS_KEY,
             "ESD_S3_SECRET_KEY_FILE": str(self._home.s3_secret_key_file),
             "ESD_S3_REGION": S3_REGION,
-            "ESD_SWIFT_RESERVE": _reserve(),
+            "ESD_SWIFT_RESERVE": reserve(),
             # Swift brings a library whose import warns; its warnings are not for our log.
             "PYTHONWARNINGS": "ignore",
         }
@@ -73,16 +70,17 @@ class Store:
             client.create_bucket(Bucket=bucket)
 
 
-def reserved_bytes(disk_bytes: int) -> float:
-    """What the store leaves free of a disk of this size; a setting that it would refuse counts as none."""
-    share = re.fullmatch(r"(\d+\.?\d*)(%?)", _reserve())
-    if share is None:
+def reserve() -> str:
+    """What the store leaves free of its disk: bytes, or a percentage."""
+    return os.environ.get("ESD_SWIFT_RESERVE") or "2%"
+
+
+def reserved_bytes(reserve: str, disk_bytes: int) -> float:
+    """A reserve of a disk of this size; one that the store refuses is none."""
+    try:
+        return float(reserve[:-1]) / 100 * disk_bytes if reserve.endswith("%") else float(reserve)
+    except ValueError:
         return 0
-    return float(share[1]) / 100 * disk_bytes if share[2] else float(share[1])
-
-
-def _reserve() -> str:
-    return os.environ.get("ESD_SWIFT_RESERVE") or _RESERVE
 
 
 def process_environment() -> dict[str, str]:

@@ -36,6 +36,7 @@ from swift.common.ring import RingBuilder  # noqa: E402
 from swift.common.utils import set_swift_dir  # noqa: E402
 
 from deploy.local.files import write_durably  # noqa: E402
+from deploy.local.store import reserve  # noqa: E402
 from services.common.process import refuse  # noqa: E402
 
 # The ring wants an address per server; these "ports" are names that connect() below maps to sockets.
@@ -125,9 +126,9 @@ def main() -> None:
     set_swift_dir(str(etc))
     # What Swift's own way of starting does with fallocate_reserve, for objects whose size is known.
     try:
-        utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(_reserve())
+        utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(reserve())
     except ValueError:
-        refuse(f"setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%, are wanted (given: {_reserve()!r})")
+        refuse(f"setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%, are wanted (given: {reserve()!r})")
     logging.disable(logging.INFO)
 
     # Relative socket names, because a socket's path ends at 107 bytes and the folder may be anywhere.
@@ -199,8 +200,8 @@ def _configure(root: Path) -> Path:
         ring = etc / f"{kind}.ring.gz"
         if not ring.exists():
             _make_ring(ring, port)
-        reserve = _reserve() if kind == "object" else "0"  # the lists of objects are small, and are needed to delete
-        conf = _SERVER_CONF.format(etc=etc, node=node, kind=kind, patience=_PATIENCE, reserve=reserve)
+        kept = reserve() if kind == "object" else "0"  # the lists of objects are small, and are needed to delete
+        conf = _SERVER_CONF.format(etc=etc, node=node, kind=kind, patience=_PATIENCE, reserve=kept)
         write_durably(etc / f"{kind}-server.conf", conf)
     account, _, user = _setting("ESD_S3_ACCESS_KEY").partition(":")
     secret = Path(_setting("ESD_S3_SECRET_KEY_FILE")).read_text().strip()
@@ -242,10 +243,6 @@ def _setting(name: str) -> str:
     if not value:
         refuse(f"{name} is not set")
     return value
-
-
-def _reserve() -> str:
-    return os.environ.get("ESD_SWIFT_RESERVE") or "2%"
 
 
 if __name__ == "__main__":

@@ -90,16 +90,17 @@ def test_everything_listens_on_this_machine_only(stack: Stack) -> None:
 def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
     shown = esd("status", "--home", stack.home, **HOSTILE)
     assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "no upload is taken" not in shown.stdout
     for name, pid in stack.processes().items():
         assert re.search(rf"{name} .*{pid} .*RUNNING .*ok", shown.stdout), shown.stdout
 
 
 @pytest.mark.slow
-def test_status_says_when_the_store_takes_nothing_more_because_the_disk_is_full(stack: Stack) -> None:
-    shown = esd("status", "--home", stack.home, ESD_SWIFT_RESERVE="100%")
+def test_status_says_when_the_store_takes_nothing_more_because_the_disk_is_full(home: Path) -> None:
+    with Stack(home / "full", env_overrides={"ESD_SWIFT_RESERVE": "100%"}) as stack:
+        shown = esd("status", "--home", stack.home)
     assert shown.returncode == 1, shown.stdout + shown.stderr
-    assert f"free on the disk of {stack.home}: no upload is taken, and results wait" in shown.stdout
-    assert "no upload is taken" not in esd("status", "--home", stack.home, ESD_SWIFT_RESERVE="0").stdout
+    assert f"free on the disk of {home / 'full'}: no upload is taken, and results wait" in shown.stdout
 
 
 def test_status_tells_workers_from_trainers_and_leaves_out_the_shells_around_them(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
         if self._solver is None:
             positive = self._levels[self._levels > 0]
             # The levels of the process are those of the whole schedule.
-            self._process = BrownianTreeNoiseSampler(sample, positive.min(), positive.max(), seed=self.seeds)
+            self._process = BrownianTreeNoiseSampler(sample.cpu(), positive.min(), positive.max(), seed=self.seeds)
             self._solver = self.kind.loop(sample.double(), self._used, partial(self._noise, sample), self.eta)
             self._x, _ = next(self._solver)
         denoised = self._x - self.sigmas[self.step_index].double() * model_output
@@ -304,6 +304,6 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
     def _noise(self, like: torch.Tensor, *interval: Any) -> torch.Tensor:
         if self.kind.is_brownian:
             found: torch.Tensor = self._process(*interval)
-            return found
-        drawn: torch.Tensor = randn_tensor(like.shape, generator=self._generator, dtype=like.dtype)
+            return found.to(like.device)
+        drawn: torch.Tensor = randn_tensor(like.shape, self._generator, like.device, like.dtype)
         return drawn

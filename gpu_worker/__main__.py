@@ -69,8 +69,8 @@ class WorkerSettings(Settings):
     copy_bytes: int | None = Field(None, ge=0)
     # Of the UNet: auto is float16 on CUDA, float32 on the CPU.
     precision: str = Field("auto", pattern="^(auto|float16|bfloat16|float32)$")
-    # On CUDA: UNet calls are captured as CUDA graphs; with them, blocks are compiled (minutes at a first start), and
-    # linear layers are multiplied in FP8 (bfloat16 only, on GPUs that have it).
+    # On CUDA: UNet calls are captured as CUDA graphs; with them, blocks are compiled (a minute for a family's first
+    # checkpoint), and linear layers are multiplied in FP8 (bfloat16 only, on GPUs that have it).
     cuda_graphs: bool = True
     compile: bool = False
     fp8: bool = False

@@ -1,22 +1,23 @@
-"""Another form of a UNet, for speed alone: its blocks compiled, the linear layers of its transformers in FP8.
+"""Other forms of networks, for speed alone: their blocks compiled, linear layers of the UNet's transformers in FP8.
 
-It shares the weights with the UNet that it is made from, which stays for what wants to look inside (LoRA, bit for bit
-repeats). It is only ever called while a CUDA graph is captured, so that compiling waits for nobody's step.
+They share the weights with the networks that they are made from, which stay for what wants to look inside (LoRA, bit
+for bit repeats). A block is compiled at its first call, which takes seconds: whoever makes a form also calls it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn import Linear, Module
 
+# What is compiled as one, by the name of its class.
 _REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
 _FP8 = torch.float8_e4m3fn
 _MAX_FP8 = torch.finfo(_FP8).max
-# A block's code is compiled anew for each of its shapes in each number of rows.
+# Code is compiled anew for each width and size of a block.
 _MAX_COMPILED = 1024
 
 
@@ -49,27 +50,56 @@ def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / scale).clamp(-_MAX_FP8, _MAX_FP8).to(_FP8), scale
 
 
-def made(unet: Any, is_compiled: bool, is_fp8: bool) -> Any:
-    """The other form of a UNet on its device."""
-    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    twin = copy.deepcopy(unet, shared)
+def unet_of(unet: Any, is_compiled: bool, is_fp8: bool) -> Any:
+    """The other form of a UNet on its device. Compiled, it is so for any number of rows from 2 on."""
+    twin = _twin(unet)
     if is_fp8:
-        for block, name, layer in list(_transformer_layers(twin)):
+        for block, name, layer in list(_layers_of_norms(twin)):
             setattr(block, name, Fp8Linear(layer))
-    if is_compiled:
-        torch._dynamo.config.recompile_limit = _MAX_COMPILED
-        torch._dynamo.config.accumulated_recompile_limit = _MAX_COMPILED
-        for module in twin.modules():
-            if type(module).__name__ in _REGIONS:
-                module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+    return compiled(twin) if is_compiled else twin
+
+
+def vae_of(vae: Any) -> Any:
+    """The other form of a VAE on its device: its decoder compiled, with weights of its own, as they lie in memory in
+    another order."""
+    twin = _twin(vae)
+    twin.decoder = compiled(copy.deepcopy(vae.decoder).to(memory_format=torch.channels_last))
     return twin
 
 
-def _transformer_layers(unet: Module) -> Iterator[tuple[Module, str, Linear]]:
-    """The linear layers within transformer blocks, but for those that read the text: it is short."""
+def compiled(network: Any) -> Any:
+    """The network, whose blocks are compiled from now on."""
+    torch._dynamo.config.recompile_limit = _MAX_COMPILED
+    torch._dynamo.config.accumulated_recompile_limit = _MAX_COMPILED
+    for module in network.modules():
+        if type(module).__name__ in _REGIONS:
+            module.forward = _compiled(module.forward)
+    return network
+
+
+def _twin(network: Any) -> Any:
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
+
+
+def _compiled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    code = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def call(*arguments: Any, **options: Any) -> torch.Tensor:
+        for given in (*arguments, *options.values()):
+            if isinstance(given, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(given, 0)
+        return code(*arguments, **options)
+
+    return call
+
+
+def _layers_of_norms(unet: Module) -> Iterator[tuple[Module, str, Linear]]:
+    """The linear layers of transformer blocks that read a layer norm, with which the rounding is one: where it is a
+    pass over memory of its own, it takes longer than the product gains (on an H200, `tests/bench/gpu`)."""
     for name, module in unet.named_modules():
         if "transformer_blocks" in name:
             for child_name, child in module.named_children():
-                reads_text = child_name in {"to_k", "to_v"} and ".attn2" in name
-                if isinstance(child, Linear) and not reads_text and not (child.in_features | child.out_features) % 16:
+                reads_norm = child_name in {"to_q", "proj"} or (child_name in {"to_k", "to_v"} and ".attn1" in name)
+                if isinstance(child, Linear) and reads_norm and not (child.in_features | child.out_features) % 16:
                     yield module, child_name, child

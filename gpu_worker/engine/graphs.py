@@ -32,7 +32,9 @@ _MAX_SEEN = 1024
 # A capture keeps its memory, so that much more must be free.
 _FREE_FACTOR = 3
 
-Key = tuple[Any, ...]
+# What calls of any number of rows have in common, and what tells calls apart.
+Shape = tuple[tuple[int, ...], int]
+Key = tuple[int, Shape]
 # (x, timestep, text, added) → the UNet's output.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -57,7 +59,7 @@ class Graphs:
         self._seen: dict[Key, int] = {}
         self._refused: set[Key] = set()
         self._pool: Any = None
-        self._prepared: dict[Key, Forward] = {}
+        self._fast: dict[Shape, Forward] = {}
         devices.may_be_cleared(self)
 
     def __len__(self) -> int:
@@ -67,12 +69,13 @@ class Graphs:
         self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, added: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The UNet's output, of the rows of x."""
-        num_rows = bucket(len(x))
-        key = key_of(num_rows, x, text)
-        if num_rows * x.shape[2] * x.shape[3] * _LATENT_AREA > _MAX_PIXELS and key not in self._prepared:
-            return self._forward(x, timestep, text, added)
+        num_rows, shape = bucket(len(x)), shape_of(x, text)
+        key = num_rows, shape
+        forward = self._fast.get(shape, self._forward) if len(x) > 1 else self._forward
+        if num_rows * x.shape[2] * x.shape[3] * _LATENT_AREA > _MAX_PIXELS and forward is self._forward:
+            return forward(x, timestep, text, added)
         inputs = [x, timestep, text, *added.values()]
-        graph = self._graphs.get(key) or self._captured(key, num_rows, inputs, list(added))
+        graph = self._graphs.get(key) or self._captured(key, forward, inputs, list(added))
         if graph is None:
             return self._forward(x, timestep, text, added)
         self._graphs.move_to_end(key)
@@ -81,17 +84,18 @@ class Graphs:
         graph.replay()
         return graph.output[: len(x)].clone()
 
-    def prepared(self, forward: Forward, keys: set[Key]) -> None:
-        """Has calls of these shapes captured from another form of the UNet, which is ready for them."""
-        self._prepared = dict.fromkeys(keys, forward)
+    def prepared(self, forward: Forward, shape: Shape) -> None:
+        """Has calls of that shape captured from another form of the UNet, which is ready for 2 rows and more."""
+        self._fast = {shape: forward}
 
     def clear(self) -> None:
         """Gives up all graphs, and with them their memory."""
         self._graphs.clear()
         self._seen.clear()
 
-    def _captured(self, key: Key, num_rows: int, inputs: list[torch.Tensor], names: list[str]) -> _Graph | None:
-        """The graph of a shape that has come often enough, if there is memory for it."""
+    def _captured(self, key: Key, forward: Forward, inputs: list[torch.Tensor], names: list[str]) -> _Graph | None:
+        """The graph of a call that has come often enough, if there is memory for it."""
+        num_rows = key[0]
         if len(self._seen) > _MAX_SEEN:
             self._seen.clear()
         self._seen[key] = self._seen.get(key, 0) + 1
@@ -104,7 +108,6 @@ class Graphs:
         if not self._graphs:
             self._pool = self._device.pool()  # one that was emptied cannot be used again
         places = [_padded(tensor, num_rows) for tensor in inputs]
-        forward = self._prepared.get(key, self._forward)
 
         def call() -> torch.Tensor:
             x, timestep, text, *rest = places
@@ -133,9 +136,9 @@ def bucket(num_rows: int) -> int:
     return next((rows for rows in BUCKETS if rows >= num_rows), num_rows)
 
 
-def key_of(num_rows: int, x: torch.Tensor, text: torch.Tensor) -> Key:
-    """What tells shapes of calls apart."""
-    return num_rows, tuple(x.shape[1:]), text.shape[1]
+def shape_of(x: torch.Tensor, text: torch.Tensor) -> Shape:
+    """The shape of a row and how many tokens it reads."""
+    return tuple(x.shape[1:]), text.shape[1]
 
 
 def _padded(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:

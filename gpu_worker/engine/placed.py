@@ -1,9 +1,11 @@
 """A checkpoint in memory, with all that belongs to its place on the device: the bound on its UNet calls, their CUDA
-graphs, and the UNet's fast form."""
+graphs, and the fast forms of UNet and VAE."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -13,7 +15,7 @@ from gpu_worker.devices import Cpu
 from gpu_worker.engine import fast
 from gpu_worker.engine.bounds import Bound
 from gpu_worker.engine.denoise import CHUNK_TOKENS, LATENT_SCALE, called
-from gpu_worker.engine.graphs import Forward, Graphs, Key, key_of
+from gpu_worker.engine.graphs import Forward, Graphs, shape_of
 from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.models.weights import Models
 
@@ -22,6 +24,8 @@ log = structlog.get_logger()
 # Of free memory, what calls are taken to have: it is cut into pieces.
 _USABLE_SHARE = 0.8
 _PROBE_ROWS = 2
+# Code that was compiled for a few rows might not hold for so many.
+_MANY_ROWS = 16
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -41,7 +45,6 @@ class Placed:
         self._settings = settings
         self._max_pixels = self.bound.pixels
         self._fast: Any = None
-        self._fast_keys: set[Key] = set()
         self._bytes_per_pixel = 0.0
 
     def enter(self) -> None:
@@ -54,19 +57,20 @@ class Placed:
             began = time.monotonic()
             try:
                 with self._device.aside(), torch.inference_mode():
-                    self._prepare_fast_form()
+                    self._prepare_fast_forms()
             except Exception as error:  # of compilers there are many kinds
-                self._fast = None
-                log.warning("the UNet has no fast form", reason=str(error).partition("\n")[0])
+                self._give_up_fast_forms()
+                log.warning("the models have no fast form", reason=str(error).partition("\n")[0])
             else:
-                log.info("fast form of the UNet ready", seconds=round(time.monotonic() - began, 2))
+                log.info("fast forms of the models ready", seconds=round(time.monotonic() - began, 2))
 
     def leave(self) -> None:
         """Takes the models off the device."""
         self._device.synchronize()
         if self.graphs is not None:
             self.graphs.clear()
-        self.graphs = self._fast = None
+        self.graphs = None
+        self._give_up_fast_forms()
         self.is_settled = False
         self.models.block.leave()
 
@@ -92,24 +96,29 @@ class Placed:
         if self._device.can_capture and self._settings.graphs:
             self.graphs = Graphs(self._forward(self.models.unet), self._device, self._bytes_per_pixel)
             if self._fast is not None:
-                self.graphs.prepared(self._forward(self._fast), self._fast_keys)
+                x, _, text, _ = self._inputs(_PROBE_ROWS)
+                self.graphs.prepared(self._forward(self._fast), shape_of(x, text))
 
     def allow(self, free_bytes: int | None) -> None:
         """Bounds calls by the memory that is free."""
         if free_bytes is not None and self._bytes_per_pixel:
             self.bound.allow(min(self._max_pixels, int(_USABLE_SHARE * free_bytes / self._bytes_per_pixel)))
 
-    def _prepare_fast_form(self) -> None:
-        """Makes the fast form, and compiles it by calling it."""
-        self._fast = fast.made(self.models.unet, self._settings.compiled, self._settings.fp8)
-        self._fast_keys = set()
-        for num_rows in self._settings.fast_rows:
-            x, timestep, text, added = self._inputs(num_rows)
-            try:
-                called(self._fast, x, timestep, text, added)
-            except torch.OutOfMemoryError:
-                break
-            self._fast_keys.add(key_of(num_rows, x, text))
+    def _prepare_fast_forms(self) -> None:
+        """Makes the fast forms for the size that the UNet was made for, and compiles them by calling them."""
+        self._fast = fast.unet_of(self.models.unet, self._settings.compiled, self._settings.fp8)
+        called(self._fast, *self._inputs(_PROBE_ROWS))
+        with suppress(torch.OutOfMemoryError):
+            called(self._fast, *self._inputs(_MANY_ROWS))
+        if self._settings.compiled:
+            vae = fast.vae_of(self.models.vae)
+            size = self._native_size()
+            vae.decode(torch.zeros(1, vae.config.latent_channels, size, size, device=vae.device, dtype=vae.dtype))
+            self.models = replace(self.models, fast_vae=vae)
+
+    def _give_up_fast_forms(self) -> None:
+        self._fast = None
+        self.models = replace(self.models, fast_vae=None)
 
     def _forward(self, unet: Any) -> Forward:
         return lambda *inputs: called(unet, *inputs)

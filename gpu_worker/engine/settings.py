@@ -12,8 +12,8 @@ class EngineSettings:
     `num_threads` of torch on the CPU; 0 is torch's own choice. `max_pixels` bounds rows x pixels of a UNet call;
     `model_bytes` and `copy_bytes` bound what models take on the device and their copies in the host's memory; None is
     what the device makes of it. `precision` is auto, float16, bfloat16 or float32. On CUDA, `graphs` has UNet calls
-    captured as CUDA graphs, and with them `compiled` compiles the UNet's blocks while a checkpoint is loaded, `fp8`
-    multiplies in FP8 (with bfloat16 only): both in calls of `fast_rows` rows of the size that the UNet was made for.
+    captured as CUDA graphs, and with them `compiled` compiles the blocks of UNet and decoder while a checkpoint is
+    loaded, `fp8` multiplies in FP8 (with bfloat16 only): both for pictures of the size that the UNet was made for.
     """
 
     device: str = "auto"
@@ -25,4 +25,3 @@ class EngineSettings:
     graphs: bool = True
     compiled: bool = False
     fp8: bool = False
-    fast_rows: tuple[int, ...] = (2, 4, 8, 16, 32)

@@ -1,16 +1,23 @@
-"""The UNet's fast form: the same weights, the same results but for its rounding."""
+"""Fast forms of UNet and decoder: the same weights, the same results but for their rounding."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from structlog.testing import capture_logs
 
 from gpu_worker.engine import fast
+from gpu_worker.engine.decoding import Decoded
 from gpu_worker.engine.denoise import called
+from gpu_worker.engine.placed import Placed
+from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.models import tiny, weights
 from tests.gpu_worker.conftest import as_cached
-from tests.gpu_worker.engine.test_graphs import inputs
+from tests.gpu_worker.engine.test_graphs import Recorder, inputs
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.inference_mode()
 def test_it_shares_the_weights_and_leaves_the_unet_as_it_was(models: weights.Models) -> None:
     expected = called(models.unet, *in_bf16(2))
-    twin = fast.made(models.unet, is_compiled=False, is_fp8=True)
+    twin = fast.unet_of(models.unet, is_compiled=False, is_fp8=True)
     own = {id(parameter) for parameter in models.unet.parameters()}
     assert {id(parameter) for parameter in twin.parameters()} <= own
     assert not any(isinstance(module, fast.Fp8Linear) for module in models.unet.modules())
@@ -57,9 +64,9 @@ def test_rows_in_fp8_do_not_depend_on_their_company() -> None:
 
 @torch.inference_mode()
 def test_a_unet_in_fp8_predicts_about_the_same(models: weights.Models) -> None:
-    twin = fast.made(models.unet, is_compiled=False, is_fp8=True)
+    twin = fast.unet_of(models.unet, is_compiled=False, is_fp8=True)
     layers = [module for module in twin.modules() if isinstance(module, fast.Fp8Linear)]
-    assert len(layers) == 10 * 8  # of the 10 in a block, but for the two that read the text
+    assert len(layers) == 10 * 5  # of the 10 in a block, those that read a layer norm
     assert error(called(twin, *in_bf16(2)).float(), called(models.unet, *in_bf16(2)).float()) < 0.05
 
 
@@ -76,7 +83,71 @@ def test_the_compiled_form_predicts_the_same() -> None:
         "block_out_channels": [16],
     }
     unet = UNet2DConditionModel(**tiny.config()["unet"] | level).eval()
-    twin = fast.made(unet, is_compiled=True, is_fp8=False)
-    for num_rows in (2, 4):
+    twin = fast.unet_of(unet, is_compiled=True, is_fp8=False)
+    num_compiled = []
+    for num_rows in (2, 4, 3):
         given = inputs(num_rows)
         assert error(called(twin, *given), called(unet, *given)) < 1e-5
+        num_compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_compiled == num_compiled[:1] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@torch.inference_mode()
+def test_the_compiled_decoder_makes_the_same_picture() -> None:
+    config = tiny.config()["vae"] | {"block_out_channels": [8, 8], "norm_num_groups": 4}
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(**config | kinds).eval()
+    latents = torch.randn(1, 4, 8, 8)
+    expected = vae.decode(latents).sample
+    assert error(fast.vae_of(vae).decode(latents).sample, expected) < 1e-5
+    assert torch.equal(vae.decode(latents).sample, expected)
+
+
+@torch.inference_mode()
+def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size(
+    models: weights.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "compiled", lambda network: network)  # takes minutes on a CPU, and is tested above
+    placed = Placed(models, Recorder(), EngineSettings(compiled=True, fp8=True))
+    placed.enter()
+    placed.settle()
+    size = models.unet.config.sample_size
+    native, other = torch.randn(1, 4, size, size), torch.randn(1, 4, size, 2 * size)
+    assert placed.models.decoder_of(native) is placed.models.fast_vae
+    assert placed.models.decoder_of(other) is models.vae
+    assert replace(placed.models, tiling=True).decoder_of(native) is models.vae
+    pixels = Decoded(placed.models.fast_vae, native).pixels()
+    assert np.abs(pixels.astype(int) - Decoded(models.vae, native).pixels()).max() <= 1
+
+    assert placed.graphs is not None
+    given = in_bf16(2, size=size)
+    plain = called(models.unet, *given)
+    assert torch.equal(placed.graphs(*given), plain)
+    fast_ones = placed.graphs(*given)  # captured
+    assert not torch.equal(fast_ones, plain)
+    assert error(fast_ones.float(), plain.float()) < 0.05
+
+    placed.leave()
+    assert placed.models.decoder_of(native) is models.vae
+
+
+@torch.inference_mode()
+def test_a_checkpoint_that_cannot_be_compiled_is_used_as_it_is(
+    models: weights.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(network: Any) -> Any:
+        raise RuntimeError("no compiler was found")
+
+    monkeypatch.setattr(fast, "compiled", fail)
+    placed = Placed(models, Recorder(), EngineSettings(compiled=True))
+    with capture_logs() as logs:
+        placed.enter()
+    placed.settle()
+    assert "no compiler was found" in [entry.get("reason") for entry in logs]
+    assert placed.models.fast_vae is None
+    assert placed.graphs is not None
+    given = in_bf16(2)
+    for _ in range(2):
+        assert torch.equal(placed.graphs(*given), called(models.unet, *given))

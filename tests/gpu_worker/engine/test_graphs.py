@@ -9,7 +9,7 @@ import torch
 
 from gpu_worker import devices
 from gpu_worker.engine.denoise import called
-from gpu_worker.engine.graphs import BUCKETS, Graphs, bucket
+from gpu_worker.engine.graphs import BUCKETS, Graphs, bucket, shape_of
 from gpu_worker.models import weights
 from tests.gpu_worker.conftest import as_cached
 
@@ -152,19 +152,21 @@ def test_graphs_are_given_up_when_memory_is_needed_and_made_again(models: weight
 
 
 @torch.inference_mode()
-def test_a_shape_that_another_form_is_ready_for_is_captured_from_that(models: weights.Models) -> None:
+def test_calls_of_two_rows_and_more_are_captured_from_a_form_that_is_ready_for_their_shape(
+    models: weights.Models,
+) -> None:
     plain, other = Called(models), Called(models)
     graphs = Graphs(plain, Recorder(), 1.0)
-    from gpu_worker.engine.graphs import key_of
-
     x, _, text, _ = inputs(2)
-    graphs.prepared(other, {key_of(2, x, text)})
+    graphs.prepared(other, shape_of(x, text))
     for _ in range(3):
-        graphs(*inputs(2))
-        graphs(*inputs(4))
-    assert set(other.num_rows) == {2}
-    assert plain.num_rows.count(2) == 1  # before it was captured
-    assert 4 in plain.num_rows
+        for num_rows in (1, 2, 4):
+            graphs(*inputs(num_rows))
+        graphs(*inputs(2, size=16))
+    assert set(other.num_rows) == {2, 4}
+    assert plain.num_rows.count(4) == 1  # before it was captured
+    assert plain.num_rows.count(1) > 1
+    assert len(graphs) == 4
 
 
 def test_padding_adds_less_than_a_third() -> None:

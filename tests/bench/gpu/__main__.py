@@ -27,17 +27,15 @@ from typing import Any, TextIO
 
 # Seconds that a section may take, in the order in which they run.
 SECTIONS = {
-    "sd15": 75,
-    "sdxl": 100,
+    "sdxl": 240,
+    "sd15": 150,
     "correct": 75,
     "memory": 45,
     "switches": 60,
-    "unet15": 110,
-    "unetxl": 130,
-    "profile": 60,
+    "formsxl": 200,
+    "forms15": 150,
+    "profile": 200,
     "file": 60,
-    "fast15": 150,
-    "fastxl": 200,
 }
 _AHEAD = 1  # sections that get ready while one runs
 _MIN_SECONDS = 15

@@ -42,9 +42,9 @@ class Driver:
     def work(self, outcomes: dict[str, Any]) -> None:
         """Until all have ended."""
         while any(outcome is None for outcome in outcomes.values()):
-            if self.core.is_idle:
-                self.loaded.acquire(timeout=0.05)
             self.core.work()
+            if self.core.is_idle and any(outcome is None for outcome in outcomes.values()):
+                self.loaded.acquire(timeout=0.05)
 
     def run(self, requests: list[Generation], models: list[CachedModel]) -> tuple[float, list[float], list[Produced]]:
         """Jobs that come at once: seconds until the last has its pixels, those of each, and what they made."""

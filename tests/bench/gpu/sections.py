@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from services.common.payloads import Generation
 from tests.bench.gpu.child import Report
 from tests.bench.gpu.driving import Clock, Driver, error, median_seconds
 from tests.bench.gpu.models import file_of, models_of, parts_of, pipeline_of
-from tests.bench.gpu.variants import measure_variants
+from tests.bench.gpu.variants import measure_decoders, measure_unets
 from tests.gpu_worker.driving import changed, txt2img_of
 from tests.gpu_worker.reference import pipeline_latents
 
@@ -43,45 +43,63 @@ GB = 1e9
 
 def sd15(report: Report) -> None:
     """SD1.5 at 512x512 in 50 steps, fp16."""
-    speed(report, "sd15", 50, "float16", pipeline_batches=BATCHES, target_seconds=0.6)
+    plain = EngineSettings(precision="float16")
+    forms = {"engine": (plain, (1, 8)), "compiled": (replace(plain, compiled=True), BATCHES)}
+    speed(report, "sd15", 50, forms, pipeline_batches=(1, 8), target_seconds=0.6)
 
 
 def sdxl(report: Report) -> None:
     """SDXL at 1024x1024 in 20 steps, bf16, beside the pipeline's fp16."""
-    speed(report, "sdxl", 20, "bfloat16", pipeline_batches=(1, 4), target_rate=1.2)
+    plain = EngineSettings(precision="bfloat16")
+    compiled = replace(plain, compiled=True)
+    forms = {
+        "compiled": (compiled, BATCHES),
+        "fp8": (replace(compiled, fp8=True), (1, 8, 16)),
+        "engine": (plain, (1, 8)),
+    }
+    speed(report, "sdxl", 20, forms, pipeline_batches=(1, 4), target_rate=1.2)
 
 
 def speed(
     report: Report,
     family: str,
     steps: int,
-    precision: str,
+    forms: dict[str, tuple[EngineSettings, tuple[int, ...]]],
     pipeline_batches: tuple[int, ...],
     **targets: float,
 ) -> None:
-    """Images a second and seconds of a job: the pipeline one by one and in batches of its own, and jobs at once."""
+    """Images a second and seconds of a job: the pipeline one by one and in batches of its own, and jobs at once in each
+    form of the engine. `to_the_first` is how far a form's latents are from those of the first."""
     request = request_of(report, family, steps)
-    batches = BATCHES[:2] if report.tiny else BATCHES
     alone = {}
-    if pipeline_batches:
-        pipeline = pipeline_of(family, report.tiny, report.device, half(report))
-        pipeline.vae.enable_slicing()
-        pipelined(pipeline, request, 1, 2)
-        for batch in [size for size in batches if size in pipeline_batches]:
-            seconds = min(pipelined(pipeline, request, batch, steps) for _ in range(2 if batch == 1 else 1))
-            alone[batch] = seconds
-            report.add(f"pipeline, {batch} at once", seconds=seconds, rate=batch / seconds)
-        del pipeline
-        clean(report)
-    driver, model = driver_of(report, family, EngineSettings(precision=precision))
-    for batch in batches:
-        targeted = targets if batch in {1, 16} else {}
-        measure = partial(at_once, driver, model, request, batch, alone, targeted)
-        report.attempt(f"engine, {batch} at once", measure, needs_seconds=10)
+    pipeline = pipeline_of(family, report.tiny, report.device, half(report))
+    pipeline.vae.enable_slicing()
+    pipelined(pipeline, request, 1, 2)
+    for batch in pipeline_batches:
+        seconds = min(pipelined(pipeline, request, batch, steps) for _ in range(2 if batch == 1 else 1))
+        alone[batch] = seconds
+        report.add(f"pipeline, {batch} at once", seconds=seconds, rate=batch / seconds)
+    del pipeline
+    clean(report)
     short = changed(request, steps=min(request.steps, 20))
-    for batch in (8, 1):
-        report.attempt(f"a tick of {batch} jobs", partial(tick, driver, model, short, batch))
-    report.add("graphs", num_graphs=len(driver.placed().graphs or ()), max_pixels=driver.core.max_pixels)
+    expected = None
+    for form, (settings, batches) in forms.items():
+        began = time.perf_counter()
+        driver, model = driver_of(report, family, settings)
+        ready = time.perf_counter() - began
+        found = latents_of(driver, model, [short])[0]
+        expected = found if expected is None else expected
+        report.add(f"{form}, ready", seconds=ready, to_the_first=error(found, expected))
+        for batch in batches:
+            targeted = targets if batch in {1, 16} else {}
+            measure = partial(at_once, driver, model, request, batch, alone, targeted)
+            report.attempt(f"{form}, {batch} at once", measure, needs_seconds=10)
+        for batch in (8, 1):
+            report.attempt(f"{form}, a tick of {batch} jobs", partial(tick, driver, model, short, batch))
+        report.add(f"{form}, graphs", num_graphs=len(driver.placed().graphs or ()), max_pixels=driver.core.max_pixels)
+        driver.core.close()
+        del driver
+        clean(report)
 
 
 def correct(report: Report) -> None:
@@ -194,24 +212,30 @@ def switches(report: Report) -> None:
     report.add("switches", **found, **{f"{name}_growth": last[name] - first[name] for name in first})
 
 
-def unet15(report: Report) -> None:
-    """One UNet call of SD1.5 in every form."""
-    measure_variants(report, "sd15", torch.float16, rows=(2, 16))
+def forms15(report: Report) -> None:
+    """One call of SD1.5's UNet and decoder in every form."""
+    measure_unets(report, "sd15", torch.float16, rows=(2, 16))
+    measure_decoders(report, "sd15")
 
 
-def unetxl(report: Report) -> None:
-    """One UNet call of SDXL in every form."""
-    measure_variants(report, "sdxl", torch.bfloat16, rows=(2, 8))
+def formsxl(report: Report) -> None:
+    """One call of SDXL's UNet and decoder in every form."""
+    measure_unets(report, "sdxl", torch.bfloat16, rows=(2, 16))
+    measure_decoders(report, "sdxl")
 
 
 def profile(report: Report) -> None:
-    """Where a job's time goes."""
-    for family, precision, steps in (("sd15", "float16", 50), ("sdxl", "bfloat16", 20)):
-        driver, model = driver_of(report, family, EngineSettings(precision=precision))
-        request = request_of(report, family, min(steps, 10))
-        report.attempt(f"{family} stages", partial(stages, driver, model, request))
-        report.attempt(f"{family} kernels", partial(kernels, driver))
+    """Where a job's time goes, by stages and by kinds of kernel."""
+    for family, precision, compiled in (("sdxl", "bfloat16", True), ("sd15", "float16", False)):
+        settings = EngineSettings(precision=precision, compiled=compiled)
+        driver, model = driver_of(report, family, settings)
+        name = f"{family}{', compiled' * compiled}"
+        report.attempt(f"{name}: stages", partial(stages, driver, model, request_of(report, family, 10)))
+        for num_rows in (2, 16):
+            report.attempt(f"{name}: UNet, {num_rows} rows", partial(unet_kernels, driver, num_rows))
+        report.attempt(f"{name}: decoder", partial(decoder_kernels, driver))
         driver.core.close()
+        del driver
         clean(report)
 
 
@@ -226,26 +250,40 @@ def stages(driver: Driver, model: CachedModel, request: Generation) -> dict[str,
             device.synchronize()
         found["text_ms"] = 1e3 * (time.perf_counter() - began) / 3
         latents = torch.randn(1, 4, request.height // 8, request.width // 8, device=models.device)
-        found["decode_ms"] = 1e3 * median_seconds(device, lambda: Decoded(models.vae, latents).pixels(), 3, warm=1)
-        pixels = Decoded(models.vae, latents).pixels()
+        found["decode_ms"] = 1e3 * median_seconds(
+            device, lambda: Decoded(models.decoder_of(latents), latents).pixels(), 3, warm=1
+        )
+        pixels = Decoded(models.decoder_of(latents), latents).pixels()
     began = time.perf_counter()
     Image.fromarray(pixels).save(io.BytesIO(), "PNG")
     found["png_ms"] = 1e3 * (time.perf_counter() - began)
     return found | tick(driver, model, request, 1)
 
 
-def kernels(driver: Driver) -> dict[str, float]:
-    """Milliseconds of a UNet call of 2 rows by kind of kernel."""
+def unet_kernels(driver: Driver, num_rows: int) -> dict[str, float]:
+    """Milliseconds of a UNet call by kind of kernel."""
+    placed = driver.placed()
+    inputs = placed._inputs(num_rows)
+    forward = placed._forward(placed._fast or placed.models.unet)
+    return kernels(lambda: forward(*inputs))
+
+
+def decoder_kernels(driver: Driver) -> dict[str, float]:
+    """Milliseconds of decoding a picture by kind of kernel."""
+    models, side = driver.placed().models, driver.placed()._native_size()
+    latents = torch.randn(1, 4, side, side, device=models.device)
+    return kernels(lambda: Decoded(models.decoder_of(latents), latents))
+
+
+def kernels(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of a call by kind of kernel, and of the longest kernels."""
     if not torch.cuda.is_available():
         return {}
-    placed = driver.placed()
-    inputs = placed._inputs(2)
-    forward = placed._forward(placed.models.unet)
     with torch.inference_mode():
-        forward(*inputs)
+        call()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            forward(*inputs)
+            call()
             torch.cuda.synchronize()
     kinds: Counter[str] = Counter()
     names: Counter[str] = Counter()
@@ -260,11 +298,12 @@ def kernels(driver: Driver) -> dict[str, float]:
 def kind_of(name: str) -> str:
     """What a kernel does, by its name."""
     kinds = {
-        "attention": ("flash", "fmha", "attention"),
+        "fused by the compiler": ("triton_",),
+        "attention": ("flash", "fmha", "attention", "sdpa"),
+        "convolution": ("fprop", "implicit_gemm", "winograd"),
+        "matrix product": ("gemm", "cutlass", "nvjet", "splitk", "matmul"),
         "norm": ("norm", "rowwise", "moments"),
         "layout": ("nchw", "nhwc", "transpose", "copy", "memcpy", "cat"),
-        "convolution": ("conv", "fprop", "implicit", "winograd"),
-        "matrix product": ("gemm", "cutlass", "nvjet", "splitk", "matmul"),
         "elementwise": ("elementwise", "vectorized", "gelu", "silu", "upsample"),
     }
     return next((kind for kind, parts in kinds.items() if any(part in name.lower() for part in parts)), "other")
@@ -306,39 +345,6 @@ def file(report: Report) -> None:
         report.add("first picture of a cold worker", seconds=driver.run([request], [model])[0])
         report.add("second picture", seconds=driver.run([request], [model])[0])
         driver.core.close()
-
-
-def fast15(report: Report) -> None:
-    """SD1.5 with compiled blocks."""
-    fast(report, "sd15", 50, EngineSettings(precision="float16", compiled=True, fast_rows=(2, 16)), (1, 8))
-
-
-def fastxl(report: Report) -> None:
-    """SDXL with compiled blocks, then in FP8 too."""
-    settings = EngineSettings(precision="bfloat16", compiled=True, fast_rows=(2, 8))
-    fast(report, "sdxl", 20, settings, (1, 4))
-    clean(report)
-    fast(report, "sdxl", 20, replace(settings, fp8=True), (1, 4))
-
-
-def fast(report: Report, family: str, steps: int, settings: EngineSettings, batches: tuple[int, ...]) -> None:
-    """The engine with the fast form of the UNet, and how far its pictures are from the plain form's."""
-    request = request_of(report, family, steps)
-    plain, model = driver_of(report, family, replace(settings, compiled=False, fp8=False))
-    expected = latents_of(plain, model, [changed(request, steps=min(steps, 10))])[0]
-    plain.core.close()
-    del plain
-    clean(report)
-    name = "fp8" if settings.fp8 else "compiled"
-    began = time.perf_counter()
-    driver, model = driver_of(report, family, settings)
-    report.add(f"{name}: ready", seconds=time.perf_counter() - began)
-    found = latents_of(driver, model, [changed(request, steps=min(steps, 10))])[0]
-    report.add(f"{name}: to the plain form", error=error(found, expected))
-    for batch in batches:
-        report.attempt(f"{name}: {batch} at once", partial(at_once, driver, model, request, batch, {}))
-    report.attempt(f"{name}: a tick", partial(tick, driver, model, request, 1))
-    driver.core.close()
 
 
 def request_of(report: Report, family: str, steps: int) -> Generation:

@@ -1,15 +1,14 @@
-"""One UNet call in many forms: what makes it fast, and how long it takes to have it."""
+"""One call of a UNet or decoder in many forms: what makes it fast, and how long it takes to have it."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_worker import devices
 from gpu_worker.engine import fast
@@ -22,73 +21,93 @@ _REPEATS = 12
 _COMPILE_SECONDS = 45.0  # that must be left to begin with a form that is compiled
 
 
-def measure_variants(report: Report, family: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
-    """Adds a row for each form and number of rows."""
-    is_cuda = report.device == "cuda"
-    dtype = dtype if is_cuda else torch.float32
+def measure_unets(report: Report, family: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    """Adds a row for each form and number of rows of the family's own size."""
+    dtype = dtype if report.device == "cuda" else torch.float32
     unet = parts_of(family, report.tiny, report.device, dtype, dtype).unet
-    device = devices.of(report.device)
     given = {num_rows: inputs(unet, num_rows, report.device, dtype) for num_rows in rows}
     with torch.inference_mode():
         expected = {num_rows: called(unet, *each) for num_rows, each in given.items()}
-
-    def measure(make: Callable[[], Any], captured: bool, context: Any, num_rows: int) -> dict[str, Any]:
-        began = time.perf_counter()
-        form = make()
-
-        def call() -> torch.Tensor:
-            with context():
-                return called(form, *given[num_rows])
-
-        with torch.inference_mode():
-            found = call()
-            ready = time.perf_counter() - began
-            if captured and is_cuda:
-                replay, output = device.capture(call, device.pool())
-                seconds = median_seconds(device, replay, _REPEATS)
-                found = output
-            else:
-                seconds = median_seconds(device, call, 3 if report.tiny else _REPEATS)
-            wrong = error(found, expected[num_rows])
-        return {"ms": 1e3 * seconds, "per_second": 1 / seconds, "error": wrong, "ready_seconds": ready}
-
-    last = copy.deepcopy  # of a form, made from the UNet with its layout changed
-    for name, make, captured, context, needs in forms(unet, last, dtype):
+    for name, make, captured, needs_seconds in unets(unet, dtype):
+        form = _once(make)
         for num_rows in rows:
             report.attempt(
                 f"{num_rows:>2} rows, {name}",
-                lambda args=(make, captured, context, num_rows): measure(*args),
-                needs_seconds=needs,
+                partial(measure, report, form, called, given[num_rows], expected[num_rows], captured),
+                needs_seconds,
             )
-        if is_cuda:
-            torch.cuda.empty_cache()
 
 
-def forms(unet: Any, twin: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any, bool, Any, float]]:
-    """Name, how it is made, whether as a graph, in which context, and how much time it wants."""
-    is_cuda = next(unet.parameters()).device.type == "cuda"
-    yield "eager", lambda: unet, False, nullcontext, 3
-    yield "graph", lambda: unet, True, nullcontext, 3
+def unets(unet: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any, bool, float]]:
+    """Name, how it is made, whether as a graph, and how many seconds it wants."""
+    yield "eager", lambda: unet, False, 3
+    yield "graph", lambda: unet, True, 3
     unet.to(memory_format=torch.channels_last)
-    yield "eager channels_last", lambda: unet, False, nullcontext, 3
-    yield "graph channels_last", lambda: unet, True, nullcontext, 3
-    if is_cuda:
-        yield "graph channels_last cudnn.benchmark", lambda: unet, True, _benchmark, 5
-        yield "graph channels_last cudnn attention", lambda: unet, True, _cudnn_attention, 5
-    compiled = _once(lambda: fast.made(unet, is_compiled=True, is_fp8=False))
-    yield "graph compiled blocks", compiled, True, nullcontext, _COMPILE_SECONDS
+    yield "eager channels_last", lambda: unet, False, 3
+    yield "graph channels_last", lambda: unet, True, 3
 
     def fused() -> Any:
-        found = twin(unet)
-        found.fuse_qkv_projections()
-        return found
+        twin = copy.deepcopy(unet)
+        twin.fuse_qkv_projections()
+        return twin
 
-    yield "graph channels_last fused qkv", _once(fused), True, nullcontext, 5
-    if dtype == torch.bfloat16 or not is_cuda:
-        quantised = _once(lambda: fast.made(unet, is_compiled=True, is_fp8=True))
-        yield "graph compiled blocks fp8", quantised, True, nullcontext, _COMPILE_SECONDS
-    whole = _once(lambda: torch.compile(twin(unet), fullgraph=True, dynamic=False))
-    yield "graph compiled whole", whole, True, nullcontext, 1.5 * _COMPILE_SECONDS
+    yield "graph channels_last fused qkv", fused, True, 5
+    yield "graph compiled", partial(fast.unet_of, unet, True, False), True, _COMPILE_SECONDS
+    if dtype != torch.float16:  # in which rows with scales do not come out
+        yield "graph compiled fp8", partial(fast.unet_of, unet, True, True), True, _COMPILE_SECONDS
+
+
+def measure_decoders(report: Report, family: str) -> None:
+    """Adds a row for each form of the decoder, of one picture of the family's own size."""
+    dtype = torch.bfloat16 if report.device == "cuda" else torch.float32
+    vae = parts_of(family, report.tiny, report.device, dtype, dtype).vae
+    side = 8 if report.tiny else vae.config.sample_size // 8
+    given = (torch.randn(1, 4, side, side, device=report.device, dtype=dtype),)
+    with torch.inference_mode():
+        expected = decode(vae, *given)
+    last = copy.deepcopy(vae).to(memory_format=torch.channels_last)
+    for name, make, captured, needs_seconds in (
+        ("eager", lambda: vae, False, 3),
+        ("eager channels_last", lambda: last, False, 3),
+        ("compiled", partial(fast.vae_of, vae), False, _COMPILE_SECONDS),
+        ("graph compiled", partial(fast.vae_of, vae), True, 10),
+    ):
+        report.attempt(
+            f"decoder, {name}",
+            partial(measure, report, _once(make), decode, given, expected, captured),
+            needs_seconds,
+        )
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The picture of latents."""
+    picture: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+    return picture
+
+
+def measure(
+    report: Report,
+    form: Callable[[], Any],
+    call: Callable[..., torch.Tensor],
+    given: tuple[Any, ...],
+    expected: torch.Tensor,
+    captured: bool,
+) -> dict[str, Any]:
+    """Milliseconds of a call of the form, its distance from the plain form's, memory, and seconds until it was there,
+    which are few where torch's cache of compiled code has it."""
+    device = devices.of(report.device)
+    began = time.perf_counter()
+    made = form()
+    with torch.inference_mode():
+        found = call(made, *given)
+        device.synchronize()
+        ready = time.perf_counter() - began
+        repeat: Callable[[], Any] = partial(call, made, *given)
+        peak = device.peak_bytes(repeat)
+        if captured and device.can_capture:
+            repeat, found = device.capture(repeat, device.pool())
+        seconds = median_seconds(device, repeat, 3 if report.tiny else _REPEATS)
+        return {"ms": 1e3 * seconds, "error": error(found, expected), "peak_gb": peak / 1e9, "ready_seconds": ready}
 
 
 def inputs(unet: Any, num_rows: int, device: str, dtype: torch.dtype) -> Any:
@@ -113,18 +132,3 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
         return found[0]
 
     return made
-
-
-@contextmanager
-def _benchmark() -> Iterator[None]:
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = False
-
-
-@contextmanager
-def _cudnn_attention() -> Iterator[None]:
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-        yield

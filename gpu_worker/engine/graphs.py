@@ -84,9 +84,9 @@ class Graphs:
         graph.replay()
         return graph.output[: len(x)].clone()
 
-    def prepared(self, forward: Forward, shape: Shape) -> None:
-        """Has calls of that shape captured from another form of the UNet, which is ready for 2 rows and more."""
-        self._fast = {shape: forward}
+    def prepared(self, forward: Forward, shapes: set[Shape]) -> None:
+        """Has calls of these shapes captured from another form of the UNet, which is ready for 2 rows and more."""
+        self._fast = dict.fromkeys(shapes, forward)
 
     def clear(self) -> None:
         """Gives up all graphs, and with them their memory."""

@@ -26,6 +26,8 @@ _USABLE_SHARE = 0.8
 _PROBE_ROWS = 2
 # Code that was compiled for a few rows might not hold for so many.
 _MANY_ROWS = 16
+# Lengths of prompts that fast forms are made for; more than 225 tokens are few.
+_FAST_CHUNKS = (1, 2, 3)
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -96,8 +98,8 @@ class Placed:
         if self._device.can_capture and self._settings.graphs:
             self.graphs = Graphs(self._forward(self.models.unet), self._device, self._bytes_per_pixel)
             if self._fast is not None:
-                x, _, text, _ = self._inputs(_PROBE_ROWS)
-                self.graphs.prepared(self._forward(self._fast), shape_of(x, text))
+                calls = [self._inputs(_PROBE_ROWS, num_chunks) for num_chunks in _FAST_CHUNKS]
+                self.graphs.prepared(self._forward(self._fast), {shape_of(x, text) for x, _, text, _ in calls})
 
     def allow(self, free_bytes: int | None) -> None:
         """Bounds calls by the memory that is free."""
@@ -107,9 +109,10 @@ class Placed:
     def _prepare_fast_forms(self) -> None:
         """Makes the fast forms for the size that the UNet was made for, and compiles them by calling them."""
         self._fast = fast.unet_of(self.models.unet, self._settings.compiled, self._settings.fp8)
-        called(self._fast, *self._inputs(_PROBE_ROWS))
-        with suppress(torch.OutOfMemoryError):
-            called(self._fast, *self._inputs(_MANY_ROWS))
+        for num_chunks in _FAST_CHUNKS:
+            called(self._fast, *self._inputs(_PROBE_ROWS, num_chunks))
+            with suppress(torch.OutOfMemoryError):
+                called(self._fast, *self._inputs(_MANY_ROWS, num_chunks))
         if self._settings.compiled:
             vae = fast.vae_of(self.models.vae)
             size = self._native_size()
@@ -128,12 +131,12 @@ class Placed:
         size: int = self.models.unet.config.sample_size
         return size
 
-    def _inputs(self, num_rows: int) -> Inputs:
-        """What a call of so many rows at the native size reads, all zero."""
+    def _inputs(self, num_rows: int, num_chunks: int = 1) -> Inputs:
+        """What a call of so many rows at the native size reads, with prompts of so many chunks, all zero."""
         models, size = self.models, self._native_size()
         options: Any = {"device": models.device, "dtype": models.dtype}
         config = models.unet.config
-        text = torch.zeros(num_rows, CHUNK_TOKENS, config.cross_attention_dim, **options)
+        text = torch.zeros(num_rows, num_chunks * CHUNK_TOKENS, config.cross_attention_dim, **options)
         added = {}
         if models.is_sdxl:
             num_ids = 5 if models.is_refiner else 6

@@ -229,7 +229,7 @@ def on_gpu(report: Report) -> None:
     loha = {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"], "network_dim": 4}
     checkpointing, small_optimizer = {"gradient_checkpointing": True}, {"optimizer_type": "AdamW8bit"}
     parts: list[tuple[str, float, Callable[[], dict[str, Any]]]] = [
-        ("SDXL 1024x1024 batch 1, fp16", 35, lambda: compare("sdxl", 1024, 1, half, 6, device)),
+        ("SDXL 1024x1024 batch 1, fp16", 50, lambda: compare("sdxl", 1024, 1, half, 3, device)),
         ("SD1.5 512x512 batch 4, fp16", 25, lambda: compare("sd15", 512, 4, half, 8, device)),
         ("a whole tiny training, fp16", 15, lambda: whole(device, "fp16")),
         (

@@ -25,8 +25,8 @@ def models(tiny_checkpoint: Path) -> weights.Models:
     return weights.load(as_cached(tiny_checkpoint), None, "cpu", torch.bfloat16)
 
 
-def in_bf16(num_rows: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    x, timestep, text, added = inputs(num_rows, size=size)
+def in_bf16(num_rows: int, size: int = 16, num_chunks: int = 1) -> Any:
+    x, timestep, text, added = inputs(num_rows, size=size, num_chunks=num_chunks)
     return x.bfloat16(), timestep, text.bfloat16(), added
 
 
@@ -106,7 +106,7 @@ def test_the_compiled_decoder_makes_the_same_picture() -> None:
 
 
 @torch.inference_mode()
-def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size(
+def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size_and_usual_prompts(
     models: weights.Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fast, "compiled", lambda network: network)  # takes minutes on a CPU, and is tested above
@@ -122,12 +122,13 @@ def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size(
     assert np.abs(pixels.astype(int) - Decoded(models.vae, native).pixels()).max() <= 1
 
     assert placed.graphs is not None
-    given = in_bf16(2, size=size)
-    plain = called(models.unet, *given)
-    assert torch.equal(placed.graphs(*given), plain)
-    fast_ones = placed.graphs(*given)  # captured
-    assert not torch.equal(fast_ones, plain)
-    assert error(fast_ones.float(), plain.float()) < 0.05
+    for num_chunks in (1, 2, 3):
+        given = in_bf16(2, size, num_chunks)
+        plain = called(models.unet, *given)
+        assert torch.equal(placed.graphs(*given), plain)
+        fast_ones = placed.graphs(*given)  # captured
+        assert not torch.equal(fast_ones, plain)
+        assert error(fast_ones.float(), plain.float()) < 0.05
 
     placed.leave()
     assert placed.models.decoder_of(native) is models.vae

@@ -158,7 +158,7 @@ def test_calls_of_two_rows_and_more_are_captured_from_a_form_that_is_ready_for_t
     plain, other = Called(models), Called(models)
     graphs = Graphs(plain, Recorder(), 1.0)
     x, _, text, _ = inputs(2)
-    graphs.prepared(other, shape_of(x, text))
+    graphs.prepared(other, {shape_of(x, text)})
     for _ in range(3):
         for num_rows in (1, 2, 4):
             graphs(*inputs(num_rows))

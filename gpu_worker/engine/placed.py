@@ -26,8 +26,8 @@ _USABLE_SHARE = 0.8
 _PROBE_ROWS = 2
 # Code that was compiled for a few rows might not hold for so many.
 _MANY_ROWS = 16
-# Lengths of prompts that fast forms are made for; more than 225 tokens are few.
-_FAST_CHUNKS = (1, 2, 3)
+# Lengths of prompts that fast forms are made for: where those of up to 225 tokens meet.
+_FAST_CHUNKS = (1, 2, 3, 6)
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 

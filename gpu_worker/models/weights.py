@@ -75,14 +75,14 @@ class Models:
     block: Block = field(default_factory=lambda: Block((), torch.device("cpu"), moves=False))
     # Whether the job at hand wants a picture that can be laid beside itself.
     tiling: bool = False
-    # A faster form of the VAE's decoder, for pictures of the size that the UNet was made for.
+    # A form of the VAE whose decoder is faster, for pictures of the size that the UNet was made for.
     fast_vae: Any = None
 
     def decoder_of(self, latents: torch.Tensor) -> Any:
         """The VAE that decodes these latents fastest."""
         size = self.unet.config.sample_size
         is_native = tuple(latents.shape[2:]) == (size, size)
-        return self.vae if self.fast_vae is None or self.tiling or not is_native else self.fast_vae
+        return self.vae if self.fast_vae is None or not is_native else self.fast_vae
 
     def stay(self) -> None:
         """Brings the models to their device for good."""

@@ -60,5 +60,7 @@ def _crew(request: Generation, equipment: Sequence[Equipment]) -> Crew:
 
 def _equipped(request: Generation, equipment: Equipment) -> Equipped:
     assert equipment.models is not None
-    models = replace(equipment.models, tiling=request.tiling)
+    # What is compiled may differ in its last bits from one process to the next.
+    fast_vae = None if request.exclusive or request.tiling else equipment.models.fast_vae
+    models = replace(equipment.models, tiling=request.tiling, fast_vae=fast_vae)
     return Equipped(models, gathered(request, equipment.adapters))

@@ -1,6 +1,5 @@
 """Fast forms of UNet and decoder: the same weights, the same results but for their rounding."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,16 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from structlog.testing import capture_logs
 
+from gpu_worker import tasks
 from gpu_worker.engine import fast
 from gpu_worker.engine.decoding import Decoded
 from gpu_worker.engine.denoise import called
 from gpu_worker.engine.placed import Placed
+from gpu_worker.engine.run import Equipment
 from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.models import tiny, weights
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.driving import txt2img_of
 from tests.gpu_worker.engine.test_graphs import Recorder, inputs
 
 
@@ -107,7 +109,7 @@ def test_the_compiled_decoder_makes_the_same_picture() -> None:
 
 @torch.inference_mode()
 def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size_and_usual_prompts(
-    models: weights.Models, monkeypatch: pytest.MonkeyPatch
+    models: weights.Models, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fast, "compiled", lambda network: network)  # takes minutes on a CPU, and is tested above
     placed = Placed(models, Recorder(), EngineSettings(compiled=True, fp8=True))
@@ -117,12 +119,19 @@ def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size_and_usual_pr
     native, other = torch.randn(1, 4, size, size), torch.randn(1, 4, size, 2 * size)
     assert placed.models.decoder_of(native) is placed.models.fast_vae
     assert placed.models.decoder_of(other) is models.vae
-    assert replace(placed.models, tiling=True).decoder_of(native) is models.vae
+    equipment = Equipment(as_cached(tiny_checkpoint), None, [], placed)
+    for changes, decoder in (
+        ({}, placed.models.fast_vae),
+        ({"exclusive": True}, models.vae),
+        ({"tiling": True}, models.vae),
+    ):
+        crew = tasks._crew(txt2img_of(prompt="a red circle", **changes), [equipment])
+        assert crew.last.decoder_of(native) is decoder
     pixels = Decoded(placed.models.fast_vae, native).pixels()
     assert np.abs(pixels.astype(int) - Decoded(models.vae, native).pixels()).max() <= 1
 
     assert placed.graphs is not None
-    for num_chunks in (1, 2, 3):
+    for num_chunks in (1, 2, 3, 6):
         given = in_bf16(2, size, num_chunks)
         plain = called(models.unet, *given)
         assert torch.equal(placed.graphs(*given), plain)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from gpu_worker.audience import Audience
 from gpu_worker.engine.importing import uncollected
 from gpu_worker.engine.run import Produced, Run
@@ -24,6 +26,8 @@ from services.common.payloads import Payload
 
 if TYPE_CHECKING:
     from gpu_worker.engine.core import Core
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,12 @@ class Engine:
         settings = self._settings
         device, description = weights.use_device(settings.device, settings.num_threads)
         precision = str(weights.dtype_of(settings.precision, device)).removeprefix("torch.")
-        forms = [form for form in ("compiled", "fp8") if getattr(settings, form)]
+        its_device = devices.of(device)
+        forms = settings.fast_forms if its_device.can_capture else ()
+        if forms != settings.fast_forms:
+            log.warning("the UNet has no fast form on this device", wanted=settings.fast_forms, device=device)
         self.device = ", ".join([description, precision, *forms])
-        found = core.Core(devices.of(device), settings, lambda: self._commands.put(_Signal.LOADED))
+        found = core.Core(its_device, settings, lambda: self._commands.put(_Signal.LOADED))
         self.max_pixels = found.max_pixels
         return found
 

@@ -55,7 +55,7 @@ class Placed:
         with self._device.aside():
             self.models.block.enter()
         log.info("model on its device", seconds=round(time.monotonic() - began, 2), num_bytes=self.num_bytes)
-        if self._device.can_capture and (self._settings.compiled or self._settings.fp8):
+        if self._device.can_capture and self._settings.fast_forms:
             began = time.monotonic()
             try:
                 with self._device.aside(), torch.inference_mode():

@@ -25,3 +25,8 @@ class EngineSettings:
     graphs: bool = True
     compiled: bool = False
     fp8: bool = False
+
+    @property
+    def fast_forms(self) -> tuple[str, ...]:
+        """Names of what makes UNet calls faster than they are, which only those that are CUDA graphs can be."""
+        return tuple(form for form in ("compiled", "fp8") if getattr(self, form) and self.graphs)

@@ -13,10 +13,12 @@ import structlog
 
 from esd.training.v1 import training_pb2 as pb
 from esd.training.v1 import training_pb2_grpc
+from services.common import validation
 from services.common.auth import current_caller
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from services.common.notifications import Notifications
 from services.common.payloads.trainers import MAX_POINTS
+from services.common.sentences import MAX_REASON, printable
 from services.common.structs import struct
 from services.common.tasks import first, heard
 from services.training import facts, trainers
@@ -94,10 +96,8 @@ class _TrainSession:
             raise InvalidArgument("the stream ended before its hello")
         if request.WhichOneof("message") != "hello":
             raise InvalidArgument("the first message of a Train stream is hello")
-        try:
-            session = UUID(hello.session)
-        except ValueError:
-            raise InvalidArgument("the session is no UUID") from None
+        validation.check(request)
+        session = UUID(hello.session)
         welcome = await self._domain.welcome(self._training_id, session)
         training = welcome.training
         self._send(welcome=_welcome(welcome))
@@ -227,5 +227,5 @@ _FACTS: dict[str, Callable[[Any], facts.Fact]] = {
     "board": lambda told: facts.Board(_uploaded(told)),
     "state": lambda told: facts.Kept(_uploaded(told.file), told.epoch),
     "done": lambda _: facts.Done(),
-    "failed": lambda told: facts.Failed(_text(told.reason) or "the trainer failed"),
+    "failed": lambda told: facts.Failed(printable(_text(told.reason), MAX_REASON) or "the trainer failed"),
 }

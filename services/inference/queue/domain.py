@@ -90,10 +90,8 @@ class Queue:
         """Takes in a worker, new or come back; answers its stream and those leases that are still its own.
 
         Raises:
-            InvalidArgument: an id is malformed.
+            InvalidArgument: the id of a lease is malformed.
         """
-        if not worker_id:
-            raise InvalidArgument("hello has no worker_id")
         stream = WorkerStream(endpoint_id, worker_id, uuid4())
         worker = Worker(
             endpoint_id=endpoint_id,

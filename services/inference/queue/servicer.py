@@ -13,6 +13,7 @@ import structlog
 from esd.inference.v1 import inference_pb2 as pb
 from esd.inference.v1 import inference_pb2_grpc
 from esd.worker.v1 import worker_pb2
+from services.common import validation
 from services.common.auth import current_caller
 from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
 from services.common.notifications import Notifications
@@ -133,6 +134,7 @@ class _WorkSession:
             raise InvalidArgument("the stream ended before its hello")
         if request.WhichOneof("message") != "hello":
             raise InvalidArgument("the first message of a Work stream is hello")
+        validation.check(request)
         held = list(hello.held_leases)
         stream, kept = await self._queue.welcome(self._endpoint_id, hello.worker_id, held, hello.device, hello.version)
         self._leases = set(kept)
@@ -171,6 +173,7 @@ class _WorkSession:
             async for request in requests:
                 match request.WhichOneof("message"):
                     case "want":
+                        validation.check(request)
                         self._num_wanted = request.want.num_jobs
                         self._warm_models = list(request.want.warm_models)
                         self._wake.set()
@@ -325,6 +328,12 @@ def _result_object(told: worker_pb2.ResultObject) -> ResultObject:
 
 
 def _results(done: worker_pb2.JobDone) -> Results:
+    """What a worker tells of its results; what is wrong with their names fails the job.
+
+    Raises:
+        InvalidArgument: a timing is no number.
+    """
+    validation.check(done.timings)
     return Results(
         images=[_result_object(image) for image in done.images],
         param=_result_object(done.param),

@@ -1,6 +1,7 @@
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -12,6 +13,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from esd.inference.v1 import inference_pb2 as pb
+from esd.worker.v1 import worker_pb2
 from services.common.database import Database
 from services.common.errors import Unavailable
 from services.common.leftovers import LeftoverStore
@@ -379,6 +381,37 @@ async def test_a_stream_begins_with_hello_and_belongs_to_an_endpoint(service: Se
     assert await ended_with(call) == grpc.StatusCode.PERMISSION_DENIED
     call = service.queue.Work(metadata=service.user())
     assert await ended_with(call) == grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize(
+    ("hello", "sentence"),
+    [
+        ({"worker_id": "a\0b"}, "contains the character NUL"),
+        ({"worker_id": "a", "device": "cpu\0"}, "contains the character NUL"),
+        ({"worker_id": "x" * 501}, 'hello.workerId: string "xxx'),
+        ({"worker_id": "a", "version": "x" * 501}, "is too long (length: 501, maximum allowed: 500)"),
+        ({}, 'hello: object has missing required properties (["workerId"])'),
+    ],
+)
+async def test_a_worker_that_cannot_be_kept_is_refused_with_the_reason(
+    service: Service, hello: dict[str, str], sentence: str
+) -> None:
+    call = service.queue.Work(metadata=service.tokens.worker(service.endpoint_id))
+    await call.write(pb.WorkRequest(hello=pb.Hello(**hello)))
+    assert await ended_with(call) == grpc.StatusCode.INVALID_ARGUMENT
+    assert sentence in await call.details()
+
+
+async def test_what_a_worker_says_later_is_refused_as_clearly(service: Service) -> None:
+    async with service.worker() as worker:
+        await worker.want(warm=["a\0b"])
+        assert await worker.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await service.started()
+    async with service.worker() as worker:
+        assign = await worker.take()
+        timings = worker_pb2.Timings(fetch_seconds=math.nan)
+        await worker.tell(assign.lease_id, done=worker_pb2.JobDone(timings=timings))
+        assert await worker.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_streams_end_when_the_service_stops_so_that_workers_go_elsewhere(

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from esd.endpoints.v1 import endpoints_pb2
 from esd.training.v1 import training_pb2 as pb
+from services.common.sentences import MAX_REASON
 from tests.services.training.conftest import Service, next_of
 
 RATES = {"unet": 0.001, "text": 0.0001}
@@ -320,6 +321,31 @@ async def test_steps_that_cannot_be_kept_end_the_stream_so_that_they_are_not_tol
         async with service.trainer(created.id) as trainer:
             await trainer.send(1, progress=pb.TrainerProgress(points=[point], num_steps=9, num_epochs=3))
             assert await trainer.end() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("hello", "sentence"),
+    [
+        ({"session": "no UUID"}, "hello.session: "),
+        ({"session": str(uuid4()), "device": "x" * 501}, "is too long (length: 501, maximum allowed: 500)"),
+    ],
+)
+async def test_a_trainer_whose_hello_is_wrong_is_told_what_is(
+    service: Service, hello: dict[str, str], sentence: str
+) -> None:
+    created = await service.create()
+    call = service.trainers.Train(metadata=service.tokens.trainer(created.id))
+    await call.write(pb.TrainRequest(hello=pb.TrainerHello(**hello)))
+    assert await next_of(call) is None
+    assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert sentence in await call.details()
+
+
+async def test_a_reason_that_is_too_long_is_cut(service: Service) -> None:
+    created = await service.create()
+    async with service.trainer(created.id) as trainer:
+        await trainer.tell(failed=pb.TrainerFailed(reason="x" * (MAX_REASON + 1)))
+    assert len((await events(service, created.id))[-1].ended.reason) == MAX_REASON
 
 
 async def test_texts_with_nul_are_kept_without_it(service: Service) -> None:

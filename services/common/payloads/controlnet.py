@@ -110,6 +110,14 @@ class Unit(BaseModel):
             pictures.check(picture, info.field_name)
         return picture
 
+    @field_validator("guidance_end")
+    @classmethod
+    def _not_before_its_start(cls, end: float, info: Any) -> float:
+        start = info.data.get("guidance_start", 0.0)  # that of none where it is wrong
+        if end < start:
+            raise ValueError(f"guidance_end {end} lies before guidance_start {start}: {start} to 1 is possible")
+        return end
+
     @field_validator("threshold_a", "threshold_b", mode="before")
     @classmethod
     def _within_bounds(cls, given: Any, info: Any) -> float:

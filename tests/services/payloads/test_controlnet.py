@@ -125,6 +125,11 @@ def test_a_unit_has_a_say_from_its_start_to_its_end() -> None:
     assert not unit_of(weight=0).acts_in(0, 8)
 
 
+def test_a_unit_that_ends_where_it_starts_has_a_say_in_that_step() -> None:
+    unit = unit_of(guidance_start=0.5, guidance_end=0.5)
+    assert [unit.acts_in(step, 4) for step in range(4)] == [False, False, True, False]
+
+
 def test_img2imgs_own_picture_is_looked_at_where_a_unit_has_none() -> None:
     request = request_of({"model": "x"}, task="img2img", init_images=[IMAGE])
     assert request.controlnet[0].image is None
@@ -158,6 +163,11 @@ def test_img2imgs_own_picture_is_looked_at_where_a_unit_has_none() -> None:
         ({"control_mode": True}, "control_mode true is not known; possible: Balanced, "),
         ({"weight": 3}, "controlnet[0].weight 3 is out of range: 0 to 2 is possible"),
         ({"guidance_end": -1}, "controlnet[0].guidance_end -1 is out of range: 0 to 1 is possible"),
+        (
+            {"guidance_start": 0.75, "guidance_end": 0.5},
+            "controlnet[0]: guidance_end 0.5 lies before guidance_start 0.75: 0.75 to 1 is possible",
+        ),
+        ({"guidance_start": 2, "guidance_end": 0.5}, "controlnet[0].guidance_start 2 is out of range: 0 to 1"),
         ({"processor_res": 4096}, "controlnet[0].processor_res 4096 is out of range: 0 to 2048 is possible"),
         ({"weight": "much"}, 'controlnet[0].weight "much": input should be a valid number'),
     ],

@@ -58,10 +58,14 @@ class InferenceSettings(ServiceSettings):
     identity_address: Address
     models_address: Address
     endpoints_address: Address
-    lease_seconds: float = Field(30.0, ge=10.0, description="silence after which a worker's jobs go to others")
-    grace_seconds: float = Field(5.0, ge=0.0, description="time for a worker whose stream broke to come back")
+    lease_seconds: float = Field(
+        Limits.lease_seconds, ge=10.0, description="silence after which a worker's jobs go to others"
+    )
+    grace_seconds: float = Field(
+        Limits.grace_seconds, ge=0.0, description="time for a worker whose stream broke to come back"
+    )
     store_outage_seconds: float = Field(
-        24 * 3600.0,
+        Limits.outage_seconds,
         ge=0.0,
         description="time for which a job is tried again while workers cannot reach the object store",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import signal
 from pathlib import Path
 
@@ -121,14 +122,20 @@ def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
 
 
 def _read(path: Path) -> Training:
-    try:
-        fields = parse_toml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise JobError(f"{path} cannot be read: {error}") from None
+    fields = parse_toml(_text(path))
     prompts = fields.get("sample_prompts")
-    if isinstance(prompts, str) and len(prompts) < 4096 and Path(prompts).is_file():
-        fields["sample_prompts"] = Path(prompts).read_text(encoding="utf-8")
+    # Not Path.is_file, which fails where a prompt is longer than a name may be. Files of tables are refused by name.
+    if isinstance(prompts, str) and os.path.isfile(prompts) and not prompts.lower().endswith((".toml", ".json")):
+        fields["sample_prompts"] = _text(Path(prompts))
     return check_training(fields)
+
+
+def _text(path: Path) -> str:
+    """A file's text, without the mark that Windows puts before it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path} is not UTF-8: {error}") from None
 
 
 def _file(path: str, key: str) -> CachedModel:

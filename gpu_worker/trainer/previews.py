@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,14 @@ from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Txt2Img
 from services.common.payloads.showing import shown
-from services.common.payloads.training import Training
+from services.common.payloads.training import Training, sampler_name
 
 _MAX_ROWS = 2
 # kohya's options behind a prompt, with the payload's fields.
-_OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "cfg_scale", "s": "steps"}
+_OPTIONS = {
+    "n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "cfg_scale", "s": "steps",
+    "ss": "sampler_name",
+}  # fmt: skip
 _DEFAULTS = {"steps": 20, "cfg_scale": 7.5, "seed": 1}
 
 
@@ -158,12 +160,13 @@ def _options(options: Sequence[str]) -> dict[str, Any]:
     """The payload's fields of what stands behind a prompt."""
     fields: dict[str, Any] = {}
     for option in options:
-        letter, _, value = option.partition(" ")
-        if letter not in _OPTIONS:
+        given, _, value = option.partition(" ")
+        name = _OPTIONS.get(given.lower())
+        if name is None:
             raise InvalidArgument(
-                f"--{letter} is not possible; possible: {', '.join(f'--{known}' for known in _OPTIONS)}"
+                f"--{given} is not possible; possible: {', '.join(f'--{known}' for known in _OPTIONS)}"
             )
-        fields[_OPTIONS[letter]] = " ".join(shlex.split(value)) if letter == "n" else value
+        fields[name] = sampler_name(value.strip()) if name == "sampler_name" else value.strip()
     return fields
 
 

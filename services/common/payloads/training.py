@@ -283,7 +283,7 @@ class Training(BaseModel):
     @field_validator("sample_sampler")
     @classmethod
     def _sampler(cls, name: str) -> str:
-        return samplers.find(_SAMPLERS.get(name.lower().removeprefix("k_"), name), None, "sample_sampler")
+        return samplers.find(sampler_name(name), None, "sample_sampler")
 
     @field_validator("optimizer_type", "lr_scheduler", "save_model_as")
     @classmethod
@@ -359,6 +359,11 @@ def _is_file_name(text: str) -> bool:
     return (
         is_short and not text.startswith(".") and not any(letter in '/\\:*?"<>|' or ord(letter) < 32 for letter in text)
     )
+
+
+def sampler_name(name: str) -> str:
+    """A1111's name for one of kohya's samplers; another name stays as it is."""
+    return _SAMPLERS.get(name.lower().removeprefix("k_"), name)
 
 
 def flattened(sections: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,8 @@ def test_what_is_wrong_is_one_sentence(
     folder = trainings.folder
     (folder / "empty").mkdir()
     (folder / "broken.safetensors").write_bytes(b"nonsense")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "prompts.toml").write_text('[[prompt.subset]]\nprompt = "a zog"\n')
     wrong: list[tuple[dict[str, object], str]] = [
         ({"network_dim": 0}, "error: network_dim 0 is out of range"),
         (
@@ -118,12 +120,26 @@ def test_what_is_wrong_is_one_sentence(
         ({"pretrained_model_name_or_path": str(folder / "broken.safetensors")}, "error: broken.safetensors is damaged"),
         ({"output_dir": str(folder / "broken.safetensors")}, f"error: {folder / 'broken.safetensors'}: File exists"),
         ({"sample_prompts": "nowhere.txt"}, 'error: sample_prompts "nowhere.txt" is no prompt'),
+        ({"sample_prompts": str(folder / "prompts.toml")}, "error: sample_prompts "),
+        ({"sample_prompts": str(folder / "latin.txt")}, f"error: {folder / 'latin.txt'} is not UTF-8: "),
     ]
     for keys, sentence in wrong:
         assert refusal(write(folder, config | keys), capsys).startswith(sentence)
     assert refusal(folder / "none.toml", capsys) == f"error: {folder / 'none.toml'}: No such file or directory"
     (folder / "bad.toml").write_text("seed = nonsense")
     assert refusal(folder / "bad.toml", capsys).startswith("error: the configuration is not valid TOML")
+
+
+def test_files_may_have_windows_mark_of_utf_8_and_a_prompt_may_be_longer_than_a_files_name(
+    config: dict[str, object], trainings: Trainings
+) -> None:
+    prompts = trainings.folder / "prompts.txt"
+    prompts.write_text("a zog, café\n", encoding="utf-8-sig")
+    path = write(trainings.folder, config | {"sample_prompts": str(prompts)})
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert command._read(path).sample_prompts == ["a zog, café"]
+    long = "a zog on a hill, " * 20
+    assert command._read(write(trainings.folder, config | {"sample_prompts": long})).sample_prompts == [long.strip()]
 
 
 @pytest.mark.parametrize("place", ["the models", "a picture's latents"])

@@ -312,6 +312,14 @@ def test_a_stop_ends_a_preview_within_one_step_of_it(trainings: Trainings, monke
     assert (len(done), notes.drawings, len(notes.steps)) == (2, [], 4)
 
 
+def test_a_preview_takes_kohyas_options_as_kohya_reads_them(trainings: Trainings) -> None:
+    line = 'a cat --n don\'t, "bad" hands --W 72  --h  64 --d 3 --ss k_euler_a --s 2 --l 3.5'
+    [asked] = trainings.loop(Notes(), sample_every_n_epochs=1, sample_prompts=[line])._previews._requests
+    assert (asked.prompt, asked.negative_prompt) == ("a cat", 'don\'t, "bad" hands')
+    assert (asked.width, asked.height, asked.seed) == (72, 64, 3)
+    assert (asked.sampler_name, asked.steps, asked.cfg_scale) == ("Euler a", 2, 3.5)
+
+
 @pytest.mark.parametrize("prompt", ["a cat --z 1", "a cat --w 13"])
 def test_an_impossible_preview_is_refused_before_the_first_step(trainings: Trainings, prompt: str) -> None:
     with pytest.raises(JobError, match=r'sample_prompts "a cat --[zw] 1'):

@@ -26,6 +26,9 @@ _SAMPLERS = {
     "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
     "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2M",
 }  # fmt: skip
+_TOKENS = (75, 150, 225)
+_WITHOUT_WARMUP = {"constant", "piecewise_constant"}
+_OFF = {"false", "0", "0.0", "no", "none", "off", ""}  # where clients send truths and numbers as text
 _MAX_PIXELS = 2048 * 2048
 _MAX_NAME_BYTES = 200  # systems take 255, of which an epoch's number and endings need some
 _PROMPT_FILES = (".txt", ".toml", ".json")  # of kohya; only by hand there are files, and those of lines are read before
@@ -58,6 +61,18 @@ _REFUSED = {
     "loraplus_unet_lr_ratio": "both factors of a layer have one learning rate; leave it out",
     "loraplus_text_encoder_lr_ratio": "both factors of a layer have one learning rate; leave it out",
     "deepspeed": "a training runs on one device; set it to false",
+    "base_weights": "a training begins with the base model as it is; leave it out",
+    "resume": "a training goes on by itself, or by hand with the option --resume; leave it out",
+    "caption_prefix": "captions are what their files say; leave it out",
+    "caption_suffix": "captions are what their files say; leave it out",
+    "enable_wildcard": "captions are what their files say; set it to false",
+    "keep_tokens_separator": "keep_tokens says how many tags stay in front; leave it out",
+    "secondary_separator": "tags have one separator, caption_separator; leave it out",
+    "alpha_mask": "pictures are trained whole; set it to false",
+    "noise_offset_random_strength": "noise_offset is the same at every step; set it to false",
+    "lr_scheduler_type": "possible are the schedules of lr_scheduler; leave it out",
+    "use_8bit_adam": "leave it out and set optimizer_type to AdamW8bit",
+    "use_lion_optimizer": "leave it out and set optimizer_type to Lion",
 }
 # What only says how kohya's own process does its work, or its GUI, or how that does which is refused here.
 _WITHOUT_EFFECT = {
@@ -177,7 +192,7 @@ class Training(BaseModel):
     def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in fields.items() if value is not None}
         for name, instead in _REFUSED.items():
-            if given.get(name) not in (None, False, 0, "", []):
+            if _is_on(given.get(name)):
                 raise ValueError(f"{name} {shown(given[name])}: {instead}")
         for name, known in _ALIASES.items():
             if name in given:
@@ -186,11 +201,14 @@ class Training(BaseModel):
             name for name in given if name not in cls.model_fields and name not in _REFUSED.keys() | _NOTES.keys()
         ]
         given.setdefault("unknown", sorted(name for name in unknown if name not in _WITHOUT_EFFECT))
-        notes = [note for name, note in _NOTES.items() if given.get(name)]
+        notes = [note for name, note in _NOTES.items() if _is_on(given.get(name))]
         if {"learning_rate", "unet_lr", "text_encoder_lr"} <= given.keys():
             rates = f"unet_lr {shown(given['unet_lr'])} and text_encoder_lr {shown(given['text_encoder_lr'])}"
             notes.append(f"learning_rate: it does nothing beside {rates}; set those")
-        if for_kohya := sorted(name for name in _WITHOUT_EFFECT if given.get(name)):
+        schedule = str(given.get("lr_scheduler", "constant")).lower()
+        if schedule in _WITHOUT_WARMUP and _is_on(given.get("lr_warmup_steps")):
+            notes.append(f"lr_warmup_steps: lr_scheduler {schedule} has no warmup; constant_with_warmup has")
+        if for_kohya := sorted(name for name in _WITHOUT_EFFECT if _is_on(given.get(name))):
             notes.append(f"{', '.join(for_kohya)}: {_ABOUT_KOHYA}")
         given.setdefault("notes", notes)
         if given.get("save_precision") == "fp32":
@@ -213,6 +231,12 @@ class Training(BaseModel):
                 f"together at most {_MAX_PIXELS} pixels"
             )
         return tuple(numbers)
+
+    @field_validator("max_token_length", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        """The number, which may be text as any other may."""
+        return next((known for known in _TOKENS if str(known) == value), value)
 
     @field_validator("text_encoder_lr", mode="before")
     @classmethod
@@ -310,6 +334,13 @@ class Training(BaseModel):
             raise ValueError(
                 f"min_bucket_reso {self.min_bucket_reso} is larger than max_bucket_reso {self.max_bucket_reso}"
             )
+        largest = -(-self.max_bucket_reso // self.bucket_reso_steps) * self.bucket_reso_steps
+        if self.enable_bucket and not self.bucket_no_upscale and largest < max(self.resolution):
+            width, height = self.resolution
+            raise ValueError(
+                f"max_bucket_reso {self.max_bucket_reso} is smaller than a side of the resolution {width}x{height}; "
+                f"possible: {max(self.resolution)} or more"
+            )
         if (
             self.optimizer_type == "Prodigy"
             and self.trains_unet
@@ -351,6 +382,11 @@ class Training(BaseModel):
     def trains_text(self) -> bool:
         """Whether the network has a part for the text encoders."""
         return not self.network_train_unet_only
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a key asks for something."""
+    return value.strip().lower() not in _OFF if isinstance(value, str) else bool(value)
 
 
 def _is_file_name(text: str) -> bool:

@@ -136,6 +136,23 @@ def test_what_kohyas_gui_writes_is_taken_as_it_is(path: Path) -> None:
     assert config.algorithm == ("locon" if "locon" in path.stem else "lora")
 
 
+def test_the_largest_side_of_a_bucket_is_widened_to_whole_steps_before_it_is_held_against_the_resolution() -> None:
+    assert check_training({"enable_bucket": True, "resolution": 1024, "max_bucket_reso": 1000}).resolution[0] == 1024
+
+
+def test_what_is_off_may_be_text() -> None:
+    off = {"v2": "false", "random_crop": "False", "multires_noise_iterations": "0", "face_crop_aug_range": "None"}
+    config = check_training(off | {"xformers": "false", "network_dropout": "0.0", "max_data_loader_n_workers": "0"})
+    assert config.notes == []
+
+
+def test_a_warmup_that_the_schedule_does_not_have_is_noted() -> None:
+    said = ["lr_warmup_steps: lr_scheduler constant has no warmup; constant_with_warmup has"]
+    assert check_training({"lr_warmup_steps": 100}).notes == said
+    assert check_training({"lr_scheduler": "cosine", "lr_warmup_steps": 100}).notes == []
+    assert check_training({"lr_scheduler": "constant", "lr_warmup_steps": "0"}).notes == []
+
+
 def test_what_is_missing_of_lycoris_is_taken_where_it_is_off_and_named_where_it_is_on() -> None:
     for name in network_args._MISSING:
         for off in ("False", "0", "0.0", "None"):
@@ -208,8 +225,10 @@ def test_one_side_makes_a_square(resolution: Any) -> None:
 
 
 def test_numbers_may_be_text_as_clients_send_them() -> None:
-    config = check_training({"max_train_epochs": "100", "unet_lr": "1e-4", "network_args": ["conv_dim=4"]})
-    assert (config.max_train_epochs, config.unet_rate) == (100, 1e-4)
+    config = check_training(
+        {"max_train_epochs": "100", "unet_lr": "1e-4", "max_token_length": "225", "network_args": ["conv_dim=4"]}
+    )
+    assert (config.max_train_epochs, config.unet_rate, config.max_token_length) == (100, 1e-4, 225)
     assert config.network_args == {"conv_dim": "4"}
 
 
@@ -286,6 +305,12 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "nothing would be trained"),
         ({"min_timestep": 500, "max_timestep": 500}, "min_timestep 500 is not below max_timestep 500"),
         ({"min_bucket_reso": 512, "max_bucket_reso": 256}, "min_bucket_reso 512 is larger than max_bucket_reso 256"),
+        (
+            {"enable_bucket": True, "resolution": "1280,768"},
+            "max_bucket_reso 1024 is smaller than a side of the resolution 1280x768; possible: 1280 or more",
+        ),
+        ({"resume": "./state"}, 'resume "./state": a training goes on by itself, or by hand with the option --resume'),
+        ({"keep_tokens_separator": "|||"}, 'keep_tokens_separator "|||": keep_tokens says how many tags stay in front'),
         (
             {"optimizer_type": "prodigy", "unet_lr": 1, "text_encoder_lr": 0.5},
             "optimizer_type Prodigy finds the learning rate itself: unet_lr 1.0 and text_encoder_lr 0.5",

@@ -21,6 +21,7 @@ from services.common.payloads.training import Training
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _FOLDER = re.compile(r"0*([1-9]\d{0,5})_(.+)")
+_UNREAD = "\ufffd"  # what a codec puts in the place of bytes that it cannot read
 _MAX_CAPTION = 3000  # characters; of 225 tokens no caption needs more
 _MAX_BYTES = 2**28  # of a picture's file
 _MAX_ENLARGEMENT = 4.0  # a picture that would have to grow more than this shows nothing but its pixels
@@ -38,6 +39,11 @@ class Picture:
     bucket: Size
     repeats: int
     is_regularisation: bool
+
+    @property
+    def name(self) -> str:
+        """Its folder and file."""
+        return f"{self.path.parent.name}/{self.path.name}"
 
     @property
     def crop(self) -> tuple[int, int]:
@@ -85,7 +91,8 @@ class Dataset:
 
 
 def read(config: Training, log: Callable[[str], None]) -> Dataset:
-    """The dataset of a configuration. Files that cannot be used are told to `log` and left out.
+    """The dataset of a configuration. Files that cannot be used are told to `log` and left out, and captions that are
+    not what their owner may think are told.
 
     Raises:
         JobError: no picture is left; the message says what was looked for and found.
@@ -93,6 +100,7 @@ def read(config: Training, log: Callable[[str], None]) -> Dataset:
     buckets = Buckets.of(config)
     found: list[Picture] = []
     rejected: list[str] = []
+    uncaptioned: list[str] = []
     folders = (("train_data_dir", config.train_data_dir, False), ("reg_data_dir", config.reg_data_dir, True))
     for key, folder, is_regularisation in folders:
         if not folder and is_regularisation:
@@ -101,13 +109,20 @@ def read(config: Training, log: Callable[[str], None]) -> Dataset:
             raise JobError(f"{key} {folder!r} is no folder")
         for concept in _concepts(Path(folder), log):
             for path in _files(concept.path):
+                caption = _caption(path, config.caption_extension)
                 try:
-                    found.append(_picture(path, concept, config, buckets, is_regularisation))
+                    found.append(_picture(path, concept, caption, buckets, is_regularisation))
                 except pictures.Damaged as error:
                     rejected.append(str(error))
                     log(f"left out: {error}")
+                else:
+                    uncaptioned += [found[-1].name] if caption is None else []
     if not any(not picture.is_regularisation for picture in found):
         raise JobError(_nothing(Path(config.train_data_dir), rejected))
+    if uncaptioned:
+        log(f"without a caption file, so the concept of the folder is the caption: {_some(uncaptioned)}")
+    if unread := [picture.name for picture in found if _UNREAD in picture.caption]:
+        log(f"captions that are not UTF-8, and lack what could not be read: {_some(unread)}")
     return Dataset(tuple(found), tuple(rejected))
 
 
@@ -125,7 +140,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
 
 
-def _picture(path: Path, concept: Concept, config: Training, buckets: Buckets, is_regularisation: bool) -> Picture:
+def _picture(path: Path, concept: Concept, caption: str | None, buckets: Buckets, is_regularisation: bool) -> Picture:
     """Checks a picture by reading it whole.
 
     Raises:
@@ -141,7 +156,6 @@ def _picture(path: Path, concept: Concept, config: Training, buckets: Buckets, i
             f"{fit.bucket[0]}x{fit.bucket[1]}; at most {_MAX_ENLARGEMENT:.0f} times is possible, so "
             "give a larger picture or a lower resolution"
         )
-    caption = _caption(path, config.caption_extension)
     text = concept.name if caption is None else caption
     return Picture(path, text, size, fit.scaled, fit.bucket, concept.repeats, is_regularisation)
 
@@ -167,6 +181,12 @@ def _first_line(content: bytes) -> str:
     is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_wide else "utf-8-sig", errors="replace").replace("\0", "")
     return text.partition("\n")[0][:_MAX_CAPTION].strip()
+
+
+def _some(names: list[str]) -> str:
+    """The first ones of many."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
 
 
 def _nothing(folder: Path, rejected: list[str]) -> str:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _QUICK_SECONDS = 10  # what dies sooner is started again after a pause, which doubles each time
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 _STOP_SECONDS = 15  # for each process, before it is killed; longer than the gateway's ESD_STOP_SECONDS
-_ORPHAN_SECONDS = 5  # for workers that outlived the endpoints service
+_ORPHAN_SECONDS = 5  # for workers and trainers, which outlive the endpoints service; to be killed costs no attempt
 _NAME_WIDTH = 10
 
 OnState = Callable[[str, str, int | None], None]  # name, supervisor's word for the state, pid

@@ -24,14 +24,18 @@ _FIRST_PAUSE_SECONDS = 0.5  # doubled at each further failure
 _GATE = 'read -r go && exec "$@"'
 # Where it matters how the command ended, the shell stays, hands SIGTERM on, and writes the exit code into the file that
 # is its $0: who adopts a process cannot ask for it. If the shell is killed, the command is too (die_with_parent).
+# A command that was asked to end was interrupted, also where that SIGTERM killed it, or the SIGKILL of who waits no
+# longer. So that is written as soon as it is asked, and only an exit code of its own takes the place.
 _RECORDING_GATE = """
 read -r go || exit
 exec 3>&2 2>/dev/null  # the shell's own remarks are not the command's last words
-trap '${child:+kill -TERM $child}' TERM
-python=$1 wrapper=$2; shift 2
+interrupted=$1 python=$2 wrapper=$3; shift 3
+record() { echo $1 >"$0.new" && mv "$0.new" "$0"; }
+trap 'asked=1; record $interrupted; ${child:+kill -TERM $child}' TERM
 "$python" -I -S "$wrapper" --parent $$ -- "$@" 2>&3 3>&- & child=$!
 while wait $child; code=$?; kill -0 $child; do :; done
-echo $code >"$0.new" && mv "$0.new" "$0"
+trap '' TERM
+[ "$asked" ] && [ $code -gt 128 ] || record $code
 """
 
 
@@ -154,11 +158,13 @@ class Processes:
 
         None: `claim` said no, since another control loop was faster; the process ends without having run the command.
         Its output is appended to the log file, which begins anew and may be shortened meanwhile. With an `exit_file`,
-        the command's exit code is there once the process has ended, and nothing if it was killed.
+        the command's exit code is there once the process has ended: EXIT_INTERRUPTED if a signal ended it after it was
+        asked to end, nothing if it was killed unasked.
         """
         shell = ["/bin/sh", "-c", _GATE, "worker", *command]
         if exit_file is not None:
-            shell = ["/bin/sh", "-c", _RECORDING_GATE, str(exit_file), sys.executable, bonds.__file__, *command]
+            shell = ["/bin/sh", "-c", _RECORDING_GATE, str(exit_file), str(bonds.EXIT_INTERRUPTED)]
+            shell += [sys.executable, bonds.__file__, *command]
         gate_out, gate_in = os.pipe()
         try:
             process = self._spawn(shell, gate_out, environment, log_file)

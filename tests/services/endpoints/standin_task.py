@@ -1,6 +1,6 @@
 """A task that does what a test tells it: it says who it is on the Unix socket of its first argument, and ends as told.
 
-With `--stubborn` behind the socket it ignores SIGTERM.
+With `--stubborn` behind the socket it ignores SIGTERM, with `--importing` it has not come to do anything about it yet.
 """
 
 import json
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     die_with_launcher()
     if "--stubborn" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
+    elif "--importing" not in sys.argv:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))  # it was asked to leave, and does
     with socket.socket(socket.AF_UNIX) as _line:
         _line.connect(sys.argv[1])

@@ -1,6 +1,7 @@
 """Tasks as processes of this machine: begun, begun again, stopped, adopted, and who waits for whom."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -131,6 +132,27 @@ async def test_an_attempt_that_was_interrupted_does_not_count(
     _, end = await foreman.next(task_id)
     end(3)
     assert (await reach(task_id, FAILED)).num_attempts == 4
+
+
+@pytest.mark.parametrize("how", ["--stubborn", "--importing"])
+async def test_an_attempt_that_ends_with_its_machine_does_not_count_however_it_ends(
+    run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach, task_store: TaskStore, tmp_path: Path, how: str
+) -> None:
+    """As `esd up` ends it, while no control loop runs: SIGTERM for every process, SIGKILL for who is left."""
+    loop = run_loop([*foreman.command, how])
+    task_id = await begin(max_attempts=1)
+    said, _ = await foreman.next(task_id)
+    await loop.stop()
+    [task] = await task_store.get_uncleared()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in (task.pid, said["pid"]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        await until((tmp_path / "workers" / task_id / "attempt-1.exit").exists)
+    await until(lambda: not is_alive(said["pid"]) and not is_alive(task.pid))
+    run_loop(foreman.command)
+    await reach(task_id, WAITING, "attempt 1 was interrupted, which counts for none")
+    await foreman.next(task_id)
 
 
 async def test_a_task_that_is_asked_to_leave_leaves(

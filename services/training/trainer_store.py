@@ -51,6 +51,15 @@ class TrainerStore:
                 await notify(session, TRAINING_MOVED, str(training_id))
             return training
 
+    async def hears(self, training_id: UUID, session_id: UUID) -> bool:
+        """Whether a session may tell something now; not when the training has ended.
+
+        Raises:
+            TakenOver.
+        """
+        async with self._database.transaction() as session:
+            return _hears(await session.get(Training, training_id), session_id)
+
     async def record(self, training_id: UUID, session_id: UUID, sequence: int, fact: facts.Fact) -> Training | None:
         """Keeps what a trainer told, once; None: the training has ended.
 
@@ -59,10 +68,8 @@ class TrainerStore:
         """
         async with self._database.transaction() as session:
             training = await session.get(Training, training_id, with_for_update=True)
-            if training is None or (training.is_ended and training.session != session_id):
+            if training is None or not _hears(training, session_id):
                 return None
-            if training.session != session_id:
-                raise TakenOver(training_id)
             if sequence > training.num_kept and training.is_ended and not training.is_leaving:
                 return None
             if sequence > training.num_kept:
@@ -104,6 +111,14 @@ class TrainerStore:
             if training is not None and not training.is_settled:
                 training.settle(outcome, reason)
                 await notify(session, TRAINING_MOVED, str(training_id))
+
+
+def _hears(training: Training | None, session_id: UUID) -> bool:
+    if training is None or (training.is_ended and training.session != session_id):
+        return False
+    if training.session != session_id:
+        raise TakenOver(training.id)
+    return True
 
 
 async def _keep(session: AsyncSession, training: Training, fact: facts.Fact) -> None:

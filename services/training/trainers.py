@@ -78,7 +78,7 @@ class Trainers:
             await self._check(training, session, fact.file)
         kept = await self._store.record(training.id, session, sequence, fact)
         if kept is None:
-            raise FailedPrecondition(f"training {training.id} has ended")
+            raise _has_ended(training)
         if isinstance(fact, facts.Removed) and _is_network(fact.name):
             await self._blobs.delete(training.output_prefix + fact.name)
         return kept
@@ -109,6 +109,9 @@ class Trainers:
     async def _keep(self, training: Training, session: UUID, file: facts.Uploaded) -> None:
         """Copies a file that was uploaded to the output, if it is what was told."""
         await self._check(training, session, file)
+        # Another trainer may have come while that took its time, and have saved a file of the name.
+        if not await self._store.hears(training.id, session):
+            raise _has_ended(training)
         await self._blobs.copy(training.session_prefix(session) + file.name, training.output_prefix + file.name)
 
     async def _check(self, training: Training, session: UUID, file: facts.Uploaded) -> None:
@@ -120,6 +123,10 @@ class Trainers:
             raise FailedPrecondition(f"{file.name} was not uploaded") from None
         if (found.size_bytes, found.sha256) != (file.size_bytes, file.sha256):
             raise FailedPrecondition(f"{file.name} is not in the store as it was uploaded")
+
+
+def _has_ended(training: Training) -> FailedPrecondition:
+    return FailedPrecondition(f"training {training.id} has ended")
 
 
 def _is_network(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import hashlib
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import grpc
 import httpx
@@ -14,6 +15,10 @@ from sqlalchemy import text
 from esd.endpoints.v1 import endpoints_pb2
 from esd.training.v1 import training_pb2 as pb
 from services.common.sentences import MAX_REASON
+from services.training.facts import Saved, Uploaded
+from services.training.store import TrainingStore
+from services.training.trainer_store import TakenOver, TrainerStore
+from services.training.trainers import Trainers
 from tests.services.training.conftest import Service, next_of
 
 RATES = {"unet": 0.001, "text": 0.0001}
@@ -172,6 +177,23 @@ async def test_a_later_trainer_goes_on_from_the_last_state_and_the_earlier_one_i
             assert await first.end() == grpc.StatusCode.FAILED_PRECONDITION
             await second.tell(failed=pb.TrainerFailed(reason="enough"))
     assert not [event for event in await events(service, created.id) if event.HasField("log")]
+
+
+async def test_what_an_earlier_trainer_saves_too_late_changes_nothing_in_the_output(service: Service) -> None:
+    created, name = await service.create(), "lego-000001.safetensors"
+    session = uuid4()
+    async with service.trainer(created.id, str(session)) as first:
+        told = await first.upload(name, b"the first trainer's")
+        async with service.trainer(created.id) as second:
+            await second.save(name, b"the second trainer's", 1)
+            late = Saved(Uploaded(told.name, told.size_bytes, told.sha256), 1)  # was under way when the second one came
+            training = await TrainingStore(service.database).get(UUID(created.id))
+            assert training is not None
+            with pytest.raises(TakenOver):
+                await Trainers(TrainerStore(service.database), service.blobs).record(training, session, 1, late)
+            found = await service.blobs.digest(training.output_prefix + name)
+            assert found.sha256 == hashlib.sha256(b"the second trainer's").hexdigest()
+            await second.tell(failed=pb.TrainerFailed(reason="enough"))
 
 
 async def test_a_trainer_that_was_away_does_not_take_the_training_back_from_its_successor(service: Service) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,27 +75,30 @@ class Loop:
         _check(models, base.name)
         for line in _notes(models, config):
             listener.log(line)
+        if config.v_parameterization:  # for the previews too
+            models = replace(models, scheduler_config=models.scheduler_config | {"prediction_type": "v_prediction"})
         self._config = config
         self._models = models
         self._dataset = dataset
         self._folder = folder
         self._listener = listener
         self._epoch_pictures = dataset.epoch
-        self._num_batches = len(_groups(self._batches(random.Random(0)), config))  # noqa: S311 - only counted
+        found = self._batches(random.Random(0))  # noqa: S311 - only counted
+        self._steps_per_epoch = len(_groups(found, config))
         self._num_epochs, self._num_steps = self._length()
         self._is_cuda = models.device.type == "cuda"
         torch.manual_seed(config.seed)
         self._network = networks.create(models, config)
         self._steps = Steps(models, self._network, config, self._num_steps, listener.log)
         self._latents = Latents(models, cached=config.cache_latents, flips=config.flip_aug)
-        self._losses: deque[float] = deque(maxlen=self._num_batches)
+        self._losses: deque[float] = deque(maxlen=self._steps_per_epoch)
         self._num_skipped = 0
         self._told: _Told | None = None
         self._previews = Previews(config, models, dataset, folder, listener)
         now = time.time()
         self._origin = saving.Origin(
-            config, dataset, base.name, base.sha256, models.is_sdxl, self._num_epochs, self._num_steps,
-            self._num_batches, random.SystemRandom().randint(0, 2**32), now,
+            config, dataset, base.name, base.sha256, models.is_sdxl, self._steps.is_velocity, self._num_epochs,
+            self._num_steps, len(found), random.SystemRandom().randint(0, 2**32), now,
         )  # fmt: skip
 
     def run(self, resumed: Path | None = None, is_own: bool = False) -> None:
@@ -135,7 +138,7 @@ class Loop:
 
     def _length(self) -> tuple[int, int]:
         """Epochs and steps: as many epochs as are asked for, else steps."""
-        config, per_epoch = self._config, self._num_batches
+        config, per_epoch = self._config, self._steps_per_epoch
         if config.max_train_epochs is not None:
             return config.max_train_epochs, config.max_train_epochs * per_epoch
         return math.ceil(config.max_train_steps / per_epoch), config.max_train_steps

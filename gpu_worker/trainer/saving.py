@@ -28,13 +28,15 @@ _IMPLEMENTATIONS = {False: "diffusers", True: "https://github.com/Stability-AI/g
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network comes from: its base model's name and SHA-256, when it began, and on how many pictures."""
+    """Where a network comes from: its base model's name, SHA-256 and kind, when it began, and in how many epochs, steps
+    and batches of an epoch."""
 
     config: Training
     dataset: Dataset
     base_name: str
     base_sha256: str
     is_sdxl: bool
+    is_velocity: bool
     num_epochs: int
     num_steps: int
     num_batches: int
@@ -157,7 +159,7 @@ def _model_spec(origin: Origin) -> dict[str, str]:
         "modelspec.title": config.metadata_title or config.output_name,
         **{f"modelspec.{name}": text for name, text in given.items() if text},
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": "v" if config.v_parameterization else "epsilon",
+        "modelspec.prediction_type": "v" if origin.is_velocity else "epsilon",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()),
         **({} if origin.is_sdxl else {"modelspec.encoder_layer": str(config.clip_skip)}),
     }

@@ -61,7 +61,8 @@ class Outcome:
 
 
 class Steps:
-    """The models with a network in them, and what changes its weights, for a training of `num_steps`."""
+    """The models with a network in them, and what changes its weights, for a training of `num_steps`. `is_velocity`:
+    the UNet's output is a velocity (Salimans and Ho 2022, appendix D), not noise."""
 
     def __init__(
         self, models: Models, network: Network, config: Training, num_steps: int, log: Callable[[str], None]
@@ -71,7 +72,7 @@ class Steps:
         self._config = config
         self._log = log
         self._noising = DDPMScheduler(**{name: models.scheduler_config[name] for name in _SCHEDULE})
-        self._is_velocity = config.v_parameterization or models.scheduler_config["prediction_type"] == "v_prediction"
+        self.is_velocity = config.v_parameterization or models.scheduler_config["prediction_type"] == "v_prediction"
         self._optimizer = optimizers.create_optimizer(config, network, models.device, log)
         self._schedule = optimizers.create_schedule(config, self._optimizer, num_steps)
         self._learns_text = any(parameter.requires_grad for parameter in network.texts)
@@ -115,7 +116,7 @@ class Steps:
             config.min_timestep, config.max_timestep, latents.shape[:1], generator=generator, device=latents.device
         )
         noisy = self._noising.add_noise(latents, noise, timesteps)
-        target = self._noising.get_velocity(latents, noise, timesteps) if self._is_velocity else noise
+        target = self._noising.get_velocity(latents, noise, timesteps) if self.is_velocity else noise
         guess = self._guess(batch, noisy, timesteps)
         losses = functional.mse_loss(guess.float(), target, reduction="none").mean((1, 2, 3))
         if config.min_snr_gamma:
@@ -178,7 +179,7 @@ class Steps:
     def _snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         signal = self._noising.alphas_cumprod[timesteps]  # add_noise took it to the device
         ratio = signal / (1 - signal)
-        weights: torch.Tensor = ratio.clamp(max=gamma) / (ratio + 1 if self._is_velocity else ratio)
+        weights: torch.Tensor = ratio.clamp(max=gamma) / (ratio + 1 if self.is_velocity else ratio)
         return weights
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gpu_worker.engine.denoise import predict
 from gpu_worker.job import JobError
-from gpu_worker.models import weights
+from gpu_worker.models import tiny, weights
 from gpu_worker.trainer import dataset, previews
 from gpu_worker.trainer.dataset import Picture
 from gpu_worker.trainer.loop import STATE, Loop, Stopped, _sizes
@@ -117,6 +117,35 @@ def test_the_metadata_is_kohyas(trainings: Trainings, tmp_path: Path) -> None:
         assert metadata["sshs_model_hash"] == hashlib.file_digest(content, "sha256").hexdigest(), "of the tensors alone"
     assert len(metadata["sshs_legacy_hash"]) == 8
     assert len(metadata["ss_new_sd_model_hash"]) == 64
+
+
+@pytest.mark.slow
+def test_the_metadata_counts_batches_where_a_step_has_several(trainings: Trainings, tmp_path: Path) -> None:
+    trainings.run(gradient_accumulation_steps=3)
+    with safe_open(tmp_path / "out" / "last.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_num_batches_per_epoch"], metadata["ss_max_train_steps"]) == ("4", "2")
+
+
+@pytest.mark.slow
+def test_v_parameterization_is_all_that_a_checkpoint_of_velocities_says_itself(
+    trainings: Trainings, tmp_path: Path
+) -> None:
+    keys = {"max_train_epochs": None, "max_train_steps": 1, "sample_every_n_epochs": 1, "sample_prompts": "a zog --s 2"}
+    noise = trainings.run(out="noise", **keys)
+    by_key = trainings.run(out="key", v_parameterization=True, **keys)
+    says = tiny.config()
+    says["scheduler"]["prediction_type"] = "v_prediction"
+    velocities = tmp_path / trainings.checkpoint.name
+    save_file(load_file(trainings.checkpoint), velocities, metadata={"esd_config": json.dumps(says)})
+    trainings.checkpoint = velocities
+    by_file = trainings.run(out="file", **keys)
+    assert noise.losses != by_key.losses == by_file.losses
+    pictures = [drawn.drawings[0].read_bytes() for drawn in (noise, by_key, by_file)]
+    assert pictures[0] != pictures[1] == pictures[2]
+    for folder, kind in (("noise", "epsilon"), ("key", "v"), ("file", "v")):
+        with safe_open(tmp_path / folder / "last.safetensors", framework="pt") as file:
+            assert file.metadata()["modelspec.prediction_type"] == kind
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ class Loop:
             is_last = epoch == self._num_epochs
             is_saved = is_last or (self._every is not None and epoch % self._every == 0)
             if is_saved:
-                self._save(epoch, step, is_last=is_last)
+                self._save_epoch(epoch, step, is_last=is_last)
             self._previews.draw(epoch, is_saved=is_saved, is_last=is_last)
             if not is_last:
                 self._keep(epoch, step)
@@ -186,6 +186,10 @@ class Loop:
             self._told = _Told(step, epoch, outcome, rates)
             if not self._is_cuda:
                 self._tell(board)
+            if self._config.save_every_n_steps and step % self._config.save_every_n_steps == 0:
+                self._tell(board)
+                self._check_weights(step)
+                self._save_step(epoch, step, self._config.save_every_n_steps)
         return step
 
     def _tell(self, board: Board) -> None:
@@ -239,16 +243,29 @@ class Loop:
         ratio = self._config.save_n_epoch_ratio
         return max(1, self._num_epochs // ratio) if ratio else self._config.save_every_n_epochs
 
-    def _save(self, epoch: int, step: int, *, is_last: bool) -> None:
-        path = self._folder / saving.file_name(self._config, None if is_last else epoch)
-        saving.write(path, self._network.tensors(), self._origin, epoch, step)
-        self._listener.saved(path, epoch, step)
+    def _save_epoch(self, epoch: int, step: int, *, is_last: bool) -> None:
+        self._save(saving.file_name(self._config, None if is_last else epoch), epoch, step)
         if self._every and self._config.save_last_n_epochs and not is_last:
             oldest = epoch - self._every * self._config.save_last_n_epochs
             if oldest > 0:
-                old = self._folder / saving.file_name(self._config, oldest)
-                old.unlink(missing_ok=True)  # that of an earlier process may lie elsewhere
-                self._listener.removed(old)
+                self._remove(saving.file_name(self._config, oldest))
+
+    def _save_step(self, epoch: int, step: int, every: int) -> None:
+        self._save(saving.step_file_name(self._config, step), epoch, step)
+        if self._config.save_last_n_steps:
+            oldest = (step - self._config.save_last_n_steps - 1) // every * every
+            if oldest > 0:
+                self._remove(saving.step_file_name(self._config, oldest))
+
+    def _save(self, name: str, epoch: int, step: int) -> None:
+        path = self._folder / name
+        saving.write(path, self._network.tensors(), self._origin, epoch, step)
+        self._listener.saved(path, epoch, step)
+
+    def _remove(self, name: str) -> None:
+        path = self._folder / name
+        path.unlink(missing_ok=True)  # that of an earlier process may lie elsewhere
+        self._listener.removed(path)
 
     def _keep(self, epoch: int, step: int) -> None:
         path = self._folder / STATE

@@ -49,6 +49,11 @@ def file_name(config: Training, epoch: int | None) -> str:
     return f"{config.output_name}.safetensors" if epoch is None else f"{config.output_name}-{epoch:06d}.safetensors"
 
 
+def step_file_name(config: Training, step: int) -> str:
+    """kohya's name for the file of a step, from 1."""
+    return f"{config.output_name}-step{step:08d}.safetensors"
+
+
 def write(path: Path, tensors: Tensors, origin: Origin, epoch: int, step: int) -> None:
     """Writes the file whole or not at all."""
     dtype = _PRECISIONS[origin.config.save_precision]

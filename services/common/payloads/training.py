@@ -77,9 +77,11 @@ _REFUSED = {
 # What only says how kohya's own process does its work, or its GUI, or how that does which is refused here.
 _WITHOUT_EFFECT = {
     "cache_latents_to_disk", "cache_text_encoder_outputs", "console_log_level", "debug_dataset", "dynamo_backend",
-    "epoch", "full_bf16", "full_fp16", "highvram", "huber_c", "huber_scale", "huber_schedule", "huggingface_repo_id",
-    "log_with", "lowvram", "max_data_loader_n_workers", "multires_noise_discount", "noise_offset_type",
-    "persistent_data_loader_workers", "sdpa", "skip_cache_check", "vae_batch_size", "wandb_run_name",
+    "epoch", "fp8_base", "full_bf16", "full_fp16", "highvram", "huber_c", "huber_scale", "huber_schedule",
+    "huggingface_repo_id", "ip_noise_gamma_random_strength", "log_with", "lowvram", "max_data_loader_n_workers",
+    "multires_noise_discount", "noise_offset_type", "persistent_data_loader_workers", "save_last_n_epochs_state",
+    "save_last_n_steps_state", "save_state_on_train_end", "sdpa", "skip_cache_check", "stop_text_encoder_training",
+    "token_warmup_min", "vae_batch_size", "wandb_run_name",
 }  # fmt: skip
 _ABOUT_KOHYA = "said to kohya's own process or GUI, and without effect here"
 _NOTES = {
@@ -88,6 +90,8 @@ _NOTES = {
     "lowram": "lowram: the model is read straight to the device, so there is nothing to save",
     "save_state": "save_state: what a training needs to go on is kept after every epoch, whatever this says",
     "no_metadata": "no_metadata: a file always says how it was made, whatever this says",
+    "sample_every_n_steps": "sample_every_n_steps: previews are drawn after epochs; sample_every_n_epochs says which",
+    "sample_at_first": "sample_at_first: previews are drawn after epochs; sample_every_n_epochs says which",
     "network_dropout": "network_dropout: it is applied to the input of a layer, not between its two factors",
 }
 
@@ -175,6 +179,8 @@ class Training(BaseModel):
     save_every_n_epochs: int | None = Field(None, ge=1)
     save_n_epoch_ratio: int | None = Field(None, ge=0)
     save_last_n_epochs: int | None = Field(None, ge=1)
+    save_every_n_steps: int | None = Field(None, ge=0)  # beside those of epochs; 0: none
+    save_last_n_steps: int | None = Field(None, ge=0)  # files of steps that long ago are removed; 0: none
     save_precision: Literal["float", "fp16", "bf16"] = "float"
     save_model_as: str = "safetensors"
     training_comment: str = Field("", max_length=10_000)

@@ -237,6 +237,20 @@ def test_files_of_an_earlier_process_are_not_wanted_any_more_either(trainings: T
 
 
 @pytest.mark.slow
+def test_files_may_come_every_so_many_steps_of_which_old_ones_go(trainings: Trainings, tmp_path: Path) -> None:
+    notes = trainings.run(max_train_epochs=2, save_every_n_epochs=1, save_every_n_steps=2, save_last_n_steps=3)
+    steps = [f"last-step0000000{step}.safetensors" for step in (2, 4, 6, 8)]
+    assert notes.files == [*steps[:2], "last-000001.safetensors", *steps[2:], "last.safetensors"]
+    assert notes.gone == steps[:2]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "last-000001.safetensors", *steps[2:], "last.safetensors"
+    ]  # fmt: skip
+    assert_same(tmp_path / "out" / steps[3], tmp_path / "out" / "last.safetensors")
+    with safe_open(tmp_path / "out" / steps[2], framework="pt") as file:
+        assert (file.metadata()["ss_steps"], file.metadata()["ss_epoch"]) == ("6", "2")
+
+
+@pytest.mark.slow
 def test_steps_may_be_asked_for_instead_of_epochs(trainings: Trainings) -> None:
     notes = trainings.run(max_train_epochs=None, max_train_steps=18, save_n_epoch_ratio=2)
     assert (notes.plans[0].num_epochs, notes.plans[0].num_steps, len(notes.steps)) == (5, 18, 18)

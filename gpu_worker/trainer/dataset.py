@@ -116,13 +116,18 @@ def read(config: Training, log: Callable[[str], None]) -> Dataset:
                     rejected.append(str(error))
                     log(f"left out: {error}")
                 else:
-                    uncaptioned += [found[-1].name] if caption is None else []
+                    uncaptioned += [found[-1].name] if caption is None and not is_regularisation else []
     if not any(not picture.is_regularisation for picture in found):
         raise JobError(_nothing(Path(config.train_data_dir), rejected))
     if uncaptioned:
         log(f"without a caption file, so the concept of the folder is the caption: {_some(uncaptioned)}")
     if unread := [picture.name for picture in found if _UNREAD in picture.caption]:
         log(f"captions that are not UTF-8, and lack what could not be read: {_some(unread)}")
+    num_own, num_others = (
+        sum(picture.repeats for picture in found if picture.is_regularisation == which) for which in (False, True)
+    )
+    if num_others > num_own:
+        log(f"of {num_others} regularisation pictures only {num_own} are trained, as many as there are others")
     return Dataset(tuple(found), tuple(rejected))
 
 

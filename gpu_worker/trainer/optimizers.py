@@ -44,7 +44,8 @@ def create_optimizer(config: Training, network: Network, device: torch.device, l
     try:
         return kind(groups, lr=groups[0]["lr"], **options)
     except (TypeError, ValueError) as error:
-        raise JobError(f"optimizer_args are not possible for {config.optimizer_type}: {error}") from None
+        given = ", ".join(f"{name}={text}" for name, text in config.optimizer_args.items())
+        raise JobError(f"optimizer_args {given} are not possible for {config.optimizer_type}: {error}") from None
 
 
 def load_state(optimizer: Any, state: dict[str, Any]) -> None:

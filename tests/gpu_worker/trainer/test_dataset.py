@@ -78,6 +78,17 @@ def test_there_are_as_many_regularisation_pictures_as_others(tmp_path: Path) -> 
     assert {name: epoch.count((True, name)) for name in "xy"} == {"x": 6, "y": 6}
 
 
+def test_regularisation_pictures_beyond_the_number_of_others_are_told(tmp_path: Path) -> None:
+    draw(tmp_path / "own" / "2_cat" / "a.png")
+    (tmp_path / "own" / "2_cat" / "a.txt").write_text("a cat")
+    for name in "xyz":
+        draw(tmp_path / "others" / "1_animal" / f"{name}.png")
+    lines: list[str] = []
+    found = read(tmp_path / "own", lines.append, reg_data_dir=str(tmp_path / "others"))
+    assert [picture.path.name for picture in found.epoch] == ["a.png", "a.png", "x.png", "y.png"]
+    assert lines == ["of 3 regularisation pictures only 2 are trained, as many as there are others"]
+
+
 def test_each_file_that_cannot_be_used_is_named_with_its_reason(tmp_path: Path) -> None:
     folder = tmp_path / "own" / "1_cat"
     draw(folder / "good.png", (80, 64))

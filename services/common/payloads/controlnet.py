@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, field_validator
 
 from services.common.payloads import pictures
-from services.common.payloads.showing import shown
+from services.common.payloads.showing import says, shown
 
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 ControlMode = Literal["Balanced", "My prompt is more important", "ControlNet is more important"]
@@ -29,8 +29,13 @@ MAX_UNITS = 10
 _NOTHING = (None, "", "None", "none")
 # Older spellings of the extension's API.
 _FIELDS = {"input_image": "image", "guidance": "guidance_end"}
+# Fields of the extension that say how it works, saves memory or shows itself.
+_WITHOUT_EFFECT = frozenset({
+    "batch_images", "enabled", "inpaint_crop_input_image", "input_mode", "is_ui", "loopback", "low_vram", "lowvram",
+    "output_dir", "pixel_perfect",
+})  # fmt: skip
 _VALUES = {
-    "Scale to Fit (Inner Fit)": STRETCHED,
+    "Scale to Fit (Inner Fit)": CROPPED,
     "Inner Fit (Scale to Fit)": CROPPED,
     "Outer Fit (Shrink to Fit)": FILLED,
     "Envelope (Outer Fit)": FILLED,
@@ -146,14 +151,20 @@ def units(arguments: list[Any]) -> list[dict[str, Any]]:
     return found
 
 
-def units_without_model(arguments: list[Any]) -> list[str]:
-    """The names of the units that are on and have a module, and do nothing for want of a model."""
-    return [
-        f"controlnet unit {index}, which has no model"
-        for index, given in enumerate(arguments)
-        if isinstance(given, dict) and given.get("enabled") is not False
-        if given.get("module") not in _NOTHING and given.get("model") in _NOTHING
-    ]
+def unused(arguments: list[Any]) -> list[str]:
+    """The names of what does nothing: units that are on and have a module, but no model, and fields that say something
+    and are not known."""
+    found = []
+    for index, given in enumerate(arguments):
+        if not isinstance(given, dict) or given.get("enabled") is False:
+            continue
+        name = f"controlnet unit {index}"
+        if given.get("model") not in _NOTHING:
+            known = Unit.model_fields.keys() | _FIELDS.keys() | _WITHOUT_EFFECT
+            found += [f"{name}: {field}" for field, value in given.items() if field not in known and says(value)]
+        elif given.get("module") not in _NOTHING:
+            found.append(f"{name}, which has no model")
+    return found
 
 
 def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:

@@ -67,10 +67,10 @@ def find(given: Any, scheduler: Any, field: str = "sampler_name") -> str:
     sampler = SAMPLERS[name]
     if sampler.schedules == _OWN:
         return name
-    possible = {known.lower(): known for known in sampler.schedules}
+    possible = {_key(known): known for known in sampler.schedules}
     possible["automatic"] = sampler.automatic
     wanted = ending or scheduler or "Uniform"
-    schedule = possible.get(wanted.lower()) if isinstance(wanted, str) else None
+    schedule = possible.get(_key(wanted)) if isinstance(wanted, str) else None
     if schedule is None:
         choice = ", ".join(("Automatic", *sampler.schedules))
         raise ValueError(f"scheduler {shown(wanted)} does not go with {field} {shown(name)}; possible: {choice}")
@@ -103,6 +103,11 @@ def parts(name: str) -> tuple[str, str]:
     """The sampler and the schedule in a checked name."""
     sampler, schedule = _split(name)
     return sampler, schedule or "Uniform"
+
+
+def _key(schedule: str) -> str:
+    """What A1111's label, name and alias of a schedule have in common: `SGM Uniform`, `sgm_uniform`, `SGMUniform`."""
+    return schedule.lower().replace(" ", "").replace("_", "")
 
 
 def _label(name: str, schedule: str) -> str:

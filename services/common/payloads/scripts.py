@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.payloads.controlnet import units, units_without_model
+from services.common.payloads.controlnet import units, unused
 from services.common.payloads.showing import shown
 
 
@@ -49,7 +49,7 @@ _HARMLESS = ("seed", "comments", "extra options", "hypertile", "tiled vae")
 
 def check_scripts(scripts: Any) -> list[str]:
     """Looks at `alwayson_scripts`; answers the names of what does nothing though it seems to be on: scripts that have
-    arguments and are not known, and ControlNet's units without a model. A script whose first argument is false is off,
+    arguments and are not known, and what ControlNet has no use for. A script whose first argument is false is off,
     as scripts have it by custom.
 
     Raises:
@@ -64,7 +64,7 @@ def check_scripts(scripts: Any) -> list[str]:
         if refused is None and known not in {*_HARMLESS, *_FIELDS} and arguments and arguments[0] is not False:
             without_effect.append(f"script {name}")
         if known == "controlnet":
-            without_effect += units_without_model(arguments)
+            without_effect += unused(arguments)
     return without_effect
 
 

@@ -9,12 +9,18 @@ from typing import Any
 from pydantic import BaseModel
 
 _MAX_LETTERS = 80
+OFF = (False, 0, "", "None", "none")  # how clients write that a field says nothing
 
 
 def shown(value: Any) -> str:
     """As JSON, cut where it would fill the sentence; a date of TOML as text."""
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 3]}..."
+
+
+def says(value: Any) -> bool:
+    """Whether a client might miss what a field with that value asks for."""
+    return value not in (None, *OFF, [], {})
 
 
 def is_text(value: str) -> bool:

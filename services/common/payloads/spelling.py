@@ -12,9 +12,8 @@ from typing import Any, Final
 
 from services.common.payloads import plots, prompts, samplers
 from services.common.payloads.scripts import as_fields, check_scripts
-from services.common.payloads.showing import is_text, shown
+from services.common.payloads.showing import OFF, is_text, says, shown
 
-_OFF = (False, 0, "", "None", "none")
 # What would change the picture and cannot be had, and what is possible instead.
 _REFUSED = {
     "restore_faces": "face restoration needs weights that this service does not have; set it to false",
@@ -65,7 +64,7 @@ def checked_form(
     unused = _unused(given, (known | without_effect) - own)
     given = {name: value for name, value in given.items() if name not in own}
     for name, instead in _REFUSED.items():
-        if given.get(name) not in (None, *_OFF):
+        if says(given.get(name)):
             raise ValueError(f"{name} {shown(given[name])}: {instead}")
     for name in ("alwayson_scripts", "override_settings"):
         if given.get(name) and not isinstance(given[name], dict):
@@ -74,7 +73,7 @@ def checked_form(
     script = str(given.get("script_name") or "None")
     if script.lower() == plots.SCRIPT:
         given["plot"] = plots.plot_of(given.get("script_args"), given, has_picture)
-    elif script not in _OFF:
+    elif script not in OFF:
         ignored.append(f"script {script}")
     given["sampler_name"] = given.get("sampler_name") or given.get("sampler_index") or "Euler"
     passes = [(name, field) for name, field in _SCHEDULES if name in known and given.get(name)]
@@ -82,7 +81,7 @@ def checked_form(
     given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
     given.setdefault("ignored", [name if is_text(name) else shown(name) for name in ignored])
     given |= as_fields(given.get("alwayson_scripts"))
-    if given.get("refiner_checkpoint") in _OFF:
+    if given.get("refiner_checkpoint") in OFF:
         given.pop("refiner_checkpoint", None)
     settings = given.get("override_settings")
     for setting, value in (settings if isinstance(settings, dict) else {}).items():
@@ -103,10 +102,7 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
 def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
     """Names of fields and settings that say something and are not known."""
     fields = [
-        name
-        for name, value in given.items()
-        if name not in known and value not in (*_OFF, [], {})
-        if value != _DEFAULTS.get(name)
+        name for name, value in given.items() if name not in known and says(value) and value != _DEFAULTS.get(name)
     ]
     settings = given.get("override_settings")
     if isinstance(settings, dict):

@@ -154,6 +154,8 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"sampler_name": "DPM++ 2M", "scheduler": "Automatic"}, "DPM++ 2M Karras"),
         ({"sampler_name": "DPM++ 2M"}, "DPM++ 2M"),
         ({"sampler_name": "DPM++ 2M", "scheduler": "Uniform"}, "DPM++ 2M"),
+        ({"scheduler": "sgm_uniform"}, "Euler SGM Uniform"),
+        ({"scheduler": "SGMUniform"}, "Euler SGM Uniform"),
         ({"sampler_name": "dpm++ 2m sde", "scheduler": "automatic"}, "DPM++ 2M SDE Exponential"),
         ({"sampler_name": "DPM++ 2M SDE Heun SGM Uniform"}, "DPM++ 2M SDE Heun SGM Uniform"),
         ({"scheduler": "Beta"}, "Euler Beta"),

@@ -80,6 +80,8 @@ def test_a_unit_as_the_original_client_sends_it() -> None:
         ({"processor_res": -1}, "processor_res", 512),
         ({"resize_mode": 0}, "resize_mode", "Just Resize"),
         ({"resize_mode": "Inner Fit (Scale to Fit)"}, "resize_mode", "Crop and Resize"),
+        ({"resize_mode": "Scale to Fit (Inner Fit)"}, "resize_mode", "Crop and Resize"),
+        ({"resize_mode": "Envelope (Outer Fit)"}, "resize_mode", "Resize and Fill"),
         ({"control_mode": 2}, "control_mode", "ControlNet is more important"),
         ({"hr_option": "high res only"}, "hr_option", "High res only"),
         ({"image": None, "input_image": IMAGE}, "image", IMAGE),
@@ -100,6 +102,12 @@ def test_units_that_are_off_or_have_no_model_do_nothing() -> None:
     request = request_of(*off)
     assert (request.controlnet, request.num_images) == ([], 1)
     assert request.ignored == ["controlnet unit 1, which has no model"]  # the one that its client may have meant
+
+
+def test_what_a_unit_asks_for_that_nothing_here_does_is_named() -> None:
+    unit = {"model": "x", "image": IMAGE, "lowvram": True, "guessmode": True, "advanced_weighting": [1.0]}
+    request = request_of(unit | {"effective_region_mask": None})
+    assert request.ignored == ["controlnet unit 0: guessmode", "controlnet unit 0: advanced_weighting"]
 
 
 def test_what_each_unit_looked_at_is_a_picture_of_the_result() -> None:

@@ -30,6 +30,7 @@ _CLOSED_BY = {")": ("(", _FACTORS["("]), "]": ("[", _FACTORS["["])}
 _SYNTAX = re.compile(
     r"""
     \\ (?P<escaped> [\\()\[\]] )
+    | (?P<backslash> \\ )
     | (?P<open> [(\[] )
     | : \s* (?P<weight> [+-]? (?: \d+ (?: \. \d* )? | \. \d+ ) ) \s* \)
     | (?P<close> [)\]] )
@@ -58,32 +59,34 @@ class _Chunk:
 
 
 def parse(text: str) -> list[Piece]:
-    """The pieces of a prompt. A bracket that is never closed weighs all that follows it."""
+    """The pieces of a prompt. A bracket that is never closed weighs all that follows it. As in A1111, round and square
+    ones need not lie within each other, and a backslash before anything else is no text."""
     pieces: list[Piece] = []
-    opened: list[tuple[str, int]] = []
+    opened: dict[str, list[int]] = {bracket: [] for bracket in _FACTORS}
 
     def close(bracket: str, factor: float) -> bool:
-        """Weighs what lies in the innermost bracket, if it is of this kind."""
-        if not opened or opened[-1][0] != bracket:
+        """Weighs what lies in the last bracket of this kind, if one is open."""
+        if not opened[bracket]:
             return False
-        for piece in pieces[opened.pop()[1] :]:
+        for piece in pieces[opened[bracket].pop() :]:
             piece.weight *= factor
         return True
 
     for match in _SYNTAX.finditer(text):
         found, kind = match.group(), match.lastgroup
         if kind == "open":
-            opened.append((found, len(pieces)))
+            opened[found].append(len(pieces))
         elif kind == "break":
             pieces.append(Piece(""))
-        else:
+        elif kind != "backslash":
             is_closed = (kind == "weight" and close("(", float(match["weight"]))) or (
                 kind == "close" and close(*_CLOSED_BY[found])
             )
             if not is_closed:
                 pieces.append(Piece(match["escaped"] or found))
-    while opened:
-        close(opened[-1][0], _FACTORS[opened[-1][0]])
+    for bracket, factor in _FACTORS.items():
+        while close(bracket, factor):
+            pass
     return _merged(pieces)
 
 

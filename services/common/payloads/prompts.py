@@ -1,5 +1,6 @@
-"""What a prompt says beside its words, in A1111's syntax: networks `<lora:name:1>`, several texts joined by AND, and
-texts that change on the way (`[from:to:0.5]`, `[one|other]`). Weights and BREAK are read where text becomes tokens.
+"""What a prompt says beside its words, in A1111's syntax: comments, networks `<lora:name:1>`, several texts joined by
+AND, and texts that change on the way (`[from:to:0.5]`, `[one|other]`). Weights and BREAK are read where text becomes
+tokens.
 
 Written from its behaviour, not its code.
 """
@@ -16,11 +17,14 @@ from services.common.payloads.showing import shown
 MAX_TEXTS = 8
 MAX_CHARACTERS = 10_000
 # None of these, nor what reads with them, takes a time that grows with the square of a text: others are served too.
+_COMMENT = re.compile(r"#[^\n]*")
 _TAG = re.compile(r"<(\w+):([^<>]+)>")
 _AND = re.compile(r"\bAND\b")
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _WEIGHT = re.compile(rf"\s*{_NUMBER}\s*")
 _PAIRS = {"[": "]", "(": ")"}
+_LORA_KINDS = ("lora", "lyco")
+_LORA_ARGUMENTS = ("te", "unet")  # by name; by place they are the second and the third
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,16 @@ class Lora:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt without its tags, and what they asked for. `ignored` are tags of what cannot be had."""
+    """A prompt without its tags, and what they asked for. `ignored` names what cannot be had of them."""
 
     text: str
     loras: tuple[Lora, ...] = ()
     ignored: tuple[str, ...] = ()
+
+
+def without_comments(prompt: str) -> str:
+    """A prompt without what stands behind a `#`, to the end of its line."""
+    return _COMMENT.sub("", prompt)
 
 
 def read(prompt: str) -> Prompt:
@@ -50,8 +59,10 @@ def read(prompt: str) -> Prompt:
     loras, ignored = [], []
     for match in _TAG.finditer(prompt):
         kind, arguments = match.groups()
-        if kind == "lora":
+        if kind in _LORA_KINDS:
             loras.append(_lora(match.group(), arguments.split(":")))
+            if _has_more(arguments.split(":")):
+                ignored.append(f"{match.group()}: all but its scales")
         else:
             ignored.append(match.group())
     return Prompt(_TAG.sub("", prompt), tuple(loras), tuple(ignored))
@@ -100,6 +111,12 @@ def _lora(tag: str, arguments: list[str]) -> Lora:
     text_scale = named.get("te", positional[0] if positional else "1")
     unet_scale = named.get("unet", positional[1] if positional[1:] else text_scale)
     return Lora(name.strip(), _number(tag, text_scale), _number(tag, unet_scale))
+
+
+def _has_more(arguments: list[str]) -> bool:
+    """Whether a tag of a LoRA says more than its scales, as a rank or the weights of blocks."""
+    names = [argument.split("=", 1)[0] for argument in arguments if "=" in argument]
+    return len(arguments) - len(names) > 1 + len(_LORA_ARGUMENTS) or any(name not in _LORA_ARGUMENTS for name in names)
 
 
 def _number(tag: str, text: str) -> float:

@@ -29,6 +29,9 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 _SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
 _DEFAULTS = {"s_noise": 1}
+_NEGATIVE = ("negative_prompt", "hr_negative_prompt")
+_PROMPTS = ("prompt", "hr_prompt", *_NEGATIVE)
+_COMMENTS = "enable_prompt_comments"
 _SETTINGS = {
     "CLIP_stop_at_last_layers": "clip_skip",
     "eta_ancestral": "eta_ancestral",
@@ -69,6 +72,8 @@ def checked_form(
     for name in ("alwayson_scripts", "override_settings"):
         if given.get(name) and not isinstance(given[name], dict):
             raise ValueError(f"{name} {shown(given[name])}: an object is wanted")
+    if given.get("form") != CHECKED:
+        given |= _without_comments(given)
     ignored = unused + check_scripts(given.get("alwayson_scripts")) + _unused_tags(given)
     script = str(given.get("script_name") or "None")
     if script.lower() == plots.SCRIPT:
@@ -90,13 +95,22 @@ def checked_form(
     return given
 
 
+def _without_comments(given: dict[str, Any]) -> dict[str, str]:
+    """The prompts without comments, unless the settings say that there are none."""
+    if (given.get("override_settings") or {}).get(_COMMENTS) is False:
+        return {}
+    return {name: prompts.without_comments(given[name]) for name in _PROMPTS if isinstance(given.get(name), str)}
+
+
 def _unused_tags(given: dict[str, Any]) -> list[str]:
     """Tags of networks that cannot be had, or that stand where they do nothing."""
-    prompt, negative = (str(given.get(name, "")) for name in ("prompt", "negative_prompt"))
-    read = prompts.read(prompt)
-    others = [f"<lora:{lora.name}>" for lora in read.loras] if given.get("disable_extra_networks") is True else []
-    misplaced = prompts.read(negative)
-    return [*read.ignored, *others, *misplaced.ignored, *(f"<lora:{lora.name}>" for lora in misplaced.loras)]
+    found: list[str] = []
+    for name in _PROMPTS:
+        read = prompts.read(str(given.get(name, "")))
+        found += read.ignored
+        if name in _NEGATIVE or given.get("disable_extra_networks") is True:
+            found += [f"<lora:{lora.name}>" for lora in read.loras]
+    return list(dict.fromkeys(found))
 
 
 def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
@@ -106,6 +120,6 @@ def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
     ]
     settings = given.get("override_settings")
     if isinstance(settings, dict):
-        known = {name for name, value in settings.items() if name in _SETTINGS or value is None}
+        known = {name for name, value in settings.items() if name in {*_SETTINGS, _COMMENTS} or value is None}
         fields += [f"override_settings.{name}" for name in settings if name not in known]
     return fields

@@ -7,7 +7,7 @@ import pytest
 
 from services.common.errors import InvalidArgument
 from services.common.payloads import check, used
-from services.common.payloads.prompts import Lora, at_step, joined_by_and, read
+from services.common.payloads.prompts import Lora, Prompt, at_step, joined_by_and, read
 
 LONG = 200_000
 MODELS = [
@@ -30,6 +30,7 @@ MODELS = [
         ("<lora:x:-1>", Lora("x", -1.0, -1.0)),
         ("<lora:x:te=0.2:unet=.7>", Lora("x", 0.2, 0.7)),
         ("<lora:a name.v2:1>", Lora("a name.v2", 1.0, 1.0)),
+        ("<lyco:x:0.8>", Lora("x", 0.8, 0.8)),
     ],
 )
 def test_a_tag_names_a_lora_and_its_scales(tag: str, lora: Lora) -> None:
@@ -37,6 +38,37 @@ def test_a_tag_names_a_lora_and_its_scales(tag: str, lora: Lora) -> None:
     assert found.loras == (lora,)
     assert found.text == "a cat ,  (big:1.2)"
     assert found.ignored == ("<hypernet:h:1>",)
+
+
+@pytest.mark.parametrize("tag", ["<lora:x:1:1:8>", "<lora:x:1:dyn=8>", "<lora:x:1:lbw=OUTALL>"])
+def test_what_a_tag_of_a_lora_asks_for_beside_its_scales_is_named(tag: str) -> None:
+    assert read(tag) == Prompt("", (Lora("x"),), (f"{tag}: all but its scales",))
+    request = check("txt2img", {"enable_hr": True, "hr_prompt": tag}, "job")
+    assert request.model_dump()["ignored"] == [f"{tag}: all but its scales"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a cat # of mine\n#<lora:x:1>\nblue", "a cat \n\nblue"),
+        ("#only this", ""),
+        ("a cat", "a cat"),
+    ],
+)
+def test_comments_are_no_part_of_a_prompt(text: str, said: str) -> None:
+    names = ("prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt")
+    prompts = dict.fromkeys(names, text) | {"enable_hr": True}
+    fields = check("txt2img", prompts, "job").model_dump()
+    assert [fields[name] for name in names] == [said] * 4
+    assert fields["ignored"] == []
+    assert check("txt2img", fields, "job").model_dump() == fields
+
+
+def test_a_prompt_has_no_comments_where_the_settings_say_so() -> None:
+    settings = {"override_settings": {"enable_prompt_comments": False}}
+    fields = check("txt2img", {"prompt": "a #1 cat", **settings}, "job").model_dump()
+    assert (fields["prompt"], fields["ignored"]) == ("a #1 cat", [])
+    assert check("txt2img", fields, "job").model_dump() == fields
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from services.common.payloads import Generation, Img2Img, Txt2Img
 from services.common.payloads.img2img import FILL, LATENT_NOISE, LATENT_NOTHING
 from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, REMBG, UPSCALER, VAE, find, stem
 from services.common.payloads.plots import NOTHING, Plot
-from services.common.payloads.samplers import sampler_of
+from services.common.payloads.samplers import parts, sampler_of
 
 _MASKED_CONTENT = {FILL: "fill", LATENT_NOISE: "latent noise", LATENT_NOTHING: "latent nothing"}
 
@@ -51,6 +51,7 @@ def infotext(made: Made) -> str:
     fields: dict[str, Any] = {
         "Steps": request.steps,
         "Sampler": request.sampler_name,
+        "Schedule type": _schedule(request.sampler_name),
         "CFG scale": request.cfg_scale,
         "Seed": request.seed_of(index),
         "Size": f"{request.width}x{request.height}",
@@ -61,24 +62,43 @@ def infotext(made: Made) -> str:
         "Variation seed": request.subseed_of(index) if request.subseed_strength else None,
         "Variation seed strength": request.subseed_strength or None,
         "Seed resize from": resized_from if request.seed_resize_from_w > 0 < request.seed_resize_from_h else None,
+        "Denoising strength": denoising_strength(request),
+        "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
+        "ENSD": request.noise_seed_delta or None,
+        "RNG": "CPU",  # A1111 takes it for its GPU's where nothing is said, and draws other noise
+        "NGMS": request.s_min_uncond or None,
+        "Tiling": True if request.tiling else None,
         **_eta_fields(request),
         **_img2img_fields(request),
         **_second_pass_fields(request),
         **_refiner_fields(request, files),
         **_controlnet_fields(request, files),
         **_plot_fields(made.plot),
-        "Tiling": True if request.tiling else None,
-        "NGMS": request.s_min_uncond or None,
-        "ENSD": request.noise_seed_delta or None,
-        "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
-        "Hashes": json.dumps(hashes(files)),
-        "Version": f"esd {VERSION}",
     }
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in fields.items() if value is not None))
+    said = [f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None]
+    lines.append(", ".join([*said, f"Hashes: {json.dumps(hashes(files))}", f"Version: esd {VERSION}"]))
     return "\n".join(lines)
+
+
+def denoising_strength(request: Generation) -> float | None:
+    """That of a request which paints on a picture, its own from a first pass included."""
+    if isinstance(request, Img2Img) or (isinstance(request, Txt2Img) and request.enable_hr):
+        return request.denoising_strength
+    return None
+
+
+def _quoted(value: Any) -> str:
+    """In quotes where A1111 would take it for several fields."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(letter in text for letter in ",:\n") else text
+
+
+def _schedule(sampler_name: str) -> str | None:
+    """The schedule, of a sampler that has a choice. Newer versions do not take it from a bare name."""
+    return parts(sampler_name)[1] if len(sampler_of(sampler_name).schedules) > 1 else None
 
 
 def _eta_fields(request: Generation) -> dict[str, Any]:
@@ -92,7 +112,7 @@ def _eta_fields(request: Generation) -> dict[str, Any]:
 def _img2img_fields(request: Generation) -> dict[str, Any]:
     if not isinstance(request, Img2Img):
         return {}
-    fields: dict[str, Any] = {"Denoising strength": request.denoising_strength}
+    fields: dict[str, Any] = {}
     if request.initial_noise_multiplier != 1:
         fields["Noise multiplier"] = request.initial_noise_multiplier
     if request.mask is not None:
@@ -112,14 +132,14 @@ def _second_pass_fields(request: Generation) -> dict[str, Any]:
         return {}
     is_resized = request.hr_resize_x or request.hr_resize_y
     fields: dict[str, Any] = {
-        "Denoising strength": request.denoising_strength,
         "Hires upscale": None if is_resized else request.hr_scale,
         "Hires resize": f"{request.hr_resize_x}x{request.hr_resize_y}" if is_resized else None,
         "Hires steps": request.hr_second_pass_steps or None,
         "Hires upscaler": request.hr_upscaler,
         "Hires sampler": request.hr_sampler_name or None,
-        "Hires prompt": json.dumps(request.hr_prompt) if request.hr_prompt else None,
-        "Hires negative prompt": json.dumps(request.hr_negative_prompt) if request.hr_negative_prompt else None,
+        "Hires schedule type": _schedule(request.hr_sampler_name) if request.hr_sampler_name else None,
+        "Hires prompt": request.hr_prompt or None,
+        "Hires negative prompt": request.hr_negative_prompt or None,
     }
     return fields
 
@@ -154,7 +174,7 @@ def _controlnet_fields(request: Generation, files: list[CachedModel]) -> dict[st
             "Guidance End": unit.guidance_end,
             "Control Mode": unit.control_mode,
         }
-        fields[f"ControlNet {index}"] = json.dumps(", ".join(f"{name}: {value}" for name, value in said.items()))
+        fields[f"ControlNet {index}"] = ", ".join(f"{name}: {value}" for name, value in said.items())
     return fields
 
 
@@ -165,5 +185,5 @@ def _plot_fields(plot: Plot | None) -> dict[str, Any]:
     for letter, axis in (("X", plot.x), ("Y", plot.y), ("Z", plot.z)):
         if axis.name != NOTHING:
             values = ", ".join(str(value) for value in axis.values)
-            fields |= {f"{letter} Type": axis.name, f"{letter} Values": json.dumps(values)}
+            fields |= {f"{letter} Type": axis.name, f"{letter} Values": values}
     return fields

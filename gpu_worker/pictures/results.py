@@ -12,9 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gpu_worker import VERSION
-from gpu_worker.pictures.infotext import Made, hashes, named
+from gpu_worker.pictures.infotext import Made, denoising_strength, hashes, named
 from gpu_worker.pictures.provenance import CHUNK, Provenance
-from services.common.payloads import Generation, Img2Img, Txt2Img
+from services.common.payloads import Generation
 from services.common.payloads.models import BASE, VAE, stem
 
 
@@ -79,9 +79,7 @@ def info(
         "sd_vae_hash": vae.sha256[:10] if vae else None,
         "seed_resize_from_w": request.seed_resize_from_w or -1,
         "seed_resize_from_h": request.seed_resize_from_h or -1,
-        "denoising_strength": request.denoising_strength
-        if isinstance(request, Img2Img) or (isinstance(request, Txt2Img) and request.enable_hr)
-        else None,
+        "denoising_strength": denoising_strength(request),
         "extra_generation_params": {},
         "index_of_first_image": request.plot.num_grids if request.plot else 0,
         "infotexts": infotexts,

@@ -75,7 +75,7 @@ async def test_a_job_leaves_pictures_and_its_parameters_in_the_store(
     assert image.size == (64, 64)
     assert image.text["parameters"].startswith("a cat\nNegative prompt: dull\nSteps: 2, Sampler: Euler a, ")
     assert f"CFG scale: 7.5, Seed: 8, Size: 64x64, Model hash: {model_hash}, Model: tiny" in image.text["parameters"]
-    assert "NGMS: 1.5, ENSD: 31337" in image.text["parameters"]
+    assert "ENSD: 31337, RNG: CPU, NGMS: 1.5" in image.text["parameters"]
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert param.keys() == {"parameters", "info", "endpoint_name", "inference_id"}
     assert param["parameters"] == check("txt2img", plain(spec.payload), spec.job_id).model_dump()
@@ -283,7 +283,8 @@ async def test_a_second_pass_makes_a_larger_picture(generate: Any, store: Object
     assert events[-2].progress == worker_pb2.JobProgress(step=4, num_steps=4)
     image = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
     assert image.size == (96, 96)
-    text = 'Denoising strength: 0.5, Hires upscale: 1.5, Hires upscaler: Lanczos, Hires prompt: "a dog", '
+    assert "Denoising strength: 0.5, RNG: CPU, " in image.text["parameters"]
+    text = "Hires upscale: 1.5, Hires upscaler: Lanczos, Hires prompt: a dog, "
     assert text in image.text["parameters"]
 
 
@@ -370,7 +371,7 @@ async def test_an_img2img_job_keeps_what_is_not_masked(generate: Any, store: Obj
     found = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"]))
     assert np.array_equal(np.asarray(found)[:, 32:], np.asarray(image)[:, 32:])
     assert not np.array_equal(np.asarray(found)[:, :32], np.asarray(image)[:, :32])
-    assert ", Denoising strength: 0.5, Masked content: fill, Mask blur: 0, " in found.text["parameters"]
+    assert ", Denoising strength: 0.5, RNG: CPU, Masked content: fill, Mask blur: 0, " in found.text["parameters"]
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert param["parameters"]["init_images"] is None
     info = json.loads(param["info"])
@@ -394,7 +395,9 @@ async def test_an_inpainting_job_says_how_it_was_made(
     add_file(spec, store, "Stable-diffusion", "inpainting.safetensors", content)
     await generate(spec)
     text = Image.open(io.BytesIO(store.objects[f"{spec.job_id}/image_0.png"])).text["parameters"]
-    assert ", Eta: 0.5, Denoising strength: 0.75, Noise multiplier: 0.9, Mask mode: Inpaint not masked" in text
+    assert (
+        ", Denoising strength: 0.75, RNG: CPU, Eta: 0.5, Noise multiplier: 0.9, Mask mode: Inpaint not masked" in text
+    )
     assert ", Masked content: latent noise, Mask blur: 4, Inpaint area: Only masked" in text
     info = json.loads(json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])["info"])
     assert info["is_using_inpainting_conditioning"] is True

@@ -7,6 +7,7 @@ behaviour, not its code.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def _axis(letter: str, given: list[Any], is_csv: bool, fields: dict[str, Any], i
         return {}
     kind = _AXES[name].type
     try:
-        texts = _texts(given[1], given[2], is_csv)
+        has_choices = kind is str and name != _PROMPT
+        texts = _texts(given[1], given[2] if has_choices and not is_csv else None)
         values = [kind(value) for value in (texts if kind is str else _expanded(texts, kind))]
     except (ValueError, OverflowError, csv.Error):
         raise ValueError(f"{SCRIPT}: {letter} values {shown(given[1])} cannot be read as those of {name}") from None
@@ -207,19 +209,19 @@ def _name(letter: str, given: Any, is_img2img: bool) -> str:
     return found
 
 
-def _texts(values: Any, chosen: Any, is_csv: bool) -> list[str]:
-    """The values as texts: those chosen from a list, or comma-separated."""
-    if isinstance(chosen, list) and chosen and not is_csv:
+def _texts(values: Any, chosen: Any) -> list[str]:
+    """The values as texts: those chosen from a list, or comma-separated, also over several lines."""
+    if isinstance(chosen, list) and chosen:
         return [str(value) for value in chosen]
     if isinstance(values, list):
         return [str(value) for value in values]
-    rows = csv.reader([str(values if values is not None else "")], skipinitialspace=True)
+    rows = csv.reader(io.StringIO(str(values if values is not None else "")), skipinitialspace=True)
     return [text.strip() for row in rows for text in row]
 
 
 def _expanded(texts: list[str], kind: Callable[[str], Any]) -> Iterator[Any]:
-    """Ranges such as `1-5`, `1-10 (+3)` or `1-10 [4]` as their values; others as they are."""
-    for text in texts:
+    """Ranges such as `1-5`, `1-10 (+3)` or `1-10 [4]` as their values; others as they are, without empty ones."""
+    for text in filter(None, texts):
         match = _RANGE.fullmatch(text)
         if match is None:
             yield text

@@ -56,6 +56,9 @@ def test_one_request_becomes_many_x_by_x_then_y_by_y_then_z_by_z() -> None:
         ((9, "", ["Euler a", "DPM++ 2M Karras"]), "sampler_name", ["Euler a", "DPM++ 2M Karras"]),
         ((9, "euler, ddim"), "sampler_name", ["Euler", "DDIM"]),
         ((1, "-1, -1"), "seed", [11, 12]),
+        ((4, "2, 3,"), "steps", [2, 3]),
+        ((4, "2,\n3"), "steps", [2, 3]),
+        ((4, "2,3", ["Euler a", "DDIM"]), "steps", [2, 3]),
     ],
 )
 def test_values_are_lists_ranges_and_counts(axis: Any, field: str, values: list[Any]) -> None:

@@ -91,6 +91,18 @@ def test_every_image_of_a_batch_has_noise_of_its_own_seed(pipeline: Any, models:
         assert_close(found[index : index + 1], expected_latents(pipeline, alone))
 
 
+@pytest.mark.parametrize(("prompt", "cfg_scale"), [("a cat", 0.5), ("a cat :0.5", 1)])
+def test_a_guidance_scale_below_one_leaves_some_of_the_negative_prompt(
+    models: weights.Models, prompt: str, cfg_scale: float
+) -> None:
+    """In a single step the latents are as linear in the guidance as the prediction is."""
+    request = changed(REQUEST, sampler_name="Euler", steps=1, negative_prompt="a dog")
+    half = changed(request, prompt=prompt, cfg_scale=cfg_scale)
+    ends = [changed(request, prompt=text, cfg_scale=1) for text in ("a cat", "a dog")]
+    found, cat, dog = (drive([(0, latents(each, models))])[0] for each in (half, *ends))
+    assert_close(found, (cat + dog) / 2)
+
+
 def test_an_ancestral_sampler_without_new_noise_is_the_one_that_has_none(pipeline: Any, models: weights.Models) -> None:
     request = changed(REQUEST, sampler_name="Euler a", eta=0)
     assert_close(drive([(0, latents(request, models))])[0], pipeline_latents(pipeline, "Euler", request))

@@ -154,9 +154,10 @@ class Generation(Payload):
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt counts: at a guidance scale of 1 or less it has no row, unless there are several
-        texts to be joined."""
-        return self.cfg_scale > 1 or len(self.texts) > 1
+        """Whether the negative prompt counts. Nothing is left of it at a guidance scale of 1, by the weight of the text
+        too; and 0, as few-step checkpoints are often asked for, means the same. Several texts need it."""
+        (_, weight), *others = self.texts
+        return bool(others) or (self.cfg_scale != 0 and self.cfg_scale * weight != 1)
 
     @property
     def sampler_eta(self) -> float:

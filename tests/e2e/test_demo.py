@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -86,10 +87,14 @@ def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_r
 
 
 @pytest.mark.slow
-def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> None:
-    checkpoint, prompt, port = home / "my own.safetensors", """an "owl's" nest; $HOME""", free_port()
+def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept_behind_a_self_made_certificate(home: Path) -> None:
+    checkpoint, prompt = home / "my own.safetensors", """an "owl's" nest; $HOME"""
     shutil.copy(demo_model.CHECKPOINT, checkpoint)
-    demo = make_demo(home, port, "--keep", "--size", "64", CHECKPOINT=str(checkpoint), PROMPT=prompt)
+    certificate, key = make_certificate(home)
+    files = {"ESD_TLS_CERT_FILE": str(certificate), "ESD_TLS_KEY_FILE": str(key)}
+    address = f"localhost:{free_port()}"
+    options = ("--listen", address, "--keep", "--size", "64")
+    demo = make_demo(home, 0, *options, CHECKPOINT=str(checkpoint), PROMPT=prompt, **files)
     assert demo.stdout is not None
     said = ""
     while "keeps running" not in said:
@@ -98,23 +103,15 @@ def test_ones_own_checkpoint_and_prompt_and_a_stack_that_is_kept(home: Path) -> 
         said += line
     assert "checkpoint my own.safetensors is active (1 part)" in said
     assert_pictures(home, json.dumps(prompt)[1:-1])
-    key = (home / "home" / "secrets" / "api-key").read_text().strip()
-    assert httpx.get(f"http://127.0.0.1:{port}/ping", headers={"x-api-key": key}).status_code == 200
+    assert "cannot reach" not in (home / "home" / "stack.log").read_text(), "workers trust it too"
+    first_key = (home / "home" / "secrets" / "api-key").read_text().strip()
+    trusting = ssl.create_default_context(cafile=certificate)
+    ping = httpx.get(f"https://{address}/ping", headers={"x-api-key": first_key}, verify=trusting)
+    assert ping.status_code == 200
     os.killpg(demo.pid, signal.SIGINT)  # Ctrl-C
     rest, _ = demo.communicate(timeout=300)
     assert "stopped" in rest
     assert processes_of(home) == []
-
-
-@pytest.mark.slow
-def test_workers_draw_behind_a_self_made_certificate(home: Path) -> None:
-    certificate, key = make_certificate(home)
-    files = {"ESD_TLS_CERT_FILE": str(certificate), "ESD_TLS_KEY_FILE": str(key)}
-    demo = make_demo(home, 0, "--listen", f"localhost:{free_port()}", **files)
-    said, _ = demo.communicate(timeout=300)
-    assert demo.returncode == 0, said
-    assert_pictures(home, demo_model.PROMPT)
-    assert "cannot reach" not in (home / "home" / "stack.log").read_text()
 
 
 def test_a_checkpoint_that_does_not_exist_is_named(home: Path) -> None:

@@ -143,13 +143,29 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+# What takes longest begins first, before what has most tests: else one process would be left alone with it at the end.
+_LONG = (
+    "e2e",
+    "tests/chaos/test_chaos.py",
+    "tests/deploy/test_stack.py",
+    "tests/e2e/test_demo.py",
+)
+
+
 class _BySharedParts(LoadScopeScheduling):
-    """Keeps a file's tests in one process, and all that share a whole stack in one. Largest first."""
+    """Keeps a file's tests in one process, and all that share a whole stack or a control plane in one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePosixPath(nodeid.partition("::")[0])
         has_own_stack = file.name == "test_demo.py"
-        return file.parent.name if file.parent.name in {"e2e", "rest"} and not has_own_stack else str(file)
+        is_shared = file.parent.name in {"e2e", "rest"} or self.config.option.markexpr == "k8s"
+        return file.parent.name if is_shared and not has_own_stack else str(file)
+
+    def _assign_work_unit(self, node: Any) -> None:
+        longest = next((scope for scope in _LONG if scope in self.workqueue), None)
+        if longest:
+            self.workqueue.move_to_end(longest, last=False)
+        super()._assign_work_unit(node)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -1,4 +1,4 @@
-"""The one-machine stack with ESD_CLUSTER=kubernetes, on a real control plane of the module's own.
+"""The one-machine stack with ESD_CLUSTER=kubernetes, on a real control plane.
 
 Needs KUBEBUILDER_ASSETS: `make test-k8s`.
 """
@@ -20,7 +20,7 @@ from tests.e2e.conftest import Api, new_user, upload
 from tests.e2e.kubernetes.site import Site
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if not ASSETS:
         pytest.skip("needs a Kubernetes control plane: set KUBEBUILDER_ASSETS (make test-k8s)")
@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def painter(site: Site, checkpoint: Path) -> Iterator[Api]:
     """A user of a stack whose workers are pods, with a model."""
     address = f"127.0.0.1:{free_port()}"

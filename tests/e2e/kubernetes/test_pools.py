@@ -103,6 +103,7 @@ def test_a_worker_whose_node_dies_is_replaced_on_another_and_its_job_is_not_lost
     assert replacement.spec.node_name in site.nodes.keys() - {pod.spec.node_name}
     # As its cloud does, so that the pods that were there go too.
     site.do(client.CoreV1Api(site.api).delete_node(pod.spec.node_name))
+    site.do(site.add_node(f"{pod.spec.node_name}-again"))
 
 
 def test_jobs_go_on_while_the_api_server_is_away_and_the_pool_follows_it_when_it_is_back(

@@ -95,14 +95,6 @@ def test_status_shows_each_process_and_its_health(stack: Stack) -> None:
         assert re.search(rf"{name} .*{pid} .*RUNNING .*ok", shown.stdout), shown.stdout
 
 
-@pytest.mark.slow
-def test_status_says_when_the_store_takes_nothing_more_because_the_disk_is_full(home: Path) -> None:
-    with Stack(home / "full", env_overrides={"ESD_SWIFT_RESERVE": "100%"}) as stack:
-        shown = esd("status", "--home", stack.home)
-    assert shown.returncode == 1, shown.stdout + shown.stderr
-    assert f"free on the disk of {home / 'full'}: no upload is taken, and results wait" in shown.stdout
-
-
 def test_status_tells_workers_from_trainers_and_leaves_out_the_shells_around_them(tmp_path: Path) -> None:
     (tmp_path / "gpu_worker.py").write_text("print('here', flush=True); import time; time.sleep(600)")
     started = []
@@ -168,7 +160,9 @@ def test_a_state_that_cannot_be_written_stops_nothing(stack: Stack) -> None:
 
 
 @pytest.mark.slow
-def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: Path) -> None:
+def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again_on_a_full_disk_as_its_status_says(
+    home: Path,
+) -> None:
     first = Stack(home / "other")
     first.start()
     processes = [psutil.Process(pid) for pid in first.processes().values()]
@@ -177,8 +171,11 @@ def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again(home: 
     wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes))
     assert first.processes() == {}
     first.stop()
-    with Stack(home / "other") as second:
+    with Stack(home / "other", env_overrides={"ESD_SWIFT_RESERVE": "100%"}) as second:
         processes = [psutil.Process(pid) for pid in second.processes().values()]
+        shown = esd("status", "--home", home / "other")
+    assert shown.returncode == 1, shown.stdout + shown.stderr
+    assert f"free on the disk of {home / 'other'}: no upload is taken, and results wait" in shown.stdout
     assert not [each for each in processes if each.is_running()]
     assert esd("status", "--home", home / "other").returncode == 1
 
@@ -236,43 +233,36 @@ def test_the_demo_waits_for_a_stack_that_starts_and_says_when_it_has_gone(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_first_key_that_was_revoked_keeps_no_stack_from_its_work(home: Path) -> None:
-    path = home / "revoked"
-    with Stack(path) as stack:
-        caller = {"base_url": stack.url, "headers": {"x-api-key": stack.api_key}, "trust_env": False}
-        with httpx.Client(**caller) as client:  # type: ignore[arg-type]
-            (key,) = client.get("/keys").json()["data"]["keys"]
-            assert client.request("DELETE", "/keys", json={"key_id_list": [key["id"]]}).status_code == 204
-    with Stack(path) as stack:
-        assert f"the first API key, in {path}/secrets/api-key, was revoked" in stack.log_file.read_text()
-        assert esd("status", "--home", path).returncode == 0
-        assert "it is wrong, revoked or over" in esd("demo", "--home", path).stderr
-        first = stack.api_key
-        (path / "secrets" / "api-key").unlink()
-        assert esd("status", "--home", path).returncode == 0
-    with Stack(path) as stack:
-        assert stack.api_key != first
-        assert httpx.get(f"{stack.url}/ping", headers={"x-api-key": stack.api_key}, trust_env=False).status_code == 200
+def test_a_home_that_was_moved_serves_what_it_served_also_when_its_first_key_was_revoked(home: Path) -> None:
+    def client(stack: Stack, key: str) -> httpx.Client:
+        return httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False)
 
-
-@pytest.mark.slow
-def test_a_home_that_was_moved_serves_what_it_served(home: Path) -> None:
     first, second = home / "here", home / "there"
     with Stack(first) as stack:
-        key = stack.api_key
-        with httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False) as client:
+        revoked = stack.api_key
+        with client(stack, revoked) as http:
             picture = {"filename": "1.png", "name": "1.png", "type": "image", "params": {}}
             body = {"dataset_name": "kept", "content": [picture], "params": {}}
-            url = client.post("/datasets", json=body).json()["data"]["s3PresignUrl"]["1.png"]
-            assert client.put(url, content=b"a picture").status_code == 200
-            assert client.put("/datasets/kept", json={"status": "Enabled"}).status_code == 200
+            url = http.post("/datasets", json=body).json()["data"]["s3PresignUrl"]["1.png"]
+            assert http.put(url, content=b"a picture").status_code == 200
+            assert http.put("/datasets/kept", json={"status": "Enabled"}).status_code == 200
+            (row,) = http.get("/keys").json()["data"]["keys"]
+            key = http.post("/keys", json={"username": "api"}).json()["data"]["key"]
+            assert http.request("DELETE", "/keys", json={"key_id_list": [row["id"]]}).status_code == 204
     first.rename(second)
-    with (
-        Stack(second) as stack,
-        httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False) as client,
-    ):
-        (shown,) = client.get("/datasets/kept").json()["data"]["data"]
-        assert client.get(shown["preview_url"]).content == b"a picture"
+    with Stack(second) as stack:
+        with client(stack, key) as http:
+            (shown,) = http.get("/datasets/kept").json()["data"]["data"]
+            assert http.get(shown["preview_url"]).content == b"a picture"
+        assert f"the first API key, in {second}/secrets/api-key, was revoked" in stack.log_file.read_text()
+        assert esd("status", "--home", second).returncode == 0
+        assert "it is wrong, revoked or over" in esd("demo", "--home", second).stderr
+        (second / "secrets" / "api-key").unlink()
+        assert esd("status", "--home", second).returncode == 0
+    with Stack(second) as stack:
+        assert stack.api_key != revoked
+        with client(stack, stack.api_key) as http:
+            assert http.get("/ping").status_code == 200
 
 
 def test_a_home_that_cannot_be_one_is_named(tmp_path: Path) -> None:

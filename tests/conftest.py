@@ -144,10 +144,15 @@ def pytest_collection_finish() -> None:
 
 
 # What takes longest begins first, before what has most tests: else one process would be left alone with it at the end.
+# Stacks do not all start at once.
 _LONG = (
     "e2e",
-    "tests/chaos/test_chaos.py",
     "tests/deploy/test_stack.py",
+    "tests/gpu_worker/test_any_payload.py",
+    "tests/gpu_worker/demo_model/test_checkpoint.py",
+    "tests/gpu_worker/trainer/test_learning.py",
+    "tests/chaos/test_chaos.py",
+    "tests/gpu_worker/engine/test_fast.py",
     "tests/e2e/test_demo.py",
 )
 

@@ -255,12 +255,12 @@ def test_a_stop_acts_before_the_first_step_too(stack: Stack, school: School, sta
 @pytest.mark.slow
 def test_a_deadline_ends_a_training_and_says_so(stack: Stack, school: School) -> None:
     answer = school.post(
-        deadline_seconds=30,
+        deadline_seconds=12,
         output_name="late",
         max_train_epochs=100_000,
         sample_every_n_epochs=0,
     )
     ended = school.until(answer.data["id"])
     assert ended["job_status"] == "Failed"
-    assert "longer than its 30 seconds" in ended["params"]["resp"]["error_msg"]
+    assert "longer than its 12 seconds" in ended["params"]["resp"]["error_msg"]
     wait_for(lambda: not trainers(stack))

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch.utils.data import Dataset
 
 from gpu_worker.demo_model import __main__ as command
-from gpu_worker.demo_model import architecture, denoiser, training, vae
+from gpu_worker.demo_model import architecture, denoiser, exam, report, training, vae
 from gpu_worker.demo_model.scenes import SCENES
 from gpu_worker.demo_model.training import Batch, Plan, Studio, chance, train
 from gpu_worker.models.weights import load, tokenizer
@@ -127,6 +127,7 @@ def test_the_command_writes_a_checkpoint_that_the_worker_loads_and_a_page_of_sam
         (vae, "_NUM_MEASURED", 1),
         (denoiser, "_BATCH", 4),
         (denoiser, "_NUM_PICTURES", 1),
+        (report, "questions", partial(exam.questions, 15)),
     ):
         monkeypatch.setattr(part, name, value)
     monkeypatch.setattr(sys, "argv", ["demo_model", "--out", str(out), "--scale", "0.001", "--threads", "1"])
@@ -134,5 +135,5 @@ def test_the_command_writes_a_checkpoint_that_the_worker_loads_and_a_page_of_sam
     assert load(as_cached(out), None, "cpu").unet.config.cross_attention_dim == 64
     assert {path.name for path in out.parent.iterdir()} == {"small.safetensors", "small.png"}
     said = capsys.readouterr().out
-    assert "100 plain" in said
-    assert "100 dressed up" in said
+    assert "15 plain" in said
+    assert "15 dressed up" in said

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, WaiterError
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -160,7 +160,7 @@ class Judge:
         param = contents[param_name]
         if param is not None and json.loads(json.loads(param)["info"])["prompt"] != submission.prompt:
             found.append(("picture differs", f"{prefix}{param_name} is of another job"))
-        if submission.inference_type == "Async" and self._read(f"sagemaker_output/{row['output_id']}.out") is None:
+        if submission.inference_type == "Async" and not self._comes(f"sagemaker_output/{row['output_id']}.out"):
             found.append(("results missing", f"sagemaker_output/{row['output_id']}.out"))
         return found
 
@@ -172,6 +172,15 @@ class Judge:
                 raise
             return None
         return content
+
+    def _comes(self, key: str) -> bool:
+        """Whether the object is there, or comes: what is still owed, a sweep writes every 30 s."""
+        patience = {"Delay": 1, "MaxAttempts": 120}
+        try:
+            self._s3.get_waiter("object_exists").wait(Bucket=S3_BUCKET, Key=key, WaiterConfig=patience)
+        except WaiterError:
+            return False
+        return True
 
     def _unaccounted(self) -> list[str]:
         """Prefixes with results that count for no job and that the cleaner does not know of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ _MIN_TILE = 16  # latents of a side
 class Decoded:
     """A picture on its way from the device."""
 
-    def __init__(self, vae: Any, latents: torch.Tensor) -> None:
-        found = decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor).float()
+    def __init__(self, vae: Any, latents: torch.Tensor, fast_vae: Any = None) -> None:
+        found = decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor, fast_vae).float()
         is_finite = torch.isfinite(found).all() & torch.isfinite(latents).all()
         pixels = ((found[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         self._is_finite, self._pixels = devices.arriving(is_finite), devices.arriving(pixels.contiguous())
@@ -41,12 +41,17 @@ class Decoded:
         return pixels
 
 
-def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """What the decoder makes of latents of shape (1, 4, height/8, width/8).
+def decode(vae: Any, latents: torch.Tensor, fast_vae: Any = None) -> torch.Tensor:
+    """What the decoder makes of latents of shape (1, 4, height/8, width/8); its fast form, if it is given one that was
+    compiled for them whole. In tiles it would be compiled anew.
 
     Raises:
         torch.OutOfMemoryError: not even a tile fits.
     """
+    if fast_vae is not None:
+        with suppress(torch.OutOfMemoryError):
+            fast: torch.Tensor = fast_vae.decode(latents, return_dict=False)[0]
+            return fast
     pictures: torch.Tensor = _fitting(vae, latents.shape, lambda: vae.decode(latents, return_dict=False)[0])
     return pictures
 

@@ -40,7 +40,7 @@ def pixels_of(models: Models, latents: torch.Tensor) -> NDArray[np.uint8]:
 def decoded(models: Models, latents: torch.Tensor) -> Decoded:
     """A picture, from latents of shape (1, 4, height/8, width/8), on its way from the device."""
     with circular(models.vae, models.tiling):
-        return Decoded(models.decoder_of(latents), latents)
+        return Decoded(models.vae, latents, models.fast_vae_for(latents))
 
 
 def context_of(request: Generation, canvas: Canvas, models: Models) -> torch.Tensor | None:

@@ -251,9 +251,9 @@ def stages(driver: Driver, model: CachedModel, request: Generation) -> dict[str,
         found["text_ms"] = 1e3 * (time.perf_counter() - began) / 3
         latents = torch.randn(1, 4, request.height // 8, request.width // 8, device=models.device)
         found["decode_ms"] = 1e3 * median_seconds(
-            device, lambda: Decoded(models.decoder_of(latents), latents).pixels(), 3, warm=1
+            device, lambda: Decoded(models.vae, latents, models.fast_vae_for(latents)).pixels(), 3, warm=1
         )
-        pixels = Decoded(models.decoder_of(latents), latents).pixels()
+        pixels = Decoded(models.vae, latents, models.fast_vae_for(latents)).pixels()
     began = time.perf_counter()
     Image.fromarray(pixels).save(io.BytesIO(), "PNG")
     found["png_ms"] = 1e3 * (time.perf_counter() - began)
@@ -272,7 +272,7 @@ def decoder_kernels(driver: Driver) -> dict[str, float]:
     """Milliseconds of decoding a picture by kind of kernel."""
     models, side = driver.placed().models, driver.placed()._native_size()
     latents = torch.randn(1, 4, side, side, device=models.device)
-    return kernels(lambda: Decoded(models.decoder_of(latents), latents))
+    return kernels(lambda: Decoded(models.vae, latents, models.fast_vae_for(latents)))
 
 
 def kernels(call: Callable[[], Any]) -> dict[str, float]:

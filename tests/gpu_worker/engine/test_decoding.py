@@ -1,5 +1,6 @@
 """Between latents and pixels when memory is short."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles_of_the_same_size(vae: A
     assert found.shape == (1, 3, 512, 384)
     assert torch.isfinite(found).all()
     assert not vae.use_tiling
+
+
+@torch.inference_mode()
+def test_a_fast_form_that_does_not_fit_is_asked_for_no_tiles(vae: Any) -> None:
+    latents, fast_vae = torch.randn(1, 4, 40, 24), copy.deepcopy(vae)
+    with memory_for(fast_vae.decoder, 20) as sides, memory_for(vae.decoder, 20) as plain_sides:
+        found = decoding.decode(vae, latents, fast_vae)
+    assert sides == [40]
+    assert plain_sides[:2] == [40, 20]
+    assert found.shape == (1, 3, 320, 192)
 
 
 @torch.inference_mode()

@@ -117,17 +117,17 @@ def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size_and_usual_pr
     placed.settle()
     size = models.unet.config.sample_size
     native, other = torch.randn(1, 4, size, size), torch.randn(1, 4, size, 2 * size)
-    assert placed.models.decoder_of(native) is placed.models.fast_vae
-    assert placed.models.decoder_of(other) is models.vae
+    assert placed.models.fast_vae_for(native) is placed.models.fast_vae is not None
+    assert placed.models.fast_vae_for(other) is None
     equipment = Equipment(as_cached(tiny_checkpoint), None, [], placed)
-    for changes, decoder in (
+    for changes, fast_vae in (
         ({}, placed.models.fast_vae),
-        ({"exclusive": True}, models.vae),
-        ({"tiling": True}, models.vae),
+        ({"exclusive": True}, None),
+        ({"tiling": True}, None),
     ):
         crew = tasks._crew(txt2img_of(prompt="a red circle", **changes), [equipment])
-        assert crew.last.decoder_of(native) is decoder
-    pixels = Decoded(placed.models.fast_vae, native).pixels()
+        assert crew.last.fast_vae_for(native) is fast_vae
+    pixels = Decoded(models.vae, native, placed.models.fast_vae).pixels()
     assert np.abs(pixels.astype(int) - Decoded(models.vae, native).pixels()).max() <= 1
 
     assert placed.graphs is not None
@@ -140,7 +140,7 @@ def test_a_checkpoint_on_its_device_has_fast_forms_for_its_own_size_and_usual_pr
         assert error(fast_ones.float(), plain.float()) < 0.05
 
     placed.leave()
-    assert placed.models.decoder_of(native) is models.vae
+    assert placed.models.fast_vae is None
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 from uuid import uuid4
@@ -16,7 +17,7 @@ import grpc
 import structlog
 from google.api import annotations_pb2
 from google.protobuf import descriptor_pool
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from esd.options.v1 import options_pb2 as options
@@ -132,13 +133,16 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _wrapped(self, name: str, handler: Any) -> Any:  # the stubs type every handler as a synchronous one
         service, method = name.lstrip("/").split("/")
         found = descriptor_pool.Default().FindServiceByName(service).methods_by_name[method]
-        rpc = _Rpc(name, _Rules(found), self._verifier, self._streams)
+        rules = _Rules(found)
+        rpc = _Rpc(name, rules, self._verifier, self._streams)
         codecs = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
         if not handler.request_streaming:
-            codecs["request_deserializer"] = _reading(handler.request_deserializer)
+            # Services send each other long lists, and no others may call those RPCs.
+            bounded = None if rules.kind is Kind.SERVICE else found.input_type
+            codecs["request_deserializer"] = _reading(handler.request_deserializer, bounded)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(rpc.unary(handler.unary_unary), **codecs)
         if handler.unary_stream:
@@ -146,16 +150,29 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(rpc.stream_stream(handler.stream_stream), **codecs)
 
 
+@dataclass(frozen=True)
 class _Unreadable:
-    """In the place of a request that is no message of its type: the transcoder makes such from some wrong JSON."""
+    """In the place of a request that is no message of its type, which the transcoder makes from some wrong JSON, or one
+    that is not read."""
+
+    reason: str
 
 
-def _reading(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Unreadable]:
+_OF_ANOTHER_TYPE = _Unreadable("[a field of the request has a value of another type than it should have]")
+
+
+def _reading(
+    deserialize: Callable[[bytes], Message], bounded: Descriptor | None
+) -> Callable[[bytes], Message | _Unreadable]:
     def read(data: bytes) -> Message | _Unreadable:
         try:
+            if bounded is not None:
+                validation.check_structure(data, bounded)
             request = deserialize(data)
         except DecodeError:
-            return _Unreadable()
+            return _OF_ANOTHER_TYPE
+        except errors.InvalidArgument as error:
+            return _Unreadable(str(error))
         request.DiscardUnknownFields()  # nobody reads them, and the checks would go through them
         return request
 
@@ -234,7 +251,7 @@ class _Rpc:
             self._rules.admit(caller)
             set_caller(caller)
         if isinstance(request, _Unreadable):
-            raise errors.InvalidArgument("[a field of the request has a value of another type than it should have]")
+            raise errors.InvalidArgument(request.reason)
         if request is not None:
             validation.check(request)
         if caller is not None:

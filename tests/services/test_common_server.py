@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 import grpc
 import pytest
+from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
@@ -20,6 +21,8 @@ from services.common.interceptor import INTERNAL, MAX_ANSWER_BYTES
 from services.common.rpc_errors import STATUS_OF
 from services.common.server import MAX_MESSAGE_BYTES, Server
 from services.common.status import set_reply
+from services.common.structs import list_value
+from services.common.validation import MAX_STRUCTURE_BYTES
 from tests.serving import Tokens
 
 GOOD_ROLE = pb.CreateRoleRequest(role_name="r", permissions=["role:all"])
@@ -63,8 +66,12 @@ def subject() -> Subject:
 
 
 @pytest.fixture
-async def stub(serve: Any, subject: Subject) -> Any:
-    channel = await serve(lambda server: identity_pb2_grpc.add_IdentityServiceServicer_to_server(subject, server))
+async def channel(serve: Any, subject: Subject) -> Any:
+    return await serve(lambda server: identity_pb2_grpc.add_IdentityServiceServicer_to_server(subject, server))
+
+
+@pytest.fixture
+def stub(channel: Any) -> Any:
     return identity_pb2_grpc.IdentityServiceStub(channel)
 
 
@@ -435,6 +442,31 @@ async def test_a_request_that_nobody_needs_so_large_is_not_read(stub: Any, user_
     """It would be read into memory before anybody looks at its token."""
     request = pb.PingRequest.FromString(b"\xfa\x07" + _varint(MAX_MESSAGE_BYTES) + bytes(MAX_MESSAGE_BYTES))
     assert (await _failure(stub.Ping(request, metadata=user_token("ann"))))[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_request_may_be_large_by_its_texts_alone(stub: Any, user_token: Any, service_token: Any) -> None:
+    """A list of a megabyte of empty ones would keep the service from everybody else for many seconds."""
+    metadata = user_token("ann", ["user:all", "role:all"])
+    for permissions in (list_value([[]] * (MAX_STRUCTURE_BYTES // 4)), list_value(["x" * MAX_STRUCTURE_BYTES])):
+        request = pb.CreateUserRequest(username="u", password="p", permissions=Value(list_value=permissions))
+        code, sentence = await _failure(stub.CreateUser(request, metadata=metadata))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert sentence == "[the request has more than 512 KiB of objects and lists, which is not possible here]"
+    large = "é" * MAX_STRUCTURE_BYTES
+    code, _ = await _failure(stub.ListRoles(pb.ListRolesRequest(role=large), metadata=metadata))
+    assert code == grpc.StatusCode.UNIMPLEMENTED
+    code, _ = await _failure(
+        stub.ReviewTokens(pb.ReviewTokensRequest(tokens=[large]), metadata=service_token("endpoints"))
+    )
+    assert code == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("end", [b"", b"\x0b", b"\x0f", b"\x08", b"\x08" + b"\xff" * 20, b"\x0a\xff\xff\xff\x7f"])
+async def test_a_large_request_that_is_no_message_is_refused(channel: Any, user_token: Any, end: bytes) -> None:
+    text = bytes(MAX_STRUCTURE_BYTES)
+    call = channel.unary_unary("/esd.identity.v1.IdentityService/CreateUser")
+    code, _ = await _failure(call(b"\x0a" + _varint(len(text)) + text + end, metadata=user_token("ann", ["user:all"])))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def _varint(number: int) -> bytes:

@@ -98,11 +98,13 @@ class Generation(Payload):
 
     @field_validator("prompt", "hr_prompt", check_fields=False)
     @classmethod
-    def _joinable(cls, text: str, info: Any) -> str:
-        num_texts = len(prompts.joined_by_and(prompts.read(text).text))
-        if num_texts > prompts.MAX_TEXTS:
+    def _few_parts(cls, text: str, info: Any) -> str:
+        read = prompts.read(text)
+        if (num_texts := len(prompts.joined_by_and(read.text))) > prompts.MAX_TEXTS:
             most = f"at most {prompts.MAX_TEXTS} are possible"
             raise ValueError(f"{info.field_name} joins {num_texts} texts with AND; {most}")
+        if (num_loras := len(read.loras)) > prompts.MAX_LORAS:
+            raise ValueError(f"{info.field_name} names {num_loras} LoRAs; at most {prompts.MAX_LORAS} are possible")
         return text
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from services.common.errors import InvalidArgument
@@ -60,6 +61,7 @@ def _used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     return found
 
 
+@lru_cache(maxsize=4096)  # each name is asked for by each of a plot's cells
 def stem(name: str) -> str:
     """A file's name as prompts have it: without folder, extension, and the hash that A1111 shows behind it."""
     shown_hash = _HASH.search(name)

@@ -15,6 +15,7 @@ from itertools import pairwise
 from services.common.payloads.showing import shown
 
 MAX_TEXTS = 8
+MAX_LORAS = 100
 MAX_CHARACTERS = 10_000
 # None of these, nor what reads with them, takes a time that grows with the square of a text: others are served too.
 _COMMENT = re.compile(r"#[^\n]*")

@@ -30,6 +30,7 @@ _EXTRA_TYPES = {UPSCALER, REMBG}
 _MODEL_TYPES = [BASE, HYPERNETWORK, LORA, CONTROLNET, EMBEDDING, VAE, UPSCALER, REMBG]
 # The original refuses jobs that name an endpoint while it grows or shrinks; here that is every day's business.
 _USABLE = {"InService", "Updating"}
+_MAX_MODELS = 1000  # clients name all embeddings that they see
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,15 @@ class Choices:
         """The files behind the names, in the order in which a worker loads them.
 
         Raises:
-            InvalidArgument: one is not there, or not for this user.
+            InvalidArgument: one is not there, or not for this user, or there are too many.
         """
         names = []
         for kind, files in sorted(models.items(), key=_loading_order):
             if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
                 raise InvalidArgument(f"models: {kind} is not a list of file names")
             names += [(kind, name) for name in files]
+        if len(names) > _MAX_MODELS:
+            raise InvalidArgument(f"models names {len(names)} files; at most {_MAX_MODELS} are possible")
         real = [(kind, name) for kind, name in names if kind != VAE or name not in PSEUDO_VAES]
         found: list[Model] = []
         if real:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,6 @@ from services.inference.rows import ASYNC, Job, now
 from services.inference.submitting.payload import MAX_BYTES, CheckedPayload, check_json, check_payload
 
 _MAX_IN_ROW_BYTES = 32 * 1024
-_MAX_ON_LOOP_BYTES = 64 * 1024  # larger payloads are parsed in a thread
 _STORE_SECONDS = 30.0  # for which a client waits; a store that is cut off would take minutes to be given up
 
 
@@ -40,7 +39,7 @@ class Freezer:
         Raises:
             InvalidArgument.
         """
-        await _off_loop(len(text), check_json, text)
+        await asyncio.to_thread(check_json, text)
 
     async def fetch(self, job: Job) -> bytes:
         """What the client uploaded.
@@ -70,9 +69,8 @@ class Freezer:
             InvalidArgument: it cannot be run as it is.
         """
         fetched = now()
-        checked: CheckedPayload = await _off_loop(len(content), check_payload, content, job.task_type, str(job.id))
-        # Refuses models that the job does not have.
-        payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])
+        # In a thread: a short text may ask for a plot of many cells, each of which is checked.
+        checked = await asyncio.to_thread(_checked, content, job)
         in_row = len(checked.encoded) <= _MAX_IN_ROW_BYTES
         arguments = {
             "payload": checked.fields if in_row else None,
@@ -116,6 +114,8 @@ async def _in_time(work: Awaitable[Any]) -> Any:
         raise Unavailable(STORE_IS_AWAY) from None
 
 
-async def _off_loop(size: int, check: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs a check of a small text here, of a large one in a thread."""
-    return check(*arguments) if size <= _MAX_ON_LOOP_BYTES else await asyncio.to_thread(check, *arguments)
+def _checked(content: bytes | str, job: Job) -> CheckedPayload:
+    """The payload, which names no models that the job does not have."""
+    checked = check_payload(content, job.task_type, str(job.id))
+    payloads.used(checked.request, [(model["type"], model["name"]) for model in job.models])
+    return checked

@@ -11,6 +11,9 @@ from services.common import payloads
 from services.common.errors import InvalidArgument
 
 MAX_BYTES = 64 * 1024 * 1024
+# Of what stands between values, each of which takes some dozen times as much memory as it is long, unless it is a text
+# as pictures are. Four prompts may have a fifth of it.
+_MAX_MARKS = 200_000
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ def check_json(text: str) -> None:
     """Checks that a text is JSON as Python reads it, `Infinity` and `NaN` included.
 
     Raises:
-        InvalidArgument: it is not.
+        InvalidArgument: it is not, or has too many values.
     """
+    _check_marks(text)
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -47,7 +51,16 @@ def check_payload(content: bytes | str, task_type: str, job_id: str) -> CheckedP
     Raises:
         InvalidArgument: the message names each wrong field with its value and what is possible.
     """
+    _check_marks(content)
     request = payloads.check(task_type, payloads.parse(content), job_id)
     fields = request.model_dump()
     encoded = json.dumps(fields, ensure_ascii=False).encode()
     return CheckedPayload(request, fields, encoded, request.num_images, request.cost_seconds)
+
+
+def _check_marks(content: bytes | str) -> None:
+    marks: Any = (b",", b"[", b"{") if isinstance(content, bytes) else (",", "[", "{")
+    if (num_marks := sum(content.count(mark) for mark in marks)) > _MAX_MARKS:
+        raise InvalidArgument(
+            f"the payload has {num_marks} commas and opening brackets; at most {_MAX_MARKS} are possible"
+        )

@@ -227,6 +227,7 @@ async def test_a_job_is_refused_in_the_order_of_the_contract(service: Service) -
             "checkpoint with name nor this, type Lora is not found",
         ),
         (None, {"models": {"Lora": "x"}}, "models: Lora is not a list of file names"),
+        (None, {"models": {"Lora": ["x"] * 1001}}, "models names 1001 files; at most 1000 are possible"),
         (None, {"payload_string": '{"steps": 0}'}, "steps 0 is out of range"),
         (None, {"payload_string": "{}", "models": {}}, "models names no checkpoint of type Stable-diffusion"),
     ]

@@ -213,6 +213,15 @@ def test_what_is_no_json_is_refused(text: str) -> None:
         check_json(text)
 
 
+@pytest.mark.parametrize("text", ['{"x": [' + "0," * 200_000 + "0]}", "[" * 200_001, '{"x": [{' + "{" * 200_000])
+def test_json_of_more_values_than_any_payload_needs_is_not_read(text: str) -> None:
+    for content in (text, text.encode()):
+        with pytest.raises(InvalidArgument, match="commas and opening brackets; at most 200000 are possible"):
+            check_payload(content, "txt2img", JOB)
+    with pytest.raises(InvalidArgument, match="at most 200000 are possible"):
+        check_json(text)
+
+
 def test_bytes_that_are_no_text_and_json_that_is_no_object_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="not valid JSON"):
         check_payload(b"\xff\xfe\xfa{", "txt2img", JOB)

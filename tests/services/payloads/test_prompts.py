@@ -133,6 +133,7 @@ def test_texts_are_joined_by_and_with_weights() -> None:
     [
         ({"prompt": "<lora:x:much>"}, '<lora:x:much>: "much" is no number; possible: <lora:name:1>'),
         ({"prompt": " AND ".join("abcdefghi")}, "prompt joins 9 texts with AND; at most 8 are possible"),
+        ({"prompt": "<lora:a:1>" * 101}, "prompt names 101 LoRAs; at most 100 are possible"),
         ({"prompt": "a" * 10_001}, "prompt has 10001 characters; at most 10000 are possible"),
         (
             {"enable_hr": True, "hr_negative_prompt": "a" * 10_001},

@@ -63,11 +63,12 @@ class Map:
 
 @dataclass(frozen=True, eq=False)
 class Hint:
-    """What a unit looks at in each pass; None where it has no say."""
+    """What a unit looks at in each pass, None where it has no say; and the same at the finished picture's size."""
 
     module: str
     first: Map | None
     second: Map | None
+    final: Map
     shown: Pixels
 
 
@@ -80,9 +81,8 @@ def prepared(request: Generation) -> Canvas:
     canvas = canvases.prepared(request)
     hints = [_hint(index, unit, request, canvas) for index, unit in enumerate(request.controlnet)]
     for hint in hints:
-        final = hint.second or hint.first
-        if hint.module == INPAINT_ONLY and final is not None and final.mask is not None:
-            canvas = replace(canvas, overlays=[_kept(final)])
+        if hint.module == INPAINT_ONLY:
+            canvas = replace(canvas, overlays=[_kept(hint.final)])
     return replace(canvas, hints=hints)
 
 
@@ -111,6 +111,7 @@ def _hint(index: int, unit: Unit, request: Generation, canvas: Canvas) -> Hint:
         "inpaint" if canvas.mask is not None and module in INPAINT else module,
         first if unit.hr_option != HIGH_RES or second is None else None,
         later if unit.hr_option != LOW_RES else None,
+        later or first,
         first.shown,
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.pictures.hints import Hint, prepared
 from services.common.payloads import check
 from services.common.payloads.pictures import Damaged
@@ -14,12 +15,15 @@ from tests.pictures import encoded, mask, noise
 WIDE = Image.fromarray(np.tile(np.linspace(0, 255, 128, dtype=np.uint8)[None, :, None], (64, 1, 3)))
 
 
-def hint_of(task: str = "txt2img", unit: Any = None, job_id: str = "job", **fields: Any) -> Hint:
+def canvas_of(task: str = "txt2img", unit: Any = None, job_id: str = "job", **fields: Any) -> Canvas:
     given = {"model": "x", "image": encoded(WIDE)} | (unit or {})
     scripts = {"controlnet": {"args": [{name: value for name, value in given.items() if value is not None}]}}
     small = {"width": 64, "height": 64, "seed": 3, "alwayson_scripts": scripts}
-    request = check(task, small | fields, job_id)
-    (hint,) = prepared(request).hints  # type: ignore[arg-type]
+    return prepared(check(task, small | fields, job_id))  # type: ignore[arg-type]
+
+
+def hint_of(*task_and_unit: Any, **fields: Any) -> Hint:
+    (hint,) = canvas_of(*task_and_unit, **fields).hints
     return hint
 
 
@@ -83,6 +87,16 @@ def test_what_is_to_be_painted_is_minus_one_for_the_modules_of_inpainting() -> N
     assert (values[:, :, :32] == -1).all()
     assert np.allclose(values[:, :, 32:], np.asarray(noise()).transpose(2, 0, 1)[:, :, 32:] / 255, atol=1e-6)
     assert not hint.shown[:, :32].any()
+
+
+@pytest.mark.parametrize("option", ["Both", "Low res only", "High res only"])
+def test_what_inpaint_only_keeps_has_the_size_of_the_picture_in_whichever_pass_it_has_a_say(option: str) -> None:
+    unit = {"module": "inpaint_only", "image": encoded(noise()), "mask": encoded(mask((0, 0, 32, 64)))}
+    canvas = canvas_of(unit=unit | {"hr_option": option}, enable_hr=True, hr_scale=2)
+    painted = np.zeros((128, 128, 3), np.uint8)
+    finished = canvas.finished(painted, 0)
+    assert np.array_equal(finished[:, :48], painted[:, :48])
+    assert finished[:, -48:].any()
 
 
 def test_for_other_modules_a_mask_is_what_they_look_at() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,13 +71,15 @@ def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
 
 def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adapters:
     """The adapters that the request names, out of those that its checkpoint can have."""
-    by_name = {name: found for file, found in loaded.items() for name in (stem(file.name), file.name)}
-    uses = [(by_name.get(use.name) or by_name.get(stem(use.name)), use) for use in request.loras]
-    controlnets = {file: found for file, found in loaded.items() if isinstance(found, ControlNet)}
-    files = [(CONTROLNET, file.name) for file in controlnets]
-    units = [find(files, CONTROLNET, unit.model, "controlnet") for unit in request.controlnet if files]
+
+    def named(kind: str, names: Iterable[str]) -> list[Any]:
+        files = [file for file in loaded if file.type == kind]
+        models = [(kind, file.name) for file in files]
+        return [loaded[files[find(models, kind, name, kind)]] for name in names] if files else []
+
+    networks = named(LORA, (use.name for use in request.loras))
     return Adapters(
-        tuple((network, use) for network, use in uses if isinstance(network, Network)),
+        tuple(zip(networks, request.loras, strict=False)),
         {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding)},
-        tuple(list(controlnets.values())[index] for index in units),
+        tuple(named(CONTROLNET, (unit.model for unit in request.controlnet))),
     )

@@ -64,7 +64,8 @@ async def enlarged(
         return []
     await asyncio.shield(engine.ready)
     canvas = Canvas([np.asarray(image.convert("RGB")) for image in images])
-    run = await engine.run(job.id, request, list(files), progress.started, partial(progress.step, 0), canvas)
+    step, is_urgent = partial(progress.step, 0), job.spec.is_real_time
+    run = await engine.run(job.id, request, list(files), progress.started, step, canvas, is_urgent=is_urgent)
     return [Image.fromarray(pixels) for pixels in run.images]
 
 

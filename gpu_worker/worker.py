@@ -86,6 +86,8 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Runs the job to its last event. It waits its turn when there is no room."""
+        if self._is_stopping:  # it was on its way
+            job.cancel()
         self._tasks[job] = asyncio.create_task(self._run(job))
         self.on_change()
 

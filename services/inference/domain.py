@@ -306,7 +306,8 @@ class Inference:
                 if self._stopping.is_set():
                     raise Unavailable(f"inference {job.id} goes on, but who waited for it stops: ask for it by its id")
                 await heard(ended, _SWEEP_SECONDS)
-                current = await self._store.get(job.id)
+                with suppress(Unavailable):  # the job goes on without the database, and whoever waits for it
+                    current = await self._store.get(job.id)
         if current is None:
             raise FailedPrecondition(f"inference {job.id} was deleted")
         if current.failure is not None:

@@ -117,11 +117,15 @@ class _WorkSession:
         """Serves the stream until either side ends it; None in the outbox is its end."""
         try:
             stream = await self._welcome(requests)
+            is_sent_away = False
             try:
                 await self._serve(stream, requests, stopping)
+            except Unavailable:  # we stop, or the database is away: the worker comes again within its leases' life
+                is_sent_away = True
+                raise
             finally:
                 self._relay.close()
-                if not stopping.is_set():  # else the worker goes to another replica within its leases' life
+                if not is_sent_away:
                     self._queue.lose(stream, holds_leases=bool(self._leases))
         finally:
             self.outbox.put_nowait(None)

@@ -1,12 +1,15 @@
-"""The object store goes away and comes back, as the service's users and workers see it."""
+"""The object store or the database goes away and comes back, as the service's users and workers see it."""
 
+import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
 
+from esd.inference.v1 import inference_pb2 as pb
 from services.common.blobs import STORE_IS_AWAY, Blobs
 from services.inference.rows import MAX_LOST
 from services.inference.submitting import freezing
@@ -102,3 +105,46 @@ async def test_a_store_that_takes_connections_and_says_nothing_is_503_in_bounded
         line.cut()
     await service.start(receipt.id)
     assert (await service.get(receipt.id)).status == "inprogress"
+
+
+class TestTheDatabase:
+    """A service that reaches its database by a line."""
+
+    @pytest.fixture
+    async def database_line(self, lend_database: Callable[[str], str]) -> AsyncIterator[Line]:
+        async with Line() as found:
+            found.url = lend_database("inference")
+            yield found
+
+    @pytest.fixture
+    def database_url(self, database_line: Line) -> str:
+        parts = urlsplit(database_line.url)
+        return parts._replace(netloc=f"{parts.username}:{parts.password}@{database_line.address}").geturl()
+
+    async def test_who_waits_for_a_real_time_job_is_answered_though_the_database_was_away(
+        self, service: Service, database_line: Line
+    ) -> None:
+        endpoint = service.world.add_endpoint("Real-time")
+        request = pb.CreateInferenceJobRequest(
+            task_type="txt2img",
+            inference_type="Real-time",
+            models={"Stable-diffusion": ["v1-5.safetensors"]},
+            payload_string='{"prompt": "x"}',
+        )
+        call = service.jobs.CreateInferenceJob(request, metadata=service.user())
+        async with service.worker(endpoint_id=endpoint) as worker:
+            assign = await worker.take()
+            database_line.shut()
+            with service.notifications.subscribed(("job_ended", assign.spec.job_id)) as back:
+                waited = asyncio.ensure_future(call)
+                # Whoever waits looks again, and finds no database.
+                await service.notifications.on_notify("job_ended", assign.spec.job_id)
+                assert await worker.code() == grpc.StatusCode.UNAVAILABLE
+                assert not waited.done()
+                back.clear()
+                database_line.open()
+                await back.wait()
+        async with service.worker(held=[assign.lease_id], endpoint_id=endpoint) as again:
+            assert again.kept == [assign.lease_id]
+            await again.finish(assign)
+        assert (await waited).data.status == "succeed"

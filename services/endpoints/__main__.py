@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, Json, ValidationInfo, field_validator
 
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
 from services.common import logs
@@ -49,7 +49,7 @@ class EndpointsSettings(AuditedSettings):
     inference_address: Address
     cluster: Literal["local", "kubernetes"] = "local"
     worker_dir: Path | None = None
-    worker_command: list[str] = Field(default=[sys.executable, "-m", "gpu_worker"], min_length=1)
+    worker_command: Json[list[str]] = Field([sys.executable, "-m", "gpu_worker"], min_length=1, validate_default=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_instances: int = Field(64, ge=1)
     drain_seconds: float = Field(60.0, ge=0)

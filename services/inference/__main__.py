@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, Json
 
 from esd.inference.v1 import externalscaler_pb2_grpc, inference_pb2_grpc
 from services.common import logs
@@ -22,7 +21,7 @@ from services.common.notifications import Notifications
 from services.common.outbound import Outbound
 from services.common.process import refuse
 from services.common.server import Server, mutual_tls
-from services.common.settings import Address, BlobSettings, ServiceSettings, load, read_secret
+from services.common.settings import Address, BlobSettings, Networks, ServiceSettings, load, read_secret
 from services.common.tasks import Background
 from services.inference.channels import CHANNELS
 from services.inference.domain import Inference
@@ -74,15 +73,17 @@ class InferenceSettings(ServiceSettings):
     )
     max_gpu_seconds_per_hour: float = Field(0.0, ge=0.0, description="GPU time of one user within an hour; 0: any")
     retention_days: float = Field(0.0, ge=0.0, description="days until jobs are removed with their objects; 0: never")
-    priority_ranges: dict[str, tuple[PriorityBound, PriorityBound]] = Field(
-        DEFAULT_RANGES, description="lowest and highest priority by role, `*` for every role, as JSON"
+    priority_ranges: Json[dict[str, tuple[PriorityBound, PriorityBound]]] = Field(
+        DEFAULT_RANGES,
+        description="lowest and highest priority by role, `*` for every role, as JSON",
+        validate_default=False,
     )
     keda_listen: str = Field("", description="where KEDA asks for the backlog of pools; empty: nowhere")
     keda_certificates: Path | None = Field(
         None, description="folder with tls.crt, tls.key and ca.crt for that; only who has the CA's certificate may ask"
     )
-    webhook_allowed_networks: list[IPv4Network | IPv6Network] = Field(
-        default_factory=list, description="networks besides the public ones where webhooks may be, as JSON"
+    webhook_allowed_networks: Networks = Field(
+        default=[], description="networks besides the public ones where webhooks may be, as JSON"
     )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
-
 from pydantic import Field
 
 from services.common.blobs import GIB
-from services.common.settings import Address, AuditedSettings
+from services.common.settings import Address, AuditedSettings, Networks
 from services.models.domain import LOOK_MAX_BYTES
 
 
@@ -21,7 +19,7 @@ class ModelsSettings(AuditedSettings):
     """
 
     identity_address: Address
-    import_allowed_networks: list[IPv4Network | IPv6Network] = Field(default_factory=list)
+    import_allowed_networks: Networks = Field(default=[])
     import_max_bytes: int = Field(100 * GIB, ge=1)
     import_max_hours: float = Field(24, gt=0)
     max_imports_per_user: int = Field(100, ge=0)

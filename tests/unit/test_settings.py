@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, Json
 
 from deploy.local.home import SERVICES
 from services.common.blobs import Blobs
 from services.common.process import EXIT_WRONG_SETTING
-from services.common.settings import BlobSettings, Settings, load, read_secret
+from services.common.settings import BlobSettings, Networks, Settings, load, read_secret
 from services.endpoints.__main__ import EndpointsSettings
 from services.identity.settings import IdentitySettings
 from services.inference.__main__ import InferenceSettings
@@ -24,10 +24,12 @@ from tests.processes import ROOT
 
 
 class Some(Settings):
-    """Two settings."""
+    """One of each kind."""
 
     needed: str
     number: int = Field(3, ge=1)
+    networks: Networks = Field(default=[])
+    ranges: Json[dict[str, tuple[int, int]]] = Field({}, validate_default=False)
 
 
 def test_an_empty_variable_is_one_that_is_not_set(
@@ -41,6 +43,30 @@ def test_an_empty_variable_is_one_that_is_not_set(
         load(Some)
     assert ended.value.code == EXIT_WRONG_SETTING
     assert capsys.readouterr().err == "setting ESD_NEEDED: Field required\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("NUMBER", "0", "Input should be greater than or equal to 1 (given: '0')"),
+        ("NETWORKS", "10.0.0.0/8", """a value such as ["10.0.0.0/8"] is wanted (given: '10.0.0.0/8')"""),
+        ("NETWORKS", '"10.0.0.0/8"', "Input should be a valid list (given: '10.0.0.0/8')"),
+        ("NETWORKS", '["::/0", "10.0.0.1/8"]', "[1]: 10.0.0.1/8 has host bits set (given: '10.0.0.1/8')"),
+        ("RANGES", "{'a': [0, 1]}", "Invalid JSON: key must be a string at line 1 column 2 (given: \"{'a': [0, 1]}\")"),
+        ("RANGES", '{"a": [0, 0.5]}', '["a"][1]: Input should be a valid integer, got a number with a fractional part'),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_variable(
+    name: str, given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ESD_NEEDED", "this")
+    monkeypatch.setenv(f"ESD_{name}", given)
+    with pytest.raises(SystemExit):
+        load(Some)
+    within = "" if said.startswith("[") else ": "
+    error = capsys.readouterr().err
+    assert error.startswith(f"setting ESD_{name}{within}{said}")
+    assert error.count("\n") == 1
 
 
 def test_a_secret_that_cannot_be_read_stops_the_process_by_name(

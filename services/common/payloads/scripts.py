@@ -23,8 +23,8 @@ def _names_model(arguments: list[Any]) -> bool:
     return arguments[:1] != [False] and any(tab.get("ad_model", "None") != "None" for tab in tabs)
 
 
-def _has_enabled(arguments: list[Any]) -> bool:
-    return any(isinstance(argument, dict) and argument.get("enabled") is True for argument in arguments)
+def _is_enabled(arguments: list[Any]) -> bool:
+    return any(isinstance(argument, dict) and argument.get("enable") is True for argument in arguments)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ _REFUSED = {
     "reactor": _Refused(lambda arguments: any(value is True for value in arguments[:2]), _NO_FACES),
     "roop": _Refused(lambda arguments: any(value is True for value in arguments[:2]), _NO_FACES),
     "adetailer": _Refused(_names_model, _NO_FACES),
-    "animatediff": _Refused(_has_enabled, "pictures are possible, videos are not; disable it"),
+    "animatediff": _Refused(_is_enabled, "pictures are possible, videos are not; disable it"),
     "tiled diffusion": _Refused(_first_is_true, "sizes up to 4096 are denoised as a whole; disable it"),
 }
 # Known, and without an effect on the picture: they save memory, or repeat what the payload says elsewhere.

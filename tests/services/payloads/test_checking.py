@@ -256,7 +256,7 @@ def test_the_checked_form_is_its_own_checked_form() -> None:
         ({"reactor": {"args": ["", True]}}, 'the script "reactor" cannot be run here: it needs weights'),
         ({"Tiled Diffusion": {"args": [True]}}, 'the script "Tiled Diffusion" cannot be run here'),
         ({"ADetailer": {"args": [True, False, {"ad_model": "face_yolov8n.pt"}]}}, '"ADetailer" cannot be run here'),
-        ({"AnimateDiff": {"args": [{"enabled": True}]}}, '"AnimateDiff" cannot be run here: pictures are possible'),
+        ({"AnimateDiff": {"args": [{"enable": True}]}}, '"AnimateDiff" cannot be run here: pictures are possible'),
     ],
 )
 def test_a_script_that_cannot_be_had_is_refused_by_name_when_it_is_on(scripts: object, sentence: str) -> None:

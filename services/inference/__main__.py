@@ -29,7 +29,7 @@ from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
 from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolStore
-from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.retired import RetiredEndpoints
 from services.inference.queue.scaler import ScalerServicer
 from services.inference.queue.servicer import QueueServicer
 from services.inference.queue.store import LeaseStore
@@ -42,9 +42,9 @@ from services.inference.upkeep.cleaning import Cleaner
 from services.inference.upkeep.deadlines import Deadlines
 from services.inference.upkeep.outputs import Outputs
 from services.inference.views import Views
-from services.inference.watching.board import Board
 from services.inference.watching.events import Events
-from services.inference.watching.store import BoardStore
+from services.inference.watching.hub import Hub
+from services.inference.watching.store import WatchStore
 from services.inference.webhooks.domain import Webhooks
 from services.inference.webhooks.store import WebhookStore
 
@@ -134,28 +134,28 @@ async def main() -> None:
         outage_seconds=settings.store_outage_seconds,
     )
     jobs = JobStore(database, Quotas(settings.max_queued_jobs_per_user, settings.max_gpu_seconds_per_hour))
-    rehoming = Rehoming(pools, peers)
+    retired = RetiredEndpoints(pools, peers)
     cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
     outputs = Outputs(jobs, blobs)
     queue = Queue(LeaseStore(database), blobs, leftovers, outputs, notifications, background, limits)
     priorities = Priorities(settings.priority_ranges)
     inference = Inference(jobs, blobs, peers, notifications, cleaner, priorities, server.stopping)
-    board, views = Board(BoardStore(database), notifications), Views(blobs)
+    hub, views = Hub(WatchStore(database), notifications), Views(blobs)
     webhooks = Webhooks(WebhookStore(database), Outbound(settings.webhook_allowed_networks), notifications)
-    servicer = InferenceServicer(inference, views, Events(inference, views, board), webhooks)
+    servicer = InferenceServicer(inference, views, Events(inference, views, hub), webhooks)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
     pins = Pins(pools, peers, blobs)
-    workers = QueueServicer(queue, pools, rehoming, pins, notifications, board, server.stopping)
+    workers = QueueServicer(queue, pools, retired, pins, notifications, hub, server.stopping)
     inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server.grpc)
     async with keda_door(settings, verifier, ScalerServicer(pools, notifications, server.stopping)):
         await server.run(
             database.listen(CHANNELS, notifications.on_notify),
             notifications.wake_all(at=server.stopping),
             queue.run(),
-            rehoming.run(limits.renew_seconds),
+            retired.run(limits.renew_seconds),
             cleaner.run(),
             outputs.run(),
-            board.run(server.stopping),
+            hub.run(server.stopping),
             Deadlines(jobs, notifications).run(),
             webhooks.run(),
         )

@@ -2,7 +2,7 @@
 
 `jobs_queued`: an endpoint's id, there is something to claim. `job_ended`: a job's id. `leases_lost`: a worker's id,
 some of its jobs were taken back. `deadline_set`: a job's id, it must end in time. `pools_changed`: a worker came or
-went; everyone who watches pools hears it. `jobs_watched` and `jobs_moved` belong to watching/board.py: ids of jobs that
+went; everyone who watches pools hears it. `jobs_watched` and `jobs_moved` belong to watching/hub.py: ids of jobs that
 somebody looks at, or that got further. `webhooks_due`: a job's id, whose webhook is to be called. `models_pinned`: an
 endpoint's id, its workers are to keep other checkpoints ready.
 """

@@ -532,11 +532,21 @@ async def test_jobs_of_a_retired_endpoint_are_found_and_moved_once(pool: Pool) -
     ((job, reason),) = await pool.pools.stranded(pool.endpoint_id)
     assert (job.id, reason) == (job_id, "endpoint deleted")
     other = uuid4()
-    assert await pool.pools.move(job_id, (other, "esd-async-other", "any")) is True
+    assert await pool.pools.move(job, (other, "esd-async-other", "any")) is True
+    # Another replica found it stranded too.
+    assert await pool.pools.move(job, (uuid4(), "esd-async-third", "any")) is False
+    assert await pool.pools.fail_stranded(job, "no endpoint") is False
     assert (await pool.get(job_id)).endpoint_id == other
     assert await pool.pools.stranded() == []
-    assert await pool.pools.fail_queued(job_id, "no endpoint") is True
-    assert await pool.pools.fail_queued(job_id, "no endpoint") is False
+
+
+async def test_a_job_of_a_retired_endpoint_is_failed_once(pool: Pool) -> None:
+    job_id = await pool.add()
+    await pool.pools.retire(pool.endpoint_id, "endpoint deleted")
+    ((job, _),) = await pool.pools.stranded()
+    assert await pool.pools.fail_stranded(job, "no endpoint") is True
+    assert await pool.pools.fail_stranded(job, "no endpoint") is False
+    assert (await pool.get(job_id)).failure == "no endpoint"
 
 
 async def test_pages_go_from_newest_to_oldest_and_keep_owners_apart(pool: Pool) -> None:

@@ -46,7 +46,10 @@ _STRANDED = (
     .limit(_NUM_STRANDED)
 )
 _STRANDED_HERE = _STRANDED.where(JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid))
-_QUEUED_JOB = locked(select(JOB).where(JOB.c.id == bindparam("id"), QUEUED))
+# Unless another replica has moved it meanwhile.
+_THIS_STRANDED = locked(
+    select(JOB).where(JOB.c.id == bindparam("id"), JOB.c.endpoint_id == bindparam("endpoint", type_=Uuid), QUEUED)
+)
 
 
 @dataclass(frozen=True)
@@ -127,20 +130,20 @@ class PoolStore:
         reasons = [row.pop("reason") for row in rows]
         return [(job_of(row), reason) for row, reason in zip(rows, reasons, strict=True)]
 
-    async def move(self, job_id: UUID, to: tuple[UUID, str, str]) -> bool:
-        """Moves a queued job to another endpoint: id, name, instance type. False: it is not queued any more."""
+    async def move(self, stranded: Job, to: tuple[UUID, str, str]) -> bool:
+        """Moves a job to another endpoint: id, name, instance type. False: it is not stranded any more."""
         async with self._database.atomic() as run:
-            job = await read_job(run, _QUEUED_JOB, id=job_id)
+            job = await read_job(run, _THIS_STRANDED, id=stranded.id, endpoint=stranded.endpoint_id)
             if job is not None:
                 job.move(*to)
                 await enqueue(run, job)
                 await save_job(run, job)
             return job is not None
 
-    async def fail_queued(self, job_id: UUID, reason: str) -> bool:
-        """Fails a queued job. False: it is not queued any more."""
+    async def fail_stranded(self, stranded: Job, reason: str) -> bool:
+        """Fails a job. False: it is not stranded any more."""
         async with self._database.atomic() as run:
-            job = await read_job(run, _QUEUED_JOB, id=job_id)
+            job = await read_job(run, _THIS_STRANDED, id=stranded.id, endpoint=stranded.endpoint_id)
             if job is not None:
                 job.fail(reason)
                 await save_job(run, job)

@@ -23,10 +23,10 @@ from services.inference.peers import Model
 from services.inference.queue.domain import Assignment, Queue, WorkerStream, parse_lease
 from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolState, PoolStore
-from services.inference.queue.rehoming import Rehoming
 from services.inference.queue.results import ResultObject, Results
+from services.inference.queue.retired import RetiredEndpoints
 from services.inference.rows import REAL_TIME
-from services.inference.watching.board import Board
+from services.inference.watching.hub import Hub
 from services.inference.watching.relay import Relay
 
 log = structlog.get_logger()
@@ -43,25 +43,25 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
         self,
         queue: Queue,
         pools: PoolStore,
-        rehoming: Rehoming,
+        retired: RetiredEndpoints,
         pins: Pins,
         notifications: Notifications,
-        board: Board,
+        hub: Hub,
         stopping: asyncio.Event,
     ) -> None:
         self._queue = queue
         self._pools = pools
-        self._rehoming = rehoming
+        self._retired = retired
         self._pins = pins
         self._notifications = notifications
-        self._board = board
+        self._hub = hub
         self._stopping = stopping
 
     async def Work(
         self, request_iterator: AsyncIterator[pb.WorkRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkResponse]:
         endpoint_id = _endpoint_of_token()
-        session = _WorkSession(self._queue, self._pins, self._notifications, self._board, endpoint_id)
+        session = _WorkSession(self._queue, self._pins, self._notifications, self._hub, endpoint_id)
         work = asyncio.create_task(session.run(request_iterator, self._stopping))
         try:
             while (message := await session.outbox.get()) is not None:
@@ -89,7 +89,7 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
     async def RetireEndpoint(
         self, request: pb.RetireEndpointRequest, context: grpc.aio.ServicerContext
     ) -> pb.RetireEndpointResponse:
-        moved, failed = await self._rehoming.retire(UUID(request.endpoint_id), request.reason)
+        moved, failed = await self._retired.retire(UUID(request.endpoint_id), request.reason)
         return pb.RetireEndpointResponse(num_moved=moved, num_failed=failed)
 
     async def PinModels(self, request: pb.PinModelsRequest, context: grpc.aio.ServicerContext) -> pb.PinModelsResponse:
@@ -100,9 +100,9 @@ class QueueServicer(inference_pb2_grpc.QueueServiceServicer):
 class _WorkSession:
     """One Work stream: reads what the worker says, assigns when it wants, renews its leases, tells it what it lost."""
 
-    def __init__(self, queue: Queue, pins: Pins, notifications: Notifications, board: Board, endpoint_id: UUID) -> None:
+    def __init__(self, queue: Queue, pins: Pins, notifications: Notifications, hub: Hub, endpoint_id: UUID) -> None:
         self.outbox: asyncio.Queue[pb.WorkResponse | None] = asyncio.Queue()
-        self._relay = Relay(board, self._say_watched)
+        self._relay = Relay(hub, self._say_watched)
         self._queue = queue
         self._pins = pins
         self._notifications = notifications

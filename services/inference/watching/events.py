@@ -1,4 +1,4 @@
-"""What a watcher of a job is told: each change of what the board shows, until the job has ended.
+"""What a watcher of a job is told: each change of what the hub knows, until the job has ended.
 
 A watcher that is slow is told the difference between what it heard last and what is now; what lay between is gone.
 """
@@ -15,7 +15,7 @@ from services.common.viewer import Viewer
 from services.inference.domain import Inference
 from services.inference.rows import Job
 from services.inference.views import Views
-from services.inference.watching.board import Board, Display
+from services.inference.watching.hub import Hub, WatchedJob
 
 _PING_SECONDS = 15.0
 _ESTIMATE_SECONDS = 5.0  # an estimate that moves by less is not told again
@@ -86,10 +86,10 @@ Event = Created | Queued | Started | Step | Preview | Image | Done | Failed | Pi
 class Events:
     """The events of jobs, for those who may see the jobs."""
 
-    def __init__(self, inference: Inference, views: Views, board: Board) -> None:
+    def __init__(self, inference: Inference, views: Views, hub: Hub) -> None:
         self._inference = inference
         self._views = views
-        self._board = board
+        self._hub = hub
 
     async def watch(self, job_id: str, user: Viewer) -> AsyncIterator[Event]:
         """How the job stands, then each change, until its end.
@@ -98,16 +98,16 @@ class Events:
             NotFound, PermissionDenied. Unavailable: the service stops.
         """
         job = await self._inference.get_job(job_id, user)
-        if not job.is_ended:  # once it has, the board counts no more: its worker may still be on it
+        if not job.is_ended:  # once it has, the hub's word counts no more: its worker may still be on it
             told = _Told()
-            with self._board.watched(job.id) as (display, changed):
+            with self._hub.watch(job.id) as (watched, changed):
                 while not job.is_ended:
                     del job  # large, and a watcher may stay for long
-                    while not display.is_ended:
-                        self._board.check_open()
-                        for event in told.news(display):
+                    while not watched.is_ended:
+                        self._hub.check_open()
+                        for event in told.news(watched):
                             yield event
-                        if not display.is_ended and not await heard(changed, _PING_SECONDS):
+                        if not watched.is_ended and not await heard(changed, _PING_SECONDS):
                             yield Ping()
                     try:
                         job = await self._inference.get_job(job_id, user)
@@ -115,7 +115,7 @@ class Events:
                         yield Failed(f"inference {job_id} was deleted")
                         return
                     if not job.is_ended:
-                        display.is_ended = False  # it was started again
+                        watched.is_ended = False  # it was started again
         for event in self._end(job):
             yield event
 
@@ -137,14 +137,14 @@ class _Told:
         self._step = 0
         self._num_previews = 0
 
-    def news(self, display: Display) -> Iterator[Event]:
+    def news(self, watched: WatchedJob) -> Iterator[Event]:
         """What it has not heard."""
-        phase = _phase(display)
+        phase = _phase(watched)
         if phase is not None and not _is_same(phase, self._phase):
             self._phase = phase
             self._step = self._num_previews = 0
             yield phase
-        if not isinstance(phase, Started) or (progress := display.progress) is None:
+        if not isinstance(phase, Started) or (progress := watched.progress) is None:
             return
         if progress.step not in {0, self._step}:
             self._step = progress.step
@@ -154,17 +154,17 @@ class _Told:
             yield Preview(progress.preview)
 
 
-def _phase(display: Display) -> Created | Queued | Started | None:
-    if display.progress is not None and display.progress.has_started:
+def _phase(watched: WatchedJob) -> Created | Queued | Started | None:
+    if watched.progress is not None and watched.progress.has_started:
         return Started()
-    standing = display.standing
-    if standing is None or standing.is_ended:
+    snapshot = watched.snapshot
+    if snapshot is None or snapshot.is_ended:
         return None
-    if standing.status == "created":
+    if snapshot.status == "created":
         return Created()
-    if standing.is_running:
+    if snapshot.is_running:
         return Started()
-    return Queued(standing.position, standing.estimated_start_time)
+    return Queued(snapshot.position, snapshot.estimated_start_time)
 
 
 def _is_same(phase: Event, told: Event | None) -> bool:

@@ -63,7 +63,7 @@ _PUBLISH = _PUBLISH.on_conflict_do_update(
 )
 
 
-def _standings() -> Select[Any]:
+def _snapshots() -> Select[Any]:
     """How jobs stand, with their place in the queue of their endpoint and the cost that is before them."""
     endpoints = select(JOB.c.endpoint_id).where(JOB.c.id == _IDS, QUEUED)
     places: Any = {
@@ -87,7 +87,7 @@ def _standings() -> Select[Any]:
     )
 
 
-_STANDINGS = _standings()
+_SNAPSHOTS = _snapshots()
 _ENDPOINT: Any = bindparam("endpoint", type_=Uuid)
 _FINISHED = totals(recent_successes(_ENDPOINT))
 _NUM_WORKERS = select(func.count().label("number")).select_from(_WORKER).where(_WORKER.c.endpoint_id == _ENDPOINT)
@@ -109,8 +109,9 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a job stands. `position` counts from 1 while it is queued; the estimate is None where nothing is known."""
+class Snapshot:
+    """A job as the database has it. `position` counts from 1 while it is queued; the estimate is None where nothing is
+    known."""
 
     endpoint_id: UUID
     status: str
@@ -137,7 +138,7 @@ class _Pace:
         return now() + timedelta(seconds=self.seconds_per_cost * (cost_ahead + self.held_cost / 2))
 
 
-class BoardStore:
+class WatchStore:
     """One method is one transaction."""
 
     def __init__(self, database: Database) -> None:
@@ -170,17 +171,17 @@ class BoardStore:
         """Removes what was written so long ago."""
         await self._database.run(_SWEEP, age=timedelta(seconds=age_seconds))
 
-    async def standings(self, job_ids: Collection[UUID]) -> dict[UUID, Standing]:
+    async def snapshots(self, job_ids: Collection[UUID]) -> dict[UUID, Snapshot]:
         """How those of the jobs stand that exist."""
         async with self._database.atomic() as run:
-            rows = await run(_STANDINGS, ids=list(job_ids))
+            rows = await run(_SNAPSHOTS, ids=list(job_ids))
             queued_at = {row["endpoint_id"] for row in rows if row["position"] is not None}
             paces = {endpoint_id: await _pace(run, endpoint_id) for endpoint_id in queued_at}
         found = {}
         for row in rows:
             pace = paces.get(row["endpoint_id"]) if row["position"] is not None else None
             estimate = pace.start(row["cost_ahead"] or 0.0) if pace is not None else None
-            found[row["id"]] = Standing(
+            found[row["id"]] = Snapshot(
                 row["endpoint_id"], row["status"], row["lease_id"], row["is_running"], row["position"] or 0, estimate
             )
         return found

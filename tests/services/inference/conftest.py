@@ -33,7 +33,7 @@ from services.inference.peers import Peers
 from services.inference.queue.domain import Limits, Queue
 from services.inference.queue.pins import Pins
 from services.inference.queue.pool_store import PoolStore
-from services.inference.queue.rehoming import Rehoming
+from services.inference.queue.retired import RetiredEndpoints
 from services.inference.queue.servicer import QueueServicer
 from services.inference.queue.store import LeaseStore
 from services.inference.servicer import InferenceServicer
@@ -44,9 +44,9 @@ from services.inference.upkeep.cleaning import Cleaner
 from services.inference.upkeep.deadlines import Deadlines
 from services.inference.upkeep.outputs import Outputs
 from services.inference.views import Views
-from services.inference.watching.board import Board
 from services.inference.watching.events import Events
-from services.inference.watching.store import BoardStore
+from services.inference.watching.hub import Hub
+from services.inference.watching.store import WatchStore
 from services.inference.webhooks.domain import Webhooks
 from services.inference.webhooks.store import WebhookStore
 from tests.serving import Metadata, Tokens, serving
@@ -138,7 +138,7 @@ class Service:
     tokens: Tokens
     endpoint_id: str
     notifications: Notifications
-    rehoming: Rehoming
+    retired: RetiredEndpoints
 
     def user(self, name: str = "ann", *more: str, **options: Any) -> Metadata:
         """A user who may create jobs."""
@@ -353,11 +353,11 @@ def replica(
             pass
         peers, notifications, background = Peers(known, known, known), Notifications(), Background()
         pools, leftovers = PoolStore(database), LeftoverStore(database)
-        store, rehoming = JobStore(database, quotas), Rehoming(pools, peers)
+        store, retired = JobStore(database, quotas), RetiredEndpoints(pools, peers)
         outputs = Outputs(store, blobs)
         cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
         queue = Queue(LeaseStore(database), blobs, leftovers, outputs, notifications, background, limits)
-        board, views = Board(BoardStore(database), notifications), Views(blobs)
+        hub, views = Hub(WatchStore(database), notifications), Views(blobs)
         here = Outbound([ip_network("127.0.0.0/8")])
         webhooks = Webhooks(
             WebhookStore(database), here, notifications, first_wait_seconds=0.01, try_seconds=webhook_seconds
@@ -365,18 +365,18 @@ def replica(
 
         def add_servicers(server: grpc.aio.Server) -> None:
             jobs = Inference(store, blobs, peers, notifications, cleaner, Priorities(DEFAULT_RANGES), stopping)
-            servicer = InferenceServicer(jobs, views, Events(jobs, views, board), webhooks)
+            servicer = InferenceServicer(jobs, views, Events(jobs, views, hub), webhooks)
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-            workers = QueueServicer(queue, pools, rehoming, Pins(pools, peers, blobs), notifications, board, stopping)
+            workers = QueueServicer(queue, pools, retired, Pins(pools, peers, blobs), notifications, hub, stopping)
             inference_pb2_grpc.add_QueueServiceServicer_to_server(workers, server)
 
         chores = (
             database.listen(CHANNELS, notifications.on_notify),
             queue.run(),
-            rehoming.run(limits.renew_seconds),
+            retired.run(limits.renew_seconds),
             cleaner.run(),
             Deadlines(store, notifications).run(),
-            board.run(stopping),
+            hub.run(stopping),
             webhooks.run(),
             notifications.wake_all(at=stopping),
         )
@@ -392,7 +392,7 @@ def replica(
                     tokens,
                     world.endpoints[0].id,
                     notifications,
-                    rehoming,
+                    retired,
                 )
         finally:
             running.cancel()

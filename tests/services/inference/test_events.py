@@ -21,9 +21,9 @@ from services.inference.servicer import InferenceServicer
 from services.inference.store import JobStore
 from services.inference.submitting.priorities import Priorities
 from services.inference.views import Views
-from services.inference.watching.board import Board
 from services.inference.watching.events import Events, Preview, Queued, Step
-from services.inference.watching.store import BoardStore
+from services.inference.watching.hub import Hub
+from services.inference.watching.store import WatchStore
 from tests.services.inference.conftest import Service
 from tests.serving import Metadata, serving
 
@@ -74,15 +74,15 @@ async def another_replica(service: Service, database_url: str) -> AsyncIterator[
     """The replica, running."""
     database, notifications = Database(database_url), Notifications()
     stopping = asyncio.Event()
-    board, store = Board(BoardStore(database), notifications), JobStore(database)
+    hub, store = Hub(WatchStore(database), notifications), JobStore(database)
     jobs = Inference(store, service.blobs, None, notifications, None, Priorities({}), stopping)  # type: ignore[arg-type]
     views = Views(service.blobs)
     tasks = [
         asyncio.create_task(database.listen(CHANNELS, notifications.on_notify)),
-        asyncio.create_task(board.run(stopping)),
+        asyncio.create_task(hub.run(stopping)),
     ]
 
-    events = Events(jobs, views, board)
+    events = Events(jobs, views, hub)
 
     def add(server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, views, events, None), server)

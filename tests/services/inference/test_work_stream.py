@@ -497,7 +497,7 @@ async def test_a_job_that_was_running_when_its_endpoint_retired_finds_its_way_to
     assert job.sagemaker_raw.string_value == "endpoint esd-x was deleted"
 
 
-async def test_the_homes_of_many_jobs_of_one_user_are_looked_for_once(service: Service) -> None:
+async def test_where_many_jobs_of_one_user_may_go_is_asked_for_once(service: Service) -> None:
     for _ in range(3):
         await service.started()
     service.world.add_endpoint()
@@ -539,7 +539,7 @@ class TestWithoutSweeps:
         service.world.refusal = grpc.StatusCode.UNAVAILABLE
         before = service.world.num_searches
         with pytest.raises(Unavailable):
-            await service.rehoming.sweep()
+            await service.retired.sweep()
         assert service.world.num_searches == before + 1
 
 

@@ -17,8 +17,8 @@ from services.inference.rows import Job
 log = structlog.get_logger()
 
 
-class Rehoming:
-    """Finds homes for stranded jobs."""
+class RetiredEndpoints:
+    """Endpoints that went away, and the jobs that are stranded in their queues."""
 
     def __init__(self, store: PoolStore, peers: Peers) -> None:
         self._store = store
@@ -34,12 +34,12 @@ class Rehoming:
         async with self._at_it:
             await self._store.retire(endpoint_id, reason)
             while stranded := await self._store.stranded(endpoint_id):
-                homes = _Homes(self._peers)
+                usable = _UsableEndpoints(self._peers)
                 for job, why in stranded:
-                    if await self._rehome(job, why, homes, revivable=False):
-                        moved += 1
-                    else:
-                        failed += 1
+                    others = [found for found in await usable.of(job) if found.id != job.endpoint_id]
+                    if await self._settle(job, why, others):
+                        moved += bool(others)
+                        failed += not others
         return moved, failed
 
     async def run(self, sweep_seconds: float) -> None:
@@ -52,9 +52,10 @@ class Rehoming:
                 log.warning("stranded jobs wait", reason=str(error))
 
     async def sweep(self) -> None:
-        """Finds homes for the jobs that came to the queue of an endpoint after it went away.
+        """Moves or fails the jobs that came to the queue of an endpoint after it went away; one that its users may use
+        again has its jobs back.
 
-        Not while an endpoint retires here: that may take long, and both would look for homes of the same jobs.
+        Not while an endpoint retires here: that may take long, and both would look after the same jobs.
 
         Raises:
             Unavailable: a service or the database does not answer, and would not for the next job either.
@@ -62,46 +63,44 @@ class Rehoming:
         if self._at_it.locked():
             return
         async with self._at_it:
-            homes = _Homes(self._peers)
+            usable = _UsableEndpoints(self._peers)
             for job, why in await self._store.stranded():
                 try:
-                    await self._rehome(job, why, homes, revivable=True)
+                    found = await usable.of(job)
+                    if any(endpoint.id == job.endpoint_id for endpoint in found):
+                        await self._store.revive(job.endpoint_id)
+                    else:
+                        await self._settle(job, why, found)
                 except Unavailable:
                     raise
                 except EsdError as error:  # one job's trouble is not the others'; the next sweep tries again
                     log.warning("a stranded job waits", job=str(job.id), reason=str(error))
 
-    async def _rehome(self, job: Job, reason: str, homes: _Homes, *, revivable: bool) -> bool:
-        """Moves a stranded job to an endpoint that its owner may use, or fails it; True when it was moved."""
-        usable = await homes.find(job.owner, job.inference_type)
-        if revivable and any(endpoint.id == job.endpoint_id for endpoint in usable):
-            await self._store.revive(job.endpoint_id)
-            return True
-        others = [endpoint for endpoint in usable if endpoint.id != job.endpoint_id]
+    async def _settle(self, job: Job, reason: str, others: list[Endpoint]) -> bool:
+        """Moves a stranded job to one of the endpoints, or fails it where there is none. False: it is not stranded any
+        more."""
         if not others:
-            await self._store.fail_queued(job.id, reason or f"endpoint {job.endpoint_name} went away")
-            return False
+            return await self._store.fail_stranded(job, reason or f"endpoint {job.endpoint_name} went away")
         new = random.choice(others)  # noqa: S311 - load, not secrets
-        await self._store.move(job.id, (new.id, new.name, new.instance_type))
-        return True
+        return await self._store.move(job, (new.id, new.name, new.instance_type))
 
 
-class _Homes:
-    """The endpoints that a user's jobs of a type may run on; during one sweep each pair is asked for once."""
+class _UsableEndpoints:
+    """The endpoints that jobs may run on; of jobs of one user and type they are asked for once."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._found: dict[tuple[str, str], list[Endpoint]] = {}
 
-    async def find(self, owner: str, inference_type: str) -> list[Endpoint]:
-        """The usable endpoints.
+    async def of(self, job: Job) -> list[Endpoint]:
+        """Those for the job.
 
         Raises:
             Unavailable: a service does not answer.
         """
-        pair = (owner, inference_type)
+        pair = (job.owner, job.inference_type)
         if pair not in self._found:
-            user = await self._peers.users.find_user(owner)
-            viewer = Viewer(owner, user.roles if user else [])
-            self._found[pair] = await self._peers.find_endpoints(inference_type, viewer)
+            user = await self._peers.users.find_user(job.owner)
+            viewer = Viewer(job.owner, user.roles if user else [])
+            self._found[pair] = await self._peers.find_endpoints(job.inference_type, viewer)
         return self._found[pair]

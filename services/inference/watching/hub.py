@@ -1,4 +1,4 @@
-"""Where those who hold jobs show how far they are, and those who watch jobs look, on whichever replica each of them is.
+"""Brings the progress of jobs from those who hold them to those who watch them, on whichever replica each of them is.
 
 On one replica both meet in memory. Between replicas go only the jobs that somebody watches elsewhere: a replica
 announces which jobs are watched on it; the one whose worker holds such a job writes its latest state, and the others
@@ -20,7 +20,7 @@ from services.common.errors import Unavailable
 from services.common.notifications import Notifications
 from services.common.tasks import heard
 from services.inference.channels import JOB_ENDED, JOBS_MOVED, JOBS_QUEUED, JOBS_WATCHED
-from services.inference.watching.store import BoardStore, Progress, Standing
+from services.inference.watching.store import Progress, Snapshot, WatchStore
 
 log = structlog.get_logger()
 
@@ -33,10 +33,10 @@ _CLOSED = "the service is stopping; ask again"
 
 
 @dataclass(eq=False)
-class Display:
-    """What is known here of a job that somebody watches. `standing` is None until it was read."""
+class WatchedJob:
+    """What is known here of a job that somebody watches. `snapshot` is None until it was read."""
 
-    standing: Standing | None = None
+    snapshot: Snapshot | None = None
     progress: Progress | None = None
     is_ended: bool = False
     watchers: set[asyncio.Event] = field(default_factory=set)
@@ -48,11 +48,11 @@ class Display:
         self.num_shown += 1
         self.wake()
 
-    def stand(self, standing: Standing | None) -> None:
+    def update(self, snapshot: Snapshot | None) -> None:
         """The database has told something; None: there is no such job any more."""
-        self.standing = standing
-        self.is_ended = standing is None or standing.is_ended
-        if standing is None or (self.progress is not None and self.progress.lease_id != standing.lease_id):
+        self.snapshot = snapshot
+        self.is_ended = snapshot is None or snapshot.is_ended
+        if snapshot is None or (self.progress is not None and self.progress.lease_id != snapshot.lease_id):
             self.progress = None
         self.wake()
 
@@ -77,13 +77,13 @@ class _Held:
     is_watched: bool = False
 
 
-class Board:
+class Hub:
     """The watched and the held jobs of this replica. `run` must be running."""
 
-    def __init__(self, store: BoardStore, notifications: Notifications) -> None:
+    def __init__(self, store: WatchStore, notifications: Notifications) -> None:
         self._store = store
         self._replica = str(uuid4())
-        self._displays: dict[UUID, Display] = {}
+        self._watched_here: dict[UUID, WatchedJob] = {}
         self._held: dict[UUID, _Held] = {}
         self._watched_elsewhere: dict[UUID, float] = {}  # until when
         self._to_announce: set[UUID] = set()
@@ -101,22 +101,22 @@ class Board:
     # --- those who watch ---
 
     @contextmanager
-    def watched(self, job_id: UUID) -> Iterator[tuple[Display, asyncio.Event]]:
-        """The display of a job, and an event that is set when it has changed; who waits for it clears it."""
-        if job_id not in self._displays:
-            self._displays[job_id] = Display()
+    def watch(self, job_id: UUID) -> Iterator[tuple[WatchedJob, asyncio.Event]]:
+        """What is known of a job, and an event that is set when that has changed; who waits for it clears it."""
+        if job_id not in self._watched_here:
+            self._watched_here[job_id] = WatchedJob()
             self._consider(job_id)
             self._to_announce.add(job_id)
-        display, changed = self._displays[job_id], asyncio.Event()
-        display.watchers.add(changed)
+        watched, changed = self._watched_here[job_id], asyncio.Event()
+        watched.watchers.add(changed)
         self._to_look_at.add(job_id)
         self._stir.set()
         try:
-            yield display, changed
+            yield watched, changed
         finally:
-            display.watchers.discard(changed)
-            if not display.watchers:
-                del self._displays[job_id]
+            watched.watchers.discard(changed)
+            if not watched.watchers:
+                del self._watched_here[job_id]
                 self._consider(job_id)
 
     def check_open(self) -> None:
@@ -143,8 +143,8 @@ class Board:
         if held is None or held.progress.lease_id != progress.lease_id:
             return
         held.progress = progress
-        if job_id in self._displays:
-            self._displays[job_id].show(progress)
+        if job_id in self._watched_here:
+            self._watched_here[job_id].show(progress)
         if job_id in self._watched_elsewhere:
             self._to_publish.add(job_id)
             self._stir.set()
@@ -160,7 +160,7 @@ class Board:
         held = self._held.get(job_id)
         if held is None:
             return
-        is_watched = job_id in self._displays or job_id in self._watched_elsewhere
+        is_watched = job_id in self._watched_here or job_id in self._watched_elsewhere
         if is_watched != held.is_watched:
             held.is_watched = is_watched
             held.on_watched(is_watched)
@@ -180,24 +180,24 @@ class Board:
 
     def _hear_moved(self, payload: str) -> None:
         replica, job_ids = _parse(payload)
-        if replica != self._replica and (news := self._displays.keys() & job_ids):
+        if replica != self._replica and (news := self._watched_here.keys() & job_ids):
             self._to_fetch |= news
             self._stir.set()
 
     def _hear_queued(self, payload: str) -> None:
-        for job_id, display in self._displays.items():
-            standing = display.standing  # of those in the queue the next look is soon enough
-            if standing and standing.status == "created" and payload in {"", str(standing.endpoint_id)}:
+        for job_id, watched in self._watched_here.items():
+            snapshot = watched.snapshot  # of those in the queue the next look is soon enough
+            if snapshot and snapshot.status == "created" and payload in {"", str(snapshot.endpoint_id)}:
                 self._to_look_at.add(job_id)
                 self._stir.set()
 
     def _hear_ended(self, payload: str) -> None:
         if not payload:
-            self._to_look_at |= self._displays.keys()
-            self._to_announce |= self._displays.keys()
+            self._to_look_at |= self._watched_here.keys()
+            self._to_announce |= self._watched_here.keys()
             self._stir.set()
-        elif display := self._displays.get(UUID(payload)):
-            display.end()
+        elif watched := self._watched_here.get(UUID(payload)):
+            watched.end()
 
     # --- the loop ---
 
@@ -210,10 +210,10 @@ class Board:
                 await heard(self._stir, _LOOK_SECONDS)
                 now = self._clock()
                 if now >= look_at:
-                    self._to_look_at |= self._displays.keys()
+                    self._to_look_at |= self._watched_here.keys()
                     look_at = now + _LOOK_SECONDS
                 if now >= announce_at:
-                    self._to_announce |= self._displays.keys()
+                    self._to_announce |= self._watched_here.keys()
                     announce_at = now + _ANNOUNCE_SECONDS
                 self._forget(now)
                 try:
@@ -229,10 +229,10 @@ class Board:
 
     async def _carry(self) -> None:
         """Announces what is watched, publishes what moved, fetches what moved elsewhere, looks at the queue."""
-        announced, self._to_announce = self._to_announce & self._displays.keys(), set()
+        announced, self._to_announce = self._to_announce & self._watched_here.keys(), set()
         published, self._to_publish = self._to_publish & self._held.keys(), set()
-        fetched, self._to_fetch = self._to_fetch & self._displays.keys(), set()
-        looked_at, self._to_look_at = self._to_look_at & self._displays.keys(), set()
+        fetched, self._to_fetch = self._to_fetch & self._watched_here.keys(), set()
+        looked_at, self._to_look_at = self._to_look_at & self._watched_here.keys(), set()
         if announced:
             await self._store.announce(self._replica, announced)
         if published:
@@ -241,17 +241,19 @@ class Board:
             )
         if fetched:
             for job_id, progress in (await self._store.fetch(fetched)).items():
-                if (display := self._displays.get(job_id)) and job_id not in self._held:
-                    display.show(progress)
+                if (watched := self._watched_here.get(job_id)) and job_id not in self._held:
+                    watched.show(progress)
         if looked_at:
-            before = {job_id: self._displays[job_id].num_shown for job_id in looked_at if job_id in self._displays}
-            standings = await self._store.standings(looked_at)
+            before = {
+                job_id: self._watched_here[job_id].num_shown for job_id in looked_at if job_id in self._watched_here
+            }
+            snapshots = await self._store.snapshots(looked_at)
             for job_id, num_shown in before.items():
                 # What was shown during the query is newer than its answer.
-                if (display := self._displays.get(job_id)) and (
-                    display.num_shown == num_shown or display.standing is None
+                if (watched := self._watched_here.get(job_id)) and (
+                    watched.num_shown == num_shown or watched.snapshot is None
                 ):
-                    display.stand(standings.get(job_id))
+                    watched.update(snapshots.get(job_id))
 
     def _forget(self, now: float) -> None:
         for job_id in [job_id for job_id, until in self._watched_elsewhere.items() if until <= now]:
@@ -261,8 +263,8 @@ class Board:
     async def _close(self, stopping: asyncio.Event) -> None:
         await stopping.wait()
         self._is_closed = True
-        for display in self._displays.values():
-            display.wake()
+        for watched in self._watched_here.values():
+            watched.wake()
 
 
 def _parse(payload: str) -> tuple[str, set[UUID]]:

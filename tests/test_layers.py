@@ -16,7 +16,7 @@ SERVICES = ("identity", "models", "endpoints", "inference", "training")
 WIRE, SQL, NEVER = ("grpc", "esd"), ("sqlmodel", "sqlalchemy", "psycopg"), ("boto3", "botocore", "torch")
 # Beside files whose names end so: those of a service that speak protos, and those with statements of its stores. The
 # others decide, and know neither; `__main__` puts all together.
-SPEAK = ("servicer.py", "peers.py"), {"authz.py", "relay.py", "scaler.py"}
+SPEAK = ("servicer.py", "peers.py"), {"authz.py", "relay.py", "scaler.py", "session.py"}
 REMEMBER = ("store.py",), {"chores.py", "claim.py", "enqueue.py", "quotas.py", "rows.py", "submissions.py", "table.py"}
 # Outside libraries that only these files of services/common may import.
 OWNERS = {

@@ -31,7 +31,7 @@ from gpu_worker.job import INTERNAL, JobError
 
 log = structlog.get_logger()
 
-NO_MEMORY = "the GPU has not enough memory for this job"
+NO_MEMORY = "the GPU has not enough memory for this job; smaller pictures, or fewer ControlNets, may fit"
 # How long the first call waits for those that came together with its first run.
 _GATHERING_SECONDS = 0.3
 # Of what a stage took, how much counts at the next: costly ones (a picture) and cheap ones (its way home) alternate.

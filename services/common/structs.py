@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
+
+
+def max_values(json: str | bytes) -> int:
+    """The most values that a JSON text can have, without reading it: each but the first has one of these before it."""
+    marks: Iterable[Any] = b",[{" if isinstance(json, bytes) else ",[{"
+    return 1 + sum(json.count(mark) for mark in marks)
+
+
+def num_values(value: Any) -> int:
+    """How many values a JSON value is made of, itself included."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(num_values, inner))
 
 
 def struct(values: Mapping[str, Any]) -> Struct:

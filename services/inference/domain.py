@@ -40,8 +40,9 @@ from services.inference.webhooks.domain import check_webhook
 _KEY_NAMES = KeyNames("InferenceJobId", "createTime")
 _SWEEP_SECONDS = 7.0
 _REMOVE_SECONDS = 20.0  # of a deletion, for which a client waits
-_MAX_PAGE_BYTES = 8 * 2**20  # about; an answer has a bound (services/common/interceptor.py)
-_LINK_BYTES = 1024  # of a picture's URL
+_MAX_PAGE_BYTES = 4 * 2**20  # about; an answer has a bound (services/common/interceptor.py)
+_READ_AT_ONCE = 16  # of a page's jobs, each of which may be a megabyte
+_ITEM_BYTES = 1024  # of a picture's or a model's description
 
 
 @dataclass(frozen=True)
@@ -262,11 +263,9 @@ class Inference:
             return [], None
         owners = [wanted.username] if wanted.username else None if user.sees_everything else [user.name]
         task_type = wanted.task_type or SIMPLE_TASKS[0]
-        jobs = await self._store.page(
-            JobFilter(task_type, owners, wanted.status, wanted.endpoint_name, since, until), size + 1, after
-        )
-        page = _fitting(jobs[:size])
-        last = page[-1] if len(jobs) > len(page) else None
+        kind = JobFilter(task_type, owners, wanted.status, wanted.endpoint_name, since, until)
+        page, has_more = await self._page(kind, size, after)
+        last = page[-1] if has_more else None
         return page, make_key(_KEY_NAMES, last.id, last.create_time, taskType=last.task_type) if last else None
 
     async def delete_jobs(self, job_ids: list[str], user: Viewer) -> None:
@@ -290,6 +289,22 @@ class Inference:
     async def _find(self, job_id: str) -> Job | None:
         parsed = _parse_id(job_id)
         return None if parsed is None else await self._store.get(parsed)
+
+    async def _page(self, kind: JobFilter, size: int, after: tuple[datetime, UUID] | None) -> tuple[list[Job], bool]:
+        """As many jobs as a page has room for, one in any case, and whether there are more."""
+        jobs: list[Job] = []
+        num_bytes = 0
+        while True:
+            found = await self._store.page(kind, _READ_AT_ONCE, after)
+            for job in found:
+                num_items = 1 + len(job.image_names or []) + len(job.models)
+                num_bytes += len((job.payload_string or "").encode()) + _ITEM_BYTES * num_items
+                if len(jobs) == size or (jobs and num_bytes > _MAX_PAGE_BYTES):
+                    return jobs, True
+                jobs.append(job)
+            if len(found) < _READ_AT_ONCE:
+                return jobs, False
+            after = found[-1].create_time, found[-1].id
 
     async def _run(self, job: Job, queue: Callable[[], Any]) -> Job:
         """Queues the job; for a Real-time one waits for the end. Who stops waiting does not stop the job.
@@ -320,16 +335,6 @@ def _submission(draft: Draft, user: Viewer, job: Job) -> Submission | None:
     if not draft.idempotency_key:
         return None
     return Submission(owner=user.name, key=draft.idempotency_key, body_sha256=draft.body_sha256, job_id=job.id)
-
-
-def _fitting(jobs: list[Job]) -> list[Job]:
-    """As many of the first ones as a page has room for; one in any case."""
-    num_bytes = 0
-    for number, job in enumerate(jobs):
-        num_bytes += len((job.payload_string or "").encode()) + _LINK_BYTES * (1 + len(job.image_names or []))
-        if number and num_bytes > _MAX_PAGE_BYTES:
-            return jobs[:number]
-    return jobs
 
 
 def _time(name: str, text: str) -> datetime | None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import InvalidArgument
+from services.common.structs import num_values
 from services.models.rows import CheckpointFile
 
 MAX_PARAMS_BYTES = 64 * 1024
+MAX_PARAMS_VALUES = 1000  # texts are cheap to show, other values are not
 MAX_NAME_BYTES = 255  # of a file on the worker's disk
 _MAX_NUMBERS = 10  # of parts that a sentence lists
 _UNSEEN = {"Cc", "Cf"}  # controls and formats: a terminal obeys some, others turn a name's reading around
@@ -62,7 +64,7 @@ def folder(prefix: str) -> str:
     return path
 
 
-def check_params(params: dict[str, Any]) -> None:
+def check_params(params: dict[str, Any], max_values: int = MAX_PARAMS_VALUES) -> None:
     """Refuses params that are too large to be shown in lists.
 
     Raises:
@@ -73,6 +75,8 @@ def check_params(params: dict[str, Any]) -> None:
         raise InvalidArgument(
             f"params: {len(text.encode())} bytes as JSON are too much, {MAX_PARAMS_BYTES} are allowed"
         )
+    if (number := num_values(params)) > max_values:
+        raise InvalidArgument(f"params: {number} values are too many, {max_values} are allowed")
 
 
 def first_repeated(names: Sequence[str]) -> str | None:

@@ -35,6 +35,7 @@ log = structlog.get_logger()
 
 UPLOAD_URL_SECONDS = 7 * DAY
 PREVIEW_URL_SECONDS = DAY
+_MAX_ITEM_VALUES = 20  # in the params of each file of a dataset, which is shown as a whole
 _KEEP = timedelta(seconds=UPLOAD_URL_SECONDS + HOUR)  # a PUT that begins in time may end later
 _EMPTYING = timedelta(minutes=10)  # for one folder; one request to the store may take minutes before it fails
 
@@ -87,7 +88,7 @@ class Datasets:
         dataset = Dataset(name=name, prefix=folder(prefix), owners=owners, created_at=now, params=params)
         items = []
         for position, file in enumerate(files):
-            check_params(file.params)
+            check_params(file.params, _MAX_ITEM_VALUES)
             key = _folder(name, dataset.prefix) + file_name(file.filename)
             item = DatasetItem(
                 dataset_name=name, key=key, position=position, name=file.name, type=file.type, created_at=now, params={}

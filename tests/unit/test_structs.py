@@ -1,10 +1,13 @@
 """JSON values that came through a Struct."""
 
+import json
 import sys
+from typing import Any
 
+import pytest
 from google.protobuf.struct_pb2 import Struct
 
-from services.common.structs import plain
+from services.common.structs import max_values, num_values, plain
 
 
 def test_numbers_come_back_from_a_struct_as_they_went_in() -> None:
@@ -14,3 +17,12 @@ def test_numbers_come_back_from_a_struct_as_they_went_in() -> None:
     found = plain(struct)
     assert found == payload | {"s_tmax": sys.float_info.max}
     assert isinstance(found["seed"], int)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [({}, 1), ([[], {}, [[]]], 5), ({"a": [1, "b, [c"], "d": {"e": None}}, 6), ("x", 1)]
+)
+def test_values_are_counted_at_any_depth_and_never_fewer_in_text(value: Any, number: int) -> None:
+    assert num_values(value) == number
+    assert max_values(json.dumps(value)) >= number
+    assert max_values(json.dumps(value)) == max_values(json.dumps(value).encode())

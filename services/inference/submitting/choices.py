@@ -88,11 +88,11 @@ class Choices:
         Raises:
             InvalidArgument: one is not there, or not for this user, or there are too many.
         """
-        names = []
+        names: list[tuple[str, str]] = []
         for kind, files in sorted(models.items(), key=_loading_order):
             if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
                 raise InvalidArgument(f"models: {kind} is not a list of file names")
-            names += [(kind, name) for name in files]
+            names += [(kind, name) for name in dict.fromkeys(files)]
         if len(names) > _MAX_MODELS:
             raise InvalidArgument(f"models names {len(names)} files; at most {_MAX_MODELS} are possible")
         real = [(kind, name) for kind, name in names if kind != VAE or name not in PSEUDO_VAES]

@@ -9,11 +9,12 @@ from typing import Any
 
 from services.common import payloads
 from services.common.errors import InvalidArgument
+from services.common.structs import max_values
 
 MAX_BYTES = 64 * 1024 * 1024
-# Of what stands between values, each of which takes some dozen times as much memory as it is long, unless it is a text
-# as pictures are. Four prompts may have a fifth of it.
-_MAX_MARKS = 200_000
+# Each becomes some dozen times as large as it is written, unless it is a text as pictures are. Four prompts may look
+# like a fifth of it.
+_MAX_VALUES = 200_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def check_json(text: str) -> None:
     Raises:
         InvalidArgument: it is not, or has too many values.
     """
-    _check_marks(text)
+    _check_values(text)
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -51,16 +52,13 @@ def check_payload(content: bytes | str, task_type: str, job_id: str) -> CheckedP
     Raises:
         InvalidArgument: the message names each wrong field with its value and what is possible.
     """
-    _check_marks(content)
+    _check_values(content)
     request = payloads.check(task_type, payloads.parse(content), job_id)
     fields = request.model_dump()
     encoded = json.dumps(fields, ensure_ascii=False).encode()
     return CheckedPayload(request, fields, encoded, request.num_images, request.cost_seconds)
 
 
-def _check_marks(content: bytes | str) -> None:
-    marks: Any = (b",", b"[", b"{") if isinstance(content, bytes) else (",", "[", "{")
-    if (num_marks := sum(content.count(mark) for mark in marks)) > _MAX_MARKS:
-        raise InvalidArgument(
-            f"the payload has {num_marks} commas and opening brackets; at most {_MAX_MARKS} are possible"
-        )
+def _check_values(content: bytes | str) -> None:
+    if max_values(content) > _MAX_VALUES:
+        raise InvalidArgument(f"the payload has more than {_MAX_VALUES} commas and opening brackets")

@@ -67,7 +67,7 @@ class World(
     models_pb2_grpc.ModelsServiceServicer,
     identity_pb2_grpc.IdentityServiceServicer,
 ):
-    """What the other services know: endpoints, one checkpoint and the users ann and bob."""
+    """What the other services know: endpoints, one checkpoint under many names and the users ann and bob."""
 
     endpoints: list[endpoints_pb2.Endpoint] = field(default_factory=list)
     checkpoint_id: str = field(default_factory=lambda: str(uuid4()))
@@ -105,7 +105,7 @@ class World(
     async def ResolveCheckpoints(self, request: Any, context: Any) -> models_pb2.ResolveCheckpointsResponse:
         response = models_pb2.ResolveCheckpointsResponse()
         for name in request.names:
-            if (name.type, name.name) == ("Stable-diffusion", "v1-5.safetensors"):
+            if name.type == "Stable-diffusion" and name.name.endswith("v1-5.safetensors"):
                 response.checkpoints.add(
                     id=self.checkpoint_id,
                     type=name.type,

@@ -227,7 +227,11 @@ async def test_a_job_is_refused_in_the_order_of_the_contract(service: Service) -
             "checkpoint with name nor this, type Lora is not found",
         ),
         (None, {"models": {"Lora": "x"}}, "models: Lora is not a list of file names"),
-        (None, {"models": {"Lora": ["x"] * 1001}}, "models names 1001 files; at most 1000 are possible"),
+        (
+            None,
+            {"models": {"Lora": [str(n) for n in range(1001)]}},
+            "models names 1001 files; at most 1000 are possible",
+        ),
         (None, {"payload_string": '{"steps": 0}'}, "steps 0 is out of range"),
         (None, {"payload_string": "{}", "models": {}}, "models names no checkpoint of type Stable-diffusion"),
     ]
@@ -305,9 +309,17 @@ async def test_a_job_is_for_its_owner_and_holders_of_user_all(service: Service) 
     assert (await service.get(receipt.id, webui)).id == receipt.id
 
 
-async def test_a_page_of_jobs_with_long_payloads_ends_before_its_limit(service: Service) -> None:
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"payload_string": json.dumps(LONG)},
+        {"models": {"Stable-diffusion": [f"{n}v1-5.safetensors" for n in range(20)]}},
+    ],
+    ids=["payloads", "models"],
+)
+async def test_a_page_of_large_jobs_ends_before_its_limit(service: Service, large: dict[str, Any]) -> None:
     """1,000 of them would be an answer that is too large to be sent."""
-    ids = [(await service.create(payload_string=json.dumps(LONG))).inference_id for _ in range(3)]
+    ids = [job.inference_id or job.id for job in [await service.create(**large) for _ in range(3)]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(domain, "_MAX_PAGE_BYTES", 50_000)
         found, key = [], ""

@@ -130,6 +130,10 @@ async def test_five_hundred_files_are_taken_and_one_more_is_not(models: Running)
         ({"content": []}, 'missing required properties (["content"])'),
         ({"content": [{"filename": "a", "name": "a", "type": "t"}]}, "content[0]: object has missing required pr"),
         ({"content": [{"filename": "a/b", "name": "a", "type": "t", "params": {}}]}, "content[0].filename"),
+        (
+            {"content": [{"filename": "a", "name": "a", "type": "t", "params": {"n": [1] * 20}}]},
+            "params: 22 values are too many, 20 are allowed",
+        ),
         ({"content": [{"filename": "..", "name": "a", "type": "t", "params": {}}]}, '".." cannot be'),
         ({"content": [{"filename": "x" * 256, "name": "a", "type": "t", "params": {}}]}, "too long"),
         ({"content": [{"filename": "a", "name": "a", "type": "t", "params": {"x": "y" * 70_000}}]}, "65536 are"),

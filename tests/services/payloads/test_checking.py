@@ -216,9 +216,9 @@ def test_what_is_no_json_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ['{"x": [' + "0," * 200_000 + "0]}", "[" * 200_001, '{"x": [{' + "{" * 200_000])
 def test_json_of_more_values_than_any_payload_needs_is_not_read(text: str) -> None:
     for content in (text, text.encode()):
-        with pytest.raises(InvalidArgument, match="commas and opening brackets; at most 200000 are possible"):
+        with pytest.raises(InvalidArgument, match="the payload has more than 200000 commas"):
             check_payload(content, "txt2img", JOB)
-    with pytest.raises(InvalidArgument, match="at most 200000 are possible"):
+    with pytest.raises(InvalidArgument, match="the payload has more than 200000 commas"):
         check_json(text)
 
 

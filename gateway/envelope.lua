@@ -87,6 +87,10 @@ local TYPES = {
 -- The transcoder's refusals of a body, which speak of protobuf, in words of JSON. Any other error stays as it is.
 local function in_json_words(text)
   if not starts(text, '{"message":"') then return text end
+  -- The parser's sentence, then where it stopped, with a caret below.
+  text = text:gsub('^{"message":"([^"\\]+%.)(\\[nu].-%^",)', '{"message":"the body is not valid JSON: %1%2')
+  text = text:gsub('^{"message":": invalid value oneof field \'[%w_]+\' is already set%. Cannot set \'([%w_]+)\'.-",',
+    '{"message":"%1 stands twice in the body",')
   text = text:gsub('^{"message":": Root element must be a message%.', '{"message":"the body must be a JSON object')
   text = text:gsub('^{"message":": Proto field is not repeating, cannot start list%.',
     '{"message":"a list stands where a single value is wanted')

@@ -121,11 +121,18 @@ async def test_an_unknown_route_or_method_is_404(gateway: Gateway, method: str, 
     check_error(await gateway.client.request(method, path), 404, "Not Found")
 
 
-async def test_bad_json_is_400_and_says_so(gateway: Gateway) -> None:
-    response = await gateway.client.post("/roles", content=b'{"role_name": ')
-    assert response.status_code == response.json()["statusCode"] == 400
-    assert response.json()["message"]
-    check_headers(response)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"role_name": ', "the body is not valid JSON: Unexpected end of string. Expected a value.\n\n^"),
+        (b"role_name=a", "the body is not valid JSON: Unexpected token.\nrole_name=a\n^"),
+        (b'{"role_name": "C:\\u"}', 'the body is not valid JSON: Illegal hex string.\n\\u"}\n^'),
+        (b"\x1f\x8b", "the body is not valid JSON: Encountered non UTF-8 code points.\n\x1f\x8b\n^"),
+        (b'{"role_name": "a", "role_name": "b"}', "role_name stands twice in the body"),
+    ],
+)
+async def test_bad_json_is_400_and_says_so(gateway: Gateway, content: bytes, said: str) -> None:
+    check_error(await gateway.client.post("/roles", content=content), 400, said)
 
 
 async def test_a_value_of_the_wrong_type_is_400(gateway: Gateway) -> None:

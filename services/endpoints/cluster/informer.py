@@ -20,7 +20,7 @@ from services.endpoints.cluster.pods import MANAGED, OWNER
 
 log = structlog.get_logger()
 
-_WATCH_SECONDS = 300  # then it begins anew: a watch whose connection died silently is noticed
+_WATCH_SECONDS = 300  # then the API server ends it; one whose connection died silently is given up a little later
 _RETRY_SECONDS = 1.0
 _FRESH_SECONDS = 5.0
 
@@ -80,6 +80,7 @@ class Informer:
                 label_selector=MANAGED,
                 resource_version=listed.metadata.resource_version,
                 timeout_seconds=_WATCH_SECONDS,
+                _request_timeout=_WATCH_SECONDS + TIMEOUT_SECONDS,
             )
             async for event in stream:
                 if event["type"] == "DELETED":

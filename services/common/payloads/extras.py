@@ -80,11 +80,17 @@ class Upscale(Edit):
         return [(field, name) for field, name in named if name not in PIXEL_UPSCALERS]
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """The size that a picture is scaled to: whole multiples of 8, and at least what was asked for."""
-        factor = self.upscaling_resize
+        """The size that a picture is scaled to: whole multiples of 8, and at least a size that was asked for."""
+        factor, least = self.upscaling_resize, (8, 8)
         if self.resize_mode == TO_SIZE:
-            factor = max(self.upscaling_resize_w / width, self.upscaling_resize_h / height)
-        return max(8, int(width * factor) // 8 * 8), max(8, int(height * factor) // 8 * 8)
+            least = self.upscaling_resize_w, self.upscaling_resize_h
+            factor = max(least[0] / width, least[1] / height)
+        # A1111 rounds down here too, and leaves a black edge where a side is not a multiple of 8.
+        wide, high = (
+            max(int(side * factor) // 8, -(-wanted // 8)) * 8
+            for side, wanted in zip((width, height), least, strict=True)
+        )
+        return wide, high
 
 
 class UpscaleOne(Upscale):

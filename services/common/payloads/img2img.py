@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from services.common.payloads import pictures
+from services.common.payloads import pictures, plots
 from services.common.payloads.generation import MAX_STRENGTH, Generation, stretched
 
 JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL, LATENT_UPSCALE = range(4)
@@ -66,8 +66,10 @@ class Img2Img(Generation):
         return mask or None
 
     @model_validator(mode="after")
-    def _steps_possible(self) -> Img2Img:
+    def _possible(self) -> Img2Img:
         _ = self.schedule_steps
+        if self.plot is not None and len(self.init_images) > 1:
+            raise ValueError(f"{plots.SCRIPT}: it paints on one picture, and init_images has {len(self.init_images)}")
         return self
 
     @property

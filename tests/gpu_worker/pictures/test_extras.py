@@ -36,6 +36,13 @@ def test_a_picture_is_made_larger_by_a_factor_or_to_a_size(name: str, resampling
     assert found.size == (128, 96)
 
 
+def test_a_picture_fills_a_size_that_is_no_multiple_of_8() -> None:
+    white = Image.new("RGB", (100, 50), "white")
+    size = {"resize_mode": 1, "upscaling_resize_w": 500, "upscaling_resize_h": 250}
+    found = edited("extra-single-image", image=encoded(white), upscaler_1="Nearest", **size)
+    assert same(found, Image.new("RGB", (500, 250), "white"))
+
+
 def test_two_upscalers_are_blended_and_none_leaves_the_picture() -> None:
     image = noise(64, 48)
     both = {"upscaler_1": "Lanczos", "upscaler_2": "Nearest", "extras_upscaler_2_visibility": 0.25}

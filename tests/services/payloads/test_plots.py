@@ -135,6 +135,12 @@ def test_what_cannot_be_had_is_refused(axes: list[Any], sentence: str) -> None:
     assert sentence in str(refused.value)
 
 
+def test_a_plot_paints_on_one_picture() -> None:
+    pictures = [encoded(noise()), encoded(noise(seed=2))]
+    with pytest.raises(InvalidArgument, match="x/y/z plot: it paints on one picture, and init_images has 2"):
+        plotted((4, "2,3"), task="img2img", fields={"init_images": pictures})
+
+
 def test_a_grid_of_too_many_pixels_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="the grid has 83886080 pixels; at most 67108864 are possible"):
         plotted((1, "1-20"), fields={"width": 2048, "height": 2048})

@@ -35,6 +35,7 @@ class TrainingSettings(ServiceSettings):
     models_address: Address
     endpoints_address: Address
     training_max_hours: float = Field(0.0, ge=0.0, description="hours that a training may take; 0: any number")
+    max_trainings_per_user: int = Field(100, ge=0, description="of one user that wait or run; 0: any number")
 
 
 async def main() -> None:
@@ -49,7 +50,8 @@ async def main() -> None:
     notifications, blobs = Notifications(), Blobs(load(BlobSettings))
     store, trainer_store = TrainingStore(database), TrainerStore(database)
     control = ControlLoop(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
-    trainings = Trainings(store, blobs, models, control, round(settings.training_max_hours * 3600))
+    max_seconds = round(settings.training_max_hours * 3600)
+    trainings = Trainings(store, blobs, models, control, max_seconds, settings.max_trainings_per_user)
     verifier = Verifier.from_file(settings.verifying_key_file, audience="training")
     server = Server(settings.listen, verifier, token_review(channel(settings.identity_address, tokens)))
     watching = Watching(trainings, store, notifications, server.stopping)

@@ -37,16 +37,24 @@ class Inputs:
 
 
 class Trainings:
-    """Trainings as their users see them. `max_seconds` is the most that one may take; 0: any."""
+    """Trainings as their users see them. `max_seconds` is the most that one may take, `max_per_user` how many of one
+    user may wait or run; 0: any."""
 
     def __init__(
-        self, store: TrainingStore, blobs: Blobs, models: Models, control: ControlLoop, max_seconds: int = 0
+        self,
+        store: TrainingStore,
+        blobs: Blobs,
+        models: Models,
+        control: ControlLoop,
+        max_seconds: int = 0,
+        max_per_user: int = 0,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._models = models
         self._control = control
         self._max_seconds = max_seconds
+        self._max_per_user = max_per_user
 
     def input_location(self, training: Training) -> str:
         """The folder of the configuration, `s3://…`."""
@@ -66,8 +74,9 @@ class Trainings:
         """Begins a training: its name is taken, its configuration written, its task asked for.
 
         Raises:
-            InvalidArgument: something of the request is wrong. FailedPrecondition: the name is in use. Unavailable:
-            another service does not answer. Nothing is left then, once the others answer again.
+            InvalidArgument: something of the request is wrong. FailedPrecondition: the name is in use.
+            ResourceExhausted: the user has too many. Unavailable: another service does not answer. Nothing is left
+            then, once the others answer again.
         """
         check_type(lora_train_type)
         wish = read_wish(params)
@@ -91,7 +100,7 @@ class Trainings:
         training.params = shown_params(
             wish, config, inputs.s3_model_path, inputs.s3_data_path, self._blobs.url(toml_key)
         )
-        await self._store.add(training)
+        await self._store.add(training, self._max_per_user)
         try:
             await self._models.create_checkpoint(str(training_id), training.last_file, user)
             await self._blobs.put(toml_key, toml.encode())

@@ -91,7 +91,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):
 
 
 def _user() -> Viewer:
-    return Viewer.of(current_caller(), anonymous_sees_everything=True)
+    return Viewer.of(current_caller())
 
 
 def _created(training: Training) -> str:

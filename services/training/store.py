@@ -12,12 +12,14 @@ from sqlalchemy import func, select, tuple_
 from sqlmodel import col
 
 from services.common.database import Database, notify
-from services.common.errors import Unavailable
+from services.common.errors import ResourceExhausted, Unavailable
 from services.common.leftovers import leave_behind
 from services.training.channels import TRAINING_MOVED, TRAININGS_DUE
 from services.training.rows import Event, Metric, Training
 
 _MAX_EVENTS = 500  # that are read at once
+_LOCK = 0x74726E73  # for advisory locks by owner: their trainings are counted one request at a time
+_RETRY_SECONDS = 60  # of an owner with too many; nobody knows when one ends
 
 
 class TrainingStore:
@@ -26,9 +28,20 @@ class TrainingStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add(self, training: Training) -> None:
-        """Adds a training that has not begun."""
+    async def add(self, training: Training, max_unfinished: int) -> None:
+        """Adds a training that has not begun.
+
+        Raises:
+            ResourceExhausted: as many of its owner have not ended as may (0: any number).
+        """
+        unfinished = select(func.count()).where(col(Training.owner) == training.owner, col(Training.outcome).is_(None))
         async with self._database.transaction() as session:
+            await session.execute(select(func.pg_advisory_xact_lock(_LOCK, func.hashtext(training.owner))))
+            if 0 < max_unfinished <= (number := (await session.execute(unfinished)).scalar_one()):
+                raise ResourceExhausted(
+                    f"{number} trainings of {training.owner} have not ended; at most {max_unfinished} are possible",
+                    retry_after_seconds=_RETRY_SECONDS,
+                )
             session.add(training)
 
     async def begin(self, training_id: UUID) -> None:

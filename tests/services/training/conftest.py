@@ -332,7 +332,7 @@ async def service(
         models, tasks, notifications = Models(known), Tasks(known), Notifications()
         store, trainer_store = TrainingStore(database), TrainerStore(database)
         control = ControlLoop(store, trainer_store, LeftoverStore(database), blobs, models, tasks, notifications)
-        trainings = Trainings(store, blobs, models, control, max_seconds=7200)
+        trainings = Trainings(store, blobs, models, control, max_seconds=7200, max_per_user=3)
 
         def add_servicers(server: grpc.aio.Server) -> None:
             watching = Watching(trainings, store, notifications, stopping)

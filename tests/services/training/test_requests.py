@@ -194,6 +194,19 @@ async def test_a_name_in_use_is_refused(service: Service) -> None:
     assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, "same.safetensors already exists")
 
 
+async def test_a_user_has_so_many_trainings_that_have_not_ended(service: Service) -> None:
+    first, *_ = [await service.create(service.document(output_name=f"t{number}")) for number in range(3)]
+    code, details = await service.refused(service.document(output_name="t3"))
+    assert (code, details) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "3 trainings of ann have not ended; at most 3 are possible",
+    )
+    assert "t3.safetensors" not in service.world.names
+    assert await service.create(service.document(output_name="t3"), metadata=service.user("root", "user:all"))
+    await service.stub.StopTrainingJob(pb.StopTrainingJobRequest(job_id=first.id), metadata=service.user())
+    assert await service.create(service.document(output_name="t4"))
+
+
 async def test_without_compute_nothing_is_left_once_it_is_back(service: Service) -> None:
     service.world.is_away = True
     code, _ = await service.refused(service.document(output_name="gone"))

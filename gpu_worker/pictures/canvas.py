@@ -35,7 +35,7 @@ class Canvas:
     There are none in txt2img.
 
     `mask` is the part to paint anew at the job's size, (height, width) in 0..1; `overlays` are what stays of the
-    originals, and `box` is the part of them that was painted; None: all of it.
+    originals, and `box` is the part of the first one, and as large a part of the others, that was painted; None: all.
     """
 
     pictures: list[Pixels] = field(default_factory=list)
@@ -61,8 +61,10 @@ class Canvas:
         overlay = self.overlays[row % len(self.overlays)]
         painted = Image.fromarray(pixels)
         if self.box is not None:
-            left, top, right, bottom = self.box
-            painted = resized(painted, CROP_AND_RESIZE, right - left, bottom - top)
+            wider, higher = (own / first for own, first in zip(overlay.size, self.overlays[0].size, strict=True))
+            left, right = (round(edge * wider) for edge in self.box[::2])
+            top, bottom = (round(edge * higher) for edge in self.box[1::2])
+            painted = resized(painted, CROP_AND_RESIZE, max(1, right - left), max(1, bottom - top))
             whole = Image.new("RGB", overlay.size)
             whole.paste(painted, (left, top))
             painted = whole

@@ -96,6 +96,22 @@ def test_only_the_masked_part_is_enlarged_and_put_back_where_it_was() -> None:
     assert np.array_equal(found, np.asarray(image))
 
 
+def test_the_part_of_a_picture_of_another_size_is_put_back_where_it_was_too() -> None:
+    images = [noise(), noise(128, 256)]
+    given = {"init_images": [encoded(image) for image in images], "mask": encoded(mask((0, 0, 16, 16)))}
+    painted = canvas(**given, inpainting_fill=1)
+    assert painted.box == (0, 0, 16, 16)
+    assert np.array_equal(
+        painted.pictures[1],
+        np.asarray(images[1].resize((64, 64)).crop((0, 0, 16, 16)).resize((64, 64), Image.Resampling.LANCZOS)),
+    )
+    found = painted.finished(np.full((64, 64, 3), 255, dtype=np.uint8), 1)
+    expected = images[1].copy()
+    expected.paste("white", (0, 0, 32, 64))
+    assert np.array_equal(found[:60, :30], np.asarray(expected)[:60, :30])
+    assert np.array_equal(found[68:, 34:], np.asarray(expected)[68:, 34:])
+
+
 def test_a_part_at_the_pictures_edge_stays_within_it() -> None:
     found = canvas(init_images=[encoded(noise(100, 40))], mask=encoded(mask((90, 0, 100, 40), 100, 40)))
     assert found.box == (60, 0, 100, 40)

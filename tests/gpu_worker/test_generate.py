@@ -193,11 +193,11 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
 async def test_a_network_counts_though_an_embedding_has_its_name(
     generate: Any, store: ObjectStore, make_spec: Any
 ) -> None:
-    """Clients send all embeddings there are; a tag alone brings in the one of its name."""
-    spec, plain = make_spec(prompt="a cat <lora:style:1>"), make_spec(prompt="a cat")
+    """Clients send all embeddings there are."""
+    spec, plain = make_spec(prompt="a cat style<lora:style:1>"), make_spec(prompt="a cat style")
     add_model(spec, store, "Lora", "style.safetensors", tiny_lora.state())
-    add_model(spec, store, "embeddings", "style.pt", {"emb_params": torch.ones(2, 32)})
     for each in (spec, plain):
+        add_model(each, store, "embeddings", "style.pt", {"emb_params": torch.ones(2, 32)})
         assert (await generate(each))[-1].HasField("done")
     one, other = (Image.open(io.BytesIO(store.objects[f"{each.job_id}/image_0.png"])) for each in (spec, plain))
     assert one.tobytes() != other.tobytes()

@@ -254,8 +254,8 @@ class Generation(Payload):
 
     @property
     def all_text(self) -> str:
-        """The prompts of all passes."""
-        return f"{self.prompt} {self.negative_prompt}"
+        """The prompts of all passes, without tags."""
+        return f"{prompts.read(self.prompt).text} {self.negative_text}"
 
     def echo(self) -> dict[str, Any]:
         """Without the pictures: they are large, and their owner has them."""

@@ -56,9 +56,18 @@ def _used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     found += [find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
     for index, unit in enumerate(request.controlnet):
         found.append(find(models, CONTROLNET, unit.model, f"controlnet unit {index}"))
-    texts = request.all_text.lower()
-    found += [index for index, (kind, name) in enumerate(models) if kind == EMBEDDING and stem(name).lower() in texts]
+    text = request.all_text.lower()
+    found += [i for i, (kind, name) in enumerate(models) if kind == EMBEDDING and _is_said(stem(name).lower(), text)]
     return found
+
+
+def _is_said(word: str, text: str) -> bool:
+    """Whether a text has a word that is no part of a longer one, as tokens have it."""
+    if word not in text:
+        return False
+    before = r"(?<![^\W\d_])" if word[0].isalpha() else ""
+    after = r"(?![^\W\d_])" if word[-1].isalpha() else ""
+    return re.search(before + re.escape(word) + after, text) is not None
 
 
 @lru_cache(maxsize=4096)  # each name is asked for by each of a plot's cells

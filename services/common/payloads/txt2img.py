@@ -153,8 +153,9 @@ class Txt2Img(Generation):
 
     @property
     def all_text(self) -> str:
-        """The prompts of both passes."""
-        return f"{super().all_text} {self.hr_prompt} {self.hr_negative_prompt}"
+        """The prompts of both passes, without tags."""
+        second = self.second_pass
+        return f"{super().all_text} {second.all_text}" if second else super().all_text
 
     @property
     def num_pixels(self) -> int:

@@ -151,6 +151,21 @@ def names(**fields: Any) -> list[str]:
     return [MODELS[index][1] for index in used(check("txt2img", fields, "job"), MODELS)]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "is_used"),
+    [
+        ("a cat, (badHands:1.2)", True),
+        ("badhands2", True),
+        ("badhandsome", False),
+        ("abadhands", False),
+        ("<hypernet:badhands:1>", False),
+    ],
+)
+def test_an_embedding_is_used_where_its_name_is_a_word(prompt: str, is_used: bool) -> None:
+    assert ("BadHands.pt" in names(prompt=prompt)) == is_used
+    assert ("BadHands.pt" in names(enable_hr=True, hr_negative_prompt=prompt)) == is_used
+
+
 def test_a_request_uses_the_models_that_it_names() -> None:
     assert names() == ["v1-5.safetensors", "ft-mse.safetensors"]
     assert names(override_settings={"sd_vae": "None"}) == ["v1-5.safetensors"]

@@ -215,5 +215,5 @@ def draw(client: Client, kind: str, checkpoint: str, picture: Picture, folder: P
         raise DemoFailed(f"job {created['id']} failed: {job['sagemakerRaw']}")
     urls = [*job["img_presigned_urls"], *job["output_presigned_urls"]]
     files = [client.download(url, folder) for url in urls]
-    console.print(f"{kind} job done: " + ", ".join(str(file) for file in files))
+    console.print(f"{kind} job done: " + ", ".join(str(file) for file in files), soft_wrap=True)
     return files

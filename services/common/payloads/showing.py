@@ -44,7 +44,8 @@ def sentence(problem: Any, model: type[BaseModel]) -> str:
         return f"{name} {value} is not a multiple of {problem['ctx']['multiple_of']}"
     if problem["type"] in {"model_type", "model_attributes_type"}:
         return f"{name} {value}: an object is wanted"
-    return f"{name} {value}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    said = problem["msg"].replace(" after validation", "")
+    return f"{name} {value}: {said[:1].lower()}{said[1:]}"
 
 
 def path_of(location: Sequence[str | int]) -> str:

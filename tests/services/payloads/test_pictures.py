@@ -55,7 +55,7 @@ PNG = encoded(PICTURE)
         ({"init_images": [many_scans(1000)]}, "scans; at most 100 are possible"),
         ({"init_images": [PNG], "mask": bomb(100000, 1000)}, "mask has 100000x1000 pixels"),
         ({"init_images": [PNG], "mask": "nonsense!"}, "mask is not base64"),
-        ({"init_images": []}, "init_images []: list should have at least 1 item"),
+        ({"init_images": []}, "init_images []: list should have at least 1 item, not 0"),
         ({}, "init_images is missing"),
         ({"init_images": [PNG] * 9}, "init_images"),
         ({"init_images": [3]}, "init_images[0] 3: input should be a valid string"),

@@ -1,10 +1,11 @@
 """Speed and memory of training, beside a plain loop of diffusers and peft in the same run.
 
-    python -m tests.bench.training [--device cuda] [--out DIR] [--seconds-budget N]
+    python -m tests.bench.training [--device cuda [--tiny]] [--out DIR] [--seconds-budget N]
 
 On the CPU with tiny models. On a GPU models have the full size of Stable Diffusion 1.5 and SDXL, and random weights:
-nothing comes from the network. Each part has a limit on its time and is guarded by itself; DIR/training.json is written
-after each figure. It needs the worker's own packages.
+nothing comes from the network. With `--tiny` the parts for a GPU run to their ends with tiny models on the CPU. Each
+part is guarded by itself, and DIR/training.json is written after each measurement: whatever ends the program, or the
+time, leaves what was measured before. It needs the worker's own packages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter, truediv
@@ -41,28 +42,37 @@ class Report:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         self._path = out / "training.json" if out is not None else None
-        self._ends_at = time.monotonic() + seconds_budget
+        self.ends_at = time.monotonic() + seconds_budget
         self._rows: list[dict[str, Any]] = []
 
     @property
     def seconds_left(self) -> float:
         """Of the budget."""
-        return self._ends_at - time.monotonic()
+        return self.ends_at - time.monotonic()
 
-    def attempt(self, what: str, needs_seconds: float, measure: Callable[[], dict[str, Any]]) -> None:
-        """Adds the figures of a part. One that fails, or has no time, costs its own figures only."""
+    def attempt(self, what: str, needs_seconds: float, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Adds the figures of a part, of which `measure` yields better and better ones; the last before the time is up
+        stay. One that fails, or has no time, costs its own figures only."""
         began = time.monotonic()
-        if self.seconds_left < needs_seconds:
-            found: dict[str, Any] = {"skipped": f"{self.seconds_left:.0f} s were left"}
-        else:
-            try:
-                found = measure()
-            except Exception as error:
-                traceback.print_exc()
-                found = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        free()
-        row = {"what": what, "seconds": round(time.monotonic() - began, 1), **found}
+        row: dict[str, Any] = {"what": what}
         self._rows.append(row)
+        try:
+            if self.seconds_left < needs_seconds:
+                row["skipped"] = f"{self.seconds_left:.0f} s were left"
+            else:
+                for found in measure():
+                    row |= {"seconds": round(time.monotonic() - began, 1), **found}
+                    self._tell(row)
+                    if self.seconds_left <= 0:
+                        break
+        except Exception as error:
+            traceback.print_exc()
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        if row.keys() & {"skipped", "failed"}:
+            self._tell(row)
+        free()
+
+    def _tell(self, row: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)
         if self._path is not None:
             self._path.write_text(json.dumps({"machine": machine(), "rows": self._rows}, indent=1))
@@ -109,35 +119,39 @@ def rate(step: Step, num_steps: int) -> float:
 
 def compare(
     family: str, side: int, batch_size: int, dtype: torch.dtype, num_steps: int, device: str, **keys: Any
-) -> dict[str, Any]:
-    """Both loops with models of their own, in turn."""
+) -> Iterator[dict[str, Any]]:
+    """Both loops with models of their own, in turn: what is known after each turn."""
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
 
     def warm(make: Callable[..., Step]) -> Step:
         models = models_of(family, device, dtype)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # they are made in fp32, which may take more than a step does
         step = make(models, batch_of(models, side, batch_size), **keys)
         for _ in range(_WARM_STEPS):
             step()
         return step
 
     measure = cuda_peak if device == "cuda" else cpu_peak
-    for name, make in (("plain", plain), ("ours", ours)):
+    for name, make in (("ours", ours), ("plain", plain)):
         free()
         steps[name], peaks[name] = measure(partial(warm, make))
+        if name == "ours":  # whatever becomes of the other one
+            yield {"steps_per_second": {name: round(rate(steps[name], num_steps), 3)}, "peak_bytes": peaks}
     for _ in range(_NUM_RUNS):
         for name, step in steps.items():
             rates[name].append(rate(step, num_steps))
-    return compared(rates) | {
-        "images_per_second": round(statistics.median(rates["ours"]) * batch_size, 2),
-        "peak_bytes": peaks,
-        "memory_ratio": round(peaks["ours"] / peaks["plain"], 3),
-    }
+        yield compared(rates) | {
+            "images_per_second": round(statistics.median(rates["ours"]) * batch_size, 2),
+            "peak_bytes": peaks,
+            "memory_ratio": round(peaks["ours"] / peaks["plain"], 3),
+        }
 
 
 def cuda_peak(make: Callable[[], Step]) -> tuple[Step, int]:
-    """What `make` answers, and the most bytes that its tensors took meanwhile, as the GPU's allocator counts them."""
+    """What `make` answers, and the most bytes that its tensors took, as the GPU's allocator counts them."""
     before = torch.cuda.memory_allocated()
     made = make()
     wait()
@@ -158,7 +172,7 @@ def cpu_peak(make: Callable[[], Step]) -> tuple[Step, int]:
 
 def alone(
     family: str, side: int, batch_size: int, dtype: torch.dtype, num_steps: int, device: str, **keys: Any
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """The trainer's loop alone, with other keys."""
     models = models_of(family, device, dtype)
     step = ours(models, batch_of(models, side, batch_size), **keys)
@@ -166,19 +180,19 @@ def alone(
         step()
     found = [rate(step, num_steps) for _ in range(3)]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return {"steps_per_second": round(statistics.median(found), 3), "peak_bytes": peak}
+    yield {"steps_per_second": round(statistics.median(found), 3), "peak_bytes": peak}
 
 
-def learns(family: str, side: int, dtype: torch.dtype, device: str, **keys: Any) -> dict[str, Any]:
+def learns(family: str, side: int, dtype: torch.dtype, device: str, **keys: Any) -> Iterator[dict[str, Any]]:
     """Whether a batch that is seen again and again is learned: the mean loss of the first and of the last 20 steps."""
     models = models_of(family, device, dtype)
     step = ours(models, batch_of(models, side, 2), unet_lr=1e-3, text_encoder_lr=1e-4, min_timestep=300, **keys)
     losses = [step() for _ in range(100)][1:]
     first, last = statistics.mean(losses[:20]), statistics.mean(losses[-20:])
-    return {"first": round(first, 4), "last": round(last, 4), "falls": last < first}
+    yield {"first": round(first, 4), "last": round(last, 4), "falls": last < first}
 
 
-def compare_whole(num_steps: int) -> dict[str, Any]:
+def compare_whole(num_steps: int) -> Iterator[dict[str, Any]]:
     """Whole trainings of a tiny checkpoint on the CPU, curves for TensorBoard included, in turn with as many steps of
     the plain loop."""
     models = models_of("tiny", "cpu", torch.float32)
@@ -188,7 +202,7 @@ def compare_whole(num_steps: int) -> dict[str, Any]:
     for _ in range(_NUM_RUNS):
         rates["plain"].append(rate(step, num_steps))
         rates["ours"].append(rate_of_whole(_WARM_STEPS, num_steps))
-    return compared(rates)
+        yield compared(rates)
 
 
 def compared(rates: dict[str, list[float]]) -> dict[str, Any]:
@@ -205,45 +219,53 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="the parts for a GPU, with tiny models on the CPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds-budget", type=float, default=240)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    report = Report(options.out, options.seconds_budget)
+    if options.tiny or options.device == "cpu":
+        torch.set_num_threads(1)  # with tiny models more gain nothing, and wait for cores that somebody else has
     if options.device == "cuda":
-        on_gpu(Report(options.out, options.seconds_budget))
+        on_gpu(report, options.tiny)
     else:
-        on_cpu(Report(options.out, options.seconds_budget))
+        on_cpu(report)
 
 
 def on_cpu(report: Report) -> None:
-    """Tiny models, on one thread: more gain nothing with them, and wait for cores that somebody else has."""
-    torch.set_num_threads(1)
+    """Tiny models."""
     report.attempt("tiny SD1.5 64x64 batch 4", 60, lambda: compare("tiny", 64, 4, torch.float32, 20, "cpu"))
     report.attempt("tiny SD1.5 64x64 batch 4, whole trainings", 60, lambda: compare_whole(20))
-    report.attempt("a whole tiny training", 20, lambda: whole("cpu", "no"))
+    report.attempt("a whole tiny training", 20, lambda: [whole("cpu", "no")])
 
 
-def on_gpu(report: Report) -> None:
-    """Models of full size."""
-    half, device = torch.float16, "cuda"
+def on_gpu(report: Report, tiny: bool) -> None:
+    """Models of full size, or tiny ones in their place."""
+    device = "cpu" if tiny else "cuda"
+    half, bfloat = (torch.float32, torch.float32) if tiny else (torch.float16, torch.bfloat16)
     loha = {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"], "network_dim": 4}
     checkpointing, small_optimizer = {"gradient_checkpointing": True}, {"optimizer_type": "AdamW8bit"}
-    parts: list[tuple[str, float, Callable[[], dict[str, Any]]]] = [
-        ("SDXL 1024x1024 batch 1, fp16", 50, lambda: compare("sdxl", 1024, 1, half, 3, device)),
-        ("SD1.5 512x512 batch 4, fp16", 25, lambda: compare("sd15", 512, 4, half, 8, device)),
-        ("a whole tiny training, fp16", 15, lambda: whole(device, "fp16")),
+
+    def size(family: str, side: int) -> tuple[str, int]:
+        return ("tiny", 64) if tiny else (family, side)
+
+    parts: list[tuple[str, float, Callable[[], Iterable[dict[str, Any]]]]] = [
+        ("SDXL 1024x1024 batch 1, fp16", 30, lambda: compare(*size("sdxl", 1024), 1, half, 3, device)),
+        ("SD1.5 512x512 batch 4, fp16", 25, lambda: compare(*size("sd15", 512), 4, half, 8, device)),
+        ("a whole tiny training, fp16", 15, lambda: [whole(device, "fp16")]),
         (
             "SDXL 1024x1024 batch 1, bf16, checkpointing",
             20,
-            lambda: alone("sdxl", 1024, 1, torch.bfloat16, 6, device, **checkpointing),
+            lambda: alone(*size("sdxl", 1024), 1, bfloat, 6, device, **checkpointing),
         ),
         (
             "SD1.5 512x512 batch 4, fp16, AdamW8bit",
             15,
-            lambda: alone("sd15", 512, 4, half, 8, device, **small_optimizer),
+            lambda: alone(*size("sd15", 512), 4, half, 8, device, **small_optimizer),
         ),
-        ("SD1.5 256x256 learns, fp16", 15, lambda: learns("sd15", 256, half, device)),
-        ("a whole tiny training, bf16, LoHa", 10, lambda: whole(device, "bf16", **loha)),
+        ("SD1.5 256x256 learns, fp16", 15, lambda: learns(*size("sd15", 256), half, device)),
+        ("a whole tiny training, bf16, LoHa", 10, lambda: [whole(device, "bf16", **loha)]),
     ]
     for what, needs_seconds, measure in parts:
         report.attempt(what, needs_seconds, measure)

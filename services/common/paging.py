@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 from uuid import UUID
 
 from services.common.errors import InvalidArgument
@@ -16,6 +17,7 @@ from services.common.times import parse_time, time_text
 
 DEFAULT_LIMIT = 10
 MAX_LIMIT = 1000
+T = TypeVar("T")
 
 
 class KeyNames(NamedTuple):
@@ -44,8 +46,13 @@ def make_key(names: KeyNames, row_id: UUID | str, time: datetime, **others: str)
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
 
 
-def parse_key(names: KeyNames, key: str) -> tuple[datetime, UUID] | None:
-    """The time and id of the row that a page comes after; None without a key.
+@overload
+def parse_key(names: KeyNames, key: str) -> tuple[datetime, UUID] | None: ...
+@overload
+def parse_key(names: KeyNames, key: str, parse_id: Callable[[str], T]) -> tuple[datetime, T] | None: ...
+def parse_key(names: KeyNames, key: str, parse_id: Callable[[str], Any] = UUID) -> tuple[datetime, Any] | None:
+    """The time and id of the row that a page comes after; None without a key. `parse_id` raises ValueError for what is
+    no id.
 
     Raises:
         InvalidArgument: it is no key of such a list.
@@ -54,6 +61,6 @@ def parse_key(names: KeyNames, key: str) -> tuple[datetime, UUID] | None:
         return None
     try:
         fields = json.loads(base64.b64decode(key, altchars=b"-_", validate=True))
-        return parse_time(fields[names.time]), UUID(fields[names.id])
+        return parse_time(fields[names.time]), parse_id(fields[names.id])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidArgument(f'exclusive_start_key "{key}" is malformed') from None

@@ -1,13 +1,20 @@
-"""JSON values as protobuf has them (Struct, Value, ListValue), and as Python has them."""
+"""JSON values as protobuf has them (Struct, Value, ListValue), and as Python has them; how large a request's may be."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
+
+from services.common.errors import InvalidArgument
+
+# Of params, which lists show of up to a thousand rows. Texts are cheap to show, other values are not.
+MAX_PARAMS_BYTES = 64 * 1024
+MAX_PARAMS_VALUES = 1000
 
 
 def max_values(json: str | bytes) -> int:
@@ -51,6 +58,24 @@ def plain(message: Struct) -> dict[str, Any]:
     """An object in Python. Whole numbers are ints, which JSON and A1111's readers expect; infinity is the largest
     float, as the contract has it (10.1)."""
     return {name: _plain(entry) for name, entry in message.fields.items()}
+
+
+def check_params(
+    params: dict[str, Any],
+    name: str = "params",
+    max_bytes: int = MAX_PARAMS_BYTES,
+    max_values: int = MAX_PARAMS_VALUES,
+) -> None:
+    """Refuses what a client wants to be kept and shown, if it is too large for that. `name` is its field.
+
+    Raises:
+        InvalidArgument.
+    """
+    num_bytes = len(json.dumps(params, ensure_ascii=False).encode())
+    if num_bytes > max_bytes:
+        raise InvalidArgument(f"{name}: {num_bytes} bytes as JSON are too much, {max_bytes} are allowed")
+    if (number := num_values(params)) > max_values:
+        raise InvalidArgument(f"{name}: {number} values are too many, {max_values} are allowed")
 
 
 def _plain(message: Value) -> Any:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from services.common.errors import InvalidArgument
-from services.common.structs import num_values
 from services.models.rows import CheckpointFile
 
-MAX_PARAMS_BYTES = 64 * 1024
-MAX_PARAMS_VALUES = 1000  # texts are cheap to show, other values are not
 MAX_NAME_BYTES = 255  # of a file on the worker's disk
 _MAX_NUMBERS = 10  # of parts that a sentence lists
 _UNSEEN = {"Cc", "Cf"}  # controls and formats: a terminal obeys some, others turn a name's reading around
@@ -62,21 +57,6 @@ def folder(prefix: str) -> str:
     if len(path.encode()) > MAX_NAME_BYTES:
         raise InvalidArgument(f'prefix "{path}" is too long: {len(path.encode())} bytes, {MAX_NAME_BYTES} are allowed')
     return path
-
-
-def check_params(params: dict[str, Any], max_values: int = MAX_PARAMS_VALUES) -> None:
-    """Refuses params that are too large to be shown in lists.
-
-    Raises:
-        InvalidArgument.
-    """
-    text = json.dumps(params, ensure_ascii=False)
-    if len(text.encode()) > MAX_PARAMS_BYTES:
-        raise InvalidArgument(
-            f"params: {len(text.encode())} bytes as JSON are too much, {MAX_PARAMS_BYTES} are allowed"
-        )
-    if (number := num_values(params)) > max_values:
-        raise InvalidArgument(f"params: {number} values are too many, {max_values} are allowed")
 
 
 def first_repeated(names: Sequence[str]) -> str | None:

@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 
 from esd.models.v1 import models_pb2 as pb
-from services.common.paging import parse_limit
 from services.common.structs import json_value, plain, struct
 from services.common.viewer import Viewer
 from services.models.dataset_store import Dataset, DatasetItem
@@ -25,7 +24,7 @@ class DatasetRpcs:
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
         rows, key = await self._datasets.list_datasets(
-            viewer(), request.dataset_status, parse_limit(request.limit), request.exclusive_start_key
+            viewer(), request.dataset_status, request.limit, request.exclusive_start_key
         )
         return pb.ListDatasetsResponse(
             datasets=[struct(self._shown(row)) for row in rows], last_evaluated_key=json_value(key)

@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
@@ -105,13 +105,6 @@ class KeptName(SQLModel, table=True):
     emptying_until: datetime | None = Field(default=None, sa_type=sa.DateTime(timezone=True))
 
 
-class Place(NamedTuple):
-    """Where a dataset stands in the list."""
-
-    created_at: datetime
-    name: str
-
-
 class DatasetStore:
     """The tables of datasets."""
 
@@ -156,15 +149,16 @@ class DatasetStore:
             await self._audit.record(session, action, dataset.name, facts, after)
 
     async def page_datasets(
-        self, viewer: Viewer, status: str, after: Place | None, limit: int
+        self, viewer: Viewer, status: str, after: tuple[datetime, str] | None, limit: int
     ) -> tuple[list[Dataset], bool]:
-        """At most `limit` of the viewer's datasets of the status, newest first, and whether more follow."""
+        """At most `limit` of the viewer's datasets of the status, newest first, after the place of another, and whether
+        more follow."""
         place = sa.tuple_(col(Dataset.created_at), col(Dataset.name))
         wanted = sa.select(Dataset).where(_seen_by(viewer))
         if status:
             wanted = wanted.where(col(Dataset.status) == status)
         if after is not None:
-            wanted = wanted.where(place < sa.tuple_(sa.literal(after.created_at), sa.literal(after.name)))
+            wanted = wanted.where(place < sa.tuple_(*map(sa.literal, after)))
         wanted = wanted.order_by(col(Dataset.created_at).desc(), col(Dataset.name).desc())
         async with self._database.transaction() as session:
             rows = (await session.execute(wanted.limit(limit + 1))).scalars().all()

@@ -7,9 +7,7 @@ which the trainer reads (contract 12.3).
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,8 +17,10 @@ import structlog
 
 from services.common.blobs import DAY, HOUR, Blobs
 from services.common.errors import InvalidArgument, Unavailable
+from services.common.paging import KeyNames, make_key, parse_key, parse_limit
+from services.common.structs import check_params
 from services.common.viewer import Viewer
-from services.models.checks import check_params, file_name, first_repeated, folder
+from services.models.checks import file_name, first_repeated, folder
 from services.models.dataset_store import (
     Dataset,
     DatasetHidden,
@@ -28,14 +28,17 @@ from services.models.dataset_store import (
     DatasetNotFound,
     DatasetStore,
     KeptName,
-    Place,
 )
 
 log = structlog.get_logger()
 
 UPLOAD_URL_SECONDS = 7 * DAY
 PREVIEW_URL_SECONDS = DAY
-_MAX_ITEM_VALUES = 20  # in the params of each file of a dataset, which is shown as a whole
+# Of the params of each file: a dataset of ten thousand is shown as a whole.
+_MAX_ITEM_BYTES = 4 * 1024
+_MAX_ITEM_VALUES = 20
+_KEY_NAMES = KeyNames("dataset_name", "timestamp")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 _KEEP = timedelta(seconds=UPLOAD_URL_SECONDS + HOUR)  # a PUT that begins in time may end later
 _EMPTYING = timedelta(minutes=10)  # for one folder; one request to the store may take minutes before it fails
 
@@ -62,15 +65,16 @@ class Datasets:
         return self._blobs.url(_folder(dataset.name, dataset.prefix).rstrip("/"))
 
     async def list_datasets(
-        self, viewer: Viewer, status: str, limit: int, key: str
+        self, viewer: Viewer, status: str, limit: str, start_key: str
     ) -> tuple[list[Dataset], str | None]:
-        """A page after `key` of at most `limit` datasets, newest first, and the key of the next page.
+        """A page of datasets, newest first, and the key of the next one.
 
         Raises:
-            InvalidArgument: no list gave the key.
+            InvalidArgument: a bad limit or key.
         """
-        rows, more = await self._store.page_datasets(viewer, status, parse_key(key), limit)
-        return rows, make_key(Place(rows[-1].created_at, rows[-1].name)) if more else None
+        after = parse_key(_KEY_NAMES, start_key, _name)
+        rows, more = await self._store.page_datasets(viewer, status, after, parse_limit(limit))
+        return rows, make_key(_KEY_NAMES, rows[-1].name, rows[-1].created_at) if more else None
 
     async def create_dataset(
         self, creator: Viewer, name: str, prefix: str, files: Sequence[NewItem], params: dict[str, Any]
@@ -88,7 +92,7 @@ class Datasets:
         dataset = Dataset(name=name, prefix=folder(prefix), owners=owners, created_at=now, params=params)
         items = []
         for position, file in enumerate(files):
-            check_params(file.params, _MAX_ITEM_VALUES)
+            check_params(file.params, f"content[{position}].params", _MAX_ITEM_BYTES, _MAX_ITEM_VALUES)
             key = _folder(name, dataset.prefix) + file_name(file.filename)
             item = DatasetItem(
                 dataset_name=name, key=key, position=position, name=file.name, type=file.type, created_at=now, params={}
@@ -169,29 +173,11 @@ class Datasets:
         await self._store.save_emptied(kept, is_free)
 
 
-def make_key(place: Place) -> str:
-    """The cursor after a dataset; opaque to clients."""
-    fields = {"dataset_name": place.name, "timestamp": place.created_at.isoformat()}
-    return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
-
-
-def parse_key(key: str) -> Place | None:
-    """The place that a cursor stands for, None for an empty one.
-
-    Raises:
-        InvalidArgument: no list gave it.
-    """
-    if not key:
-        return None
-    try:
-        fields = json.loads(base64.b64decode(key, altchars=b"-_", validate=True))
-        place = Place(datetime.fromisoformat(fields["timestamp"]), fields["dataset_name"])
-        if place.created_at.tzinfo is None or not isinstance(place.name, str) or "\0" in place.name:
-            raise ValueError
-        place.name.encode()  # half a character is none that PostgreSQL would take
-    except (binascii.Error, ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidArgument("exclusive_start_key is not a key that a list of datasets gave") from None
-    return place
+def _name(text: str) -> str:
+    """The name of a dataset, as a key of a list has it."""
+    if not _NAME.fullmatch(text):
+        raise ValueError
+    return text
 
 
 def _folder(name: str, prefix: str = "") -> str:

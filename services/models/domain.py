@@ -17,10 +17,11 @@ import structlog
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from services.common.sentences import printable
+from services.common.structs import check_params
 from services.common.times import time_text
 from services.common.users import Users
 from services.common.viewer import EVERYTHING, Viewer
-from services.models.checks import Tag, check_params, complete_parts, file_name, first_repeated, stored_parts
+from services.models.checks import Tag, complete_parts, file_name, first_repeated, stored_parts
 from services.models.inspection import Findings, inspect
 from services.models.pickles import Refused
 from services.models.rows import ACTIVE, STATUSES, Checkpoint, CheckpointFile

@@ -19,9 +19,10 @@ from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import EsdError, FailedPrecondition, InvalidArgument, Unavailable
 from services.common.outbound import Outbound, Unreachable, Url, UrlRefused, parse_url
 from services.common.sentences import printable
+from services.common.structs import check_params
 from services.common.times import time_text
 from services.common.viewer import Viewer
-from services.models.checks import check_params, first_repeated
+from services.models.checks import first_repeated
 from services.models.domain import Models, prefix_of
 from services.models.import_store import IMPORT, Import, ImportStore, Superseded, new_file
 from services.models.parts import Limits, Parts

@@ -4,8 +4,6 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterable
-from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -14,16 +12,11 @@ import httpx
 import pytest
 import sqlalchemy as sa
 from google.protobuf.json_format import MessageToDict, ParseDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 from esd.models.v1 import models_pb2 as pb
 from services.common.auth import Profile, UsernameStatus
 from services.common.database import Database
-from services.common.errors import InvalidArgument
 from services.models import dataset_store
-from services.models.dataset_store import Place
-from services.models.datasets import make_key, parse_key
 from tests.services.models.conftest import Running, refused
 from tests.serving import Metadata
 
@@ -136,7 +129,10 @@ async def test_five_hundred_files_are_taken_and_one_more_is_not(models: Running)
         ),
         ({"content": [{"filename": "..", "name": "a", "type": "t", "params": {}}]}, '".." cannot be'),
         ({"content": [{"filename": "x" * 256, "name": "a", "type": "t", "params": {}}]}, "too long"),
-        ({"content": [{"filename": "a", "name": "a", "type": "t", "params": {"x": "y" * 70_000}}]}, "65536 are"),
+        (
+            {"content": [{"filename": "a", "name": "a", "type": "t", "params": {"x": "y" * 5_000}}]},
+            "content[0].params: 50",
+        ),
         ({"content": [{"filename": n, "name": "a", "type": "t", "params": {}} for n in ("a", "a ")]}, "more than once"),
         ({"prefix": "../other"}, 'prefix "../other" cannot be'),
         ({"prefix": "a//b"}, "cannot be the name of a folder"),
@@ -199,7 +195,8 @@ async def test_the_list_filters_before_it_limits_and_its_cursor_reaches_the_end(
     for limit in ("x", "1.5"):
         async with refused("INVALID_ARGUMENT", "is not a number"):
             await _list(models, models.ann, limit=limit)
-    for bad in ("x", "e30=", "bnVsbA==", "ü"):
+    others = [{"dataset_name": name, "timestamp": "2026-01-01 00:00:00.000000"} for name in ("d\0", "\ud800", "", 7)]
+    for bad in ("x", "e30=", "bnVsbA==", "ü", *(base64.b64encode(json.dumps(of).encode()).decode() for of in others)):
         async with refused("INVALID_ARGUMENT", "exclusive_start_key"):
             await _list(models, models.ann, exclusive_start_key=bad)
 
@@ -345,24 +342,3 @@ async def test_two_who_create_the_same_name_at_once_share_nothing(models: Runnin
     assert [item["original_file_name"] for item in (await _get(models, "d", owner))["data"]] == files
     async with refused("PERMISSION_DENIED", "no permission to view dataset"):
         await _get(models, "d", other)
-
-
-@given(st.datetimes(timezones=st.just(UTC)), st.text(st.characters(codec="utf-8", exclude_characters="\0")))
-def test_a_cursor_reads_back_as_the_place_it_was_made_of(created_at: Any, name: str) -> None:
-    assert parse_key(make_key(Place(created_at, name))) == Place(created_at, name)
-
-
-TIMES = st.datetimes(timezones=st.none() | st.just(UTC)).map(datetime.isoformat)
-NAMES = st.text("a\0\ud800", max_size=2) | st.none()
-LIKE_CURSORS = st.fixed_dictionaries({"timestamp": TIMES, "dataset_name": NAMES})
-ANY_JSON = (LIKE_CURSORS | st.dictionaries(st.text(), st.text()) | st.text()).map(json.dumps).map(str.encode)
-
-
-@given(st.text() | (st.binary() | ANY_JSON).map(lambda content: base64.b64encode(content).decode()))
-def test_any_text_is_a_cursor_that_a_database_can_look_for_or_refused(text: str) -> None:
-    with suppress(InvalidArgument):
-        place = parse_key(text)
-        assert (place is None) == (text == "")
-        if place:
-            assert place.created_at.tzinfo
-            assert b"\0" not in place.name.encode()

@@ -13,7 +13,7 @@ import tomli_w
 
 from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training, flattened
-from services.common.structs import num_values
+from services.common.structs import check_params
 
 SD15, SDXL = "sd_1_5", "sd_xl"
 KOHYA = "kohya"
@@ -34,7 +34,6 @@ _INSTEAD = {
     "logging_dir": "the curves are in the folder logs of the training's output_location",
 }
 _OWN = {*_INSTEAD, "reg_data_dir"}
-_MAX_VALUES = 1000  # of params, which are shown in lists
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ def read_wish(params: dict[str, Any]) -> Wish:
     Raises:
         InvalidArgument: something is missing, or of another type than it should have, or there is too much.
     """
-    if (number := num_values(params)) > _MAX_VALUES:
-        raise InvalidArgument(f"params: {number} values are too many, {_MAX_VALUES} are allowed")
+    check_params(params)
     training_params = _section(params, "training_params")
     config_params = _section(params, "config_params")
     for name, section in config_params.items():

@@ -11,6 +11,7 @@ from services.common.blobs import Blobs
 from services.common.errors import EsdError, InvalidArgument, NotFound, PermissionDenied
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
+from services.common.validation import shortened
 from services.common.viewer import Viewer
 from services.training.configuration import Wish, check_type, configured, read_wish, shown_params, template_name
 from services.training.peers import Model, Models
@@ -144,11 +145,11 @@ class Trainings:
             NotFound, PermissionDenied. InvalidArgument: a bad number of points.
         """
         training = await self.get_job(job_id, user)
-        num = int(max_points) if max_points.isascii() and max_points.isdecimal() else 0
+        num = int(max_points) if re.fullmatch(r"[0-9]{1,9}", max_points) else 0
         if not max_points:
             num = _DEFAULT_POINTS
         if not 1 <= num <= _MAX_POINTS:
-            raise InvalidArgument(f'max_points "{max_points}" is not a whole number from 1 to {_MAX_POINTS}')
+            raise InvalidArgument(f'max_points "{shortened(max_points)}" is not a whole number from 1 to {_MAX_POINTS}')
         return await self._store.curve(training.id, num)
 
     async def stop_job(self, job_id: str, user: Viewer) -> None:

@@ -31,6 +31,7 @@ from services.training.trainers import Trainers, Welcome
 log = structlog.get_logger()
 
 _SWEEP_SECONDS = 5.0
+_MAX_SEQUENCE = 2**63 - 1  # of PostgreSQL's numbers
 _RECONNECT = "the service is stopping; connect again"
 _KINDS = {
     pb.URL_KIND_BASE: trainers.BASE,
@@ -121,6 +122,8 @@ class _TrainSession:
                     raise InvalidArgument(f"a Train stream does not go on with {other}")
 
     async def _keep(self, training: Training, session: UUID, event: pb.TrainerEvent) -> Training:
+        if event.sequence > _MAX_SEQUENCE:
+            raise InvalidArgument(f"the sequence of an event is {event.sequence}; at most {_MAX_SEQUENCE} is possible")
         fact = _fact(event)
         try:
             kept = await self._domain.record(training, session, event.sequence, fact)

@@ -140,7 +140,7 @@ async def test_the_curve_is_kept_thinned_and_rewritten_by_a_later_trainer(servic
         again = pb.MetricPoint(step=5, epoch=2, loss=7, average_loss=7)
         await trainer.tell(progress=pb.TrainerProgress(points=[again, again], num_steps=9, num_epochs=3))
     assert (await curve()).points[4].loss == 7
-    for wrong in ("0", "10001", "many", "-1"):
+    for wrong in ("0", "10001", "many", "-1", "1" * 5000):
         with pytest.raises(grpc.aio.AioRpcError, match="is not a whole number from 1 to 10000"):
             await curve(wrong)
 
@@ -343,6 +343,15 @@ async def test_steps_that_cannot_be_kept_end_the_stream_so_that_they_are_not_tol
         async with service.trainer(created.id) as trainer:
             await trainer.send(1, progress=pb.TrainerProgress(points=[point], num_steps=9, num_epochs=3))
             assert await trainer.end() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_events_may_have_any_number_that_can_be_kept(service: Service) -> None:
+    created = await service.create()
+    async with service.trainer(created.id) as trainer:
+        await trainer.send(2**63 - 1, log=pb.TrainerLog(line="the last one"))
+        assert (await trainer.until("kept")).sequence == 2**63 - 1
+        await trainer.send(2**63, log=pb.TrainerLog(line="one too many"))
+        assert await trainer.end() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from dataclasses import dataclass
 
-from services.common.blobs import GIB, MIB, Blobs
+from services.common.blobs import MIB, Blobs
 from services.common.outbound import Unreachable, UrlRefused
 from services.models.import_store import Import, ImportStore
 
@@ -18,9 +18,9 @@ _MAX_PARTS = 9_000  # S3 takes 10,000
 class Limits:
     """What an import may take, its time from its first attempt, and how many that have not ended a user may have."""
 
-    max_bytes: int = 100 * GIB
-    max_hours: float = 24
-    max_per_user: int = 0
+    max_bytes: int
+    max_hours: float
+    max_per_user: int  # 0: any number
 
     @property
     def part_bytes(self) -> int:

@@ -53,7 +53,7 @@ UPLOAD_MAX_HOURS = 48
 RENAMED_KEEP_HOURS = 168
 LOOK_MAX_BYTES = 20 * 1024 * 1024
 MAX_IMPORT_BYTES = 64 * 1024 * 1024
-LIMITS = Limits(MAX_IMPORT_BYTES, max_per_user=30)
+LIMITS = Limits(MAX_IMPORT_BYTES, max_hours=24, max_per_user=30)
 SECRET = "the models service's secret"
 
 

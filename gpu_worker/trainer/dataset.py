@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 from PIL import Image
 
 from gpu_worker.job import JobError
@@ -54,7 +56,7 @@ class Picture:
         """The picture as it is trained, RGB."""
         image = pictures.loaded(_opened(self.path, self.path.name), self.path.name).convert("RGB")
         if image.size != self.scaled:
-            image = image.resize(self.scaled, Image.Resampling.LANCZOS)
+            image = _resized(image, self.scaled)
         left, top = self.crop
         return image.crop((left, top, left + self.bucket[0], top + self.bucket[1]))
 
@@ -163,6 +165,14 @@ def _picture(path: Path, concept: Concept, caption: str | None, buckets: Buckets
         )
     text = concept.name if caption is None else caption
     return Picture(path, text, size, fit.scaled, fit.bucket, concept.repeats, is_regularisation)
+
+
+def _resized(image: Image.Image, size: Size) -> Image.Image:
+    """The picture at a size as kohya makes it: where it shrinks each pixel is the mean of what it covers
+    (library/train_util.py, trim_and_resize_if_required)."""
+    if image.width > size[0] and image.height > size[1]:
+        return Image.fromarray(cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_AREA))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _opened(path: Path, name: str) -> Image.Image:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -154,6 +155,16 @@ def test_a_picture_covers_its_bucket_and_loses_its_edges_evenly(tmp_path: Path) 
     [picture] = read(tmp_path).pictures
     assert (picture.bucket, picture.scaled, picture.crop) == ((64, 64), (160, 64), (48, 0))
     assert picture.read().getcolors() == [(64 * 64, (0, 0, 255))]
+
+
+def test_a_pixel_of_a_picture_that_shrinks_is_the_mean_of_those_that_it_covers(tmp_path: Path) -> None:
+    (tmp_path / "1_cat").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (192, 128, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "1_cat" / "a.png")
+    [picture] = read(tmp_path, resolution="64,96").pictures
+    assert picture.bucket == (64, 96)
+    means = pixels.reshape(96, 2, 64, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(picture.read()) - means).max() <= 0.5
 
 
 def test_a_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:

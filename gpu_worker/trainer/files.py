@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from esd.training.v1 import training_pb2 as pb
@@ -44,8 +44,13 @@ class Files:
         await self.attempt(kind, name, work, url)
 
     async def download_all(self, kind: pb.UrlKind, listed: Iterable[pb.InputFile], folder: Path) -> None:
-        """Writes a dataset's objects below the folder, some at a time."""
-        wanted = [file for file in listed if is_plain(file.name)]
+        """Writes a dataset's objects below the folder, some at a time. One that has the name of a folder, which a disk
+        does not have beside it as the store does, is left out and told."""
+        named = {PurePosixPath(file.name): file for file in listed if is_plain(file.name)}
+        folders = {parent for path in named for parent in path.parents}
+        for path in sorted(named.keys() & folders):
+            self._stream.tell(log=pb.TrainerLog(line=f"left out: {path}, as other files lie in a folder of this name"))
+        wanted = [file for path, file in named.items() if path not in folders]
         at_once = asyncio.Semaphore(_DOWNLOADS_AT_ONCE)
 
         async def download(file: pb.InputFile, url: str) -> None:

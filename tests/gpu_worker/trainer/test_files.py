@@ -99,3 +99,19 @@ async def test_a_url_that_is_over_is_asked_for_again(
     with pytest.raises(UrlExpired):
         await Files(stream, transfer).upload("zog.safetensors", b"network")
     assert len(stream.asked) == 10
+
+
+async def test_a_file_of_a_dataset_with_the_name_of_a_folder_is_left_out(
+    s3: S3Access, blobs: Blobs, line: Line, transfer: Transfer, tmp_path: Path
+) -> None:
+    names = ["10_cat", "10_cat/a.png", "10_cat/a.png/b.txt", "10_cat/c.png"]
+    for name in names:
+        await blobs.put(name, name.encode())
+    stream: Any = Stream(s3, line.address)
+    listed = [pb.InputFile(name=name) for name in names]
+    await Files(stream, transfer).download_all(pb.URL_KIND_PICTURE, listed, tmp_path / "pictures")
+    for name in ("10_cat/a.png/b.txt", "10_cat/c.png"):
+        assert (tmp_path / "pictures" / name).read_text() == name
+    assert stream.lines == [
+        f"left out: {name}, as other files lie in a folder of this name" for name in ("10_cat", "10_cat/a.png")
+    ]

@@ -73,8 +73,12 @@ def _is_said(word: str, text: str) -> bool:
 @lru_cache(maxsize=4096)  # each name is asked for by each of a plot's cells
 def stem(name: str) -> str:
     """A file's name as prompts have it: without folder, extension, and the hash that A1111 shows behind it."""
+    return PurePosixPath(_without_hash(name)).stem
+
+
+def _without_hash(name: str) -> str:
     shown_hash = _HASH.search(name)
-    return PurePosixPath(name[: shown_hash.start()].rstrip() if shown_hash else name).stem
+    return name[: shown_hash.start()].rstrip() if shown_hash else name
 
 
 def _vae(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
@@ -87,20 +91,21 @@ def _vae(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
 
 def find(models: Sequence[tuple[str, str]], kind: str, name: str, field: str) -> int:
     """The position of a model by its file's name or stem, of a ControlNet also by its beginning. `field` is what names
-    it.
+    it. What follows a dot may be a version as well as an extension.
 
     Raises:
         InvalidArgument: it is not among them.
     """
     asked, name = name, _ALIASES.get(name, name)
     same_kind = {index: model for index, (own_kind, model) in enumerate(models) if own_kind == kind}
-    for wanted, known in ((name, lambda model: model), (stem(name), stem), (name, stem)):
+    bare = PurePosixPath(_without_hash(name)).name
+    for wanted, known in ((name, str), (name, stem), (bare, str), (bare, stem), (stem(name), stem)):
         for index, model in same_kind.items():
             if known(model) == wanted:
                 return index
-    if kind == CONTROLNET:
+    for beginning in (bare, stem(name)) if kind == CONTROLNET else ():
         for index, model in same_kind.items():
-            if model.startswith(stem(name)):
+            if model.startswith(beginning):
                 return index
     there = ", ".join(same_kind.values()) or "none"
     if kind == UPSCALER:

@@ -7,6 +7,7 @@ import pytest
 
 from services.common.errors import InvalidArgument
 from services.common.payloads import check, used
+from services.common.payloads.models import find
 from services.common.payloads.prompts import Lora, Prompt, at_step, joined_by_and, read
 
 LONG = 200_000
@@ -149,6 +150,30 @@ def test_what_cannot_be_read_is_refused(fields: dict[str, Any], sentence: str) -
 
 def names(**fields: Any) -> list[str]:
     return [MODELS[index][1] for index in used(check("txt2img", fields, "job"), MODELS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("face", "face.safetensors"),
+        ("face.v2", "face.v2.safetensors"),
+        ("face.v2.safetensors", "face.v2.safetensors"),
+        ("face.v2 [0a1b2c]", "face.v2.safetensors"),
+        ("folder/face.v2.safetensors [0a1b2c]", "face.v2.safetensors"),
+        ("face.pt", "face.safetensors"),
+        ("face.v2.ckpt", "face.v2.safetensors"),
+        ("xl_1.0 [7440042bbd]", "xl_1.0.ckpt"),
+    ],
+)
+def test_a_model_is_found_by_its_name_whatever_dots_that_has(name: str, file: str) -> None:
+    files = ["face.safetensors", "face.v2.safetensors", "xl_1.0.ckpt"]
+    for kind in ("Stable-diffusion", "Lora", "ControlNet"):
+        assert files[find([(kind, known) for known in files], kind, name, "field")] == file
+
+
+def test_a_controlnet_is_found_by_its_beginning() -> None:
+    files = [("ControlNet", f"control_v1.1_{name}.pth") for name in ("depth", "canny_fp16")]
+    assert find(files, "ControlNet", "control_v1.1_canny [0a1b2c]", "field") == 1
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS,
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \
 	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s --numprocesses 2 tests/services/endpoints tests/e2e/kubernetes
 
-test-images: install  ## Build the images line by line, without Docker (five minutes; as root)
+test-images: install  ## Build the images line by line, without Docker (five minutes; as root, Debian)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m images
 
 up: install  ## The one-machine stack in the foreground

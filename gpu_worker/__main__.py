@@ -195,8 +195,17 @@ def main() -> None:
     if sys.argv[1:]:
         refuse("a worker has settings and no arguments; a training by hand is `python -m gpu_worker train config.toml`")
     settings = load(WorkerSettings)
+    keep_compiled(settings.cache_dir)
     logs.configure("worker", settings)
     sys.exit(asyncio.run(work(settings)))
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Has torch and Triton keep what they compile beside the models, where the next start finds it, and where it can be
+    written and run, unlike in other folders of a container."""
+    folder = cache_dir.absolute() / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def _train(arguments: list[str]) -> int:

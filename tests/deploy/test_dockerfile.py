@@ -1,7 +1,8 @@
 """The images, built without Docker: every line of the Dockerfile is run in a clean folder that stands for the root.
 
 `RUN` runs as the user who builds, here and there root; what `CMD` starts runs as the user of the image. Paths of the
-image are mapped into the folder, since there is no other root file system.
+image are mapped into the folder, since there is no other root file system. Packages are those of this machine's Debian,
+with all that they depend on, since the folder has none of the base image's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ pytestmark = [
 ]
 
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
+# How packages are installed: nothing that is merely recommended, and the lists of all there are do not stay.
+APT = re.compile(
+    r"apt-get update && apt-get install --yes --no-install-recommends ([a-z0-9 -]+) && rm -r /var/lib/apt/lists/\*"
+)
+EXTENSION = """\
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "extension"};
+PyMODINIT_FUNC PyInit_extension(void) { return PyModule_Create(&module); }
+"""
 # What each image is for: modules that its processes are started as (compose.yaml, deploy/kubernetes/base).
 PROGRAMS = {
     "service": [f"services.{name}" for name in ("identity", "models", "endpoints", "inference", "training")],
@@ -92,12 +102,28 @@ class Builder:
                     self._set(command=[word.strip('",[]') for word in words])
                 case "COPY":
                     self._copy(words)
+                case "RUN" if packages := APT.fullmatch(rest):
+                    self._install(packages[1].split())
                 case "RUN":
                     mapped = re.sub(r"(?<=\s)/", f"{self._image.root}/", rest)
                     done = self._image.run(["/bin/sh", "-c", mapped])
                     assert done.returncode == 0, f"RUN {rest}\n{done.stdout}\n{done.stderr}"
                 case other:
                     raise AssertionError(f"this test does not know what {other} does")
+
+    def _install(self, packages: list[str]) -> None:
+        """Unpacks packages into the root. Nothing of them is run, and this machine's own are left alone."""
+        apt = self._folder / "apt"
+        for folder in ("lists", "archives"):
+            (apt / folder / "partial").mkdir(parents=True)
+        (apt / "status").touch()
+        places = f"Dir::Cache={apt} Dir::State::lists={apt}/lists Dir::State::status={apt}/status"
+        get = ["apt-get", *(f"--option={place}" for place in places.split()), "--option=APT::Sandbox::User=root"]
+        install = ["install", "--yes", "--no-install-recommends", "--download-only", *packages]
+        for command in (["update"], install):
+            subprocess.run([*get, *command], check=True, capture_output=True)
+        for package in (apt / "archives").glob("*.deb"):
+            subprocess.run(["dpkg-deb", "--extract", package, self._image.root], check=True)
 
     @property
     def _image(self) -> Image:
@@ -163,9 +189,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
 
 
 @pytest.mark.parametrize("target", PROGRAMS)
-def test_every_line_builds_and_an_image_has_nothing_to_build_with(images: dict[str, Image], target: str) -> None:
+def test_every_line_builds_and_only_the_worker_has_something_to_build_with(
+    images: dict[str, Image], target: str
+) -> None:
     image = images[target]
-    assert sorted(path.name for path in image.root.iterdir()) == ["data", "esd", "tmp"]
+    debian = {"etc", "lib", "lib64", "usr"} if target == "gpu-worker" else set()
+    assert {path.name for path in image.root.iterdir()} == {"data", "esd", "tmp"} | debian
     assert [path.name for path in (image.root / "esd").iterdir()] == [".venv"]
     uid = int(image.user.partition(":")[0])
     assert uid != 0
@@ -190,6 +219,21 @@ def test_an_image_has_what_its_programs_import_and_only_the_worker_has_torch(
     done = image.run([str(python), "-I", "-c", f"{imports}; {has_torch}"], user=uid)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(target == "gpu-worker")
+
+
+def test_a_worker_compiles_modules_of_python_as_triton_does(images: dict[str, Image]) -> None:
+    image = images["gpu-worker"]
+    python = str(image.here("/esd/.venv/bin/python"))
+    headers = image.run([python, "-c", "import sysconfig; print(sysconfig.get_path('include'))"]).stdout.strip()
+    # The base image brings them, with Python.
+    shutil.copytree(headers, image.here(headers), dirs_exist_ok=True)
+    image.here("/tmp/extension.c").write_text(EXTENSION)
+    # The options of triton/runtime/build.py. In the root as its own, where it has no headers but the image's.
+    compiler = ["gcc", "/tmp/extension.c", "-O3", "-shared", "-fPIC", f"-I{headers}", "-o", "/tmp/extension.so"]
+    done = image.run(["/usr/sbin/chroot", str(image.root), *compiler])
+    assert done.returncode == 0, done.stderr
+    imported = Image(image.root, "/tmp", environment=image.environment).run([python, "-c", "import extension"])
+    assert imported.returncode == 0, imported.stderr
 
 
 def test_the_service_image_brings_every_migration(images: dict[str, Image]) -> None:

@@ -103,3 +103,26 @@ def test_whoever_gives_a_worker_arguments_is_told_how_to_train_by_hand() -> None
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "python -m gpu_worker train config.toml" in refused.stderr
+
+
+@pytest.mark.slow
+def test_what_a_worker_compiled_the_next_one_finds_beside_the_models(tmp_path: Path) -> None:
+    program = """
+from pathlib import Path
+from gpu_worker.__main__ import keep_compiled
+keep_compiled(Path("cache"))
+import torch
+torch.compile(lambda x: x.sin() + 1)(torch.ones(2))
+print({name for name in torch._dynamo.utils.counters["inductor"] if name.startswith("fxgraph_cache")})
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TORCHINDUCTOR", "TRITON"))
+    }
+    environment["PYTHONPATH"] = str(ROOT)
+    said = [
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert said == ["{'fxgraph_cache_miss'}\n", "{'fxgraph_cache_hit'}\n"]
+    assert (tmp_path / "cache" / "compiled").is_dir()

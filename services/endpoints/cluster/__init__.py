@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,17 @@ from typing import Protocol
 from services.endpoints.rows import Task, TaskState
 from services.endpoints.scaling import ScalingPolicy
 
+# Settings of workers, which this service hands on to them from its own environment, wherever they run.
+WORKER_SETTINGS = (
+    "ESD_LOG_LEVEL",
+    "ESD_NUM_THREADS",
+    "ESD_MODEL_BYTES",
+    "ESD_COPY_BYTES",
+    "ESD_PRECISION",
+    "ESD_CUDA_GRAPHS",
+    "ESD_COMPILE",
+    "ESD_FP8",
+)
 MAX_FAILURES = 3  # of a worker, in a row before it reached the queue: then its pool is given up
 
 
@@ -58,6 +70,11 @@ class TaskStatus:
     def of(cls, task: Task, state: TaskState, reason: str = "") -> TaskStatus:
         """The task in this state after the attempts that its row knows."""
         return cls(state, task.num_attempts, task.num_failed, reason)
+
+
+def worker_settings() -> dict[str, str]:
+    """Those of WORKER_SETTINGS that the environment has."""
+    return {name: os.environ[name] for name in WORKER_SETTINGS if os.environ.get(name)}
 
 
 class Cluster(Protocol):

@@ -19,6 +19,7 @@ from pydantic_settings import SettingsConfigDict
 from services.common.errors import Unavailable
 from services.common.process import refuse
 from services.common.settings import SOME_URLS, URL, FromEnvironment
+from services.endpoints.cluster import worker_settings
 from services.endpoints.cluster.pods import MANAGER, Program
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 
@@ -110,6 +111,7 @@ class KubernetesApi:
             drain_seconds=self._drain_seconds,
             lost_node_seconds=own.lost_node_seconds,
             priority_class=self._priorities[task_kind is not None],
+            settings=worker_settings(),
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.endpoints.cluster import worker_settings
 from services.endpoints.cluster.gpus import Shares
 from services.endpoints.cluster.process import Processes
 from services.endpoints.rows import TaskState
@@ -17,20 +18,8 @@ from services.endpoints.task_store import TaskStore
 
 # What a process inherits. It gets no other variable: the service's own name the database and its secret.
 _INHERITED = {"PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE"}
+_INHERITED |= {"ESD_LAUNCHER_PID", "ESD_LOG_FORMAT", "ESD_CACHE_MAX_BYTES"}
 _INHERITED_PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "PYTORCH_", "OMP_", "MKL_", "HF_")
-_INHERITED_SETTINGS = {
-    "ESD_LAUNCHER_PID",
-    "ESD_LOG_FORMAT",
-    "ESD_LOG_LEVEL",
-    "ESD_NUM_THREADS",
-    "ESD_CACHE_MAX_BYTES",
-    "ESD_MODEL_BYTES",
-    "ESD_COPY_BYTES",
-    "ESD_PRECISION",
-    "ESD_CUDA_GRAPHS",
-    "ESD_COMPILE",
-    "ESD_FP8",
-}
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class Machine:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name in _INHERITED | _INHERITED_SETTINGS or name.startswith(_INHERITED_PREFIXES)
+            if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
         }
         own = {
             "ESD_SERVER_URL": self.settings.server_url,
@@ -132,4 +121,4 @@ class Machine:
             "ESD_VERIFYING_KEY_FILE": str(self.settings.verifying_key_file),
             "ESD_DRAIN_SECONDS": str(self.settings.drain_seconds),
         }
-        return kept | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        return kept | worker_settings() | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})

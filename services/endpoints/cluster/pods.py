@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.endpoints.cluster.profiles import Profile
@@ -23,7 +23,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Program:
-    """What runs in a pod. `priority_class` is one of deploy/kubernetes/workers/priorities.yaml."""
+    """What runs in a pod. `priority_class` is one of deploy/kubernetes/workers/priorities.yaml, `settings` are added to
+    what it gets."""
 
     image: str
     command: list[str]
@@ -32,6 +33,7 @@ class Program:
     drain_seconds: float
     lost_node_seconds: int
     priority_class: str
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def name_of(owner_id: str) -> str:
@@ -106,7 +108,7 @@ def _place(profile: Profile, lost_node_seconds: int) -> dict[str, Any]:
 
 def _container(profile: Profile, program: Program, environment: list[dict[str, Any]]) -> dict[str, Any]:
     gpus = {"nvidia.com/gpu": str(profile.gpus)} if profile.gpus else {}
-    values = {
+    values = program.settings | {
         "ESD_SERVER_URL": program.server_url,
         "ESD_SECRET_FILE": f"{_SECRETS}/secret",
         "ESD_CACHE_DIR": _CACHE,

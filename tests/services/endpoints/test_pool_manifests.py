@@ -111,6 +111,18 @@ def test_profiles_of_the_settings_come_beside_those_of_aws_and_before_them(
         api.profile("ml.p2.xlarge")
 
 
+def test_settings_of_workers_are_handed_on_to_pods(
+    monkeypatch: pytest.MonkeyPatch, idle_client: client.ApiClient
+) -> None:
+    monkeypatch.setenv("ESD_COMPILE", "true")
+    monkeypatch.setenv("ESD_FP8", "")  # which is not set
+    monkeypatch.setenv("ESD_DATABASE_URL", "of the service alone")
+    api = KubernetesApi(idle_client, KubernetesSettings(image="image:1", server_url="http://gateway:8080"), 60, "pools")
+    container = container_of(manifests.deployment(POOL, Profile(), api.program()))
+    assert {"name": "ESD_COMPILE", "value": "true"} in container["env"]
+    assert {"ESD_FP8", "ESD_DATABASE_URL"}.isdisjoint(variable["name"] for variable in container["env"])
+
+
 def test_whoever_goes_first_has_the_higher_priority_and_only_tasks_take_the_place_of_others(
     idle_client: client.ApiClient,
 ) -> None:

@@ -1,22 +1,28 @@
 """Owns the choice of loopback ports for what only the stack itself talks to."""
 
-import itertools
-import os
+import random
 import socket
 
 # Below the range that Linux takes for outgoing connections (32768 up), so that nothing grabs the port of a process that
 # is being restarted.
 _FIRST, _LAST = 15_000, 32_000
-# A port is bound only later, by a process that starts: no port is given twice, and processes that choose at the same
-# time choose from different places.
-_numbers = itertools.count(os.getpid() * 101)
 
 
 def free_port() -> int:
-    """Returns a port of 127.0.0.1 that nothing listens on, and that this process was not given before."""
-    for number in itertools.islice(_numbers, 1000):
-        port = _FIRST + number % (_LAST - _FIRST)
-        if is_free("127.0.0.1", port):
+    """Returns a port of 127.0.0.1 that nothing listens on, and that no process which still runs was given.
+
+    It is bound only later, by a process that starts. Until this one ends it holds a claim that all others see: an
+    abstract Unix socket (unix(7)) with the port in its name.
+    """
+    for port in random.sample(range(_FIRST, _LAST), 1000):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0esd-port-{port}")
+            try_to_bind("127.0.0.1", port)
+        except OSError:
+            claim.close()
+        else:
+            claim.detach()  # open as long as this process
             return port
     raise RuntimeError("no free port between 15000 and 32000 on 127.0.0.1")
 

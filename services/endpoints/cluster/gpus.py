@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -51,5 +52,7 @@ class Shares:
 def find_gpus() -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu.strip()]
+        # CUDA goes by what stands before the first that there cannot be, such as -1.
+        named = (gpu.strip() for gpu in visible.split(","))
+        return list(takewhile(lambda gpu: gpu and not gpu.startswith("-"), named))
     return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]

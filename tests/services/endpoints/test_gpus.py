@@ -86,7 +86,9 @@ def test_where_tasks_go_first_each_finds_a_gpu_once_the_workers_have_left(shares
     assert not kept or replace(first, workers=left).for_task() is not None
 
 
-@pytest.mark.parametrize(("visible", "gpus"), [("0,2", ["0", "2"]), ("GPU-5f1a", ["GPU-5f1a"]), ("", [])])
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [("0, 2", ["0", "2"]), ("GPU-5f1a", ["GPU-5f1a"]), ("", []), ("-1", []), ("0,-1,1", ["0"])]
+)
 def test_gpus_that_were_chosen_outside_are_kept_to(
     monkeypatch: pytest.MonkeyPatch, visible: str, gpus: list[str]
 ) -> None:

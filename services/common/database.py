@@ -90,7 +90,8 @@ class Database:
     async def migrate(self, service: str, revision: str = "head") -> None:
         """Brings the schema up to date, or to a revision; replicas that start at once wait for each other.
 
-        Waits for the database as long as it takes, because it may be starting too.
+        Waits for the database as long as it takes, because it may be starting too. A schema that only a newer version
+        of the service knows is left as it is.
         """
         while True:
             try:

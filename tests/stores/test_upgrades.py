@@ -71,6 +71,18 @@ def test_every_service_whose_schema_was_changed_has_rows_of_the_first() -> None:
     assert [path.stem for path in sorted(ROWS.glob("*.sql"))] == SERVICES
 
 
+async def test_a_schema_that_a_newer_version_has_made_is_left_as_it_is(begin: Upgrade) -> None:
+    database = await begin("endpoints")
+    await database.migrate("endpoints")
+    async with database.transaction() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    before = await rows_of(database)
+    await database.migrate("endpoints")
+    assert await rows_of(database) == before
+    async with database.transaction() as session:
+        assert await session.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
+
+
 @pytest.mark.parametrize("service", SERVICES)
 async def test_an_upgrade_keeps_every_row_and_what_it_says(service: str, begin: Upgrade) -> None:
     database = await begin(service)

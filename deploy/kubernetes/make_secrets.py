@@ -96,7 +96,6 @@ def main() -> None:
     parser.add_argument(
         "--home", type=Path, required=True, metavar="DIR", help="keeps them; the same DIR, the same ones"
     )
-    parser.add_argument("--namespace", default=NAMESPACE)
     parser.add_argument(
         "--database-url", default=DATABASE_URL, help="with {service} and {password}; default: %(default)s"
     )
@@ -116,7 +115,7 @@ def main() -> None:
     if given.folder:
         write(given.folder, secrets)
         return
-    items = [manifest(name, files, WORKERS if name == "keda" else given.namespace) for name, files in secrets.items()]
+    items = [manifest(name, files, WORKERS if name == "keda" else NAMESPACE) for name, files in secrets.items()]
     print(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}, indent=1))
 
 

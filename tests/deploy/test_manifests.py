@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import yaml
 from cryptography import x509
 from hatchling.builders.wheel import WheelBuilder
 
-from deploy.kubernetes.make_secrets import DATABASE_URL, make_secrets, manifest, write
+from deploy.kubernetes.make_secrets import DATABASE_URL, main, make_secrets, manifest, write
 from deploy.local.home import S3_ACCESS_KEY, Home
 from gateway.settings import GatewaySettings, refuse_open_door
 from services.common.settings import BlobSettings, load
@@ -128,11 +129,14 @@ def test_what_is_rendered_is_valid_for_the_three_newest_versions(
             kubernetes_validate.validate(found, version, strict=True)
 
 
-def test_nothing_runs_as_root_or_can_write_to_its_own_files(rendered: dict[str, list[Manifest]]) -> None:
+def test_nothing_runs_as_root_or_can_write_to_its_own_files_or_ignores_sigterm(
+    rendered: dict[str, list[Manifest]],
+) -> None:
     for found in workloads([found for every in rendered.values() for found in every]):
         pod = found["spec"]["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod.get("shareProcessNamespace") or found["metadata"]["name"] == "postgres"
         assert pod["automountServiceAccountToken"] == (found["metadata"]["name"] == "endpoints")
         for container in (*pod["containers"], *pod.get("initContainers", ())):
             assert container["securityContext"]["readOnlyRootFilesystem"]
@@ -331,3 +335,15 @@ def test_what_compose_mounts_is_made(secrets: dict[str, Manifest]) -> None:
                 assert f"esd-{source.removeprefix('./secrets/')}" in secrets, name
             elif source.startswith("."):
                 assert (file.parent / source).exists(), name
+
+
+def test_who_follows_the_readme_has_the_namespaces_of_all_secrets_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_secrets", "--home", str(tmp_path / "home")])
+    main()
+    items = json.loads(capsys.readouterr().out)["items"]
+    before_them = (KUBERNETES / "README.md").read_text().partition("-f secrets.json")[0]
+    files = re.findall(r"-f (deploy/\S+)", before_them)
+    there = {yaml.safe_load((ROOT / file).read_text())["metadata"]["name"] for file in files}
+    assert {item["metadata"]["namespace"] for item in items} <= there

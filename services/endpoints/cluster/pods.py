@@ -70,6 +70,8 @@ def pod_template(
             "priorityClassName": program.priority_class,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
+            # Else the worker is the first process of its container, to which SIGTERM does nothing while it starts.
+            "shareProcessNamespace": True,
             # SIGTERM is the drain: a worker finishes its jobs and takes no more. A preStop hook could only say the same
             # a moment earlier.
             "terminationGracePeriodSeconds": math.ceil(program.drain_seconds) + _LEAVE_SECONDS,

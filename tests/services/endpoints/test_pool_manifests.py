@@ -64,6 +64,7 @@ def test_a_worker_has_no_root_no_capabilities_no_token_and_time_to_drain() -> No
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["automountServiceAccountToken"] is False
     assert pod["terminationGracePeriodSeconds"] == 70
+    assert pod["shareProcessNamespace"] is True
     assert container_of(found)["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,

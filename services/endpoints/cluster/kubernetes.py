@@ -138,7 +138,8 @@ class KubernetesCluster:
         with told_as_unavailable():
             if await self._knows_budgets():
                 lists.append(self._api.policy.list_namespaced_pod_disruption_budget)
-            found = [(await list_(self._api.namespace, label_selector=MANAGED)).items for list_ in lists]
+            of_ours = {"label_selector": MANAGED, "_request_timeout": TIMEOUT_SECONDS}
+            found = [(await list_(self._api.namespace, **of_ours)).items for list_ in lists]
         known = {item.metadata.labels.get(OWNER, "") for items in found for item in items}
         for owner_id in known - set(owner_ids) - {""}:
             log.warning("what belongs to no endpoint or task that is known is removed", owner_id=owner_id)

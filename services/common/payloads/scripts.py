@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.payloads.controlnet import units, unused
-from services.common.payloads.showing import shown
+from services.common.payloads.showing import says, shown
 
 
 def _first_is_true(arguments: list[Any]) -> bool:
@@ -49,8 +49,8 @@ _HARMLESS = ("seed", "comments", "extra options", "hypertile", "tiled vae")
 
 def check_scripts(scripts: Any) -> list[str]:
     """Looks at `alwayson_scripts`; answers the names of what does nothing though it seems to be on: scripts that have
-    arguments and are not known, and what ControlNet has no use for. A script whose first argument is false is off,
-    as scripts have it by custom.
+    arguments and are not known, or whose arguments are no list, and what ControlNet has no use for. A script whose
+    first argument is false is off, as scripts have it by custom.
 
     Raises:
         ValueError: one that cannot be had is switched on.
@@ -58,6 +58,9 @@ def check_scripts(scripts: Any) -> list[str]:
     without_effect = []
     for name, arguments in _arguments(scripts):
         known = name.strip().lower()
+        if arguments is None:
+            without_effect += [f"script {name}, whose args are no list"] if says(scripts[name]) else []
+            continue
         refused = _REFUSED.get(known)
         if refused is not None and refused.is_on(arguments):
             raise ValueError(f"the script {shown(name)} cannot be run here: {refused.instead}")
@@ -77,16 +80,16 @@ def as_fields(scripts: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, arguments in _arguments(scripts):
         read = _FIELDS.get(name.strip().lower())
-        if read is not None:
+        if read is not None and arguments is not None:
             found |= read(arguments)
     return found
 
 
-def _arguments(scripts: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Each script's name and arguments."""
+def _arguments(scripts: Any) -> Iterator[tuple[str, list[Any] | None]]:
+    """Each script's name and arguments, None where those are no list."""
     for name, script in (scripts if isinstance(scripts, dict) else {}).items():
         arguments = script.get("args") if isinstance(script, dict) else None
-        yield name, arguments if isinstance(arguments, list) else []
+        yield name, arguments if isinstance(arguments, list) else None
 
 
 def _refiner(arguments: list[Any]) -> dict[str, Any]:

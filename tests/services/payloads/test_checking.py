@@ -278,7 +278,7 @@ def test_what_is_off_changes_nothing() -> None:
         "seed": {"args": [-1, False, -1, 0, 0, 0]},
         "hypertile": {"args": [False]},
         "mystery": {"args": [False, 0.5]},
-        "not even a script": 3,
+        "no arguments": {},
     }
     off = {"restore_faces": False, "tiling": None, "s_churn": 0, "s_tmax": 1e30, "styles": [], "script_name": None}
     off |= {
@@ -290,6 +290,11 @@ def test_what_is_off_changes_nothing() -> None:
     }
     assert check(alwayson_scripts=scripts, override_settings={}, script_args=[], **off) == plain
     assert plain["ignored"] == []
+
+
+@pytest.mark.parametrize("script", [{"args": {"model": "canny", "image": "x"}}, [{"model": "canny", "image": "x"}], 3])
+def test_a_script_whose_arguments_are_no_list_does_nothing_and_is_named(script: object) -> None:
+    assert check(alwayson_scripts={"controlnet": script})["ignored"] == ["script controlnet, whose args are no list"]
 
 
 def test_names_of_the_checked_form_are_unknown_names_in_a_clients_payload() -> None:

@@ -28,6 +28,7 @@ _ROUND_SECONDS = 3.0
 _MAX_PREPARATION = timedelta(minutes=2)  # that a request may take from its row to the beginning
 _MAX_LEAVING = timedelta(minutes=1)  # that a trainer may take after a stop to upload what it had saved
 _SWEEP_ROUNDS = 20  # rounds between two looks at old objects
+_CUT_SHORT = "a deletion stopped it, but could not be finished; delete it again"
 _LEFT = "the trainer left without having told how the training ended"
 
 
@@ -80,7 +81,7 @@ class ControlLoop:
         """Deletes a training: its task leaves, its configuration goes, and what it saved unless a checkpoint has it.
 
         Raises:
-            Unavailable: another service does not answer; the training is still there.
+            Unavailable: another service does not answer; the training is still there, though it may be stopped.
         """
         await self._tasks.stop(str(training.id))
         if not training.is_settled and training.files:
@@ -122,8 +123,10 @@ class ControlLoop:
                 await self._trainers.wait(training.id, task.reason)
             case TaskState.RUNNING:
                 await self._trainers.wait(training.id, "")
-            case TaskState.FAILED | TaskState.STOPPED:
+            case TaskState.FAILED:
                 await self._store.end(training.id, rows.FAILED, f"the trainer failed: {task.reason}")
+            case TaskState.STOPPED:  # by a deletion, which another service has kept from its end
+                await self._store.end(training.id, rows.STOPPED, _CUT_SHORT)
             case TaskState.SUCCEEDED:
                 await self._store.end(training.id, rows.FAILED, _LEFT)
 

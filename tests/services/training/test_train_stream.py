@@ -286,6 +286,14 @@ async def test_a_trainer_that_cannot_be_kept_alive_is_a_failed_training(service:
     assert error_of(job) == "the trainer failed: it was killed: its last words"
 
 
+async def test_a_training_whose_deletion_was_cut_short_says_so(service: Service) -> None:
+    created = await service.create()
+    service.world.task = endpoints_pb2.Task(state=endpoints_pb2.TASK_STATE_STOPPED)
+    job = await service.until(created.id, "Stopped", "Failed")
+    reason = "a deletion stopped it, but could not be finished; delete it again"
+    assert (job.job_status, error_of(job)) == ("Stopped", reason)
+
+
 async def test_a_trainer_that_leaves_without_a_word_is_a_failed_training(service: Service) -> None:
     created = await service.create()
     service.world.task = endpoints_pb2.Task(state=endpoints_pb2.TASK_STATE_SUCCEEDED)

@@ -13,7 +13,7 @@ import tomli_w
 
 from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training, flattened
-from services.common.structs import check_params
+from services.common.structs import MAX_PARAMS_BYTES, check_params
 
 SD15, SDXL = "sd_1_5", "sd_xl"
 KOHYA = "kohya"
@@ -90,7 +90,7 @@ def read_wish(params: dict[str, Any]) -> Wish:
     Raises:
         InvalidArgument: something is missing, or of another type than it should have, or there is too much.
     """
-    check_params(params)
+    check_params(params, max_bytes=MAX_PARAMS_BYTES // 2)  # the keys are shown twice
     training_params = _section(params, "training_params")
     config_params = _section(params, "config_params")
     for name, section in config_params.items():

@@ -147,7 +147,7 @@ WRONG_PARAMS_OF_THE_CLIENT: list[tuple[dict[str, Any], str]] = [
     ({}, "Missing train parameters, fm_type, s3_model_path and s3_data_path should be in training_params"),
     ({"training_params": "x"}, "params.training_params is no object"),
     ({"config_params": {"training": {"x": [[]] * 1000}}}, "params: 1004 values are too many, 1000 are allowed"),
-    (client(other={"x": "y" * 70_000}), "params: 70"),
+    (client(other={"x": "y" * 40_000}), "params: 40"),
 ]
 
 

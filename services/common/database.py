@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
+from psycopg.abc import RV, PQGen
 from sqlalchemy import Executable, bindparam, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError, OperationalError
@@ -117,7 +119,7 @@ class Database:
         """
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(self._plain_url, autocommit=True) as connection:
+                async with await Listener.connect(self._plain_url, autocommit=True) as connection:
                     for channel in channels:
                         await connection.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(channel)))
                     for channel in channels:
@@ -138,6 +140,14 @@ class Database:
         """Closes what comes back late: its pool is gone, and would leave it open."""
         if self._is_disposed:
             record.invalidate()
+
+
+class Listener(psycopg.AsyncConnection[Any]):
+    """A connection that is woken by what comes, and by nothing else: while it waits, psycopg's own looks ten times a
+    second whether somebody pressed Ctrl-C, which the event loop tells by itself."""
+
+    async def wait(self, gen: PQGen[RV], interval: float = math.inf, timeout: float | None = None) -> RV:
+        return await super().wait(gen, interval, timeout)
 
 
 def _refuse_if_ended(connection: Any, _record: object, _fairy: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import procrastinate
@@ -17,9 +18,11 @@ import sqlalchemy as sa
 import structlog
 from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import DeleteJobCondition, Job
+from psycopg_pool import AsyncConnectionPool
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.common.database import Listener
 from services.common.tasks import cancel
 
 log = structlog.get_logger()
@@ -48,8 +51,13 @@ class Chores:
 
     def __init__(self, url: str, concurrency: int = 4, first_wait_seconds: float = 2.0) -> None:
         self._conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+        pool: Any = partial(AsyncConnectionPool, connection_class=Listener)
         connector = procrastinate.PsycopgConnector(
-            conninfo=self._conninfo, kwargs={"options": f"-c search_path={_SCHEMA}"}, min_size=1, max_size=4
+            pool_factory=pool,
+            conninfo=self._conninfo,
+            kwargs={"options": f"-c search_path={_SCHEMA}"},
+            min_size=1,
+            max_size=4,
         )
         self._app = procrastinate.App(connector=connector)
         self._first_wait_seconds = first_wait_seconds

@@ -49,7 +49,7 @@ test-slow: install  ## The rest: chaos, kills, demos, trainings, and the whole o
 
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built in .cache (minutes; as root, Debian)
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \
-	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s --numprocesses 2 tests/services/endpoints tests/e2e/kubernetes
+	KUBEBUILDER_ASSETS="$$assets" OMP_NUM_THREADS=1 $(BIN)/pytest -m k8s --numprocesses 3 tests/services/endpoints tests/e2e/kubernetes
 
 test-images: install  ## Build the images line by line, without Docker (five minutes; as root, Debian)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m images

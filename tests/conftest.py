@@ -163,7 +163,9 @@ class _BySharedParts(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = PurePosixPath(nodeid.partition("::")[0])
         has_own_stack = file.name == "test_demo.py"
-        is_shared = file.parent.name in {"e2e", "rest"} or self.config.option.markexpr == "k8s"
+        # The files of e2e/kubernetes start a control plane each: they mostly wait, and do so at the same time.
+        shares_plane = self.config.option.markexpr == "k8s" and file.parent.name == "endpoints"
+        is_shared = file.parent.name in {"e2e", "rest"} or shares_plane
         return file.parent.name if is_shared and not has_own_stack else str(file)
 
     def _assign_work_unit(self, node: Any) -> None:

@@ -14,7 +14,7 @@ from services.common.errors import InvalidArgument
 
 # Of params, which lists show of up to a thousand rows. Texts are cheap to show, other values are not.
 MAX_PARAMS_BYTES = 64 * 1024
-MAX_PARAMS_VALUES = 1000
+MAX_PARAMS_VALUES = 100
 
 
 def max_values(json: str | bytes) -> int:

@@ -169,7 +169,7 @@ def _path(field: Any, request: Message) -> tuple[str, str]:
         names.append(name if index is None else f"{name}[{index}]")
         descriptor = known.message_type if known else None
     # The HTTP body of some requests is a field of its own, which clients never see.
-    if names and names[0] == "body":
+    if names[1:] and names[0] == "body":
         names = names[1:]
     return ".".join(names[:-1]), names[-1] if names else ""
 

@@ -34,6 +34,7 @@ _INSTEAD = {
     "logging_dir": "the curves are in the folder logs of the training's output_location",
 }
 _OWN = {*_INSTEAD, "reg_data_dir"}
+_MAX_VALUES = 1000  # of params: kohya has two hundred keys
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def read_wish(params: dict[str, Any]) -> Wish:
     Raises:
         InvalidArgument: something is missing, or of another type than it should have, or there is too much.
     """
-    check_params(params, max_bytes=MAX_PARAMS_BYTES // 2)  # the keys are shown twice
+    check_params(params, max_bytes=MAX_PARAMS_BYTES // 2, max_values=_MAX_VALUES)  # the keys are shown twice
     training_params = _section(params, "training_params")
     config_params = _section(params, "config_params")
     for name, section in config_params.items():

@@ -11,6 +11,7 @@ from services.common.blobs import Blobs
 from services.common.errors import EsdError, InvalidArgument, NotFound, PermissionDenied
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
+from services.common.structs import num_values
 from services.common.validation import shortened
 from services.common.viewer import Viewer
 from services.training.configuration import Wish, check_type, configured, read_wish, shown_params, template_name
@@ -22,6 +23,7 @@ from services.training.store import TrainingStore
 STOPPED_BY = "stopped by {}"
 _KEY_NAMES = KeyNames("id", "created")
 _DEFAULT_POINTS, _MAX_POINTS = 1000, 10_000
+_MAX_PAGE_VALUES = 50_000  # of the params in a list, about a second's work
 _MODEL_PATH = re.compile(rf"(?P<folder>{BASE}/checkpoint/custom/[^/]+)/(?P<name>[^/]+)")
 _DATA_PATH = re.compile(r"dataset/(?P<name>[A-Za-z][A-Za-z0-9_-]{0,19})/?")
 
@@ -134,8 +136,8 @@ class Trainings:
         after = parse_key(_KEY_NAMES, start_key)
         owner = None if user.sees_everything else user.name
         found = await self._store.page(owner, num + 1, after)
-        shown = found[:num]
-        more = len(found) > num
+        shown = _fitting(found[:num])
+        more = len(found) > len(shown)
         return shown, make_key(_KEY_NAMES, shown[-1].id, shown[-1].create_time) if more else None
 
     async def get_metrics(self, job_id: str, max_points: str, user: Viewer) -> tuple[list[Metric], int]:
@@ -239,6 +241,16 @@ class Trainings:
         """The dataset of regularisation pictures, where the configuration names one."""
         path = wish.keys.get("reg_data_dir")
         return await self._dataset_at("reg_data_dir", str(path), user) if path else ""
+
+
+def _fitting(trainings: list[Training]) -> list[Training]:
+    """As many of the first ones as a page has room for; one in any case."""
+    number = 0
+    for index, training in enumerate(trainings):
+        number += num_values(training.params)
+        if index and number > _MAX_PAGE_VALUES:
+            return trainings[:index]
+    return trainings
 
 
 def _check_owner(training: Training, user: Viewer) -> None:

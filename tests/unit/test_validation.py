@@ -51,6 +51,8 @@ CASES = [
         {"role_name": "r", "permissions": ["a"] * 21},
         "[permissions: array is too long: must have at most 20 elements but instance has 21 elements]",
     ),
+    (models_pb2.UpdateDatasetRequest, {}, '[object has missing required properties (["body"])]'),
+    (models_pb2.UpdateDatasetRequest, {"body": {}}, '[object has missing required properties (["status"])]'),
     (
         endpoints_pb2.CreateEndpointRequest,
         {**ENDPOINT, "endpoint_type": "Slow"},

@@ -11,6 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from sqlalchemy import text
 
 from esd.training.v1 import training_pb2 as pb
+from services.training import domain
 from tests.services.training.conftest import CHECKPOINT, MODEL, Service, next_of
 
 INVALID, FORBIDDEN = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED
@@ -244,6 +245,18 @@ async def test_a_deadline_goes_to_the_task_but_not_beyond_the_setting(service: S
     wanted = {(await service.create(deadline_seconds=60)).id: 60}
     wanted |= {(await service.create()).id: 7200, (await service.create(deadline_seconds=9999)).id: 7200}
     assert {task.task_id: task.deadline_seconds for task in service.world.started} == wanted
+
+
+async def test_a_list_ends_where_the_params_of_its_trainings_are_too_many_values(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [(await service.create(service.document(extra=list(range(200))))).id for _ in range(3)]
+    monkeypatch.setattr(domain, "_MAX_PAGE_VALUES", 500)
+    first = await service.stub.ListTrainingJobs(pb.ListTrainingJobsRequest(), metadata=service.user())
+    rest = pb.ListTrainingJobsRequest(exclusive_start_key=first.last_evaluated_key.string_value)
+    second = await service.stub.ListTrainingJobs(rest, metadata=service.user())
+    assert [[item.id for item in page.trainings] for page in (first, second)] == [ids[:0:-1], ids[:1]]
+    assert second.last_evaluated_key.WhichOneof("kind") == "null_value"
 
 
 async def test_a_training_is_shown_and_listed_for_its_owner_and_for_administrators(service: Service) -> None:

@@ -103,7 +103,7 @@ def make_plan(options: Options, home: Home) -> Plan:
     of_workers = {**common, **own_way}
     ready = {**of_workers, "ESD_PROBE_URL": local_url + os.environ.get("ESD_BASE_PATH", "")}
     programs = [
-        Program("postgres", postgres.command(), {}, ports["postgres"], stop_signal="INT"),
+        Program("postgres", postgres.command(options.replicas), {}, ports["postgres"], stop_signal="INT"),
         Program("swift", store.command(), store.environment(), ports["swift"]),
         _step("bootstrap", home, {"ESD_POSTGRES_PORT": str(ports["postgres"]), "ESD_SWIFT_PORT": str(ports["swift"])}),
         *(

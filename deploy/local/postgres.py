@@ -26,12 +26,14 @@ from deploy.local.home import CannotRunError, Home
 from services.common.process import bound
 
 ADMIN = "esd_admin"
+# Of all services' processes together, for each replica: five times two pools of 8, with listeners and chores; and of
+# whoever else looks.
+_CONNECTIONS, _CONNECTIONS_OF_OTHERS = 110, 90
 _USERS = ("esd-postgres", "nobody")  # the second where no user can be made
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "password_encryption": "scram-sha-256",
-    "max_connections": "200",
     "shared_buffers": "64MB",
     "logging_collector": "off",
     "log_min_messages": "warning",
@@ -86,9 +88,10 @@ class Postgres:
             password.unlink()
         rename_durably(part, data)  # initdb has synced what is in it
 
-    def command(self) -> list[str]:
+    def command(self, replicas: int = 1) -> list[str]:
         """Returns the command that runs the server in the foreground and stops it (fast shutdown) when we die."""
-        settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
+        max_connections = _CONNECTIONS * replicas + _CONNECTIONS_OF_OTHERS
+        settings = [f"--{name}={value}" for name, value in _SETTINGS.items()] + [f"--max_connections={max_connections}"]
         server = [str(self._binaries() / "postgres"), "-D", str(self._home.postgres), "-p", str(self.port), *settings]
         return bound(server, user=self._user, signum=signal.SIGINT)
 

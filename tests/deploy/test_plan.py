@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 
-from deploy.local.home import Home
+from deploy.local.home import SERVICES, Home
 from deploy.local.plan import Options, Plan, PortRefusedError, make_plan
+from services.common.database import Database
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,15 @@ def test_the_stack_finds_itself_where_it_listens(home: Home, listen: str, itself
     plan = make_plan(Options(home.path, listen), home)
     assert plan.probe_url == f"http://{itself}:{plan.ports['gateway']}"
     assert url_of_workers(plan) == plan.probe_url
+
+
+@pytest.mark.parametrize("replicas", [1, 8])
+def test_the_database_has_room_for_all_connections_of_all_replicas(home: Home, replicas: int) -> None:
+    programs = make_plan(Options(home.path, "127.0.0.1:0", replicas=replicas), home).programs
+    command = next(program.command for program in programs if program.name == "postgres")
+    (room,) = (int(option.partition("=")[2]) for option in command if option.startswith("--max_connections="))
+    pool_size = signature(Database).parameters["pool_size"].default
+    assert room >= replicas * len(SERVICES) * (2 * pool_size + 6)  # and listeners, and what models has for its chores
 
 
 def test_workers_trust_the_certificate_of_a_gateway_with_tls(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,37 @@ async def peers() -> AsyncIterator[Services]:
         yield found
 
 
-async def start(folder: Path, **settings: str) -> asyncio.subprocess.Process:
-    (folder / "secret").write_text(SECRET + "\n")
-    environment = {"ESD_SECRET_FILE": str(folder / "secret"), "ESD_CACHE_DIR": str(folder), "ESD_DEVICE": "cpu"}
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "gpu_worker",
-        env=os.environ | environment | {"ESD_NUM_THREADS": "1"} | settings,
-        stderr=asyncio.subprocess.PIPE,
-    )
+Start = Callable[..., Awaitable[Process]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts workers, none of which outlives the test."""
+    started: list[Process] = []
+
+    async def start(**settings: str) -> Process:
+        (tmp_path / "secret").write_text(SECRET + "\n")
+        environment = {"ESD_SECRET_FILE": str(tmp_path / "secret"), "ESD_CACHE_DIR": str(tmp_path), "ESD_DEVICE": "cpu"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gpu_worker",
+            env=os.environ | environment | {"ESD_NUM_THREADS": "1"} | settings,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 @pytest.mark.slow
-async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peers: Services, make_spec: Any) -> None:
-    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}")
+async def test_a_worker_told_to_stop_finishes_its_job_first(start: Start, peers: Services, make_spec: Any) -> None:
+    process = await start(ESD_SERVER_URL=f"http://{peers.address}")
     connection = await peers.queue.connection()
     await connection.welcome()
     await connection.until_room()
@@ -51,9 +68,9 @@ async def test_a_worker_told_to_stop_finishes_its_job_first(tmp_path: Path, peer
 
 @pytest.mark.slow
 async def test_a_worker_whose_drain_is_cut_off_gives_its_job_back_before_it_leaves(
-    tmp_path: Path, peers: Services, make_spec: Any
+    start: Start, peers: Services, make_spec: Any
 ) -> None:
-    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="0")
+    process = await start(ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="0")
     connection = await peers.queue.connection()
     await connection.welcome()
     await connection.until_room()
@@ -68,8 +85,8 @@ async def test_a_worker_whose_drain_is_cut_off_gives_its_job_back_before_it_leav
 
 
 @pytest.mark.slow
-async def test_an_idle_worker_told_to_stop_leaves_without_draining(tmp_path: Path, peers: Services) -> None:
-    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="3600")
+async def test_an_idle_worker_told_to_stop_leaves_without_draining(start: Start, peers: Services) -> None:
+    process = await start(ESD_SERVER_URL=f"http://{peers.address}", ESD_DRAIN_SECONDS="3600")
     connection = await peers.queue.connection()
     await connection.welcome()
     await connection.until_room()
@@ -81,16 +98,16 @@ async def test_an_idle_worker_told_to_stop_leaves_without_draining(tmp_path: Pat
 
 
 @pytest.mark.slow
-async def test_a_worker_whose_secret_is_not_known_leaves_with_its_own_code(tmp_path: Path, peers: Services) -> None:
+async def test_a_worker_whose_secret_is_not_known_leaves_with_its_own_code(start: Start, peers: Services) -> None:
     peers.identity.knows = False
-    process = await start(tmp_path, ESD_SERVER_URL=f"http://{peers.address}")
+    process = await start(ESD_SERVER_URL=f"http://{peers.address}")
     _, log = await process.communicate()
     assert process.returncode == EXIT_REFUSED, log.decode()
     assert "not known any more" in log.decode()
 
 
-async def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
-    process = await start(tmp_path, ESD_SERVER_URL="gateway", ESD_DRAIN_SECONDS="soon", ESD_FP8="true")
+async def test_a_wrong_setting_is_named(start: Start) -> None:
+    process = await start(ESD_SERVER_URL="gateway", ESD_DRAIN_SECONDS="soon", ESD_FP8="true")
     _, log = await process.communicate()
     assert process.returncode == 2
     assert "setting ESD_SERVER_URL: a value such as https://esd.example.org is wanted" in log.decode()

@@ -56,6 +56,7 @@ class ControlLoop:
         self._policy = policy
         self._scaled_by_cluster = scaled_by_cluster
         self._loads: dict[str, Load] | None = None  # None until the queue has told
+        self._obstacles: dict[str, set[str]] = {}  # by endpoint: those of its workers that its events have told
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -144,6 +145,7 @@ class ControlLoop:
         status = await self._cluster.apply(pool, num_workers, load.worker_ids)
         if autoscaling and status.num_wanted is not None:
             await self._take_scale(endpoint, Scale(status.num_wanted), "the cluster decided so")
+        await self._tell_obstacle(endpoint, status.obstacle)
         if endpoint.status == DELETING:
             if status.num_running == 0:
                 await self._clean_up(endpoint, load)
@@ -193,6 +195,15 @@ class ControlLoop:
         if (num_live and endpoint.status == CREATING) or (has_arrived and endpoint.status == UPDATING):
             await self._store.set_in_service(endpoint.id, datetime.now(UTC))
             log.info("an endpoint is in service", endpoint=endpoint.name)
+
+    async def _tell_obstacle(self, endpoint: Endpoint, obstacle: str) -> None:
+        """Tells each of what workers wait for once, until none waits any more: a cluster may say two in turn."""
+        if not obstacle:
+            self._obstacles.pop(endpoint.id, None)
+        elif obstacle not in (told := self._obstacles.setdefault(endpoint.id, set())):
+            log.warning("a worker waits", endpoint=endpoint.name, reason=obstacle)
+            await self._store.tell_obstacle(endpoint.id, obstacle)
+            told.add(obstacle)
 
     async def _retire_failed(self, endpoint: Endpoint, error: str) -> None:
         if not endpoint.is_retired:

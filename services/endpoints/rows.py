@@ -17,7 +17,7 @@ ASYNC, REAL_TIME = "Async", "Real-time"
 CREATING, IN_SERVICE, UPDATING, FAILED, DELETING = "Creating", "InService", "Updating", "Failed", "Deleting"
 DRAINING = "Draining"  # not a word of the original: no workers and no new jobs, until somebody ends that
 CREATED, UPDATED, SCALED_OUT, SCALED_IN = "Created", "Updated", "ScaledOut", "ScaledIn"
-WORKER_STARTED, WORKER_ENDED = "WorkerStarted", "WorkerEnded"
+WORKER_STARTED, WORKER_ENDED, WORKER_WAITS = "WorkerStarted", "WorkerEnded", "WorkerWaits"
 _TIME = DateTime(timezone=True)
 # What of an endpoint nobody asked for, and what its name in the audit says.
 _OBSERVED = {

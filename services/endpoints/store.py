@@ -30,6 +30,7 @@ from services.endpoints.rows import (
     UPDATING,
     WORKER_ENDED,
     WORKER_STARTED,
+    WORKER_WAITS,
     Endpoint,
     Worker,
 )
@@ -150,6 +151,11 @@ class EndpointStore:
                 values["status"] = UPDATING
         async with self._database.transaction() as session:
             return bool(await self._change(session, "endpoint.update", _as_read(endpoint), values, happening))
+
+    async def tell_obstacle(self, endpoint_id: str, obstacle: str) -> None:
+        """Remembers what a worker waits for, among the endpoint's events."""
+        async with self._database.transaction() as session:
+            await remember(session, endpoint_id, Happening(WORKER_WAITS, f"a worker has not started: {obstacle}"))
 
     async def set_failed(self, endpoint_id: str, error: str) -> None:
         """Gives an endpoint up."""

@@ -49,12 +49,14 @@ class PoolStatus:
     """What runs of a pool.
 
     `num_running` counts workers that exist, ready or not. `failure` says why the pool's workers do not start, when
-    trying again is pointless. `num_wanted` is what the cluster has decided for a pool with autoscaling.
+    trying again is pointless, and `obstacle` what one of them waits for meanwhile, as a sentence. `num_wanted` is what
+    the cluster has decided for a pool with autoscaling.
     """
 
     num_running: int
     failure: str | None = None
     num_wanted: int | None = None
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)

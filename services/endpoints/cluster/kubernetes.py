@@ -30,6 +30,7 @@ from services.endpoints.cluster.kubernetes_api import (
     connect,
     exists,
     ignoring,
+    obstacle_of,
     sentence,
     told_as_unavailable,
 )
@@ -111,7 +112,8 @@ class KubernetesCluster:
             pods = await self._pods.of(pool.endpoint_id)
         num_running = sum(exists(pod) for pod in pods)
         failure = self._failure(pool.endpoint_id, pods, live) if num_workers else None
-        return PoolStatus(num_running, failure, deployment.spec.replicas if pool.autoscaling else None)
+        obstacle = next(filter(None, (obstacle_of(pod) for pod in pods)), "")
+        return PoolStatus(num_running, failure, deployment.spec.replicas if pool.autoscaling else None, obstacle)
 
     async def apply_task(self, task: Task, should_run: bool) -> TaskStatus:
         """Makes the Job as it should be, and reads what became of it."""

@@ -126,6 +126,19 @@ def exists(pod: Any) -> bool:
     return pod.status.phase not in {"Succeeded", "Failed"} and not is_lost(pod)
 
 
+def obstacle_of(pod: Any) -> str:
+    """What a pod waits for before it runs, where the cluster says so: a node, its image, a volume."""
+    if pod.status.phase != "Pending":
+        return ""
+    for condition in pod.status.conditions or ():
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return f"it waits for a place: {condition.message}"
+    for container in pod.status.container_statuses or ():
+        if container.state.waiting and container.state.waiting.message:
+            return f"it waits: {container.state.waiting.message}"
+    return ""
+
+
 async def connect(settings: KubernetesSettings) -> client.ApiClient:
     """A client for the cluster of the settings.
 

@@ -23,6 +23,7 @@ from services.endpoints.cluster.kubernetes_api import (
     exists,
     ignoring,
     is_lost,
+    obstacle_of,
     sentence,
     told_as_unavailable,
 )
@@ -102,7 +103,7 @@ def _status(task: Task, job: Any, pods: list[Any]) -> TaskStatus:
         return TaskStatus(TaskState.FAILED, max(num_failed, task.num_attempts), num_failed, _last_failure(pods))
     if "Running" in phases:
         return TaskStatus(TaskState.RUNNING, max(num_failed + 1, task.num_attempts), num_failed)
-    reason = _obstacle(pods[-1]) if phases[-1:] == ["Pending"] else ""
+    reason = obstacle_of(pods[-1]) if pods else ""
     if not reason and num_failed:
         reason = f"attempt {num_failed} of {task.max_attempts} failed: {_last_failure(pods)}"
     return TaskStatus(TaskState.WAITING, max(num_failed, task.num_attempts), num_failed, reason or task.reason)
@@ -132,17 +133,6 @@ def _is_interrupted(pod: Any) -> bool:
     return any(end and end.exit_code == EXIT_INTERRUPTED for end in ends) or any(
         (found.type, found.status) == (manifests.DISRUPTED, "True") for found in pod.status.conditions or ()
     )
-
-
-def _obstacle(pod: Any) -> str:
-    """Why the pod does not run yet, where the cluster says so."""
-    for condition in pod.status.conditions or ():
-        if condition.type == "PodScheduled" and condition.status == "False":
-            return f"it waits for a place: {condition.message}"
-    for container in pod.status.container_statuses or ():
-        if container.state.waiting and container.state.waiting.message:
-            return f"it waits: {container.state.waiting.message}"
-    return ""
 
 
 def _last_failure(pods: list[Any]) -> str:

@@ -61,14 +61,15 @@ class LocalCluster:
             worker = Worker(endpoint_id=pool.endpoint_id, slot=slot)
             await self._store.add_worker(worker)
             workers.append(worker)
-        num_running = 0
+        num_running, obstacle = 0, ""
         for worker in workers:
             process = await self._process_of(worker)
             if process is None and worker.num_failures >= MAX_FAILURES and worker.slot < num_workers:
                 code = self._exits.get(worker.key)  # None also where another control loop saw it end
                 return PoolStatus(num_running, why_given_up(code, last_words(self._log_file(worker))))
             if process is None and worker.slot < num_workers:
-                process = await self._start(worker)
+                process, waits_for = await self._start(worker)
+                obstacle = obstacle or waits_for
             elif process is None:
                 await self._store.remove_worker(worker)
             elif worker.slot >= num_workers or worker.gpu in read.kept_gpus:
@@ -76,7 +77,7 @@ class LocalCluster:
             elif worker.worker_id in live and not worker.was_live:
                 await self._store.set_worker_live(worker)
             num_running += process is not None
-        return PoolStatus(num_running)
+        return PoolStatus(num_running, obstacle=obstacle)
 
     async def apply_task(self, task: Task, should_run: bool) -> TaskStatus:
         """Looks at the task once: starts it, stops it, starts it again."""
@@ -136,14 +137,16 @@ class LocalCluster:
         if num_failures:
             self._machine.processes.pause(worker.key, num_failures)
 
-    async def _start(self, worker: Worker) -> Process | None:
-        """Starts a process for the worker, unless it pauses or another control loop was faster."""
+    async def _start(self, worker: Worker) -> tuple[Process | None, str]:
+        """Starts a process for the worker, or tells what it waits for; neither where it pauses, or another control
+        loop was faster."""
         if self._machine.processes.is_pausing(worker.key):
-            return None
+            return None, ""
         async with self._machine.starting:
-            gpu = (await self._machine.shares()).for_worker() if self._machine.settings.gpus else None
-            if gpu is None and self._machine.settings.gpus:
-                return None  # all are tasks'; the end of one will tell
+            gpus = self._machine.settings.gpus
+            gpu = (await self._machine.shares()).for_worker() if gpus else None
+            if gpu is None and gpus:  # the end of a task will tell
+                return None, f"it waits for a GPU: tasks have all {len(gpus)}"
             worker.num_launches += 1
             worker.gpu = gpu
             environment = self._machine.environment(worker.endpoint_id, gpu) | {"ESD_WORKER_ID": worker.worker_id}
@@ -153,7 +156,7 @@ class LocalCluster:
             )
         if process is not None:
             log.info("a worker is started", worker=worker.worker_id, pid=process.pid, gpu=worker.gpu)
-        return process
+        return process, ""
 
     def _log_file(self, worker: Worker) -> Path:
         return self._machine.folder(worker.endpoint_id) / f"worker-{worker.slot}.log"

@@ -21,6 +21,7 @@ from services.common.database import Database
 from services.endpoints.cluster import Cluster, Pool
 from services.endpoints.cluster.pods import OWNER, name_of
 from services.endpoints.domain import Endpoints, NewEndpoint
+from services.endpoints.event_store import EventStore
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.reconcile import ControlLoop
 from services.endpoints.rows import Endpoint
@@ -121,11 +122,17 @@ async def test_an_endpoint_is_served_by_our_worker_in_a_pod_and_leaves_nothing_w
 
 
 async def test_workers_share_out_the_gpus_of_the_nodes_and_one_too_many_waits(
-    run_on_kubernetes: RunOnKubernetes, create: Any, store: EndpointStore, peers: Peers, api: client.ApiClient
+    run_on_kubernetes: RunOnKubernetes, create: Any, store: EndpointStore, api: client.ApiClient, database: Database
 ) -> None:
     cluster = await run_on_kubernetes()
     endpoint = await create("one-gpu", num_workers=5)
     await in_status(store, "InService", num_live=4)
+
+    async def told() -> list[str]:
+        events = await EventStore(database).page_events(endpoint.id, 100, None)
+        return [event.message for event in events if event.type == "WorkerWaits"]
+
+    assert (await until(told))[0].startswith("a worker has not started: it waits for a place: 0/2 nodes are available")
     pods = (await objects_of(api, endpoint.id))["Pod"]
     assert sorted(pod.spec.node_name or "" for pod in pods) == ["", "node-1", "node-1", "node-2", "node-2"]
     await store.mark_deleting([endpoint.name])

@@ -13,7 +13,12 @@ import yaml
 from kubernetes_asyncio import client
 
 from services.endpoints.cluster import Pool, kubernetes_tasks, manifests
-from services.endpoints.cluster.kubernetes_api import KubernetesApi, KubernetesSettings, UnknownProfileError
+from services.endpoints.cluster.kubernetes_api import (
+    KubernetesApi,
+    KubernetesSettings,
+    UnknownProfileError,
+    obstacle_of,
+)
 from services.endpoints.cluster.pods import Program, secret_object
 from services.endpoints.cluster.profiles import AWS_PROFILES, Profile
 from services.endpoints.rows import Task
@@ -170,6 +175,28 @@ def failed_pod(number: int, exit_code: int, *conditions: str, reason: str = "Err
         metadata=client.V1ObjectMeta(creation_timestamp=datetime.now(UTC), resource_version=str(number)),
         status=client.V1PodStatus(phase="Failed", container_statuses=[ended], conditions=conditions_of),
     )
+
+
+@pytest.mark.parametrize(
+    ("phase", "placed", "waiting", "obstacle"),
+    [
+        ("Pending", "False", None, "it waits for a place: 0/3 nodes are available"),
+        ("Pending", "True", ("ImagePullBackOff", 'Back-off pulling image "w"'), 'it waits: Back-off pulling image "w"'),
+        ("Pending", "True", ("ContainerCreating", None), ""),
+        ("Running", "True", ("CrashLoopBackOff", "back-off 10s restarting failed container"), ""),
+    ],
+)
+def test_a_pod_that_does_not_run_yet_says_what_it_waits_for(
+    phase: str, placed: str, waiting: tuple[str, str | None] | None, obstacle: str
+) -> None:
+    scheduled = client.V1PodCondition(type="PodScheduled", status=placed, message="0/3 nodes are available")
+    container = client.V1ContainerStatus(name="w", image="w", image_id="", ready=False, restart_count=0)
+    if waiting is not None:
+        reason, message = waiting
+        container.state = client.V1ContainerState(waiting=client.V1ContainerStateWaiting(message, reason))
+    containers = [container] if waiting else []
+    status = client.V1PodStatus(phase=phase, conditions=[scheduled], container_statuses=containers)
+    assert obstacle_of(client.V1Pod(status=status)) == obstacle
 
 
 def test_pods_that_were_sent_away_are_no_failed_attempts() -> None:

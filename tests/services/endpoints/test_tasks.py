@@ -17,7 +17,9 @@ from structlog.testing import capture_logs
 
 from esd.endpoints.v1 import endpoints_pb2 as pb
 from esd.endpoints.v1 import endpoints_pb2_grpc as rpc
+from services.common.database import Database
 from services.endpoints.domain import Endpoints, NewEndpoint
+from services.endpoints.event_store import EventStore
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_servicer import TaskServicer
 from services.endpoints.task_store import TaskStore
@@ -253,7 +255,7 @@ async def test_a_task_waits_for_a_gpu_that_no_worker_has_and_workers_stay_away_f
 
 async def test_where_tasks_go_first_a_worker_leaves_its_gpu_and_comes_back_to_it(
     run_loop: RunLoop, foreman: Foreman, begin: Start, reach: Reach, store: EndpointStore,
-    endpoint: Any, peers: Peers,
+    endpoint: Any, peers: Peers, database: Database,
 ) -> None:  # fmt: skip
     run_loop(worker_or_task(foreman), gpus=("0",), tasks_first=True)
     pool = await endpoint(1)
@@ -262,9 +264,16 @@ async def test_where_tasks_go_first_a_worker_leaves_its_gpu_and_comes_back_to_it
     _, end = await foreman.next(task_id)
     assert await gpus_of_workers(store) == []
     await until(lambda: not peers.queue.workers[pool.id])
+
+    async def told() -> list[str]:
+        events = await EventStore(database).page_events(pool.id, 100, None)
+        return [event.message for event in events if event.type == "WorkerWaits"]
+
+    assert await until(told) == ["a worker has not started: it waits for a GPU: tasks have all 1"]
     end()
     await reach(task_id, SUCCEEDED)
     await until(lambda: peers.queue.workers[pool.id])
+    assert len(await told()) == 1  # however often the control loop has looked
     (worker,) = await store.get_workers()
     assert worker.num_failures == 0  # it left because it was asked to
 

@@ -118,7 +118,7 @@ def rate(step: Step, num_steps: int) -> float:
 
 
 def compare(
-    family: str, side: int, batch_size: int, dtype: torch.dtype, num_steps: int, device: str, **keys: Any
+    family: str, side: int, batch_size: int, dtype: torch.dtype, num_steps: int, device: str, num_runs: int = _NUM_RUNS
 ) -> Iterator[dict[str, Any]]:
     """Both loops with models of their own, in turn: what is known after each turn."""
     steps: dict[str, Step] = {}
@@ -129,7 +129,7 @@ def compare(
         models = models_of(family, device, dtype)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # they are made in fp32, which may take more than a step does
-        step = make(models, batch_of(models, side, batch_size), **keys)
+        step = make(models, batch_of(models, side, batch_size))
         for _ in range(_WARM_STEPS):
             step()
         return step
@@ -140,7 +140,7 @@ def compare(
         steps[name], peaks[name] = measure(partial(warm, make))
         if name == "ours":  # whatever becomes of the other one
             yield {"steps_per_second": {name: round(rate(steps[name], num_steps), 3)}, "peak_bytes": peaks}
-    for _ in range(_NUM_RUNS):
+    for _ in range(num_runs):
         for name, step in steps.items():
             rates[name].append(rate(step, num_steps))
         yield compared(rates) | {
@@ -183,11 +183,11 @@ def alone(
     yield {"steps_per_second": round(statistics.median(found), 3), "peak_bytes": peak}
 
 
-def learns(family: str, side: int, dtype: torch.dtype, device: str, **keys: Any) -> Iterator[dict[str, Any]]:
+def learns(family: str, side: int, dtype: torch.dtype, device: str, num_steps: int = 100) -> Iterator[dict[str, Any]]:
     """Whether a batch that is seen again and again is learned: the mean loss of the first and of the last 20 steps."""
     models = models_of(family, device, dtype)
-    step = ours(models, batch_of(models, side, 2), unet_lr=1e-3, text_encoder_lr=1e-4, min_timestep=300, **keys)
-    losses = [step() for _ in range(100)][1:]
+    step = ours(models, batch_of(models, side, 2), unet_lr=1e-3, text_encoder_lr=1e-4, min_timestep=300)
+    losses = [step() for _ in range(num_steps)][1:]
     first, last = statistics.mean(losses[:20]), statistics.mean(losses[-20:])
     yield {"first": round(first, 4), "last": round(last, 4), "falls": last < first}
 
@@ -241,8 +241,9 @@ def on_cpu(report: Report) -> None:
 
 
 def on_gpu(report: Report, tiny: bool) -> None:
-    """Models of full size, or tiny ones in their place."""
+    """Models of full size; or tiny ones in their place, which show no more than that each part runs to its end."""
     device = "cpu" if tiny else "cuda"
+    num_runs, num_learned = (2, 3) if tiny else (_NUM_RUNS, 100)
     half, bfloat = (torch.float32, torch.float32) if tiny else (torch.float16, torch.bfloat16)
     loha = {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"], "network_dim": 4}
     checkpointing, small_optimizer = {"gradient_checkpointing": True}, {"optimizer_type": "AdamW8bit"}
@@ -251,8 +252,8 @@ def on_gpu(report: Report, tiny: bool) -> None:
         return ("tiny", 64) if tiny else (family, side)
 
     parts: list[tuple[str, float, Callable[[], Iterable[dict[str, Any]]]]] = [
-        ("SDXL 1024x1024 batch 1, fp16", 30, lambda: compare(*size("sdxl", 1024), 1, half, 3, device)),
-        ("SD1.5 512x512 batch 4, fp16", 25, lambda: compare(*size("sd15", 512), 4, half, 8, device)),
+        ("SDXL 1024x1024 batch 1, fp16", 30, lambda: compare(*size("sdxl", 1024), 1, half, 3, device, num_runs)),
+        ("SD1.5 512x512 batch 4, fp16", 25, lambda: compare(*size("sd15", 512), 4, half, 8, device, num_runs)),
         ("a whole tiny training, fp16", 15, lambda: [whole(device, "fp16")]),
         (
             "SDXL 1024x1024 batch 1, bf16, checkpointing",
@@ -264,7 +265,7 @@ def on_gpu(report: Report, tiny: bool) -> None:
             15,
             lambda: alone(*size("sd15", 512), 4, half, 8, device, **small_optimizer),
         ),
-        ("SD1.5 256x256 learns, fp16", 15, lambda: learns(*size("sd15", 256), half, device)),
+        ("SD1.5 256x256 learns, fp16", 15, lambda: learns(*size("sd15", 256), half, device, num_learned)),
         ("a whole tiny training, bf16, LoHa", 10, lambda: [whole(device, "bf16", **loha)]),
     ]
     for what, needs_seconds, measure in parts:

@@ -9,8 +9,6 @@ export CHECKPOINT PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bytecode is kept, whatever the caller's environment says: else each worker compiles torch anew, for 20 s of a core.
 unexport PYTHONDONTWRITEBYTECODE
-# A make that a test starts is no part of this one, whatever --jobs this one has.
-unexport MAKEFLAGS
 
 .PHONY: help install check fix test test-slow test-k8s test-images up demo bench chaos
 .PHONY: $(shell $(HAS_PIP) || echo $(VENV)/.installed)

@@ -17,10 +17,10 @@ MAX_PARAMS_BYTES = 64 * 1024
 MAX_PARAMS_VALUES = 100
 
 
-def max_values(json: str | bytes) -> int:
+def most_values(text: str | bytes) -> int:
     """The most values that a JSON text can have, without reading it: each but the first has one of these before it."""
-    marks: Iterable[Any] = b",[{" if isinstance(json, bytes) else ",[{"
-    return 1 + sum(json.count(mark) for mark in marks)
+    marks: Iterable[Any] = b",[{" if isinstance(text, bytes) else ",[{"
+    return 1 + sum(text.count(mark) for mark in marks)
 
 
 def num_values(value: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import protovalidate
@@ -89,6 +89,20 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return number, at
     raise DecodeError
+
+
+async def hello(requests: AsyncIterator[Any], stream: str) -> Any:
+    """What a worker or a trainer says of itself, in the first message of its stream, checked.
+
+    Raises:
+        InvalidArgument: the stream begins with something else, or with nothing.
+    """
+    async for request in requests:
+        if request.WhichOneof("message") != "hello":
+            raise InvalidArgument(f"the first message of a {stream} stream is hello")
+        check(request)
+        return request.hello
+    raise InvalidArgument("the stream ended before its hello")
 
 
 def check(request: Message) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
-from services.common.structs import max_values
+from services.common.structs import most_values
 from services.models.pickles import MAX_PICKLE_BYTES, Refused, scan_archive, scan_stream
 from services.models.recognition import UNKNOWN, Shapes, recognise
 
@@ -231,7 +231,7 @@ def _safetensors_shapes(file: IO[bytes], size: int) -> Shapes:
     if 8 + length > size:
         raise Refused(f"is truncated: its header alone has {length} bytes, the file {size}")
     text = file.read(length)
-    if max_values(text) > _MAX_HEADER_VALUES:  # each becomes a hundred times as large as it is written
+    if most_values(text) > _MAX_HEADER_VALUES:  # each becomes a hundred times as large as it is written
         raise Refused(f"has a header of more than {_MAX_HEADER_VALUES} values, which no model here needs")
     try:
         header = json.loads(text.decode())

@@ -90,14 +90,7 @@ class _TrainSession:
             self.outbox.put_nowait(None)
 
     async def _welcome(self, requests: AsyncIterator[pb.TrainRequest]) -> tuple[Training, UUID]:
-        async for request in requests:
-            hello = request.hello
-            break
-        else:
-            raise InvalidArgument("the stream ended before its hello")
-        if request.WhichOneof("message") != "hello":
-            raise InvalidArgument("the first message of a Train stream is hello")
-        validation.check(request)
+        hello = await validation.hello(requests, "Train")
         session = UUID(hello.session)
         welcome = await self._domain.welcome(self._training_id, session)
         training = welcome.training

@@ -63,14 +63,7 @@ class WorkSession:
             self.outbox.put_nowait(None)
 
     async def _welcome(self, requests: AsyncIterator[pb.WorkRequest]) -> WorkerStream:
-        async for request in requests:
-            hello = request.hello
-            break
-        else:
-            raise InvalidArgument("the stream ended before its hello")
-        if request.WhichOneof("message") != "hello":
-            raise InvalidArgument("the first message of a Work stream is hello")
-        validation.check(request)
+        hello = await validation.hello(requests, "Work")
         held = list(hello.held_leases)
         stream, kept = await self._queue.welcome(self._endpoint_id, hello.worker_id, held, hello.device, hello.version)
         self._leases = set(kept)

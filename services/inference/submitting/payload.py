@@ -9,7 +9,7 @@ from typing import Any
 
 from services.common import payloads
 from services.common.errors import InvalidArgument
-from services.common.structs import max_values
+from services.common.structs import most_values
 
 MAX_BYTES = 64 * 1024 * 1024
 # Each becomes some dozen times as large as it is written, unless it is a text as pictures are. Four prompts may look
@@ -60,5 +60,5 @@ def check_payload(content: bytes | str, task_type: str, job_id: str) -> CheckedP
 
 
 def _check_values(content: bytes | str) -> None:
-    if max_values(content) > _MAX_VALUES:
+    if most_values(content) > _MAX_VALUES:
         raise InvalidArgument(f"the payload has more than {_MAX_VALUES} commas and opening brackets")

@@ -4,7 +4,7 @@ diffusers."""
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -90,9 +90,9 @@ def _kind(name: str, device: torch.device, log: Callable[[str], None]) -> tuple[
     if name in _LIBRARIES:
         return getattr(importlib.import_module(_LIBRARIES[name]), name), {}
     if name == "AdamW8bit":
-        if device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
+        if device.type == "cuda":
             return importlib.import_module("bitsandbytes.optim").AdamW8bit, {}
-        log("optimizer_type AdamW8bit: bitsandbytes needs CUDA and is not here, so it is AdamW with 32 bits")
+        log("optimizer_type AdamW8bit: it needs CUDA, which is not here, so it is AdamW with 32 bits")
     return torch.optim.AdamW, {"fused": True} if device.type == "cuda" else {}
 
 

@@ -1,16 +1,19 @@
 """What changes the weights, and how fast: as the libraries do whose optimizers and schedules these are."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from diffusers.optimization import get_scheduler
 from lion_pytorch import Lion
 from prodigyopt import Prodigy
 
-from gpu_worker.trainer.optimizers import create_optimizer, create_schedule, rates
+from gpu_worker.trainer import state
+from gpu_worker.trainer.optimizers import create_optimizer, create_schedule, load_state, rates
 from services.common.payloads.training import SCHEDULERS, check_training
 
 NUM_STEPS = 10
@@ -98,4 +101,36 @@ def test_weights_change_as_in_the_optimizers_own_library(name: str) -> None:
         assert torch.equal(our, their)
         assert not torch.equal(our, before)
     assert rates(optimizer).keys() == {"unet", "text"}
-    assert any("bitsandbytes needs CUDA" in line for line in lines) == (name == "AdamW8bit")
+    assert any("it needs CUDA" in line for line in lines) == (name == "AdamW8bit")
+
+
+def test_on_cuda_adamw8bit_is_that_of_bitsandbytes_and_goes_on_from_its_state(tmp_path: Path) -> None:
+    """The weights are on the CPU here, where the library computes too."""
+    config = check_training({"optimizer_type": "AdamW8bit", "unet_lr": 1e-2, "optimizer_args": ["weight_decay=0.1"]})
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 8192)) for _ in range(3)]  # of smaller ones it keeps 32 bits
+    lines: list[str] = []
+
+    def create(weight: Any) -> Any:
+        return create_optimizer(config, SimpleNamespace(unet=[weight], texts=[]), torch.device("cuda"), lines.append)  # type: ignore[arg-type]
+
+    def step(weight: Any, optimizer: Any) -> None:
+        torch.autograd.backward((weight**2).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours, theirs, resumed = weights
+    optimizer, expected = create(ours), AdamW8bit([theirs], lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        step(ours, optimizer)
+        step(theirs, expected)
+    assert torch.equal(ours, theirs)
+    assert {tensor.dtype for tensor in optimizer.state[ours].values() if torch.is_tensor(tensor)} >= {torch.uint8}
+    state.write(tmp_path / "state", state.State(1, 3, {}, optimizer.state_dict()), config)
+    with torch.no_grad():
+        resumed.copy_(ours)
+    again = create(resumed)
+    load_state(again, state.read(tmp_path / "state", config).steps)
+    step(ours, optimizer)
+    step(resumed, again)
+    assert torch.equal(resumed, ours)
+    assert lines == []

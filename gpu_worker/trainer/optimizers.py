@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 
+from gpu_worker.engine.importing import find_hidden
 from gpu_worker.job import JobError
 from gpu_worker.trainer.networks import Network
 from services.common.payloads.training import Training
@@ -91,7 +92,7 @@ def _kind(name: str, device: torch.device, log: Callable[[str], None]) -> tuple[
         return getattr(importlib.import_module(_LIBRARIES[name]), name), {}
     if name == "AdamW8bit":
         if device.type == "cuda":
-            return importlib.import_module("bitsandbytes.optim").AdamW8bit, {}
+            return find_hidden("bitsandbytes.optim").AdamW8bit, {}
         log("optimizer_type AdamW8bit: it needs CUDA, which is not here, so it is AdamW with 32 bits")
     return torch.optim.AdamW, {"fused": True} if device.type == "cuda" else {}
 

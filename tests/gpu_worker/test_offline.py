@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 ATTEMPT = "connection attempt to"
 # Wraps what opens connections; an attempt is also printed, as a library may swallow the error.
 WORKER = f"""
-import socket, sys
+import atexit, socket, sys
 
 def guarded(call, host_of):
     def guard(*arguments, **named):
@@ -37,6 +37,10 @@ if "--check" in sys.argv:
 for name in ("connect", "connect_ex"):
     setattr(socket.socket, name, guarded(getattr(socket.socket, name), peer))
 socket.getaddrinfo = guarded(socket.getaddrinfo, lambda host, *_: host)
+
+@atexit.register
+def tell():
+    print("imported", *(name for name in ("diffusers", "bitsandbytes") if sys.modules.get(name)), file=sys.stderr)
 
 from gpu_worker.__main__ import main
 main()
@@ -74,6 +78,7 @@ async def test_a_job_runs_where_only_this_machine_is_reached(
     assert process.returncode == 0, log.decode()
     assert ATTEMPT not in log.decode()
     assert f"{spec.job_id}/image_0.png" in store.objects
+    assert "imported diffusers\n" in log.decode()  # and not what looks for kernels on a hub
 
 
 async def test_the_guard_of_this_test_sees_an_attempt(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _quoted(value: Any) -> str:
 
 def _schedule(sampler_name: str) -> str | None:
     """The schedule, of a sampler that has a choice. Newer versions do not take it from a bare name."""
-    return parts(sampler_name)[1] if len(sampler_of(sampler_name).schedules) > 1 else None
+    return parts(sampler_name)[1] if sampler_of(sampler_name).has_choice else None
 
 
 def _eta_fields(request: Generation) -> dict[str, Any]:

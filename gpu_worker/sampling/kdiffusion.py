@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import exp, expm1, log, sqrt
 from typing import Any
 
@@ -17,6 +18,12 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
+# Karras' levels are evenly spaced in this root (Karras et al. 2022).
+_RHO = 7
+# From so many steps on Restart goes back to more noise, and from so many on twice: from the level nearest to the low
+# one, which it has reached, to the one nearest to the high one.
+_RESTARTS_FROM, _TWICE_FROM = 20, 36
+_RESTART_LOW, _RESTART_HIGH = 0.1, 2.0
 # Where DPM-Solver looks at the noise within a step of each order, in parts of the step.
 _FRACTIONS = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
 
@@ -261,6 +268,55 @@ def _looks(highest: float, lowest: float, num_looks: int, eta: float) -> Iterato
                 of_difference=sigma * by * to / (fraction * h) if look else 0.0,
                 up=sqrt(max(0.0, exp(-t_after) ** 2 - exp(-t_next) ** 2)) if is_last else 0.0,
             )
+
+
+class Restart(KDiffusion):
+    """A1111's `restart_sampler` (Xu et al. 2023): Heun's method down Karras' levels, with returns to more noise on the
+    way. What begins later begins such a row of its own."""
+
+    order = 2
+
+    def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
+        """As diffusers'; the looks follow with set_begin_index."""
+        super().set_timesteps(num_inference_steps, *options, **named)
+        self._levels = self.sigmas
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Has the looks begin with a step of the row; to be called after set_timesteps."""
+        super().set_begin_index(begin_index)
+        steps = _with_restarts(self._levels[begin_index // self.order :])
+        looks = torch.tensor(steps).flatten()  # at both ends of each step but the last, which goes to no noise
+        self.sigmas = torch.cat([self._levels[:1].expand(begin_index), looks])
+        self.timesteps = self._times(self.sigmas[:-1])
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        if index == len(self.sigmas) - 2:
+            return clean
+        before, after, following = self.sigmas[index - index % 2 :][:3]
+        slope = (x - clean) / self.sigmas[index]
+        if not index % 2:
+            self._begun, self._slope = x, slope
+            return x + slope * (after - before)
+        x = self._begun + (self._slope + slope) * ((after - before) / 2)
+        return x + torch.randn(x.shape) * (following**2 - after**2).sqrt() if following > after else x
+
+
+def _with_restarts(levels: torch.Tensor) -> list[tuple[float, float]]:
+    """As many steps as lead down these levels, of which the last is 0: each from one level to another."""
+    num_steps = len(levels) - 1
+    if num_steps < _RESTARTS_FROM:
+        return list(pairwise(levels.tolist()))
+    num_restarts, length = (2, num_steps // 4) if num_steps >= _TWICE_FROM else (1, 9)
+    row = np.append(_karras(float(levels[-2]), float(levels[0]), num_steps - num_restarts * length), 0.0)
+    low, high = (int(np.abs(row - level).argmin()) for level in (_RESTART_LOW, _RESTART_HIGH))
+    steps = list(pairwise(row.tolist()))
+    if high < low:
+        steps[low:low] = num_restarts * list(pairwise(_karras(row[low], row[high], length + 1).tolist()))
+    return steps
+
+
+def _karras(lowest: float, highest: float, num_levels: int) -> Any:
+    return np.linspace(highest ** (1 / _RHO), lowest ** (1 / _RHO), num_levels) ** _RHO
 
 
 def _ancestral(before: Any, after: Any, eta: float) -> tuple[torch.Tensor, torch.Tensor]:

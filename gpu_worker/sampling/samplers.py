@@ -28,6 +28,7 @@ from gpu_worker.sampling.kdiffusion import (
     DPMSde,
     EulerAncestral,
     KDiffusion,
+    Restart,
 )
 from gpu_worker.sampling.plans import Interval, Plan, combined
 from services.common.payloads.samplers import parts, sampler_of
@@ -59,6 +60,7 @@ SAMPLERS: dict[str, tuple[type[Any], Options]] = {
     "DPM++ 2M SDE Heun": (DPM2MHeun, _LINSPACE),
     "DPM++ 3M SDE": (DPM3M, _LINSPACE),
     "DPM fast": (DPMFast, _LINSPACE),
+    "Restart": (Restart, _LINSPACE),
     "DDIM": (DDIMScheduler, _LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
     "PLMS": (PNDMScheduler, _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
     # bh1 of order 3 gives NaN at the final noise level 0.

@@ -20,13 +20,15 @@ Loop = Callable[..., Generator[Any, Any, Any]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A loop, whether it looks twice in a step, has noise of one process, and is given a level more than it uses."""
+    """A loop, whether it looks twice in a step, has noise of one process, is given a level more than it uses, and goes
+    by Karras' levels whatever its name ends in."""
 
     loop: Loop
     eta: float = 1.0
     order: int = 1
     is_brownian: bool = False
     discards: bool = False
+    is_karras: bool = False
 
 
 def ancestral(before: Any, after: Any, eta: float) -> Any:
@@ -222,6 +224,43 @@ def dpm_fast(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
     return x
 
 
+def restart(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
+    """restart_sampler of A1111's modules/sd_samplers_extra.py."""
+    steps = len(sigmas) - 1
+    row, returns, again = sigmas, 0, torch.zeros(0)
+    if steps >= 20:
+        returns, length = (1, 9) if steps < 36 else (2, steps // 4)
+        row = get_sigmas_karras(steps - returns * length, float(sigmas[-2]), float(sigmas[0]))
+        low, high = ((row - sigma).abs().argmin() for sigma in (0.1, 2))
+        again = get_sigmas_karras(length + 1, float(row[low]), float(row[high]))[:-1]
+    last = None
+    for before, after in pairwise(row):
+        x = yield from heun_step(x, before, after)
+        if returns and after == row[low]:
+            last = after
+            for _ in range(returns):
+                x = x + noise() * (again[0] ** 2 - last**2) ** 0.5
+                for higher, lower in pairwise(again):
+                    x = yield from heun_step(x, higher, lower)
+                last = again[-1]
+    return x
+
+
+def heun_step(x: Any, before: Any, after: Any) -> Any:
+    d = (x - (yield x, before)) / before
+    x_2 = x + d * (after - before)
+    if after == 0:
+        return x_2
+    d_2 = (x_2 - (yield x_2, after)) / after
+    return x + (d + d_2) / 2 * (after - before)
+
+
+def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Any:
+    ramp = torch.linspace(0, 1, n)
+    lowest, highest = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(highest + ramp * (lowest - highest)) ** rho, torch.zeros(1)])
+
+
 # A1111's modules/sd_samplers_kdiffusion.py has which of them get a level more.
 KINDS = {
     "Euler a": Kind(euler_ancestral),
@@ -234,6 +273,7 @@ KINDS = {
     "DPM++ 2M SDE Heun": Kind(partial(dpmpp_2m_sde, solver_type="heun"), is_brownian=True),
     "DPM++ 3M SDE": Kind(dpmpp_3m_sde, is_brownian=True, discards=True),
     "DPM fast": Kind(dpm_fast),
+    "Restart": Kind(restart, order=2, is_karras=True),
 }
 
 

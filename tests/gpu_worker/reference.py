@@ -40,6 +40,7 @@ def scheduler_of(name: str, seed: int | list[int], eta: float | None = None) -> 
     ending = next((ending for ending in SCHEDULES if name.endswith(ending)), "")
     sampler, options = name.removesuffix(ending), BETAS | SCHEDULES.get(ending, {})
     if (kind := k_diffusion.KINDS.get(sampler)) is not None:
+        options |= {"use_karras_sigmas": True} if kind.is_karras else {}
         scheduler = k_diffusion.Scheduler(**LINSPACE | options)
         scheduler.kind, scheduler.seeds, scheduler.eta = kind, seed, kind.eta if eta is None else eta
         return scheduler

@@ -13,14 +13,20 @@ from services.common.payloads.showing import shown
 
 @dataclass(frozen=True)
 class Sampler:
-    """The noise schedules that a sampler can follow, and the one that `Automatic` means for it (A1111's
-    modules/sd_samplers_kdiffusion.py, the option `scheduler`). One with no other schedule than its own ignores what a
-    payload says of it, as A1111's do that count timesteps or only know a first and a last level."""
+    """The noise schedules that a sampler can follow, of which the first is the one that its name alone means, and the
+    one that `Automatic` means for it (A1111's modules/sd_samplers_kdiffusion.py, the option `scheduler`). One with no
+    other schedule than its own ignores what a payload says of it, as A1111's do that count timesteps or only know a
+    first and a last level."""
 
     schedules: tuple[str, ...] = ("Uniform",)
     automatic: str = "Uniform"
     # The share of new noise in a step, of those that have one, where nobody says it.
     eta: float | None = None
+
+    @property
+    def has_choice(self) -> bool:
+        """Of schedules."""
+        return len(self.schedules) > 1
 
 
 _ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
@@ -38,14 +44,14 @@ SAMPLERS = {
     "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential", eta=1),
     "DPM++ 3M SDE": Sampler(_ALL, "Exponential", eta=1),
     "DPM fast": Sampler(eta=1),
+    "Restart": Sampler(("Karras",)),
     "DDIM": Sampler(eta=0),
     "PLMS": Sampler(),
     "UniPC": Sampler(),
     "LCM": Sampler(),
 }
-_OWN = ("Uniform",)
-# A1111 has these too; they choose their own number of steps, or go back in noise, which no scheduler here does.
-REFUSED = ("DPM adaptive", "Restart")
+# A1111 has it too; how many steps it makes follows from the pictures, and no scheduler here waits for those.
+REFUSED = ("DPM adaptive",)
 
 
 def names() -> list[str]:
@@ -65,11 +71,11 @@ def find(given: Any, scheduler: Any, field: str = "sampler_name") -> str:
         problem = "cannot be run here" if name in REFUSED else "is not known"
         raise ValueError(f"{field} {shown(given)} {problem}; possible: {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
-    if sampler.schedules == _OWN:
+    if not sampler.has_choice:
         return name
     possible = {_key(known): known for known in sampler.schedules}
     possible["automatic"] = sampler.automatic
-    wanted = ending or scheduler or "Uniform"
+    wanted = ending or scheduler or sampler.schedules[0]
     schedule = possible.get(_key(wanted)) if isinstance(wanted, str) else None
     if schedule is None:
         choice = ", ".join(("Automatic", *sampler.schedules))
@@ -89,9 +95,13 @@ def without_schedule(given: Any) -> Any:
 
 def ignores(given: Any, scheduler: Any) -> bool:
     """Whether a payload asks for another schedule than the only one that its sampler has."""
-    name, wanted = _split(given)[0], schedule_of(given, scheduler)
-    is_alone = isinstance(name, str) and name in SAMPLERS and SAMPLERS[name].schedules == _OWN
-    return is_alone and str(wanted).lower() not in {"automatic", "uniform"}
+    name, ending = _split(given)
+    sampler, wanted = SAMPLERS.get(name) if isinstance(name, str) else None, ending or scheduler or "Automatic"
+    return (
+        sampler is not None
+        and not sampler.has_choice
+        and _key(str(wanted)) not in {"automatic", _key(sampler.schedules[0])}
+    )
 
 
 def sampler_of(name: str) -> Sampler:
@@ -102,7 +112,7 @@ def sampler_of(name: str) -> Sampler:
 def parts(name: str) -> tuple[str, str]:
     """The sampler and the schedule in a checked name."""
     sampler, schedule = _split(name)
-    return sampler, schedule or "Uniform"
+    return sampler, schedule or SAMPLERS[sampler].schedules[0]
 
 
 def _key(schedule: str) -> str:
@@ -111,7 +121,7 @@ def _key(schedule: str) -> str:
 
 
 def _label(name: str, schedule: str) -> str:
-    return name if schedule == "Uniform" else f"{name} {schedule}"
+    return name if schedule == SAMPLERS[name].schedules[0] else f"{name} {schedule}"
 
 
 def _split(given: Any) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """Samplers by the names in a payload."""
 
 import inspect
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,20 +59,41 @@ def test_an_eta_does_nothing_to_samplers_that_have_none(name: str) -> None:
     go_through_both(name, 0.5)
 
 
-def go_through_both(name: str, eta: float | None) -> None:
+@pytest.mark.parametrize("first_step", [0, 3])
+@pytest.mark.parametrize("num_steps", [19, 20, 23, 35, 36, 47])
+def test_restart_goes_back_to_more_noise_as_often_as_the_reference(num_steps: int, first_step: int) -> None:
+    go_through_both("Restart", None, num_steps, first_step)
+
+
+def test_restart_makes_as_many_steps_as_are_asked_for_and_returns_from_20_and_twice_from_36_on() -> None:
+    def num_returns(num_steps: int, first_step: int = 0) -> int:
+        sampling = samplers.create("Restart", MODEL, num_steps, [torch.Generator()], first_step=first_step)
+        assert len(sampling.timesteps) == 2 * (num_steps - first_step) - 1
+        steps = sampling.timesteps[::2]
+        return sum(after > before for before, after in pairwise(steps))
+
+    assert [num_returns(num_steps) for num_steps in (19, 20, 35, 36, 60)] == [0, 1, 1, 2, 2]
+    assert [num_returns(40, first_step) for first_step in (4, 5, 20, 21)] == [2, 1, 1, 0]
+
+
+def go_through_both(name: str, eta: float | None, num_steps: int = 8, first_step: int = 0) -> None:
     """Two rows, through more steps than any sampler looks back."""
-    seeds, num_steps = [5, 6], 8
+    seeds = [5, 6]
     scheduler = reference.scheduler_of(name, seeds, eta)
     given = {"original_inference_steps": 50} if name == "LCM" else {}
     scheduler.set_timesteps(num_steps, **given)
+    if first_step:
+        scheduler.set_begin_index(first_step * scheduler.order)
+    times = scheduler.timesteps[first_step * scheduler.order :]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     taken = inspect.signature(scheduler.step).parameters
     noise = {"generator": generators} if "generator" in taken else {}
-    sampling = samplers.create(name, MODEL, num_steps, [torch.Generator().manual_seed(seed) for seed in seeds], eta)
-    assert sampling.timesteps == pytest.approx([float(time) for time in scheduler.timesteps], rel=1e-5, abs=1e-3)
+    own = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sampling = samplers.create(name, MODEL, num_steps, own, eta, first_step)
+    assert sampling.timesteps == pytest.approx([float(time) for time in times], rel=1e-5, abs=1e-3)
     first = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     expected, found = first * scheduler.init_noise_sigma, sampling.latents(first)
-    for index, time in enumerate(scheduler.timesteps):
+    for index, time in enumerate(times):
         x = scheduler.scale_model_input(expected, time)
         assert_close(sampling.scaled(found, index), x)
         expected = scheduler.step(torch.tanh(x) + first.flip(0), time, expected, **noise, return_dict=False)[0]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from services.common.errors import InvalidArgument
-from services.common.payloads import Generation
+from services.common.payloads import Generation, samplers
 from services.common.payloads.reading import seed_of
 from services.inference.submitting.payload import check_json, check_payload
 from tests.pictures import encoded, noise
@@ -108,7 +108,6 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
         ({"batch_size": 8, "n_iter": 9}, "batch_size 8 times n_iter 9 is 72 images; at most 64 are possible"),
         ({"sampler_name": "Magic"}, 'sampler_name "Magic" is not known; possible: Euler, Euler a, LMS, Heun, DPM2, '),
         ({"sampler_name": ["Euler"]}, 'sampler_name ["Euler"] is not known; possible: Euler, Euler a, LMS, Heun, '),
-        ({"sampler_name": "Restart"}, 'sampler_name "Restart" cannot be run here; possible: Euler, '),
         ({"sampler_name": "DPM adaptive"}, 'sampler_name "DPM adaptive" cannot be run here; possible: Euler, '),
         ({"scheduler": "Polyexponential"}, 'scheduler "Polyexponential" does not go with sampler_name "Euler"'),
         (
@@ -163,6 +162,8 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"sampler_name": "Euler a", "scheduler": "Karras"}, "Euler a Karras"),
         ({"sampler_name": "DDIM", "scheduler": "Align Your Steps"}, "DDIM"),
         ({"sampler_name": "DPM fast Karras"}, "DPM fast"),
+        ({"sampler_name": "restart karras"}, "Restart"),
+        ({"sampler_name": "Restart", "scheduler": "Automatic"}, "Restart"),
         ({"sampler_name": "Euler a", "sampler_index": "Euler"}, "Euler a"),
         ({"sampler_name": ""}, "Euler"),
     ],
@@ -176,6 +177,13 @@ def test_samplers_with_a_schedule_of_their_own_ignore_another_and_say_so(name: s
     assert check(sampler_name=name, scheduler="Karras")["ignored"] == ["scheduler"]
     for same in ("Automatic", "uniform", "", None):
         assert check(sampler_name=name, scheduler=same)["ignored"] == []
+
+
+def test_restart_has_the_schedule_of_karras_and_ignores_another() -> None:
+    assert samplers.parts("Restart") == ("Restart", "Karras")
+    assert check(sampler_name="Restart", scheduler="Uniform")["ignored"] == ["scheduler"]
+    for same in ("Automatic", "karras", "", None):
+        assert check(sampler_name="Restart", scheduler=same)["ignored"] == []
 
 
 @pytest.mark.parametrize(

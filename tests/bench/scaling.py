@@ -14,7 +14,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -133,8 +133,8 @@ def day_table(num_endpoints: int, hours: float) -> tuple[Table, Day]:
     usual = ScalingPolicy()
     policies: dict[str, ScalingPolicy | None] = {
         "the default: out after 30 s, in after 15 min": usual,
-        "in after 5 min": replace(usual, in_seconds=300),
-        "out at once": replace(usual, out_seconds=0),
+        "in after 5 min": usual.model_copy(update={"in_seconds": 300.0}),
+        "out at once": usual.model_copy(update={"out_seconds": 0.0}),
         "every pool at its largest": None,
     }
     days = {name: simulate(arrivals, policy, name) for name, policy in policies.items()}

@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.endpoints.scaling import Load, Scale, ScalingPolicy, decide, needed_workers, seconds_until_due
+from tests.bench.scaling import day_table
 
 POLICY = ScalingPolicy()
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -145,3 +146,9 @@ def test_nothing_is_decided_before_it_is_due(before: Scale, num_needed: int) -> 
     if due is not None and due > 0.001:
         later = decide(scale, num_needed, 0, 50, START + timedelta(seconds=due - 0.001), POLICY)
         assert later.num_workers == scale.num_workers
+
+
+def test_the_bench_has_the_same_day_under_the_policy_and_its_neighbours() -> None:
+    table, day = day_table(num_endpoints=5, hours=0.1)
+    assert table.row_count == len(["ideal", "the default", "in sooner", "out at once", "largest"])
+    assert day.work_hours > 0

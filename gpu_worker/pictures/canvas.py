@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
 from services.common.payloads import Generation, Img2Img, pictures
-from services.common.payloads.img2img import CROP_AND_RESIZE, FILL, JUST_RESIZE, LATENT_UPSCALE, RESIZE_AND_FILL
+from services.common.payloads.img2img import CROP_AND_RESIZE, JUST_RESIZE, LATENT_UPSCALE, ORIGINAL, RESIZE_AND_FILL
 
 if TYPE_CHECKING:
     from gpu_worker.pictures.hints import Hint
@@ -102,7 +102,7 @@ def prepared(request: Generation) -> Canvas:
     if box is not None:
         mask = resized(mask.crop(box), RESIZE_AND_FILL, *size)
         images = [resized(image.resize(stays.size).crop(box), RESIZE_AND_FILL, *size) for image in images]
-    if request.inpainting_fill == FILL:
+    if request.inpainting_fill != ORIGINAL:  # beneath the latents of other fills too, so that nothing shines through
         images = [_filled(image, mask) for image in images]
     weights = np.asarray(mask, dtype=np.float32) / np.float32(255)
     return Canvas([np.asarray(image) for image in images], weights, overlays, box)

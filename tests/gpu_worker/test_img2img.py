@@ -249,27 +249,38 @@ def test_inpainting_keeps_the_rest_pixel_for_pixel(models: weights.Models, fill:
 
 
 def test_fills_differ_in_what_the_masked_part_begins_as(models: weights.Models) -> None:
-    """Seen in the first noised latents: the noise alone, the original, or what flows in from around."""
+    """Seen in the first noised latents: the noise alone, the original, or what flows in from around. That flows in
+    beneath noise and nothing too."""
     first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     starts = {}
     for fill in range(4):
         request = changed(MASKED, inpainting_fill=fill, sampler_name="DDIM", denoising_strength=0.3)
         with torch.inference_mode():
             starts[fill] = next(img2img_latents(request, models)).x
-    clean = original(models.vae)
+    clean, filled = original(models.vae), original(models.vae, prepared(changed(MASKED, inpainting_fill=0)).pictures[0])
     scheduler = scheduler_of("DDIM", 0)
     scheduler.set_timesteps(6)
     time = scheduler.timesteps[request.first_step : request.first_step + 1]
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[1:5, 2:6] = True
     expected = {
+        0: scheduler.add_noise(filled, first, time),
         1: scheduler.add_noise(clean, first, time),
-        2: scheduler.add_noise(torch.where(inside, first, clean), first, time),
-        3: scheduler.add_noise(torch.where(inside, 0.0, clean), first, time),
+        2: scheduler.add_noise(torch.where(inside, first, filled), first, time),
+        3: scheduler.add_noise(torch.where(inside, 0.0, filled), first, time),
     }
     for fill, latent in expected.items():
         assert_close(starts[fill], latent)
     assert not torch.allclose(starts[0][..., inside], starts[1][..., inside], atol=1e-3)
+
+
+@pytest.mark.parametrize("fill", [0, 2, 3])
+def test_what_is_painted_over_leaves_no_trace_around(models: weights.Models, fill: int) -> None:
+    other = noise()
+    other.paste("white", BOX)
+    pictures = [changed(MASKED, inpainting_fill=fill, init_images=[encoded(image)]) for image in (noise(), other)]
+    one, two = (img2img.encoded(request, prepared(request), models) for request in pictures)
+    assert torch.equal(one[..., ~PAINTED], two[..., ~PAINTED])
 
 
 def test_several_pictures_are_a_batch_of_one_each(models: weights.Models) -> None:

@@ -60,6 +60,8 @@ def denoised(
     """The final latents of a batch at the second pass's size, from those of the first."""
     models, first, request = second.crew.base.models, second.first, second.request
     scaled = yield from upscaled(first, latents, second.decoder, models, second.upscaler)
+    if not request.num_steps:
+        return on_device(scaled, models.device)
     images = range(batch * first.batch_size, (batch + 1) * first.batch_size)
     generators = noise.generators([first.seed_of(image) for image in images])
     drawn = noise.first(request, images, generators)

@@ -105,6 +105,16 @@ def test_pixels_are_scaled_where_the_upscaler_is_of_pixels(models: weights.Model
             assert_close(drive([(0, task)])[0], stages.latents_of(models, stages.as_tensor(larger)))
 
 
+def test_without_denoising_the_scaled_picture_stays_as_it_is(models: weights.Models) -> None:
+    request, progress = changed(REQUEST, denoising_strength=0, hr_upscaler="Lanczos"), list[int]()
+    first = drive([(0, latents(request, models))])[0]
+    scaled = drive([(0, hires.upscaled(request, first, models, models))])[0]
+    assert_close(drive([(0, final_latents(request, models))])[0], scaled)
+    images = drive([(0, txt2img.generate(request, Canvas(), crew(models), crew(models), progress.append))])[0]
+    assert np.array_equal(images[0], stages.pixels_of(models, scaled))
+    assert progress == [1, 2, 3]
+
+
 def test_what_is_too_much_is_cut_evenly(models: weights.Models) -> None:
     request = changed(REQUEST, hr_resize_x=128, hr_resize_y=96)
     first = torch.randn(1, 4, 8, 8)

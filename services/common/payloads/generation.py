@@ -282,4 +282,4 @@ def stretched(num_steps: int, strength: float) -> int:
             f"denoising_strength {strength} is too little for {num_steps} steps: "
             f"from {num_steps / _MAX_SCHEDULE:g} on is possible"
         )
-    return int(num_steps / min(strength, MAX_STRENGTH))
+    return int(num_steps / min(strength, MAX_STRENGTH)) if num_steps else 0

@@ -171,7 +171,8 @@ class Txt2Img(Generation):
 
     @property
     def _hr_steps(self) -> int:
-        return self.hr_second_pass_steps or self.steps
+        """As in A1111, a denoising strength of 0 leaves the scaled picture as it is."""
+        return (self.hr_second_pass_steps or self.steps) if self.denoising_strength else 0
 
 
 def _hr_sampler(given: dict[str, Any]) -> str:

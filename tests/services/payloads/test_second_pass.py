@@ -40,6 +40,9 @@ def test_all_its_steps_are_made_on_a_longer_schedule() -> None:
     assert second is not None
     assert (second.steps, second.num_steps, second.first_step) == (25, 10, 15)
     assert request.total_steps == 30
+    none = txt2img(steps=20, denoising_strength=0)
+    assert none.second_pass is not None
+    assert (none.second_pass.num_steps, none.total_steps) == (0, 20)
     full = txt2img(steps=20, denoising_strength=1).second_pass
     assert full is not None
     assert (full.steps, full.num_steps) == (20, 20)
@@ -103,8 +106,8 @@ def test_a_schedule_that_its_sampler_does_not_have_is_named_as_ignored() -> None
         ({"hr_scale": 9}, "hr_scale 9 is out of range: 1.0 to 8.0 is possible"),
         ({"width": 1024, "hr_scale": 5}, "the second pass has 5120x2560 pixels; each way at most 4096 are possible"),
         (
-            {"denoising_strength": 0},
-            "denoising_strength 0.0 is too little for 50 steps: from 0.05 on",
+            {"denoising_strength": 0.01},
+            "denoising_strength 0.01 is too little for 50 steps: from 0.05 on",
         ),
     ],
 )

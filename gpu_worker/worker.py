@@ -218,12 +218,15 @@ class Worker:
     ) -> worker_pb2.JobDone:
         """Encodes and uploads everything at once."""
         began = time.monotonic()
+        unfit = sorted({file.name for run in made for file in run.unfit})
+        files = [file for file in files if any(file not in run.unfit for run in made)]
         provenance = Provenance(job.id, job.spec.task_type, request, files, self.device)
         pictures, makings = await asyncio.to_thread(painting.pictures, request, files, canvas, made)
         infotexts = [infotext(making) for making in makings]
         images = await _encoded(pictures, provenance, infotexts)
-        hypernetworks = [model.name for model in job.spec.models if model.type == HYPERNETWORK]
-        info = results.info(request, makings, infotexts, hypernetworks, any(run.is_inpainting for run in made))
+        ignored = [f"hypernetwork {model.name}" for model in job.spec.models if model.type == HYPERNETWORK]
+        ignored += [f"embedding {name}, made for another architecture" for name in unfit]
+        info = results.info(request, makings, infotexts, ignored, any(run.is_inpainting for run in made))
         param = results.param_json(provenance, job.spec.endpoint_name, info=info)
         timings = worker_pb2.Timings(
             load_seconds=max(run.load_seconds for run in made),

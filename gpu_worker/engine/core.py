@@ -28,6 +28,7 @@ from gpu_worker.engine.run import Produced, Run
 from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import INTERNAL, JobError
+from gpu_worker.models import adapters
 
 log = structlog.get_logger()
 
@@ -241,7 +242,8 @@ class Core:
                 return self._fail(run, error)
             has_room = False
         except StopIteration as end:
-            self._end(run, Produced(end.value, run.load_seconds, run.lap(), run.is_inpainting))
+            unfit = [file for equipment in run.equipment[:1] for file in adapters.unfit(equipment.adapters)]
+            self._end(run, Produced(end.value, run.load_seconds, run.lap(), run.is_inpainting, unfit))
         except Exception as error:
             self._fail(run, error)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ class Produced:
     pipeline_seconds: float
     # Whether an inpainting UNet was told what to paint on.
     is_inpainting: bool = False
+    # Embeddings that its checkpoint cannot have.
+    unfit: Sequence[CachedModel] = ()
 
 
 @dataclass(eq=False)

@@ -64,7 +64,7 @@ def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
     """Reads a LoRA, an embedding or a ControlNet for these models.
 
     Raises:
-        JobError: the file is damaged, or made for another architecture than the checkpoint's.
+        JobError: the file is damaged, or made for another architecture than the checkpoint's and no embedding.
     """
     return _KINDS[file.type](file, models, base_name)
 
@@ -80,6 +80,11 @@ def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adap
     networks = named(LORA, (use.name for use in request.loras))
     return Adapters(
         tuple(zip(networks, request.loras, strict=False)),
-        {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding)},
+        {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding) and found.vectors},
         tuple(named(CONTROLNET, (unit.model for unit in request.controlnet))),
     )
+
+
+def unfit(loaded: Mapping[CachedModel, Adapter]) -> list[CachedModel]:
+    """The embeddings among them that were made for another architecture."""
+    return [file for file, found in loaded.items() if isinstance(found, Embedding) and not found.vectors]

@@ -21,19 +21,17 @@ Place = tuple[int, int, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Vectors of shape (n, width) for each text encoder."""
+    """Vectors of shape (n, width) for each text encoder; none, where it was made for another architecture."""
 
     vectors: tuple[torch.Tensor, ...]
 
-    def __len__(self) -> int:
-        return len(self.vectors[0])
 
-
-def load(file: CachedModel, models: Models, base_name: str) -> Embedding:
-    """Reads an embedding for these models.
+def load(file: CachedModel, models: Models, _: str) -> Embedding:
+    """Reads an embedding for these models. One that does not fit them is no error, as in A1111: clients send all that
+    they have, and its name may be a word like others.
 
     Raises:
-        JobError: the file is damaged, no embedding, or made for another architecture; the message names both files.
+        JobError: the file is damaged, or no embedding.
     """
     tensors = read(file.path, file.name)[0]
     if models.is_sdxl and all(key in tensors for key in _SDXL_KEYS):
@@ -48,7 +46,7 @@ def load(file: CachedModel, models: Models, base_name: str) -> Embedding:
     widths = [encoder.model.get_input_embeddings().weight.shape[1] for encoder in models.text_encoders]
     found = [tensor.reshape(-1, tensor.shape[-1]) for tensor in found]
     if [tensor.shape[1] for tensor in found] != widths:
-        raise JobError(f"{file.name} is an embedding for another architecture than {base_name}: its width is another")
+        return Embedding(())
     return Embedding(tuple(tensor.to(models.device, models.dtype) for tensor in found))
 
 

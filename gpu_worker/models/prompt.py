@@ -158,13 +158,13 @@ def _chunks(pieces: list[Piece], tokenizer: Any, words: dict[str, torch.Tensor])
             chunks.append(_Chunk())
             continue
         for token, vectors in _read(tokenizer(piece.text, add_special_tokens=False).input_ids, known):
-            if vectors is not None:
-                _put(chunks, vectors, piece.weight, token)
-                continue
             if len(chunks[-1].tokens) == CHUNK_TOKENS:
                 chunks.append(_carried_over(chunks[-1], comma, token))
-            chunks[-1].tokens.append(token)
-            chunks[-1].weights.append(piece.weight)
+            if vectors is not None:
+                _put(chunks, vectors, piece.weight, token)
+            else:
+                chunks[-1].tokens.append(token)
+                chunks[-1].weights.append(piece.weight)
     if len(chunks) > 1 and not chunks[-1].tokens:
         chunks.pop()  # a BREAK at the end
     if len(chunks) > MAX_CHUNKS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,10 +47,10 @@ def param_json(provenance: Provenance, endpoint_name: str, **told: Any) -> bytes
 
 
 def info(
-    request: Generation, makings: list[Made], infotexts: list[str], hypernetworks: Sequence[str], is_inpainting: bool
+    request: Generation, makings: list[Made], infotexts: list[str], ignored: list[str], is_inpainting: bool
 ) -> dict[str, Any]:
-    """A1111's `info` of a job, with the names of what was ignored; hypernetworks always are. `is_inpainting`: its UNet
-    was told what to paint on."""
+    """A1111's `info` of a job, with the names of what was ignored, also of its models. `is_inpainting`: its UNet was
+    told what to paint on."""
     files = makings[0].files
     base, vae = named(files, BASE), named(files, VAE)
     assert base is not None
@@ -87,5 +86,5 @@ def info(
         "job_timestamp": datetime.now(UTC).strftime("%Y%m%d%H%M%S"),
         "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": is_inpainting,
-        "ignored": request.ignored + [f"hypernetwork {name}" for name in hypernetworks],
+        "ignored": request.ignored + ignored,
     }

@@ -203,6 +203,21 @@ async def test_a_network_counts_though_an_embedding_has_its_name(
     assert one.tobytes() != other.tobytes()
 
 
+async def test_an_embedding_for_another_architecture_is_a_word_like_others_and_is_named(
+    generate: Any, store: ObjectStore, make_spec: Any
+) -> None:
+    spec, plain = make_spec(prompt="a cat style"), make_spec(prompt="a cat style")
+    add_model(spec, store, "embeddings", "style.pt", {"emb_params": torch.ones(2, 768)})
+    for each in (spec, plain):
+        assert (await generate(each))[-1].HasField("done")
+    one, other = (Image.open(io.BytesIO(store.objects[f"{each.job_id}/image_0.png"])) for each in (spec, plain))
+    assert one.tobytes() == other.tobytes()
+    assert one.text["parameters"] == other.text["parameters"]
+    info = json.loads(json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])["info"])
+    assert info["ignored"] == ["embedding style.pt, made for another architecture"]
+    assert info["hashes"] == {"model": spec.models[0].sha256}
+
+
 async def test_a_reason_that_quotes_a_hostile_file_can_be_told(
     generate: Any, store: ObjectStore, make_spec: Any
 ) -> None:

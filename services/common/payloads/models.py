@@ -56,7 +56,7 @@ def _used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     found += [find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
     for index, unit in enumerate(request.controlnet):
         found.append(find(models, CONTROLNET, unit.model, f"controlnet unit {index}"))
-    text = request.all_text.lower()
+    text = request.all_text.lower().replace("\\", "")  # before brackets that are text
     found += [i for i, (kind, name) in enumerate(models) if kind == EMBEDDING and _is_said(stem(name).lower(), text)]
     return found
 

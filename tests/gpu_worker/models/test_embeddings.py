@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from gpu_worker.job import JobError
 from gpu_worker.models import embeddings, prompt, weights
-from gpu_worker.models.adapters import Adapters
+from gpu_worker.models.adapters import Adapters, gathered, unfit
 from tests.gpu_worker.conftest import as_cached
+from tests.gpu_worker.driving import txt2img_of
 
 WIDTH = 32
 
@@ -48,6 +49,7 @@ def read(models: weights.Models, text: str, found: embeddings.Embedding | None =
         ("amypt", "red green fox"),
         ("a photo of Amypt, (amypt:1.3)", "a photo of red green fox, (red green fox:1.3)"),
         ("word, " * 37 + "amypt, end", "word, " * 37 + "BREAK red green fox, end"),
+        ("dog " * 60 + ", " + "cat " * 14 + "amypt", "dog " * 60 + ", BREAK " + "cat " * 14 + "red green fox"),
         ("amyptzzz", "amyptzzz"),
     ],
 )
@@ -62,14 +64,16 @@ def test_a_word_stands_for_its_vectors(
     assert not models.text_encoders[0].model.get_input_embeddings()._forward_hooks
 
 
-def test_an_embedding_for_another_architecture_is_refused_by_name(models: weights.Models, tmp_path: Path) -> None:
-    file = write(tmp_path / "x.pt", torch.zeros(2, 768))
-    with pytest.raises(JobError, match=r"x.pt is an embedding for another architecture than tiny"):
-        embeddings.load(file, models, "tiny")
+def test_an_embedding_for_another_architecture_is_a_word_like_others(models: weights.Models, tmp_path: Path) -> None:
+    wide, of_sdxl = write(tmp_path / "amypt.pt", torch.zeros(2, 768)), tmp_path / "xl.safetensors"
+    save_file({"clip_l": torch.zeros(2, WIDTH), "clip_g": torch.zeros(2, WIDTH)}, of_sdxl)
+    loaded = {file: embeddings.load(file, models, "tiny") for file in (wide, as_cached(of_sdxl, "embeddings"))}
+    assert unfit(loaded) == list(loaded)
+    assert not gathered(txt2img_of(prompt="amypt"), loaded).embeddings
+
+
+def test_a_file_that_is_no_embedding_is_refused_by_name(models: weights.Models, tmp_path: Path) -> None:
     path = tmp_path / "y.safetensors"
-    save_file({"clip_l": torch.zeros(2, WIDTH), "clip_g": torch.zeros(2, WIDTH)}, path)
-    with pytest.raises(JobError, match=r"y.safetensors is an embedding for another architecture than tiny"):
-        embeddings.load(as_cached(path, "embeddings"), models, "tiny")
     save_file({"a": torch.zeros(2, WIDTH), "b": torch.zeros(2, WIDTH)}, path)
     with pytest.raises(JobError, match=r"y.safetensors is no embedding"):
         embeddings.load(as_cached(path, "embeddings"), models, "tiny")

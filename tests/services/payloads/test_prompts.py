@@ -191,6 +191,11 @@ def test_an_embedding_is_used_where_its_name_is_a_word(prompt: str, is_used: boo
     assert ("BadHands.pt" in names(enable_hr=True, hr_negative_prompt=prompt)) == is_used
 
 
+def test_an_embedding_is_found_by_a_name_with_brackets() -> None:
+    models = [*MODELS, ("embeddings", "Hands (v2).pt")]
+    assert used(check("txt2img", {"prompt": r"a cat, (hands \(v2\):1.2)"}, "job"), models)[-1] == len(MODELS)
+
+
 def test_a_request_uses_the_models_that_it_names() -> None:
     assert names() == ["v1-5.safetensors", "ft-mse.safetensors"]
     assert names(override_settings={"sd_vae": "None"}) == ["v1-5.safetensors"]

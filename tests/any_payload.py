@@ -54,6 +54,7 @@ SETTINGS = st.fixed_dictionaries(
     optional={
         "CLIP_stop_at_last_layers": one_of([1, 2, 12]),
         "eta_noise_seed_delta": st.just(31337),
+        "randn_source": one_of(["CPU", "GPU", "NV"]),
         "eta_ancestral": PART,
         "sd_vae": one_of(["vae", "None", "Automatic"]),
         "sd_model_checkpoint": CHECKPOINTS,

@@ -65,7 +65,7 @@ def infotext(made: Made) -> str:
         "Denoising strength": denoising_strength(request),
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "ENSD": request.noise_seed_delta or None,
-        "RNG": "CPU",  # A1111 takes it for its GPU's where nothing is said, and draws other noise
+        "RNG": request.noise_source if request.noise_source != "GPU" else None,  # which A1111 takes it for then
         "NGMS": request.s_min_uncond or None,
         "Tiling": True if request.tiling else None,
         **_eta_fields(request),

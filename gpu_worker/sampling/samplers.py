@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +31,7 @@ from gpu_worker.sampling.kdiffusion import (
     KDiffusion,
     Restart,
 )
+from gpu_worker.sampling.noise import Generator, normal
 from gpu_worker.sampling.plans import Interval, Plan, combined
 from services.common.payloads.samplers import parts, sampler_of
 
@@ -78,7 +80,7 @@ class Sampling:
     Noise is drawn on the CPU in fp32, by the generators of the rows, so that no device draws another picture.
     """
 
-    def __init__(self, plan: Plan, num_steps: int, generators: list[torch.Generator]) -> None:
+    def __init__(self, plan: Plan, num_steps: int, generators: Sequence[Generator]) -> None:
         self._plan = plan
         self._generators = generators
         self._seeds = [generator.initial_seed() for generator in generators]
@@ -118,7 +120,7 @@ class Sampling:
         """Noise of the latents' shape, on the CPU."""
         row = (1, *latents.shape[1:])
         if interval is None:
-            return torch.cat([torch.randn(row, generator=generator) for generator in self._generators])
+            return torch.cat([normal(row, generator) for generator in self._generators])
         if self._process is None:
             assert self._plan.span is not None
             like = torch.empty(latents.shape)
@@ -132,7 +134,7 @@ def create(
     name: str,
     model_config: dict[str, Any],
     num_steps: int,
-    generators: list[torch.Generator],
+    generators: Sequence[Generator],
     eta: float | None = None,
     first_step: int = 0,
 ) -> Sampling:

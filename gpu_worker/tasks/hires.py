@@ -63,7 +63,7 @@ def denoised(
     if not request.num_steps:
         return on_device(scaled, models.device)
     images = range(batch * first.batch_size, (batch + 1) * first.batch_size)
-    generators = noise.generators([first.seed_of(image) for image in images])
+    generators = noise.generators(request, images)
     drawn = noise.first(request, images, generators)
     sampling = sampling_of(request, models, generators)
     noise.reseed(request, images, generators)

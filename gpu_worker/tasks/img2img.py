@@ -63,7 +63,7 @@ def denoised(
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
     """The final latents of a batch, of shape (batch_size, 4, height/8, width/8)."""
     images = range(batch * request.batch_size, (batch + 1) * request.batch_size)
-    generators = noise.generators([request.seed_of(image) for image in images])
+    generators = noise.generators(request, images)
     first = noise.first(request, images, generators)
     sampling = sampling_of(request, models, generators)
     noise.reseed(request, images, generators)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from gpu_worker.models.tiling import circular
 from gpu_worker.models.weights import Models
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.sampling import samplers
+from gpu_worker.sampling.noise import Generator
 from gpu_worker.sampling.samplers import Sampling
 from services.common.payloads import Generation
 
@@ -64,7 +65,7 @@ def as_tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def sampling_of(request: Generation, models: Models, generators: list[torch.Generator]) -> Sampling:
+def sampling_of(request: Generation, models: Models, generators: Sequence[Generator]) -> Sampling:
     """A fresh sampler for the steps that a request makes of its schedule."""
     return samplers.create(
         request.sampler_name,

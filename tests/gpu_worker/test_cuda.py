@@ -24,6 +24,7 @@ from gpu_worker.engine.run import Produced, Run
 from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.files.cache import CachedModel
 from gpu_worker.models import tiny, weights
+from gpu_worker.sampling.philox import Philox
 from gpu_worker.tasks import txt2img
 from services.common.payloads import Generation, samplers
 from tests.gpu_worker.driving import changed, txt2img_of
@@ -191,6 +192,14 @@ def inputs(models: weights.Models, num_rows: int, seed: int) -> Any:
     width = models.unet.config.cross_attention_dim
     x = torch.randn(num_rows, 4, 16, 16, **options)
     return x, torch.rand(num_rows, **options) * 999, torch.randn(num_rows, 77, width, **options), {}
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_the_noise_of_a_gpu_is_drawn_without_one(side: int) -> None:
+    theirs, ours = torch.Generator("cuda").manual_seed(2**40 + 3), Philox(2**40 + 3)
+    for _ in range(3):
+        drawn = torch.randn(1, 4, side, side, device="cuda", generator=theirs)
+        assert (ours.randn((1, 4, side, side)) - drawn.cpu()).abs().max() < 1e-5
 
 
 @torch.inference_mode()

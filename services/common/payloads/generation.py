@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from services.common.payloads import plots, prompts
 from services.common.payloads.base import Payload
 from services.common.payloads.controlnet import MAX_UNITS, Unit
+from services.common.payloads.samplers import sampler_of
 from services.common.payloads.spelling import CHECKED, WITHOUT_EFFECT, checked_form
 
 MAX_IMAGES = 64
@@ -63,6 +64,9 @@ class Generation(Payload):
     eta_ddim: float = Field(0.0, ge=0, le=1)
     # Below this noise level every other evaluation goes without the negative prompt.
     s_min_uncond: float = Field(0.0, ge=0, le=1000)
+    # Whose noise it is, by A1111's names: its CPU's, or its GPU's, also where that is drawn without one (NV). From
+    # `override_settings.randn_source`.
+    noise_source: Literal["CPU", "GPU", "NV"] = "CPU"
     # What is added to the seed for the noise of the sampler's steps: `override_settings.eta_noise_seed_delta`.
     noise_seed_delta: int = Field(0, ge=0, lt=2**32)
     # The layer of SD1.5's text encoder that is read, from its end: `override_settings.CLIP_stop_at_last_layers`.
@@ -114,6 +118,12 @@ class Generation(Payload):
                 f"batch_size {self.batch_size} times n_iter {self.n_iter} is {self.batch_size * self.n_iter} images; "
                 f"at most {MAX_IMAGES} are possible"
             )
+        for name in self.sampler_names:
+            if self.noise_source != "CPU" and sampler_of(name).is_brownian:
+                raise ValueError(
+                    f"override_settings.randn_source {self.noise_source} does not go with {name}, for which it would "
+                    "be drawn too slowly; CPU is possible"
+                )
         if self.plot is not None:
             self._check_plot(self.plot)
         if len(self.controlnet) > MAX_UNITS:
@@ -160,6 +170,11 @@ class Generation(Payload):
         too; and 0, as few-step checkpoints are often asked for, means the same. Several texts need it."""
         (_, weight), *others = self.texts
         return bool(others) or (self.cfg_scale != 0 and self.cfg_scale * weight != 1)
+
+    @property
+    def sampler_names(self) -> list[str]:
+        """Those of all passes."""
+        return [self.sampler_name]
 
     @property
     def sampler_eta(self) -> float:

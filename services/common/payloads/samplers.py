@@ -22,6 +22,8 @@ class Sampler:
     automatic: str = "Uniform"
     # The share of new noise in a step, of those that have one, where nobody says it.
     eta: float | None = None
+    # That noise is of one process in time, for which dozens of draws make each step's.
+    is_brownian: bool = False
 
     @property
     def has_choice(self) -> bool:
@@ -39,10 +41,10 @@ SAMPLERS = {
     "DPM2 a": Sampler(_ALL, "Karras", eta=1),
     "DPM++ 2S a": Sampler(_ALL, "Karras", eta=1),
     "DPM++ 2M": Sampler(_ALL, "Karras"),
-    "DPM++ SDE": Sampler(_ALL, "Karras", eta=1),
-    "DPM++ 2M SDE": Sampler(_ALL, "Exponential", eta=1),
-    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential", eta=1),
-    "DPM++ 3M SDE": Sampler(_ALL, "Exponential", eta=1),
+    "DPM++ SDE": Sampler(_ALL, "Karras", eta=1, is_brownian=True),
+    "DPM++ 2M SDE": Sampler(_ALL, "Exponential", eta=1, is_brownian=True),
+    "DPM++ 2M SDE Heun": Sampler(_ALL, "Exponential", eta=1, is_brownian=True),
+    "DPM++ 3M SDE": Sampler(_ALL, "Exponential", eta=1, is_brownian=True),
     "DPM fast": Sampler(eta=1),
     "Restart": Sampler(("Karras",)),
     "DDIM": Sampler(eta=0),

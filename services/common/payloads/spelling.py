@@ -40,6 +40,7 @@ _SETTINGS = {
     "hires_fix_refiner_pass": "refiner_pass",
     "img2img_fix_steps": "fix_steps",
     "initial_noise_multiplier": "initial_noise_multiplier",
+    "randn_source": "noise_source",
     "s_min_uncond": "s_min_uncond",
     "sd_model_checkpoint": "model_name",
     "sd_vae": "vae_name",
@@ -48,7 +49,7 @@ _SETTINGS = {
 # Fields that no client's payload has: what they hold comes from settings and scripts.
 _OWN = frozenset({
     "clip_skip", "controlnet", "eta_ancestral", "eta_ddim", "fix_steps", "form", "ignored", "model_name",
-    "noise_seed_delta", "plot", "refiner_pass", "vae_name",
+    "noise_seed_delta", "noise_source", "plot", "refiner_pass", "vae_name",
 })  # fmt: skip
 CHECKED: Final = "checked"
 

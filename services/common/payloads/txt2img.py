@@ -129,6 +129,11 @@ class Txt2Img(Generation):
         return SecondPass.model_construct(**{name: getattr(self, name) for name in Generation.model_fields} | changes)
 
     @property
+    def sampler_names(self) -> list[str]:
+        """Those of both passes."""
+        return [self.sampler_name, self.hr_sampler_name] if self.hr_sampler_name else [self.sampler_name]
+
+    @property
     def refiner(self) -> str:
         """None where only the second pass has one, as A1111 has it if nothing else is said."""
         return "" if self.enable_hr and self.refiner_pass == REFINE_SECOND else self.refiner_checkpoint

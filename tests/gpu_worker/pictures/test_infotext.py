@@ -41,8 +41,10 @@ def test_a_value_that_looks_like_several_fields_is_read_as_one() -> None:
     assert found["Model"] == "sd: v1, pruned"
 
 
-def test_the_noise_is_said_to_be_the_cpus() -> None:
+def test_the_noise_is_said_to_be_whose_it_is_where_it_is_no_gpus() -> None:
     assert fields_of()["RNG"] == "CPU"
+    assert fields_of(override_settings={"randn_source": "NV"})["RNG"] == "NV"
+    assert "RNG" not in fields_of(override_settings={"randn_source": "GPU"})
 
 
 @pytest.mark.parametrize(

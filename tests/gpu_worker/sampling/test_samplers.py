@@ -19,6 +19,8 @@ MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 def test_every_sampler_that_a_payload_may_name_is_there() -> None:
     assert samplers.SAMPLERS.keys() == names.SAMPLERS.keys()
+    of_a_process = {name for name in names.SAMPLERS if samplers.create(name, MODEL, 4, [])._plan.span}
+    assert of_a_process == {name for name, known in names.SAMPLERS.items() if known.is_brownian}
     assert samplers.SCHEDULES.keys() == {schedule for known in names.SAMPLERS.values() for schedule in known.schedules}
 
 

@@ -1,6 +1,7 @@
 """Payloads: what is absent, what is wrong, what is ignored and what is refused."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -40,6 +41,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "eta_ancestral": 1.0,
         "eta_ddim": 0.0,
         "s_min_uncond": 0.0,
+        "noise_source": "CPU",
         "noise_seed_delta": 0,
         "clip_skip": 1,
         "exclusive": False,
@@ -86,6 +88,19 @@ def test_a_setting_counts_where_the_payload_says_nothing() -> None:
     given |= {"denoising_strength": 0.01}
     with pytest.raises(InvalidArgument, match=r"denoising_strength 0.01 is too little for 50 steps: from 0.05 on"):
         check_payload(json.dumps(given), "img2img", JOB)
+
+
+def test_the_noise_may_be_that_of_a_gpu_where_it_is_not_drawn_all_the_time() -> None:
+    settings = {"override_settings": {"randn_source": "NV"}}
+    assert check(**settings, sampler_name="Euler a")["noise_source"] == "NV"
+    for names in ({"sampler_name": "DPM++ 2M SDE Karras"}, {"enable_hr": True, "hr_sampler_name": "DPM++ SDE"}):
+        *_, name = names.values()
+        sentence = f"override_settings.randn_source NV does not go with {name}, for which it would be drawn too slowly"
+        with pytest.raises(InvalidArgument, match=re.escape(sentence)):
+            check(**settings, **names)
+        assert check(**names)["noise_source"] == "CPU"
+    with pytest.raises(InvalidArgument, match=r'noise_source "TPU": input should be \'CPU\', \'GPU\' or \'NV\''):
+        check(override_settings={"randn_source": "TPU"})
 
 
 def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
@@ -315,6 +330,7 @@ def test_names_of_the_checked_form_are_unknown_names_in_a_clients_payload() -> N
         "refiner_pass": "third",
         "clip_skip": 99,
         "noise_seed_delta": 1,
+        "noise_source": "mine",
         "form": "mine",
     }
     assert check(**own) == check() | {"ignored": list(own)}

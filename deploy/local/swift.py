@@ -37,6 +37,7 @@ from swift.common.utils import set_swift_dir  # noqa: E402
 
 from deploy.local.files import write_durably  # noqa: E402
 from deploy.local.store import reserve  # noqa: E402
+from deploy.local.swift_sweep import sweep_for_ever  # noqa: E402
 from services.common.process import refuse  # noqa: E402
 
 # The ring wants an address per server; these "ports" are names that connect() below maps to sockets.
@@ -65,6 +66,8 @@ node_timeout = {patience}
 # refuse everything for a minute: errors must not be remembered.
 _PATIENCE = 60
 _MAX_PARTS = 10_000  # of an upload, as on AWS; Swift's own 1,000 end an import of 100 GB at its twelfth
+# Swift leaves what it does later to daemons that do not run here. So parts of an object go with it (`slo`), and what is
+# left of deleted ones is swept away (swift_sweep.py).
 _PROXY_CONF = """\
 [DEFAULT]
 swift_dir = {etc}
@@ -96,6 +99,7 @@ use = egg:swift#copy
 [filter:slo]
 use = egg:swift#slo
 max_manifest_segments = {parts}
+allow_async_delete = false
 [filter:dlo]
 use = egg:swift#dlo
 [filter:versioned_writes]
@@ -137,6 +141,7 @@ def main() -> None:
     os.chdir(sockets)
     _connect_through_sockets()
     _refuse_parts_after_the_end()
+    eventlet.spawn(sweep_for_ever, root / "node")
     for kind in _INTERNAL:
         Path(f"{kind}.sock").unlink(missing_ok=True)
         listener = eventlet.listen(f"{kind}.sock", family=socket.AF_UNIX, backlog=_BACKLOG)

@@ -1,7 +1,10 @@
 """The embedded object store: signatures are checked, data lasts, browsers may upload."""
 
 import signal
+import sqlite3
 import subprocess
+import sys
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -105,6 +108,28 @@ def test_the_store_reads_nothing_of_a_stranger(s3: S3Access, method: str, query:
     """An archive that it unpacked would keep it, or its memory, busy before anybody asks for a signature."""
     for path in (f"/{s3.bucket}/a", f"/{s3.bucket}/a/b", f"/{s3.bucket}"):
         assert httpx.request(method, f"{s3.endpoint_url}{path}?{query}", content=b"x").status_code >= 400, path
+
+
+def test_a_deleted_object_leaves_nothing_on_the_disk(s3: S3Access, esd_home: Home) -> None:
+    client, node, size = s3.store.client(), esd_home.swift / "node" / "d1", (5 << 20) + 1
+    names = {"Bucket": s3.bucket, "Key": "gone"}
+    upload = client.create_multipart_upload(**names)["UploadId"]
+    part = client.upload_part(**names, UploadId=upload, PartNumber=1, Body=b"x" * size)
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    client.complete_multipart_upload(**names, UploadId=upload, MultipartUpload=parts)
+    client.put_object(Bucket=s3.bucket, Key="stays", Body=b"here")
+
+    client.delete_object(**names)
+    assert client.list_objects_v2(Bucket=s3.bucket, Prefix="gone")["KeyCount"] == 0  # and so the list was written
+    assert not [file for file in node.rglob("*.data") if file.stat().st_size == size], "its part is still there"
+
+    command = "import sys, pathlib; from deploy.local.swift_sweep import sweep; sweep(pathlib.Path(sys.argv[1]), 0)"
+    subprocess.run([sys.executable, "-c", command, str(node.parent)], check=True)
+    assert not list(node.rglob("*.ts"))
+    for database in node.glob("containers/**/*.db"):
+        with closing(sqlite3.connect(database)) as connection:
+            assert connection.execute("SELECT count(*) FROM object WHERE deleted").fetchone() == (0,)
+    assert client.get_object(Bucket=s3.bucket, Key="stays")["Body"].read() == b"here"
 
 
 def test_expired_urls_are_refused(s3: S3Access, monkeypatch: pytest.MonkeyPatch) -> None:

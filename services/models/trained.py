@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
-from services.common.blobs import Blobs
+from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition
 from services.common.payloads.models import LORA
 from services.common.times import time_text
@@ -62,8 +62,9 @@ class Trained:
     async def finish_checkpoint(
         self, checkpoint_id: UUID, files: Sequence[TrainedFile], reason: str
     ) -> tuple[list[str], str]:
-        """Makes the checkpoint Active with those of the files whose names are free, or without any Disabled for the
-        reason; answers its names, and why it was refused. One that has ended stays as it is."""
+        """Makes the checkpoint Active with those of the files whose names are free; answers its names, and why it was
+        refused. Without any file it is Disabled for the reason, and so it is where one is damaged or gone. One that has
+        ended stays as it is."""
         found = await self._store.find_checkpoints([checkpoint_id])
         if not found:
             await self._blobs.delete_prefix(folder_of(checkpoint_id))
@@ -86,11 +87,15 @@ class Trained:
         if not kept:
             await self._models.refuse(checkpoint, reason or "the training left no file", keeps_objects=True)
         else:
-            try:
-                for file in kept:
+            for file in kept:
+                try:
                     await self._models.keep(checkpoint, file, hashes[file.name])
-            except FailedPrecondition:  # a file is no sound network: the row says so
-                return await self._store.get_checkpoint(checkpoint.id)
+                except FailedPrecondition:  # it is no sound network: the row says so
+                    return await self._store.get_checkpoint(checkpoint.id)
+                except BlobNotFound:  # nothing of ours removes it, and nothing will bring it back
+                    missing = f"{file.name} is not in the object store any more"
+                    await self._models.refuse(checkpoint, missing, keeps_objects=True)
+                    return await self._store.get_checkpoint(checkpoint.id)
             return await self._store.save_status(checkpoint.id, ACTIVE)
         return await self._store.get_checkpoint(checkpoint.id)
 

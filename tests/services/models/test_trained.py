@@ -69,6 +69,15 @@ async def test_a_damaged_network_is_refused_and_a_snapshot_whose_name_is_in_use_
     ]
 
 
+async def test_a_network_that_is_gone_from_the_store_ends_the_checkpoint_which_says_so(models: Running) -> None:
+    training_id = await begun(models, "zog.safetensors")
+    await put(models, training_id, "zog-000001.safetensors")
+    for _ in range(2):
+        told = await finished(models, training_id, "zog.safetensors", "zog-000001.safetensors")
+        assert (list(told.names), told.reason) == ([], "zog.safetensors is not in the object store any more")
+    assert (await models.show(training_id))["status"] == "Disabled"
+
+
 async def test_only_what_is_not_active_is_deleted_with_its_training(models: Running) -> None:
     active, initial = await begun(models, "a.safetensors"), await begun(models, "b.safetensors")
     for training_id, name in ((active, "a.safetensors"), (initial, "b.safetensors")):

@@ -71,6 +71,15 @@ async def test_files_that_are_renamed_one_by_one_are_taken_when_they_belong_toge
         await until_shown(gateway, new)
 
 
+@pytest.mark.slow
+async def test_who_never_begins_with_tls_is_let_go(services: tuple[str, Seen], tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, services[0], **tls(*make_certificate(tmp_path))) as gateway:
+        host, port = gateway.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        assert await reader.read() == b""  # its end
+        writer.close()
+
+
 @pytest.mark.parametrize("unusable", ["nothing", "text", "the key of another"])
 def test_a_certificate_that_cannot_be_used_stops_the_start(tmp_path: Path, unusable: str) -> None:
     certificate, key = make_certificate(tmp_path)

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 KUBECTL = Path(sys.executable).with_name("kubectl")  # the wheel's
 MOUNT = "/run/secrets/esd"
+COMPONENT = "app.kubernetes.io/component"
 OPTIONAL = ("autoscaling", "tls", "network-policies", "keda", "monitoring")
 FOREIGN = ("keda.sh/", "monitoring.coreos.com/")  # whose schemas Kubernetes does not have
 SETTINGS: dict[str, list[Any]] = {
@@ -206,6 +207,23 @@ def test_prometheus_finds_the_certificates_that_the_gateway_asks_for(
     certificate = x509.load_pem_x509_certificate(base64.b64decode(secrets["esd-metrics"]["data"]["tls.crt"]))
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert tls["serverName"] in names.get_values_for_type(x509.DNSName)
+
+
+def test_the_patch_in_the_readme_opens_the_port_of_a_store_to_all_who_ask_it(tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "k", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (patch,) = re.findall(r"```yaml\n(patches:.*?)```", (KUBERNETES / "README.md").read_text(), re.DOTALL)
+    overlay = tmp_path / "k" / "overlays" / "mine"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(f"resources: [../production]\n{patch}")
+    opened = {
+        (policy["metadata"]["namespace"], json.dumps(policy["spec"]["podSelector"]))
+        for policy in render(overlay)
+        if policy["kind"] == "NetworkPolicy"
+        for rule in policy["spec"].get("egress", ())
+        if {"port": 9000} in rule["ports"] and any("ipBlock" in peer for peer in rule.get("to", ()))
+    }
+    askers = {"matchExpressions": [{"key": COMPONENT, "operator": "In", "values": ["service", "gateway"]}]}
+    assert opened == {("esd", json.dumps(askers)), ("esd-workers", "{}")}
 
 
 def test_the_gateway_refuses_requests_long_before_its_memory_is_at_the_pods_limit(

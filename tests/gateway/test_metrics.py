@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import stat
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ import pytest
 
 from deploy.kubernetes.certificates import Certificates, make_certificates
 from deploy.local.ports import free_port
-from tests.gateway.conftest import Seen, running_gateway
+from tests.gateway.conftest import ROOT, Seen, running_gateway
 from tests.gateway.test_start import refusal
 
 
@@ -59,6 +60,14 @@ async def test_prometheus_reads_requests_statuses_and_times_of_every_service(
         'envoy_http_downstream_rq_xx{envoy_response_code_class="2",envoy_http_conn_manager_prefix="document"} 1' in page
     )
     assert 'envoy_cluster_upstream_rq_time_bucket{envoy_cluster_name="identity"' in page
+
+
+async def test_what_the_alerts_ask_for_is_told(address: str, certificates: Certificates, tmp_path: Path) -> None:
+    async with httpx.AsyncClient(verify=trust(certificates, tmp_path / "client"), timeout=60) as client:
+        page = (await client.get(f"{address}/stats/prometheus")).text
+    asked = re.findall(r"envoy_\w+(?=\{)", (ROOT / "deploy/kubernetes/components/monitoring/alerts.yaml").read_text())
+    assert {name for name in asked if f"\n{name}{{" not in page} == set()
+    assert len(asked) > 3
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -40,8 +40,10 @@ from services.endpoints.tasks import Tasks
 class EndpointsSettings(AuditedSettings):
     """`worker_dir` keeps the secrets, logs and model cache of local workers; `max_instances` bounds one endpoint.
 
-    A worker that is stopped may take `drain_seconds` to finish its job. With `cluster` kubernetes, the settings of
-    cluster/kubernetes_api.py say how workers run; those of scaling.py say how many.
+    A worker that is stopped may take `drain_seconds` to finish its job. Local workers and tasks run on when the
+    service ends, and the next one adopts them; with `keep_workers` off they leave, since a container takes along
+    all that it has. With `cluster` kubernetes, the settings of cluster/kubernetes_api.py say how workers run; those
+    of scaling.py say how many.
     """
 
     identity_address: Address
@@ -49,6 +51,7 @@ class EndpointsSettings(AuditedSettings):
     inference_address: Address
     cluster: Literal["local", "kubernetes"] = "local"
     worker_dir: Path | None = None
+    keep_workers: bool = True
     worker_command: Json[list[str]] = Field([sys.executable, "-m", "gpu_worker"], min_length=1, validate_default=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_instances: int = Field(64, ge=1)
@@ -92,7 +95,7 @@ class EndpointsSettings(AuditedSettings):
 async def running_cluster(
     settings: EndpointsSettings, store: EndpointStore, tasks: TaskStore, on_change: Callable[[], None]
 ) -> AsyncIterator[Cluster]:
-    """What runs the workers, which run on after the block."""
+    """What runs the workers, which run on after the block, unless the settings say otherwise."""
     if settings.cluster == "kubernetes":
         from services.endpoints.cluster import kubernetes, kubernetes_api  # noqa: PLC0415 - of the extra `kubernetes`
 
@@ -103,8 +106,13 @@ async def running_cluster(
         ) as cluster:
             yield cluster
         return
-    with closing(LocalCluster(store, tasks, settings.local(), on_change)) as local:
+    local = LocalCluster(store, tasks, settings.local(), on_change)
+    try:
         yield local
+    finally:
+        if not settings.keep_workers:
+            await local.end()
+        local.close()
 
 
 async def main(settings: EndpointsSettings) -> None:

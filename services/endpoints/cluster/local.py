@@ -93,6 +93,10 @@ class LocalCluster:
             log.warning("the folder of an endpoint or task that is not known is removed", owner_id=owner_id)
             await self.forget(owner_id)
 
+    async def end(self) -> None:
+        """Has all processes leave, which nobody would come back to."""
+        await self._machine.processes.end(self._machine.settings.leave_seconds)
+
     def close(self) -> None:
         """Lets go of all processes, which run on."""
         self._machine.processes.close()

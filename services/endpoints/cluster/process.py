@@ -125,6 +125,7 @@ class Processes:
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
+        self._one_ended = asyncio.Event()
         self._watched: dict[str, Process] = {}
         self._pausing: set[str] = set()
 
@@ -138,7 +139,7 @@ class Processes:
             process.let_go()  # another control loop has replaced it meanwhile
             process = None
         if process is None and row.pid is not None and row.start_time is not None:
-            process = Process.adopt(row.pid, row.start_time, self._on_change)
+            process = Process.adopt(row.pid, row.start_time, self._ended)
             if process is not None:
                 log.info("a process is adopted", key=row.key, pid=process.pid)
         if process is not None and not process.has_ended:
@@ -188,6 +189,14 @@ class Processes:
         """Whether no process is to be started yet."""
         return key in self._pausing
 
+    async def end(self, seconds: float) -> None:
+        """Asks all processes to end, kills those that have not after so many seconds, and returns when none is left."""
+        for process in self._watched.values():
+            process.stop(seconds)
+        while any(not process.has_ended for process in self._watched.values()):
+            self._one_ended.clear()
+            await self._one_ended.wait()
+
     def close(self) -> None:
         """Lets go of all processes, which run on."""
         for process in self._watched.values():
@@ -202,7 +211,11 @@ class Processes:
                 command, env=environment, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         child.returncode = 0  # keeps Popen from waiting for the process: the handle does
-        return Process(child.pid, os.pidfd_open(child.pid), start_time_of(child.pid), self._on_change)
+        return Process(child.pid, os.pidfd_open(child.pid), start_time_of(child.pid), self._ended)
+
+    def _ended(self) -> None:
+        self._one_ended.set()
+        self._on_change()
 
     def _end_pause(self, key: str) -> None:
         self._pausing.discard(key)

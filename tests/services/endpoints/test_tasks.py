@@ -25,7 +25,7 @@ from services.endpoints.task_servicer import TaskServicer
 from services.endpoints.task_store import TaskStore
 from services.endpoints.tasks import Tasks
 from tests.processes import ROOT
-from tests.services.endpoints.conftest import Peers, RunLoop, is_alive, until
+from tests.services.endpoints.conftest import Peers, RunLoop, StartService, is_alive, until
 from tests.services.endpoints.foreman import Foreman, worker_or_task
 from tests.serving import Metadata
 
@@ -154,6 +154,21 @@ async def test_an_attempt_that_ends_with_its_machine_does_not_count_however_it_e
     await until(lambda: not is_alive(said["pid"]) and not is_alive(task.pid))
     run_loop(foreman.command)
     await reach(task_id, WAITING, "attempt 1 was interrupted, which counts for none")
+    await foreman.next(task_id)
+
+
+@pytest.mark.slow
+async def test_a_service_that_keeps_no_workers_has_tasks_leave_before_it_ends_which_costs_them_no_attempt(
+    start_service: StartService, service_environment: dict[str, str], foreman: Foreman, begin: Start
+) -> None:
+    service_environment |= {"ESD_KEEP_WORKERS": "false", "ESD_WORKER_COMMAND": json.dumps(foreman.command)}
+    service = await start_service()
+    task_id = await begin(max_attempts=1)
+    said, _ = await foreman.next(task_id)
+    service.terminate()
+    assert await service.wait() == 0
+    assert not is_alive(said["pid"])
+    await start_service()
     await foreman.next(task_id)
 
 

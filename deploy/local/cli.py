@@ -155,8 +155,11 @@ def _draw(url: str, api_key: str, checkpoint: Path | None, prompt: str | None, s
         fail(str(error))
     except httpx.TransportError as error:  # it was stopped meanwhile
         fail(f"the stack at {url} does not answer any more: {error}")
-    console.print(f"\n{len(files)} files in {output}", soft_wrap=True)
-    console.print(f"the API was at {url}; `esd up` keeps it there, and `esd status` shows the first key's file")
+    console.print(
+        f"\n{len(files)} files in {output}\n"
+        f"the API was at {url}; `esd up` keeps it there, and `esd status` shows the first key's file",
+        soft_wrap=True,
+    )
 
 
 async def _health(state: State) -> dict[str, bool]:

@@ -81,8 +81,8 @@ def test_the_demo_draws_a_picture_on_both_kinds_of_endpoint_and_leaves_nothing_r
     assert "is active (4 parts)" in said
     # Where the pictures are, the URL, and how to go on.
     assert f"files in {home}/out" in said
-    assert f"http://127.0.0.1:{port}" in said
-    assert "`esd up`" in said
+    assert f"\nthe API was at http://127.0.0.1:{port}; `esd up` keeps it there" in said
+    assert said.endswith(", and `esd status` shows the first key's file\n")
     assert processes_of(home) == []
 
 

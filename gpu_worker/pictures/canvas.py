@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
+from gpu_worker.job import JobError
 from services.common.payloads import Generation, Img2Img, pictures
 from services.common.payloads.img2img import CROP_AND_RESIZE, JUST_RESIZE, LATENT_UPSCALE, ORIGINAL, RESIZE_AND_FILL
 
@@ -23,6 +24,7 @@ Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
 _LATENT_SCALE = 8
+_MAX_SCALED_PIXELS = 2**26
 _BLUR_REACH = 2.5  # deviations
 # The blurs with which surroundings flow into the masked part, from far to near, and how often each is laid over.
 _FLOWS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
@@ -80,7 +82,7 @@ def prepared(request: Generation) -> Canvas:
     """The canvas for a request, without hints.
 
     Raises:
-        Damaged: a picture cannot be read.
+        Damaged: a picture cannot be read. JobError: one is too narrow to be scaled.
     """
     if not isinstance(request, Img2Img):
         return Canvas()
@@ -109,7 +111,11 @@ def prepared(request: Generation) -> Canvas:
 
 
 def resized(image: Image.Image, mode: int, width: int, height: int) -> Image.Image:
-    """The image at that size: stretched, cut to its proportions, or filled up at its edges to them."""
+    """The image at that size: stretched, cut to its proportions, or filled up at its edges to them.
+
+    Raises:
+        JobError: their proportions are too different for that.
+    """
     if mode in {JUST_RESIZE, LATENT_UPSCALE}:
         return image.resize((width, height), Image.Resampling.LANCZOS)
     wider = width * image.height > height * image.width  # than the image
@@ -117,12 +123,26 @@ def resized(image: Image.Image, mode: int, width: int, height: int) -> Image.Ima
         size = width, max(1, image.height * width // image.width)
     else:
         size = max(1, image.width * height // image.height), height
-    scaled = image.resize(size, Image.Resampling.LANCZOS)
+    scaled = image.resize(bounded(*size), Image.Resampling.LANCZOS)
     left, top = width // 2 - size[0] // 2, height // 2 - size[1] // 2
     if mode == CROP_AND_RESIZE:
         return scaled.crop((-left, -top, width - left, height - top))
     rows, columns = _clamped(height, top, size[1]), _clamped(width, left, size[0])
     return Image.fromarray(np.asarray(scaled)[rows][:, columns])
+
+
+def bounded(width: int, height: int) -> tuple[int, int]:
+    """The size that a picture is to be scaled to. One of a few KB, but long and narrow, may take all memory.
+
+    Raises:
+        JobError: it is too large.
+    """
+    if width * height > _MAX_SCALED_PIXELS:
+        raise JobError(
+            f"a picture of the job is so long and narrow that it would be scaled to {width}x{height} pixels; "
+            f"at most {_MAX_SCALED_PIXELS} pixels are possible: cut it to the job's proportions"
+        )
+    return width, height
 
 
 def _clamped(length: int, offset: int, inner: int) -> NDArray[np.intp]:

@@ -76,7 +76,7 @@ def prepared(request: Generation) -> Canvas:
     """The canvas of a request, with the hints of its units.
 
     Raises:
-        Damaged: a picture cannot be read.
+        Damaged: a picture cannot be read. JobError: one is too narrow to be scaled.
     """
     canvas = canvases.prepared(request)
     hints = [_hint(index, unit, request, canvas) for index, unit in enumerate(request.controlnet)]
@@ -163,7 +163,8 @@ def _fitted(detected: Pixels, mode: str, width: int, height: int) -> Map:
     own_height, own_width = detected.shape[:2]
     factors = height / own_height, width / own_width
     factor = max(factors) if mode == CROPPED else min(factors)
-    inner = _resized(detected, max(1, round(own_width * factor)), max(1, round(own_height * factor)))
+    size = canvases.bounded(max(1, round(own_width * factor)), max(1, round(own_height * factor)))
+    inner = _resized(detected, *size)
     if mode == CROPPED:
         top, left = max(0, (inner.shape[0] - height) // 2), max(0, (inner.shape[1] - width) // 2)
         return _map(inner[top : top + height, left : left + width])

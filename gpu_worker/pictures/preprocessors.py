@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.pictures.canvas import bounded
+
 Pixels = NDArray[np.uint8]
 Module = Callable[[Pixels, float, float], Pixels]
 
@@ -21,7 +23,11 @@ _SHUFFLE_GRAIN = 256
 
 def prepared(module: str, pixels: Pixels, resolution: int, a: float, b: float, seed: int) -> Pixels:
     """What the module makes of a picture. Most look at it with `resolution` pixels on its shorter side; a and b are
-    their thresholds. `seed` is the shuffle's."""
+    their thresholds. `seed` is the shuffle's.
+
+    Raises:
+        JobError: the picture is too narrow for that.
+    """
     if module in _AS_IT_IS:
         return _AS_IT_IS[module](pixels, a, b)
     scaled = _scaled(pixels, resolution)
@@ -33,7 +39,7 @@ def prepared(module: str, pixels: Pixels, resolution: int, a: float, b: float, s
 def _scaled(pixels: Pixels, resolution: int) -> Pixels:
     height, width = pixels.shape[:2]
     factor = resolution / min(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    size = bounded(max(1, round(width * factor)), max(1, round(height * factor)))
     return _pixels(cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gpu_worker.job import JobError
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.pictures.hints import Hint, prepared
 from services.common.payloads import check
@@ -43,6 +44,22 @@ def test_it_is_stretched_cut_or_filled_up_to_the_jobs_size(
     top = hint.first.pixels[0, :, 0]
     assert (np.ptp(top) == 0) == (mode == "Resize and Fill")
     assert np.array_equal(hint.shown, hint.first.pixels)
+
+
+NARROW = {"image": encoded(Image.new("RGB", (8, 2048)))}
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("txt2img", {"unit": NARROW | {"module": "canny", "processor_res": 2048}}),
+        ("txt2img", {"unit": NARROW, "width": 4096}),
+        ("img2img", {"init_images": [NARROW["image"]], "resize_mode": 1, "width": 4096}),
+    ],
+)
+def test_a_small_picture_that_would_take_all_memory_fails_its_job_with_the_reason(task: str, given: Any) -> None:
+    with pytest.raises(JobError, match=r"so long and narrow that it would be scaled to \d+x\d+ pixels; at most"):
+        canvas_of(task, **given)
 
 
 def test_lines_stay_black_and_white_at_any_size() -> None:

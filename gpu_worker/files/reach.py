@@ -21,6 +21,7 @@ log = structlog.get_logger()
 FIRST_DELAY_SECONDS = 0.2
 MAX_DELAY_SECONDS = 8.0
 _LOOK_SECONDS = 10.0
+_BUSY = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 
 
 class Reach:
@@ -87,8 +88,8 @@ class Reach:
 
 
 def is_busy(response: httpx.Response) -> bool:
-    """Whether the same request may be answered otherwise later."""
-    return response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
+    """Whether the same request may be answered otherwise later. 408 is of a line that was silent for too long."""
+    return response.status_code >= 500 or response.status_code in _BUSY
 
 
 def _bucket(url: str) -> str:

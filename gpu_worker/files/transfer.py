@@ -92,9 +92,9 @@ class _Patience:
 
 
 class Transfer:
-    """Downloads and uploads. A failure of the connection or a 5xx is tried again, until `patience_seconds` have passed
-    since the last progress: the first attempt, or bytes of the object that no attempt before had received. What is
-    downloaded while `reach` knows that the store is away has only what is left of that time. Uploads may have more.
+    """Downloads and uploads. A failure of the connection, a 5xx or a 403 is tried again, until `patience_seconds` have
+    passed since the last progress: the first attempt, or bytes of the object that no attempt before had received. What
+    is downloaded while `reach` knows that the store is away has only what is left of that time. Uploads may have more.
     """
 
     def __init__(
@@ -212,4 +212,7 @@ async def _check(response: httpx.Response) -> None:
         raise _Refused(f"{answer}, it has no such object")
     if _EXPIRED in (await response.aread()).lower():
         raise _Expired(f"{answer}, the URL has expired")
+    if response.status_code == httpx.codes.FORBIDDEN:
+        # The URL is signed by who may: a store whose own directory of users is away, say. Results are worth a wait.
+        raise httpx.HTTPStatusError(answer, request=response.request, response=response)
     raise _Refused(answer)

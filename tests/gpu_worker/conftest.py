@@ -70,12 +70,13 @@ def as_cached(path: Path, kind: str = "Stable-diffusion") -> CachedModel:
 
 @dataclass
 class ObjectStore:
-    """Objects of a bucket behind URLs. `failures` is how many of the next requests for one answer 503."""
+    """Objects of a bucket behind URLs. `failures` is how many of the next requests for one answer `refusal`."""
 
     url: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     failures: int = 0
+    refusal: int = 503
     is_full: bool = False
 
     def put(self, name: str, content: bytes) -> str:
@@ -91,7 +92,7 @@ class ObjectStore:
         self.requests.append((request.method, name))
         if self.failures:
             self.failures -= 1
-            return web.Response(status=503)
+            return web.Response(status=self.refusal)
         if request.method == "PUT" and self.is_full:
             return web.Response(status=503)
         if request.method == "PUT":

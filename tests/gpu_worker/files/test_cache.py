@@ -242,8 +242,11 @@ async def test_another_sha256_or_size_is_refused_and_nothing_is_kept(
     assert not list((tmp_path / "models").iterdir())
 
 
-async def test_a_busy_store_is_asked_again_and_a_missing_object_is_not(store: ObjectStore, cache: ModelCache) -> None:
-    store.failures = 1
+@pytest.mark.parametrize("refusal", [403, 408, 429, 503])
+async def test_a_busy_store_is_asked_again_and_a_missing_object_is_not(
+    store: ObjectStore, cache: ModelCache, refusal: int
+) -> None:
+    store.failures, store.refusal = 1, refusal
     async with cache.hold(model(store, "x.ckpt", b"weights")):
         assert len(store.requests) == 2
     gone = model(store, "gone.ckpt", b"weights")

@@ -18,7 +18,7 @@ from gpu_worker import painting
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.run import Produced
 from gpu_worker.files.cache import CachedModel, ModelCache
-from gpu_worker.files.transfer import Transfer, Unreached, UrlExpired
+from gpu_worker.files.transfer import DiskFailed, Transfer, Unreached, UrlExpired
 from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError
 from gpu_worker.pictures import extras, hints, results
 from gpu_worker.pictures.canvas import Canvas
@@ -145,6 +145,8 @@ class Worker:
                 last = _failed(job, str(error), postponed=True)
             except UrlExpired as error:
                 last = _failed(job, str(error), postponed=time.monotonic() - job.taken_at > _FRESH_SECONDS)
+            except DiskFailed as error:
+                last = _failed(job, str(error), declined=True)
             except JobError as error:
                 last = _failed(job, str(error))
             except Exception:  # the job fails; the worker lives
@@ -211,7 +213,10 @@ class Worker:
             used = payloads.used(request, models)
         except InvalidArgument as error:
             raise JobError(str(error)) from None
-        return [await held.enter_async_context(self._cache.hold(job.spec.models[index])) for index in used]
+        try:
+            return [await held.enter_async_context(self._cache.hold(job.spec.models[index])) for index in used]
+        except OSError as error:
+            raise DiskFailed(f"the worker's disk cannot be used: {error.strerror}") from error
 
     async def _finish(
         self, job: Job, request: Generation, canvas: Canvas, files: list[CachedModel], made: list[Produced]
@@ -280,11 +285,14 @@ def is_last(event: worker_pb2.JobEvent) -> bool:
     return event.WhichOneof("event") in ("done", "failed")
 
 
-def _failed(job: Job, reason: str, *, cancelled: bool = False, postponed: bool = False) -> worker_pb2.JobEvent:
+def _failed(
+    job: Job, reason: str, *, cancelled: bool = False, postponed: bool = False, declined: bool = False
+) -> worker_pb2.JobEvent:
     failed = worker_pb2.JobFailed(
         reason=printable(reason, MAX_REASON),  # it may quote a hostile file
         cancelled=cancelled,
         postponed=postponed,
+        declined=declined,
         nothing_uploaded=not job.has_uploaded,
     )
     return worker_pb2.JobEvent(failed=failed)

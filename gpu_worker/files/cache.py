@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import structlog
 
-from gpu_worker.files.transfer import DISK_FULL, DiskFull, Transfer
+from gpu_worker.files.transfer import DISK_FULL, DiskFailed, Transfer
 from gpu_worker.job import JobError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ModelCache:
         """The model's file, fetched if it is not here, and kept here while the context lasts.
 
         Raises:
-            JobError: it cannot be had, or is not what was recorded.
+            JobError: it cannot be had, or is not what was recorded. OSError: the disk is broken.
         """
         folder = self._models / _folder_name(model.cache_key)
         with self._lock(folder.name, fcntl.LOCK_SH):  # whoever has it exclusively renames a folder: no wait to speak of
@@ -98,7 +98,7 @@ class ModelCache:
                 # Others fill the disk too. What nobody uses goes, piece by piece, before the job does.
                 await asyncio.to_thread(shutil.rmtree, partial, True)
                 if not await asyncio.to_thread(self._make_room, max(model.size_bytes, 1)):
-                    raise DiskFull(f"{model.name} cannot be downloaded: the worker's disk is full")
+                    raise DiskFailed(f"{model.name} cannot be downloaded: the worker's disk is full")
             await asyncio.to_thread(self._install, partial, folder)
         finally:
             await asyncio.to_thread(shutil.rmtree, partial, True)
@@ -116,7 +116,7 @@ class ModelCache:
                 sha256 = await asyncio.to_thread(_unpack, path, model.name)
             entry = _Entry(sha256, path.stat().st_size)
             (partial / "entry.json").write_text(json.dumps(asdict(entry)))
-        except (DiskFull, OSError) as error:
+        except (DiskFailed, OSError) as error:
             if isinstance(error, OSError) and error.errno not in DISK_FULL:
                 raise
             return None

@@ -1,7 +1,7 @@
 """Moves bytes over presigned URLs: one HTTP client with kept-alive connections, and patience with a busy store.
 
 JobError
-├── DiskFull     there is no room here
+├── DiskFailed   there is no room here; another machine may do
 ├── Unreached    the store was away for longer than our patience; nothing is wrong with the job
 └── UrlExpired   the store takes the URL no more; a new one may do
 """
@@ -35,8 +35,8 @@ _CHUNK_BYTES = 1 << 20
 _EXPIRED = b"expired"  # "Request has expired", ExpiredToken: in the body of S3's refusal
 
 
-class DiskFull(JobError):
-    """What is downloaded has no room here."""
+class DiskFailed(JobError):
+    """What is downloaded has no room here, or the disk cannot be used."""
 
 
 class Unreached(JobError):
@@ -119,7 +119,7 @@ class Transfer:
 
         Raises:
             JobError: the store does not have it, or size or SHA-256 differ (0 and "": not known).
-            DiskFull, Unreached, UrlExpired.
+            DiskFailed, Unreached, UrlExpired.
         """
         patience = _Patience(self._patience_seconds, self.reach.away_since)
         found_bytes, found_sha256 = await self._patiently(
@@ -188,7 +188,7 @@ class Transfer:
                 reason = f"the object store does not answer ({type(error).__name__})"
             except OSError as error:
                 if error.errno in DISK_FULL:
-                    raise DiskFull(f"{problem}: the worker's disk is full") from error
+                    raise DiskFailed(f"{problem}: the worker's disk is full") from error
                 raise
             self.reach.doubt(url)
             if patience.ends_within(delay):

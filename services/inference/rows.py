@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import DateTime, SmallInteger
+from sqlalchemy import ARRAY, DateTime, SmallInteger, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Field, SQLModel
 
@@ -25,6 +25,7 @@ ASYNC = "Async"
 PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"  # of webhooks
 _TIME = DateTime(timezone=True)
 _JSON = JSONB(none_as_null=True)
+_NAMES = ARRAY(Text)
 
 
 def now() -> datetime:
@@ -77,6 +78,7 @@ class Job(SQLModel, table=True):
     start_time: datetime | None = Field(default=None, sa_type=_TIME)
     num_claims: int = 0
     num_lost: int = 0
+    declined_by: list[str] = Field(default_factory=list, sa_type=_NAMES)
     postponed_since: datetime | None = Field(default=None, sa_type=_TIME)
 
     result_lease: UUID | None = None
@@ -172,6 +174,7 @@ class Job(SQLModel, table=True):
         self.cost_seconds, self.submit_time, self.output_id = cost_seconds, submit_time, output_id
         self.priority_class = 0 if self.inference_type == REAL_TIME else 1
         self.passed_over = self.num_claims = self.num_lost = 0
+        self.declined_by = []
         self.start_time = self.claim_time = self.complete_time = self.postponed_since = None
         self.deadline_time = None
         self.result_lease = self.image_names = self.result_objects = self.failure = None
@@ -208,11 +211,28 @@ class Job(SQLModel, table=True):
         self._fail(reason)
 
     def lose(self) -> None:
-        """Is queued again, because the worker was lost; the third worker lost while running it fails the job."""
+        """Is queued again, because the worker was lost, by this job or another one; the third loss fails the job. On
+        its last attempt it may still wait for its worker to run it alone: only one that runs is lost by its own fault.
+        """
         self._check("lose")
-        self.num_lost += self.is_running
+        self.num_lost += self.is_running or not self.is_last_attempt
         if self.num_lost >= MAX_LOST:
             self._fail(f"the worker was lost while running this job, {self.num_lost} times in a row")
+        self._release()
+
+    def give_back(self) -> None:
+        """Is queued again, because the worker stops by itself, which no job made it do: it is no attempt."""
+        self._check("give_back")
+        self._release()
+
+    def decline(self, reason: str, others_may: bool) -> None:
+        """Is queued again for the endpoint's other workers, because this one's disk has no room for it; fails when all
+        of them have said so. It is no attempt that was lost."""
+        self._check("decline")
+        assert self.worker_id is not None
+        self.declined_by = [*self.declined_by, self.worker_id]
+        if not others_may:
+            self._fail(reason)
         self._release()
 
     def postpone(self, reason: str, time: datetime, max_seconds: float) -> None:

@@ -27,6 +27,8 @@ TRANSITIONS: dict[str, tuple[frozenset[State], frozenset[State]]] = {
     "move": (frozenset({State.QUEUED}), frozenset({State.QUEUED})),
     "start": (_LEASED, frozenset({State.RUNNING})),
     "lose": (_LEASED, frozenset({State.QUEUED, State.FAILED})),
+    "give_back": (_LEASED, frozenset({State.QUEUED})),
+    "decline": (_LEASED, frozenset({State.QUEUED, State.FAILED})),
     "postpone": (_LEASED, frozenset({State.QUEUED, State.FAILED})),
     "succeed": (_LEASED, frozenset({State.SUCCEED})),
     "fail": (_LEASED | {State.QUEUED}, frozenset({State.FAILED})),

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -224,6 +225,17 @@ async def test_a_model_that_was_deleted_fails_its_job_by_name(
         failed = (await connection.until("failed")).event.failed
         assert not failed.postponed
         assert failed.reason == f"{MODEL} cannot be downloaded: the object store answers 404, it has no such object"
+
+
+async def test_a_job_that_finds_the_disk_unusable_is_for_another_worker(
+    engine: Engine, store: Blobs, content: bytes, tmp_path: Path
+) -> None:
+    async with working(engine, tmp_path) as worker, connected(worker) as connection:
+        shutil.rmtree(tmp_path / "cache")
+        await connection.assign("lease-1", spec_of(store, content))
+        failed = (await connection.until("failed")).event.failed
+        assert (failed.declined, failed.nothing_uploaded) == (True, True)
+        assert failed.reason == "the worker's disk cannot be used: No such file or directory"
 
 
 class Refusing(Transfer):

@@ -17,7 +17,7 @@ from services.inference import rows
 from services.inference.queue.claim import CLAIM, MAX_PASSED_OVER, WARM_WINDOW
 from services.inference.queue.pool_store import PoolState, PoolStore
 from services.inference.queue.store import LeaseStore
-from services.inference.rows import ASYNC, MAX_LOST, REAL_TIME, Job, Submission, Worker, now
+from services.inference.rows import ASYNC, LAST_ATTEMPT, MAX_LOST, REAL_TIME, Job, Submission, Worker, now
 from services.inference.store import JobFilter, JobStore
 from services.inference.submitting.quotas import Quotas
 from services.inference.submitting.submissions import SubmittedBefore
@@ -380,20 +380,43 @@ async def test_silence_longer_than_a_lease_gives_the_jobs_to_others(pool: Pool) 
     assert (await pool.claim_one("v")).id == job_id
 
 
-async def test_a_job_fails_when_its_worker_was_lost_three_times_while_running_it(pool: Pool) -> None:
+@pytest.mark.parametrize("starts", [True, False])
+async def test_a_job_fails_when_its_worker_was_lost_three_times_however_far_it_came(pool: Pool, starts: bool) -> None:
     job_id = await pool.add()
     for attempt in range(MAX_LOST):
-        for started in (False, True):
-            job = await pool.claim_one()
-            if started:
-                await pool.leases.start(pool.endpoint_id, lease(job))
-            await pool.leave()
+        assert (await pool.get(job_id)).status == "inprogress"
+        job = await pool.claim_one()
+        if attempt == LAST_ATTEMPT:
+            await pool.leave()  # it still waited for what else its worker had
             await pool.welcome()
-            expected = "failed" if started and attempt == MAX_LOST - 1 else "inprogress"
-            assert (await pool.get(job_id)).status == expected
+            job = await pool.claim_one()
+            await pool.leases.entrust(pool.endpoint_id, lease(job))
+        if starts:
+            await pool.leases.start(pool.endpoint_id, lease(job))
+        await pool.leave()
+        await pool.welcome()
     stored = await pool.get(job_id)
     assert stored.failure == "the worker was lost while running this job, 3 times in a row"
     assert await pool.claim() == []
+
+
+async def test_a_job_that_a_worker_has_no_room_for_goes_to_each_other_one_and_then_fails_with_the_reason(
+    pool: Pool,
+) -> None:
+    job_id = await pool.add()
+    await pool.welcome("v")
+    await pool.leases.decline(pool.endpoint_id, lease(await pool.claim_one()), "x.ckpt does not fit")
+    assert await pool.claim() == []
+    assert not await pool.leases.has_queued(pool.endpoint_id, "w")
+    await pool.leave("v")
+    again = await pool.claim_one()  # there is no other one any more
+    await pool.welcome("v")
+    await pool.leases.decline(pool.endpoint_id, lease(again), "x.ckpt does not fit")
+    await pool.leases.decline(pool.endpoint_id, lease(await pool.claim_one("v")), "nor here")
+    stored = await pool.get(job_id)
+    assert (stored.status, stored.failure, stored.num_lost) == ("failed", "nor here", 0)
+    await pool.queue(job_id)
+    assert (await pool.claim_one()).id == job_id
 
 
 async def test_a_job_under_way_cannot_be_started_and_a_finished_one_starts_afresh(pool: Pool) -> None:

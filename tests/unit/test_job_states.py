@@ -16,6 +16,8 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "queue": ({"steps": 1}, "00", 1, 1.0, now(), None, {}),
     "move": (uuid4(), "esd-async-other", "any"),
     "lose": (),
+    "give_back": (),
+    "decline": ("x.ckpt does not fit", True),
     "postpone": ("the store is away", now(), 60.0),
     "succeed": ([IMAGE], {}),
     "fail": ("broken",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ARRAY, Integer, Select, Text, Uuid, any_, bindparam, func, literal_column, select, update
+from sqlalchemy import ARRAY, Integer, Select, Text, Uuid, all_, any_, bindparam, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import col
 
@@ -36,6 +36,17 @@ def has_room(endpoint_id: Any, worker_id: Any) -> Any:
     return ~select(held.c.id).where(mine, held.c.num_lost >= LAST_ATTEMPT).exists()
 
 
+def other_workers(endpoint_id: Any, declined_by: Any) -> Any:
+    """The endpoint's workers but for these."""
+    other = col(Worker.worker_id) != all_(declined_by)
+    return select(col(Worker.worker_id)).where(col(Worker.endpoint_id) == endpoint_id, other)
+
+
+def is_offered(worker_id: Any) -> Any:
+    """Whether a job is for the worker: one that it had no room for is not, while there is another one to try."""
+    return (worker_id != all_(JOB.c.declined_by)) | ~other_workers(JOB.c.endpoint_id, JOB.c.declined_by).exists()
+
+
 def _claim_statement() -> Select[Any]:
     """The claim: real-time before async, then by priority, then by virtual start, but a warm job among the first ones
     before a cold one.
@@ -51,7 +62,7 @@ def _claim_statement() -> Select[Any]:
     stream_id: Any = bindparam("stream", type_=Uuid)
     place = (JOB.c.priority_class, JOB.c.priority, JOB.c.virtual_start, JOB.c.id)
     front = select(*place, JOB.c.base_model_key, JOB.c.passed_over, JOB.c.num_lost).where(
-        JOB.c.endpoint_id == endpoint_id, QUEUED
+        JOB.c.endpoint_id == endpoint_id, QUEUED, is_offered(worker_id)
     )
     head = front.order_by(*by_place(JOB)).limit(WARM_WINDOW).cte("head")
     stream = (

@@ -141,6 +141,10 @@ class Queue:
         """The worker has begun; False when the lease is lost."""
         return await self._store.start(stream.endpoint_id, lease_id)
 
+    async def entrust(self, stream: WorkerStream, lease_id: UUID) -> bool:
+        """The worker is given a job on its last attempt, and has no other; False when the lease is lost."""
+        return await self._store.entrust(stream.endpoint_id, lease_id)
+
     async def succeed(self, stream: WorkerStream, lease_id: UUID, results: Results) -> bool:
         """Checks and records results; True once they are (or were) recorded, False when the lease is lost.
 
@@ -180,6 +184,13 @@ class Queue:
     async def give_back(self, stream: WorkerStream, lease_id: UUID) -> bool:
         """The worker stops with a job that nobody told it to stop: others may have it. False when the lease is lost."""
         return await self._store.give_back(stream.endpoint_id, lease_id)
+
+    async def decline(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
+        """The worker's disk has no room for the job: another one may, or it fails. False when the lease is lost."""
+        job = await self._store.decline(stream.endpoint_id, lease_id, printable(reason, MAX_REASON))
+        if job is not None:
+            log.warning("job declined", job=str(job.id), worker=stream.worker_id, reason=reason, status=job.status)
+        return job is not None
 
     async def postpone(self, stream: WorkerStream, lease_id: UUID, reason: str) -> bool:
         """The worker cannot reach the object store: the job is tried again, until that has taken too long. False when

@@ -143,6 +143,9 @@ class WorkSession:
             case "failed" if leased.event.failed.postponed:
                 self._drop(lease_id)  # first, as its loss will be notified
                 self._end(lease_id, await self._queue.postpone(stream, lease_id, leased.event.failed.reason))
+            case "failed" if leased.event.failed.declined:
+                self._drop(lease_id)
+                self._end(lease_id, await self._queue.decline(stream, lease_id, leased.event.failed.reason))
             case "failed":
                 failed = leased.event.failed
                 recorded = await self._queue.fail(
@@ -162,9 +165,9 @@ class WorkSession:
                     self._leases.add(assignment.lease_id)
                     if assignment.job.is_last_attempt:
                         self._waiting = assignment
-                        self._hand_over_waiting()
                     else:
                         self._hand_over(assignment)
+            await self._hand_over_waiting(stream)
             contended = self._num_wanted > 0 and await self._queue.is_contended(stream)
             # Nothing tells when another transaction lets go of a job without taking it, so that is tried again soon.
             limits = self._queue.limits
@@ -224,18 +227,21 @@ class WorkSession:
         if self._waiting is not None and self._waiting.lease_id == lease_id:
             self._waiting = None
             self._wake.set()
-        self._hand_over_waiting()
-        if not self._leases:
+        if not self._leases or (self._waiting is not None and len(self._leases) == 1):
             self._wake.set()
 
     def _hand_over(self, assignment: Assignment) -> None:
         self._send(assign=_assign(assignment))
         self._relay.take(assignment.lease_id, assignment.job.id)  # which may say that it is watched
 
-    def _hand_over_waiting(self) -> None:
-        if self._waiting is not None and self._leases == {self._waiting.lease_id}:
-            self._hand_over(self._waiting)
+    async def _hand_over_waiting(self, stream: WorkerStream) -> None:
+        """Once the worker has nothing else. It may have changed its mind while that is noted."""
+        waiting = self._waiting
+        if waiting is None or self._leases != {waiting.lease_id}:
+            return
+        if await self._queue.entrust(stream, waiting.lease_id) and self._waiting is waiting:
             self._waiting = None
+            self._hand_over(waiting)
 
     def _say_watched(self, lease_id: UUID, is_watched: bool) -> None:
         self._send(watched=pb.Watched(lease_id=str(lease_id), is_watched=is_watched))

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     Float,
     Interval,
     Select,
@@ -31,7 +32,7 @@ from services.common.database import Database, notify
 from services.common.driver import Run
 from services.common.leftovers import note_leftovers
 from services.inference.channels import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
-from services.inference.queue.claim import CLAIM, has_room, of_stream
+from services.inference.queue.claim import CLAIM, has_room, is_offered, of_stream, other_workers
 from services.inference.rows import Job, Worker
 from services.inference.submitting.quotas import noting
 from services.inference.table import JOB, QUEUED, UNDER_WAY, locked, read_job, read_jobs, save_job
@@ -49,27 +50,26 @@ _ENDING = (
     *("result_lease", "result_objects", "image_names", "is_output_missing", "failure"),
 )
 
+_WORKER_ID: Any = bindparam("worker", type_=Text)
 _ANY_QUEUED = (
     select(JOB.c.id)
-    .where(JOB.c.endpoint_id == _ENDPOINT, QUEUED, has_room(_ENDPOINT, bindparam("worker", type_=Text)))
+    .where(JOB.c.endpoint_id == _ENDPOINT, QUEUED, is_offered(_WORKER_ID), has_room(_ENDPOINT, _WORKER_ID))
     .limit(1)
 )
+_OTHER_WORKERS = other_workers(_ENDPOINT, bindparam("declined_by", type_=ARRAY(Text))).limit(1)
 _UNDER_LEASE = select(JOB).where((JOB.c.lease_id == _LEASE) | (JOB.c.result_lease == _LEASE))
 # The fence: what a worker tells of a lease counts only while it is held.
 _HELD = (JOB.c.lease_id == _LEASE) & UNDER_WAY
 _HELD_HERE = select(JOB).where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
 _HELD_HERE_LOCKED = locked(_HELD_HERE)
 _NOW = select(func.clock_timestamp().label("time"))
-_START = (
+_RUN = (
     update(JOB)
     .where(_HELD, JOB.c.endpoint_id == _ENDPOINT)
-    .values(
-        is_running=True,
-        start_time=case((JOB.c.is_running, JOB.c.start_time), else_=func.clock_timestamp()),
-        postponed_since=None,  # its worker has what it needs of the object store
-    )
+    .values(is_running=True, start_time=case((JOB.c.is_running, JOB.c.start_time), else_=func.clock_timestamp()))
     .returning(JOB.c.id)
 )
+_START = _RUN.values(postponed_since=None)  # its worker has what it needs of the object store
 _HELLO = insert(_WORKER).values(
     endpoint_id=_ENDPOINT,
     worker_id=bindparam("worker"),
@@ -141,6 +141,11 @@ class LeaseStore:
         """Notes that the holder of a lease has begun, told again it changes nothing; False when the lease is lost."""
         return bool(await self._database.run(_START, endpoint=endpoint_id, lease=lease_id))
 
+    async def entrust(self, endpoint_id: UUID, lease_id: UUID) -> bool:
+        """Notes that the holder of a lease has nothing else: from here on its loss is this job's. False when the lease
+        is lost."""
+        return bool(await self._database.run(_RUN, endpoint=endpoint_id, lease=lease_id))
+
     async def find_by_lease(self, lease_id: UUID) -> Job | None:
         """The job that is held, or was completed, under the lease."""
         return await read_job(self._database.run, _UNDER_LEASE, lease=lease_id)
@@ -173,9 +178,20 @@ class LeaseStore:
     async def give_back(self, endpoint_id: UUID, lease_id: UUID) -> bool:
         """Puts the job that is held under the lease back into the queue; False when the lease is lost."""
         async with self._database.atomic() as run:
-            jobs = await read_jobs(run, _HELD_HERE_LOCKED, endpoint=endpoint_id, lease=lease_id)
-            await _release(run, jobs)
-            return bool(jobs)
+            job = await read_job(run, _HELD_HERE_LOCKED, endpoint=endpoint_id, lease=lease_id)
+            if job is not None:
+                await _let_go(run, job, job.give_back)
+            return job is not None
+
+    async def decline(self, endpoint_id: UUID, lease_id: UUID, reason: str) -> Job | None:
+        """The same where the worker has no room for it (`Job.decline`); None when the lease is lost."""
+        async with self._database.atomic() as run:
+            job = await read_job(run, _HELD_HERE_LOCKED, endpoint=endpoint_id, lease=lease_id)
+            if job is not None:
+                declined_by = [*job.declined_by, job.worker_id]
+                others = await run(_OTHER_WORKERS, endpoint=endpoint_id, declined_by=declined_by)
+                await _let_go(run, job, lambda: job.decline(reason, others_may=bool(others)))
+            return job
 
     async def postpone(self, endpoint_id: UUID, lease_id: UUID, reason: str, max_seconds: float) -> Job | None:
         """The same where a worker cannot reach the object store (`Job.postpone`); None when the lease is lost."""

@@ -15,7 +15,7 @@ import pytest
 
 from esd.worker.v1 import worker_pb2
 from gpu_worker.files.cache import ModelCache
-from gpu_worker.files.transfer import Transfer, Unreached
+from gpu_worker.files.transfer import DiskFailed, Transfer, Unreached
 from gpu_worker.job import JobError
 from tests.gpu_worker.conftest import ObjectStore
 from tests.services.models.files import sparse_tars
@@ -140,7 +140,7 @@ async def test_a_disk_that_is_smaller_than_the_bound_bounds_the_cache(
     cache = ModelCache(tmp_path, 10**9, transfer)
     files = [model(store, f"{name}.ckpt", bytes(1000)) for name in "abc"]
     async with cache.hold(files[0]) as first, cache.hold(files[1]):
-        with pytest.raises(JobError, match=r"c\.ckpt cannot be downloaded: the worker's disk is full"):
+        with pytest.raises(DiskFailed, match=r"c\.ckpt cannot be downloaded: the worker's disk is full"):
             async with cache.hold(files[2]):
                 pass
     assert ("GET", "c.ckpt") not in store.requests  # the disk is not filled to its end first
@@ -168,7 +168,7 @@ async def test_a_disk_that_others_fill_meanwhile_costs_unused_models_before_it_c
         async with cache.hold(model(store, "b.ckpt", bytes(1000))):
             assert not unused.path.exists()
             transfer.num_failures = 1
-            with pytest.raises(JobError, match=r"c\.ckpt cannot be downloaded: the worker's disk is full"):
+            with pytest.raises(DiskFailed, match=r"c\.ckpt cannot be downloaded: the worker's disk is full"):
                 async with cache.hold(model(store, "c.ckpt", bytes(1000))):
                     pass
     assert not list((tmp_path / "partial").iterdir())

@@ -62,7 +62,7 @@ class AnyWorker:
             self.outbox.put_nowait(None)
 
     async def end(self, service: Service, lease_id: str, how: str) -> None:
-        """Says last words: done, failed, cancelled or postponed."""
+        """Says last words: done, failed, cancelled, postponed or declined."""
         how, spec = self.last_words.setdefault(lease_id, how), self.known[lease_id].spec
         if how == "done":
             content = result_of(lease_id)

@@ -20,8 +20,9 @@ CREATE TRIGGER journal AFTER INSERT OR UPDATE OR DELETE ON job FOR EACH ROW EXEC
 """
 
 
-def judge(old: Job | None, new: Job, waiting: int, beside: int) -> None:
-    """Whether a change of a job's row is one that may be; the first one makes the row."""
+def judge(old: Job | None, new: Job, waiting: int, beside: int, said: str) -> None:
+    """Whether a change of a job's row is one that may be; the first one makes the row. `said` are the last words that
+    its worker had for the lease, whether they were heard or not."""
     if old is not None and old.state == new.state:
         for name in ("lease_id", "worker_id", "result_lease", "image_names", "failure", "num_claims", "num_lost"):
             assert getattr(old, name) == getattr(new, name), name
@@ -32,8 +33,10 @@ def judge(old: Job | None, new: Job, waiting: int, beside: int) -> None:
         assert waiting <= MAX_QUEUED
         return
     reason = new.failure or ""
-    is_loss = "worker was lost" in reason or (new.state == State.QUEUED and new.postponed_since is None)
-    assert new.num_lost == old.num_lost + (is_loss and old.state == State.RUNNING)
+    is_loss = "worker was lost" in reason or new.state == State.QUEUED
+    counts = old.state == State.RUNNING or not old.is_last_attempt
+    may_be_given_back = said in {"cancelled", "postponed", "declined"} or old.is_last_attempt
+    assert new.num_lost == old.num_lost + (is_loss and counts) or (may_be_given_back and new.num_lost == old.num_lost)
     assert new.num_claims == old.num_claims + (new.state == State.HELD)
     if new.state == State.RUNNING:
         assert new.lease_id == old.lease_id

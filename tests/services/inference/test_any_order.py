@@ -186,7 +186,9 @@ class Play:
 
     async def fail(self, who: int, which: int) -> None:
         if lease_id := self.lease_of(who, which):
-            await self.worker(who).end(self.service(who), lease_id, ("failed", "cancelled", "postponed")[which % 3])
+            await self.worker(who).end(
+                self.service(who), lease_id, ("failed", "cancelled", "postponed", "declined")[which % 4]
+            )
 
     async def leave(self, who: int, which: int) -> None:
         self.worker(who).close()
@@ -256,8 +258,8 @@ async def check(play: Play) -> None:
         last[(before or after)["id"]] = new
         if new is None:
             continue
-        judge(old, new, waiting, beside)
-        assert new.state != State.RUNNING or str(new.lease_id) in begun
+        judge(old, new, waiting, beside, said.get(str(old.lease_id) if old else "", ""))
+        assert new.state != State.RUNNING or str(new.lease_id) in begun or new.is_last_attempt
         assert new.state != State.SUCCEED or said[str(new.result_lease)] == "done"
         if old is not None and old.state in LEASED and new.state not in LEASED:
             ended[str(old.lease_id)] = new.state

@@ -138,6 +138,23 @@ async def test_a_job_that_kills_its_workers_fails_and_takes_no_other_with_it(ser
     assert [(await service.get(job_id)).status for job_id in ids] == ["succeed", "failed", "succeed"]
 
 
+async def test_a_job_that_kills_its_workers_before_it_starts_fails_too_and_alone(service: Service) -> None:
+    ids = [await service.started() for _ in range(2)]
+    for attempt in range(MAX_LOST - 1):
+        async with service.worker(f"killed {attempt}") as worker:
+            await worker.want(8)
+            for _ in ids:
+                await worker.read()
+    async with service.worker("alone") as worker:
+        await worker.want(8)
+        assert (await worker.read()).assign.spec.job_id == ids[0]
+    reason = (await service.ended(ids[0])).sagemaker_raw.string_value
+    assert reason == "the worker was lost while running this job, 3 times in a row"
+    async with service.worker("after") as worker:
+        assert kind(await worker.finish(await worker.take())) == "acknowledge"
+    assert (await service.get(ids[1])).status == "succeed"
+
+
 async def test_a_job_on_its_last_attempt_waits_for_what_its_worker_holds_unless_that_wants_no_more(
     service: Service, database_url: str
 ) -> None:
@@ -286,16 +303,28 @@ async def test_a_reason_that_nobody_could_keep_fails_its_job_and_leaves_the_stre
     assert len(reason) == 4000
 
 
-async def test_a_job_that_a_worker_stops_by_itself_goes_to_another(service: Service) -> None:
+async def test_a_job_that_workers_stop_by_themselves_goes_to_another_however_often(service: Service) -> None:
     job_id = await service.started()
-    async with service.worker("first") as first:
-        assign = await first.take()
-        await first.begin(assign)
-        await first.tell(assign.lease_id, failed={"reason": "the job was cancelled", "cancelled": True})
-        while (said := kind(await first.read())) != "acknowledge":
-            assert said == "cancel"  # the lease is gone, and that may be said first
-    async with service.worker("second") as second:
-        assert (await second.take()).spec.job_id == job_id
+    for number in range(MAX_LOST):
+        async with service.worker(f"ending {number}") as ending:
+            assign = await ending.take()
+            await ending.begin(assign)
+            await ending.tell(assign.lease_id, failed={"reason": "the worker ended", "cancelled": True})
+            while (said := kind(await ending.read())) != "acknowledge":
+                assert said == "cancel"  # the lease is gone, and that may be said first
+    async with service.worker("last") as last:
+        assert (await last.take()).spec.job_id == job_id
+
+
+async def test_a_job_for_which_a_worker_has_no_room_goes_to_another(service: Service) -> None:
+    job_id = await service.started()
+    async with service.worker("full") as full, service.worker("other") as other:
+        assign = await full.take()
+        await full.want()
+        await full.tell(assign.lease_id, failed={"reason": "the worker's disk is full", "declined": True})
+        assert kind(await full.read()) == "acknowledge"
+        assert kind(await other.finish(await other.take())) == "acknowledge"
+    assert (await service.get(job_id)).status == "succeed"
 
 
 async def test_a_claim_that_meets_only_a_locked_job_gets_it_when_the_lock_goes(

@@ -44,7 +44,7 @@ _REFUSED = {
     "tiled diffusion": _Refused(_first_is_true, "sizes up to 4096 are denoised as a whole; disable it"),
 }
 # Known, and without an effect on the picture: they save memory, or repeat what the payload says elsewhere.
-_HARMLESS = ("seed", "comments", "extra options", "hypertile", "tiled vae")
+_HARMLESS = ("seed", "comments", "extra options", "hypertile", "sampler", "tiled vae")
 
 
 def check_scripts(scripts: Any) -> list[str]:

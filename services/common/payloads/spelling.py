@@ -23,7 +23,7 @@ _REFUSED = {
 # Fields of A1111 that say how its own interface shows, stores or repeats a picture.
 WITHOUT_EFFECT = frozenset({
     "alwayson_scripts", "comments", "do_not_save_grid",
-    "do_not_save_samples", "force_task_id", "include_init_images", "infotext", "override_settings",
+    "do_not_save_samples", "force_task_id", "include_init_images", "override_settings",
     "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "script_args", "script_name", "send_images",
 })  # fmt: skip
@@ -110,7 +110,7 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
         read = prompts.read(str(given.get(name, "")))
         found += read.ignored
         if name in _NEGATIVE or given.get("disable_extra_networks") is True:
-            found += [f"<lora:{lora.name}>" for lora in read.loras]
+            found += [str(network) for network in read.networks]
     return list(dict.fromkeys(found))
 
 

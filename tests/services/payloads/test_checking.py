@@ -300,6 +300,7 @@ def test_what_is_off_changes_nothing() -> None:
         "refiner": {"args": [False, "", 0.8]},
         "seed": {"args": [-1, False, -1, 0, 0, 0]},
         "hypertile": {"args": [False]},
+        "sampler": {"args": [50, "Euler", "Automatic"]},
         "mystery": {"args": [False, 0.5]},
         "no arguments": {},
     }
@@ -309,6 +310,7 @@ def test_what_is_off_changes_nothing() -> None:
         "send_images": True,
         "override_settings_restore_afterwards": True,
         "comments": {},
+        "infotext": None,
         "enable_hr": False,
     }
     assert check(alwayson_scripts=scripts, override_settings={}, script_args=[], **off) == plain
@@ -344,6 +346,7 @@ def test_what_is_ignored_is_named() -> None:
     fields = check(
         styles=["noir"],
         s_noise=1.01,
+        infotext="a cat\nSteps: 20",
         script_name="sd upscale",
         override_settings={"samples_format": "jpg", "CLIP_stop_at_last_layers": 2},
         alwayson_scripts={"dynamic prompts": {"args": [True]}},
@@ -351,6 +354,7 @@ def test_what_is_ignored_is_named() -> None:
     assert fields["ignored"] == [
         "styles",
         "s_noise",
+        "infotext",
         "override_settings.samples_format",
         "script dynamic prompts",
         "script sd upscale",

@@ -27,7 +27,6 @@ from gpu_worker.pictures.provenance import Provenance
 from services.common import payloads
 from services.common.errors import InvalidArgument
 from services.common.payloads import Edit, Generation, Payload, pictures
-from services.common.payloads.models import HYPERNETWORK
 from services.common.sentences import MAX_REASON, printable
 from services.common.structs import plain
 from services.common.tasks import together
@@ -229,8 +228,7 @@ class Worker:
         pictures, makings = await asyncio.to_thread(painting.pictures, request, files, canvas, made)
         infotexts = [infotext(making) for making in makings]
         images = await _encoded(pictures, provenance, infotexts)
-        ignored = [f"hypernetwork {model.name}" for model in job.spec.models if model.type == HYPERNETWORK]
-        ignored += [f"embedding {name}, made for another architecture" for name in unfit]
+        ignored = [f"embedding {name}, made for another architecture" for name in unfit]
         info = results.info(request, makings, infotexts, ignored, any(run.is_inpainting for run in made))
         param = results.param_json(provenance, job.spec.endpoint_name, info=info)
         timings = worker_pb2.Timings(

@@ -1,4 +1,5 @@
-"""What a job adds to its checkpoint: LoRAs and embeddings that its prompts name, and the ControlNets of its units."""
+"""What a job adds to its checkpoint: LoRAs, hypernetworks and embeddings that its prompts name, and the ControlNets of
+its units."""
 
 from __future__ import annotations
 
@@ -7,18 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_worker.files.cache import CachedModel
-from gpu_worker.models import controlnet, embeddings, lora
+from gpu_worker.models import controlnet, embeddings, hypernetwork, lora
 from gpu_worker.models.controlnet import ControlNet
 from gpu_worker.models.embeddings import Embedding
 from gpu_worker.models.lora import Network
 from gpu_worker.models.weights import Models
 from services.common.payloads import Generation
-from services.common.payloads.models import CONTROLNET, EMBEDDING, LORA, find, stem
-from services.common.payloads.prompts import Lora
+from services.common.payloads.models import CONTROLNET, EMBEDDING, HYPERNETWORK, LORA, NETWORK_TYPES, find, stem
+from services.common.payloads.prompts import NetworkTag
 
 Adapter = Network | Embedding | ControlNet
 _KINDS: dict[str, Callable[[CachedModel, Models, str], Adapter]] = {
     LORA: lora.load,
+    HYPERNETWORK: hypernetwork.load,
     EMBEDDING: embeddings.load,
     CONTROLNET: controlnet.load,
 }
@@ -45,9 +47,9 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """LoRAs with their scales, embeddings by the word that stands for them, and the ControlNet of each unit."""
+    """LoRAs and hypernetworks with their scales, embeddings by their words, and the ControlNet of each unit."""
 
-    networks: tuple[tuple[Network, Lora], ...] = ()
+    networks: tuple[tuple[Network, NetworkTag], ...] = ()
     embeddings: Mapping[str, Embedding] = field(default_factory=dict)
     controlnets: tuple[ControlNet, ...] = ()
 
@@ -61,7 +63,7 @@ class Equipped:
 
 
 def load(file: CachedModel, models: Models, base_name: str) -> Adapter:
-    """Reads a LoRA, an embedding or a ControlNet for these models.
+    """Reads a LoRA, a hypernetwork, an embedding or a ControlNet for these models.
 
     Raises:
         JobError: the file is damaged, or made for another architecture than the checkpoint's and no embedding.
@@ -77,9 +79,9 @@ def gathered(request: Generation, loaded: Mapping[CachedModel, Adapter]) -> Adap
         models = [(kind, file.name) for file in files]
         return [loaded[files[find(models, kind, name, kind)]] for name in names] if files else []
 
-    networks = named(LORA, (use.name for use in request.loras))
+    networks = [(found, tag) for tag in request.networks for found in named(NETWORK_TYPES[tag.kind], [tag.name])]
     return Adapters(
-        tuple(zip(networks, request.loras, strict=False)),
+        tuple(networks),
         {stem(file.name): found for file, found in loaded.items() if isinstance(found, Embedding) and found.vectors},
         tuple(named(CONTROLNET, (unit.model for unit in request.controlnet))),
     )

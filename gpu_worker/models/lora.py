@@ -23,8 +23,17 @@ from gpu_worker.models.weights import Models, Weights, read
 
 # Given the layer and its input. It does not keep the layer: a file in memory must not hold a checkpoint there.
 Delta = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OfInput:
+    """What a network adds to a layer's input, given that."""
+
+    delta: Callable[[torch.Tensor], torch.Tensor]
+
+
 # By the layer's name in the model.
-Deltas = dict[str, Delta]
+Deltas = dict[str, Delta | OfInput]
 # Rows of a call, and what a network adds to the layers for them, by which factor.
 Change = tuple[slice, float, Deltas]
 
@@ -43,7 +52,7 @@ _PARTS = _LOW_RANK | _HADAMARD | _KRONECKER | {"diff", _ALPHA, _MAGNITUDE}
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A LoRA file for one checkpoint: what it adds to the layers of the UNet and of each text encoder."""
+    """A LoRA or hypernetwork for one checkpoint: what it adds to the layers of the UNet and of each text encoder."""
 
     unet: Deltas
     texts: tuple[Deltas, ...]
@@ -77,13 +86,18 @@ def load(file: CachedModel, models: Models, base_name: str) -> Network:
 @contextmanager
 def applied(model: Module, changes: Iterable[Change]) -> Iterator[None]:
     """Within it, the model's layers add what the networks say, for the rows they say it for."""
-    by_layer: dict[str, list[tuple[slice, float, Delta]]] = {}
+    to_inputs: dict[str, list[tuple[slice, float, OfInput]]] = {}
+    to_outputs: dict[str, list[tuple[slice, float, Delta]]] = {}
     for rows, scale, deltas in changes:
         if scale:
             for layer, delta in deltas.items():
-                by_layer.setdefault(layer, []).append((rows, scale, delta))
+                if isinstance(delta, OfInput):
+                    to_inputs.setdefault(layer, []).append((rows, scale, delta))
+                else:
+                    to_outputs.setdefault(layer, []).append((rows, scale, delta))
     hooks = [
-        model.get_submodule(layer).register_forward_hook(partial(_add, entries)) for layer, entries in by_layer.items()
+        *(model.get_submodule(layer).register_forward_pre_hook(partial(_bend, of)) for layer, of in to_inputs.items()),
+        *(model.get_submodule(layer).register_forward_hook(partial(_add, of)) for layer, of in to_outputs.items()),
     ]
     try:
         yield
@@ -97,6 +111,13 @@ def _add(
 ) -> None:
     for rows, scale, delta in entries:
         output[rows] += scale * delta(layer, inputs[0][rows])
+
+
+def _bend(entries: list[tuple[slice, float, OfInput]], _: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x = inputs[0].clone()
+    for rows, scale, of_input in entries:
+        x[rows] += scale * of_input.delta(x[rows])
+    return x, *inputs[1:]
 
 
 def _unet_layers(models: Models) -> Layers:

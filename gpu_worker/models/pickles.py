@@ -10,6 +10,7 @@ import collections
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,23 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
     Raises:
         JobError: the file is damaged, truncated, or holds no weights.
     """
+    content = contents(path, name)
+    for inner in _INNER:
+        if isinstance(content.get(inner), dict):
+            content = content[inner]
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and torch.is_tensor(value)}
+    if not tensors:
+        raise JobError(f"{name} holds no weights")
+    check_size(tensors.values(), path, name)
+    return tensors
+
+
+def contents(path: Path, name: str) -> dict[Any, Any]:
+    """What a pickled file holds; nothing, where that is no dictionary.
+
+    Raises:
+        JobError: the file is damaged or truncated.
+    """
     try:
         _check_container(path, name)
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_SAFE_PICKLE)
@@ -96,17 +114,18 @@ def read(path: Path, name: str) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # a broken pickle raises anything
         raise JobError(f"{name} is damaged or truncated: it cannot be read as a checkpoint") from error
-    for inner in _INNER:
-        if isinstance(content, dict) and isinstance(content.get(inner), dict):
-            content = content[inner]
-    weights = content if isinstance(content, dict) else {}
-    tensors = {key: value for key, value in weights.items() if isinstance(key, str) and torch.is_tensor(value)}
-    if not tensors:
-        raise JobError(f"{name} holds no weights")
-    file_bytes, num_bytes = path.stat().st_size, sum(tensor.nbytes for tensor in tensors.values())
+    return content if isinstance(content, dict) else {}
+
+
+def check_size(tensors: Iterable[torch.Tensor], path: Path, name: str) -> None:
+    """Refuses tensors of a file that would be much larger than it.
+
+    Raises:
+        JobError.
+    """
+    file_bytes, num_bytes = path.stat().st_size, sum(tensor.nbytes for tensor in tensors)
     if num_bytes > _MAX_TIMES_SHARED * file_bytes:
         raise JobError(f"{name} is damaged: its tensors would have {num_bytes} bytes, the file has {file_bytes}")
-    return tensors
 
 
 def _check_container(path: Path, name: str) -> None:

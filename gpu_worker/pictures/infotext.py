@@ -10,7 +10,18 @@ from gpu_worker import VERSION
 from gpu_worker.files.cache import CachedModel
 from services.common.payloads import Generation, Img2Img, Txt2Img
 from services.common.payloads.img2img import FILL, LATENT_NOISE, LATENT_NOTHING
-from services.common.payloads.models import BASE, CONTROLNET, EMBEDDING, LORA, REMBG, UPSCALER, VAE, find, stem
+from services.common.payloads.models import (
+    BASE,
+    CONTROLNET,
+    EMBEDDING,
+    HYPERNETWORK,
+    LORA,
+    REMBG,
+    UPSCALER,
+    VAE,
+    find,
+    stem,
+)
 from services.common.payloads.plots import NOTHING, Plot
 from services.common.payloads.samplers import parts, sampler_of
 
@@ -25,7 +36,14 @@ def named(files: list[CachedModel], kind: str) -> CachedModel | None:
 def hashes(files: list[CachedModel]) -> dict[str, str]:
     """The SHA-256 of every model behind a picture, by the names that A1111 has for them. Further checkpoints have none
     there and are `model:<name>`."""
-    names = {BASE: "model:{}", VAE: "vae", LORA: "lora:{}", EMBEDDING: "embed:{}", CONTROLNET: "controlnet:{}"}
+    names = {
+        BASE: "model:{}",
+        VAE: "vae",
+        LORA: "lora:{}",
+        HYPERNETWORK: "hypernet:{}",
+        EMBEDDING: "embed:{}",
+        CONTROLNET: "controlnet:{}",
+    }
     names |= {UPSCALER: "upscaler:{}", REMBG: "rembg:{}"}
     found = {names[file.type].format(stem(file.name)): file.sha256 for file in files}
     base = named(files, BASE)

@@ -19,7 +19,7 @@ from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.models import tiny
 from gpu_worker.pictures import hints
 from services.common.payloads import Generation, check
-from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_lora
+from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_hypernetwork, tiny_lora
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.tables import slow
 from tests.pictures import encoded, noise
@@ -32,6 +32,7 @@ USES: dict[str, dict[str, Any]] = {
     "Stable-diffusion": {"override_settings": {"sd_model_checkpoint": "x"}},
     "VAE": {"override_settings": {"sd_vae": "x"}},
     "Lora": {"prompt": "a cat <lora:x:1>"},
+    "hypernetworks": {"prompt": "a cat <hypernet:x:1>"},
     "embeddings": {"prompt": "a cat x"},
     "ControlNet": {"alwayson_scripts": {"controlnet": {"args": [UNIT]}}},
     "ESRGAN": {"enable_hr": True, "hr_upscaler": "x", "denoising_strength": 0.5},
@@ -63,6 +64,9 @@ def written(path: Path, kind: str, checkpoint: Path) -> Path:
     if kind == "ESRGAN":
         tiny_esrgan.write(path)
         return path
+    if kind == "hypernetworks":
+        path.write_bytes(tiny_hypernetwork.content())
+        return path
     makers: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
         "Stable-diffusion": lambda: load_file(checkpoint),
         "VAE": lambda: load_file(checkpoint),
@@ -81,7 +85,9 @@ def files_of(path: Path, kind: str, checkpoint: Path) -> list[Any]:
     return [as_cached(checkpoint), as_cached(path, kind)]
 
 
-@pytest.mark.parametrize("kind", ["Stable-diffusion", "Lora", *slow(["VAE", "embeddings", "ControlNet", "ESRGAN"])])
+@pytest.mark.parametrize(
+    "kind", ["Stable-diffusion", "Lora", *slow(["VAE", "hypernetworks", "embeddings", "ControlNet", "ESRGAN"])]
+)
 def test_a_file_that_is_truncated_fails_its_job_by_name(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     path = written(tmp_path / "x.pth", kind, tiny_checkpoint)
     assert isinstance(outcome(files_of(path, kind, tiny_checkpoint), **USES[kind]), Produced)

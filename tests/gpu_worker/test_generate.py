@@ -23,7 +23,7 @@ from gpu_worker.servicer import GpuWorkerServicer
 from gpu_worker.worker import Worker
 from services.common.payloads import check
 from services.common.structs import plain
-from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_lora, tiny_onnx
+from tests.gpu_worker import tiny_controlnet, tiny_esrgan, tiny_hypernetwork, tiny_lora, tiny_onnx
 from tests.gpu_worker.conftest import ObjectStore
 from tests.pictures import encoded, mask, noise
 from tests.serving import Tokens
@@ -163,12 +163,12 @@ def add_file(spec: worker_pb2.JobSpec, store: ObjectStore, kind: str, name: str,
 
 async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store: ObjectStore, make_spec: Any) -> None:
     state = tiny_lora.state()
-    plain, spec = make_spec(prompt="a cat amypt "), make_spec(prompt="a cat amypt <lora:style.v2:0.5>")
+    plain, spec = make_spec(prompt="a cat amypt "), make_spec(prompt="a cat amypt <lora:style.v2:0.5><hypernet:mood:1>")
     hashes = {"model": spec.models[0].sha256}
     hashes["lora:style.v2"] = add_model(spec, store, "Lora", "style.v2.safetensors", state)
+    hashes["hypernet:mood"] = add_file(spec, store, "hypernetworks", "mood.pt", tiny_hypernetwork.content())
     hashes["embed:amypt"] = add_model(spec, store, "embeddings", "amypt.safetensors", {"emb_params": torch.ones(2, 32)})
     add_model(spec, store, "Lora", "unused.safetensors", state)
-    add_model(spec, store, "hypernetworks", "mood.pt", state)
     for each in (plain, spec):
         assert (await generate(each))[-1].HasField("done")
     one, other = (Image.open(io.BytesIO(store.objects[f"{each.job_id}/image_0.png"])) for each in (plain, spec))
@@ -177,7 +177,7 @@ async def test_a_job_has_the_networks_that_its_prompt_names(generate: Any, store
     assert ("GET", "unused.safetensors") not in store.requests
     param = json.loads(store.objects[f"{spec.job_id}/{spec.job_id}_param.json"])
     assert json.loads(param["info"])["hashes"] == hashes
-    assert json.loads(param["info"])["ignored"] == ["hypernetwork mood.pt"]
+    assert json.loads(param["info"])["ignored"] == []
     spec.models[1].name = "other.safetensors"
     reason = (await generate(spec))[-1].failed.reason
     assert reason.startswith(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from gpu_worker.job import JobError
 from gpu_worker.models import embeddings, lora, prompt, weights
 from gpu_worker.models.adapters import Adapters
-from services.common.payloads.prompts import Lora
+from services.common.payloads.prompts import NetworkTag
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, drive, latents, txt2img_of
 from tests.gpu_worker.models.test_lora import parts
@@ -40,7 +40,9 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> TinySdxl:
     return make(tmp_path_factory.mktemp("sdxl") / "tiny-xl.safetensors")
 
 
-def with_network(sdxl: TinySdxl, path: Path, seed: int, use: Lora, kinds: tuple[str, ...]) -> tuple[lora.Network, Any]:
+def with_network(
+    sdxl: TinySdxl, path: Path, seed: int, use: NetworkTag, kinds: tuple[str, ...]
+) -> tuple[lora.Network, Any]:
     """A file for all parts of the checkpoint, each layer's of the next kind, and diffusers' pipeline with its changes
     in its weights."""
     merged = copy.deepcopy(sdxl.pipeline)
@@ -57,7 +59,7 @@ def with_network(sdxl: TinySdxl, path: Path, seed: int, use: Lora, kinds: tuple[
 
 
 def test_jobs_with_different_networks_equal_each_the_pipeline_with_its_merge(sdxl: TinySdxl, tmp_path: Path) -> None:
-    uses = [Lora("0", 0.8, 0.6), Lora("1", 0.0, 1.0), Lora("2", 0.7, -0.4)]
+    uses = [NetworkTag("0", 0.8, 0.6), NetworkTag("1", 0.0, 1.0), NetworkTag("2", 0.7, -0.4)]
     kinds = [("lora",), ("loha", "lokr"), ("lokr", "full lokr", "loha")]
     found = [
         with_network(sdxl, tmp_path / f"{use.name}.safetensors", 100 * index, use, kinds[index])

@@ -107,8 +107,9 @@ class Generation(Payload):
         if (num_texts := len(prompts.joined_by_and(read.text))) > prompts.MAX_TEXTS:
             most = f"at most {prompts.MAX_TEXTS} are possible"
             raise ValueError(f"{info.field_name} joins {num_texts} texts with AND; {most}")
-        if (num_loras := len(read.loras)) > prompts.MAX_LORAS:
-            raise ValueError(f"{info.field_name} names {num_loras} LoRAs; at most {prompts.MAX_LORAS} are possible")
+        if (num_networks := len(read.networks)) > prompts.MAX_NETWORKS:
+            most = f"at most {prompts.MAX_NETWORKS} are possible"
+            raise ValueError(f"{info.field_name} names {num_networks} LoRAs and hypernetworks; {most}")
         return text
 
     @model_validator(mode="after")
@@ -194,9 +195,9 @@ class Generation(Payload):
         return prompts.read(self.negative_prompt).text
 
     @property
-    def loras(self) -> tuple[prompts.Lora, ...]:
-        """The LoRAs of the prompt."""
-        return () if self.disable_extra_networks else prompts.read(self.prompt).loras
+    def networks(self) -> tuple[prompts.NetworkTag, ...]:
+        """The LoRAs and hypernetworks of the prompt."""
+        return () if self.disable_extra_networks else prompts.read(self.prompt).networks
 
     @property
     def refiner(self) -> str:
@@ -263,9 +264,9 @@ class Generation(Payload):
         return step_seconds * self.num_steps * self.num_painted * self.width * self.height / (512 * 512)
 
     @property
-    def all_loras(self) -> tuple[prompts.Lora, ...]:
-        """The LoRAs of all passes."""
-        return self.loras
+    def all_networks(self) -> tuple[prompts.NetworkTag, ...]:
+        """The LoRAs and hypernetworks of all passes."""
+        return self.networks
 
     @property
     def all_text(self) -> str:

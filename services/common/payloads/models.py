@@ -11,10 +11,12 @@ from services.common.errors import InvalidArgument
 from services.common.payloads.base import Payload
 from services.common.payloads.extras import RemoveBackground
 from services.common.payloads.generation import Generation
+from services.common.payloads.prompts import HYPERNETWORK_TAG, LORA_TAG
 from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
 BASE, VAE, LORA, EMBEDDING, CONTROLNET = "Stable-diffusion", "VAE", "Lora", "embeddings", "ControlNet"
-HYPERNETWORK = "hypernetworks"  # which nothing here runs
+HYPERNETWORK = "hypernetworks"
+NETWORK_TYPES = {LORA_TAG: LORA, HYPERNETWORK_TAG: HYPERNETWORK}  # by the kind of their tags
 # Not the original's: types of models that change pictures without a checkpoint, named as A1111's folders for them.
 UPSCALER, REMBG = "ESRGAN", "rembg"
 PSEUDO_VAES = ("Automatic", "None")
@@ -29,8 +31,8 @@ _HASH = re.compile(r"\[[0-9a-fA-F]+\]$")
 
 def used(request: Payload, models: Sequence[tuple[str, str]]) -> list[int]:
     """Positions in `models`, which are pairs of type and file name: the base model first, then other checkpoints,
-    the VAE if there is one, the LoRAs in the prompt's order, ControlNets, the embeddings that a prompt mentions, and
-    what upscales or cuts out.
+    the VAE if there is one, LoRAs and hypernetworks in the prompt's order, ControlNets, the embeddings that a prompt
+    mentions, and what upscales or cuts out.
 
     Raises:
         InvalidArgument: the request names a model that is not among them.
@@ -53,7 +55,7 @@ def _used(request: Generation, models: Sequence[tuple[str, str]]) -> list[int]:
     found = [find(models, BASE, request.model_name, named) if request.model_name else bases[0]]
     found += [find(models, BASE, name, field) for field, name in request.other_checkpoints]
     found += _vae(request, models)
-    found += [find(models, LORA, lora.name, f"<lora:{lora.name}>") for lora in request.all_loras]
+    found += [find(models, NETWORK_TYPES[tag.kind], tag.name, str(tag)) for tag in request.all_networks]
     for index, unit in enumerate(request.controlnet):
         found.append(find(models, CONTROLNET, unit.model, f"controlnet unit {index}"))
     text = request.all_text.lower().replace("\\", "")  # before brackets that are text

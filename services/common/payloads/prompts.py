@@ -15,7 +15,7 @@ from itertools import pairwise
 from services.common.payloads.showing import shown
 
 MAX_TEXTS = 8
-MAX_LORAS = 100
+MAX_NETWORKS = 100
 MAX_CHARACTERS = 10_000
 # None of these, nor what reads with them, takes a time that grows with the square of a text: others are served too.
 _COMMENT = re.compile(r"#[^\n]*")
@@ -24,17 +24,24 @@ _AND = re.compile(r"\bAND\b")
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _WEIGHT = re.compile(rf"\s*{_NUMBER}\s*")
 _PAIRS = {"[": "]", "(": ")"}
-_LORA_KINDS = ("lora", "lyco")
-_LORA_ARGUMENTS = ("te", "unet")  # by name; by place they are the second and the third
+LORA_TAG, HYPERNETWORK_TAG = "lora", "hypernet"
+# What tags of networks begin with, and the kind that each means.
+_NETWORKS = {"lora": LORA_TAG, "lyco": LORA_TAG, "hypernet": HYPERNETWORK_TAG}
+_SCALES = ("te", "unet")  # by name; by place they are the second and the third
 
 
 @dataclass(frozen=True)
-class Lora:
-    """A LoRA by the stem of its file, and how much of it changes the text encoders and the UNet."""
+class NetworkTag:
+    """A LoRA or a hypernetwork by the stem of its file, and how much of it changes the text encoders and the UNet.
+    There is nothing of a hypernetwork for text encoders."""
 
     name: str
     text_scale: float = 1.0
     unet_scale: float = 1.0
+    kind: str = LORA_TAG
+
+    def __str__(self) -> str:
+        return f"<{self.kind}:{self.name}>"
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Prompt:
     """A prompt without its tags, and what they asked for. `ignored` names what cannot be had of them."""
 
     text: str
-    loras: tuple[Lora, ...] = ()
+    networks: tuple[NetworkTag, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -55,18 +62,18 @@ def read(prompt: str) -> Prompt:
     """Takes the tags out of a prompt.
 
     Raises:
-        ValueError: a LoRA's scale is no number.
+        ValueError: a network's scale is no number.
     """
-    loras, ignored = [], []
+    networks, ignored = [], []
     for match in _TAG.finditer(prompt):
         kind, arguments = match.groups()
-        if kind in _LORA_KINDS:
-            loras.append(_lora(match.group(), arguments.split(":")))
+        if kind in _NETWORKS:
+            networks.append(_network(match.group(), _NETWORKS[kind], arguments.split(":")))
             if _has_more(arguments.split(":")):
                 ignored.append(f"{match.group()}: all but its scales")
         else:
             ignored.append(match.group())
-    return Prompt(_TAG.sub("", prompt), tuple(loras), tuple(ignored))
+    return Prompt(_TAG.sub("", prompt), tuple(networks), tuple(ignored))
 
 
 def joined_by_and(text: str) -> list[tuple[str, float]]:
@@ -106,18 +113,18 @@ def at_step(text: str, step: int, num_steps: int, steps_before: int = 0) -> str:
     return "".join(resolved)
 
 
-def _lora(tag: str, arguments: list[str]) -> Lora:
+def _network(tag: str, kind: str, arguments: list[str]) -> NetworkTag:
     named = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     name, *positional = [argument for argument in arguments if "=" not in argument]
     text_scale = named.get("te", positional[0] if positional else "1")
     unet_scale = named.get("unet", positional[1] if positional[1:] else text_scale)
-    return Lora(name.strip(), _number(tag, text_scale), _number(tag, unet_scale))
+    return NetworkTag(name.strip(), _number(tag, text_scale), _number(tag, unet_scale), kind)
 
 
 def _has_more(arguments: list[str]) -> bool:
-    """Whether a tag of a LoRA says more than its scales, as a rank or the weights of blocks."""
+    """Whether a tag of a network says more than its scales, as a rank or the weights of blocks."""
     names = [argument.split("=", 1)[0] for argument in arguments if "=" in argument]
-    return len(arguments) - len(names) > 1 + len(_LORA_ARGUMENTS) or any(name not in _LORA_ARGUMENTS for name in names)
+    return len(arguments) - len(names) > 1 + len(_SCALES) or any(name not in _SCALES for name in names)
 
 
 def _number(tag: str, text: str) -> float:

@@ -151,10 +151,10 @@ class Txt2Img(Generation):
         return self.steps + (self._hr_steps if self.enable_hr else 0)
 
     @property
-    def all_loras(self) -> tuple[prompts.Lora, ...]:
-        """The LoRAs of both passes."""
+    def all_networks(self) -> tuple[prompts.NetworkTag, ...]:
+        """The LoRAs and hypernetworks of both passes."""
         second = self.second_pass
-        return self.loras + (second.loras if second else ())
+        return self.networks + (second.networks if second else ())
 
     @property
     def all_text(self) -> str:

@@ -26,7 +26,7 @@ from gpu_worker.pictures.hints import prepared
 from gpu_worker.tasks import hires, stages, steering
 from services.common.payloads import Generation, Txt2Img
 from services.common.payloads.controlnet import BALANCED, CONTROL, PROMPT
-from services.common.payloads.prompts import Lora
+from services.common.payloads.prompts import NetworkTag
 from tests.gpu_worker import tiny_controlnet
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import (
@@ -164,8 +164,8 @@ def test_networks_and_nets_in_one_call_are_each_that_of_its_own_job(
     """Prompts of one chunk and two, with guidance and without, in calls that cut a job's rows apart."""
     kinds = [{ATTENTION: "lora", CONVOLUTION: "loha", TEXT: "lora"}, {ATTENTION: "lokr"}]
     networks = [write(tmp_path / f"{index}.safetensors", models, kind, 10 * index) for index, kind in enumerate(kinds)]
-    one, other = Lora("0", 0.7, 0.9), Lora("1", 1.0, -0.5)
-    jobs: list[tuple[Txt2Img, list[tuple[int, Lora]]]] = [
+    one, other = NetworkTag("0", 0.7, 0.9), NetworkTag("1", 1.0, -0.5)
+    jobs: list[tuple[Txt2Img, list[tuple[int, NetworkTag]]]] = [
         (request_of(unit(0), batch_size=2), [(0, one)]),
         (request_of(unit(0, weight=0.4), seed=4, cfg_scale=1), []),
         (request_of(unit(0, control_mode=CONTROL), seed=5, prompt="a cat BREAK a dog"), [(1, other)]),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_worker.job import JobError
 from gpu_worker.models import ldm, lora, weights
 from gpu_worker.models.adapters import Adapters
-from services.common.payloads.prompts import Lora
+from services.common.payloads.prompts import NetworkTag
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, drive, latents, steps_of, txt2img_of
 
@@ -80,7 +80,7 @@ def write(path: Path, models: weights.Models, kinds: dict[str, str], seed: int =
     return lora.load(as_cached(path, "Lora"), models, "tiny"), changes
 
 
-def merged(models: weights.Models, *uses: tuple[dict[str, Weights], Lora]) -> weights.Models:
+def merged(models: weights.Models, *uses: tuple[dict[str, Weights], NetworkTag]) -> weights.Models:
     """A copy of the models with the changes in their weights."""
     unet, encoder = copy.deepcopy(models.unet), copy.deepcopy(models.text_encoders[0].model)
     for changes, use in uses:
@@ -108,7 +108,7 @@ def merged(models: weights.Models, *uses: tuple[dict[str, Weights], Lora]) -> we
 )
 def test_a_network_of_each_kind_equals_its_merge(models: weights.Models, tmp_path: Path, kind: str, layer: str) -> None:
     network, changes = write(tmp_path / "x.safetensors", models, {layer: kind})
-    use = Lora("x", 0.8, 0.6)
+    use = NetworkTag("x", 0.8, 0.6)
     request = txt2img_of(**REQUEST)
     found = drive([(0, latents(request, models, Adapters(((network, use),))))])[0]
     expected_models = merged(models, (changes, use))
@@ -181,11 +181,11 @@ def test_jobs_with_different_networks_in_one_call_equal_each_its_merge(models: w
     ]
     networks = [write(tmp_path / f"{i}.safetensors", models, kinds, 10 * i) for i, kinds in enumerate(files)]
     uses = [
-        [(0, Lora("0", 1.0, 1.0))],
+        [(0, NetworkTag("0", 1.0, 1.0))],
         [],
-        [(1, Lora("1", 0.5, -0.7)), (0, Lora("0", 0.3, 0.0))],
-        [(0, Lora("0", 0.0, 0.4)), (1, Lora("1")), (2, Lora("2", 1.0, 2.0))],
-        [(2, Lora("2"))],
+        [(1, NetworkTag("1", 0.5, -0.7)), (0, NetworkTag("0", 0.3, 0.0))],
+        [(0, NetworkTag("0", 0.0, 0.4)), (1, NetworkTag("1")), (2, NetworkTag("2", 1.0, 2.0))],
+        [(2, NetworkTag("2"))],
     ]
     requests = [txt2img_of(**REQUEST | {"seed": i, "cfg_scale": (7, 1)[i % 2]}) for i in range(len(uses))]
     requests[3] = txt2img_of(**REQUEST, batch_size=2)

@@ -16,7 +16,7 @@ from gpu_worker.models.adapters import Adapters
 from gpu_worker.models.controlnet import ControlNet
 from gpu_worker.pictures.hints import prepared
 from gpu_worker.tasks import txt2img
-from services.common.payloads.prompts import Lora
+from services.common.payloads.prompts import NetworkTag
 from tests.gpu_worker import tiny_controlnet
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
@@ -94,7 +94,7 @@ def test_a_network_of_convolutions_and_a_controlnet_go_around_the_edge(models: w
     save_file({f"{layer}.{part}": tensor for part, tensor in state.items()}, tmp_path / "x.safetensors")
     network = lora.load(as_cached(tmp_path / "x.safetensors", "Lora"), models, "tiny")
     net = ControlNet("net", tiny_controlnet.make(models.unet, 0))
-    adapters = Adapters(((network, Lora("x", 1, 0.3)),), {}, (net,))
+    adapters = Adapters(((network, NetworkTag("x", 1, 0.3)),), {}, (net,))
     image = noise(128, 64)
     rolled = noise(128, 64)
     rolled.paste(image.crop((0, 0, 64, 64)), (64, 0))

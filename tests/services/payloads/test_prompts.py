@@ -8,7 +8,7 @@ import pytest
 from services.common.errors import InvalidArgument
 from services.common.payloads import check, used
 from services.common.payloads.models import find
-from services.common.payloads.prompts import Lora, Prompt, at_step, joined_by_and, read
+from services.common.payloads.prompts import NetworkTag, Prompt, at_step, joined_by_and, read
 
 LONG = 200_000
 MODELS = [
@@ -16,6 +16,7 @@ MODELS = [
     ("Stable-diffusion", "other.ckpt"),
     ("Lora", "style.safetensors"),
     ("Lora", "face.v2.safetensors"),
+    ("hypernetworks", "mood.pt"),
     ("embeddings", "BadHands.pt"),
     ("VAE", "Automatic"),
     ("VAE", "ft-mse.safetensors"),
@@ -23,27 +24,28 @@ MODELS = [
 
 
 @pytest.mark.parametrize(
-    ("tag", "lora"),
+    ("tag", "network"),
     [
-        ("<lora:x>", Lora("x", 1.0, 1.0)),
-        ("<lora:x:0.8>", Lora("x", 0.8, 0.8)),
-        ("<lora:x:0.8:0.5>", Lora("x", 0.8, 0.5)),
-        ("<lora:x:-1>", Lora("x", -1.0, -1.0)),
-        ("<lora:x:te=0.2:unet=.7>", Lora("x", 0.2, 0.7)),
-        ("<lora:a name.v2:1>", Lora("a name.v2", 1.0, 1.0)),
-        ("<lyco:x:0.8>", Lora("x", 0.8, 0.8)),
+        ("<lora:x>", NetworkTag("x", 1.0, 1.0)),
+        ("<lora:x:0.8>", NetworkTag("x", 0.8, 0.8)),
+        ("<lora:x:0.8:0.5>", NetworkTag("x", 0.8, 0.5)),
+        ("<lora:x:-1>", NetworkTag("x", -1.0, -1.0)),
+        ("<lora:x:te=0.2:unet=.7>", NetworkTag("x", 0.2, 0.7)),
+        ("<lora:a name.v2:1>", NetworkTag("a name.v2", 1.0, 1.0)),
+        ("<lyco:x:0.8>", NetworkTag("x", 0.8, 0.8)),
+        ("<hypernet:x:0.8>", NetworkTag("x", 0.8, 0.8, "hypernet")),
     ],
 )
-def test_a_tag_names_a_lora_and_its_scales(tag: str, lora: Lora) -> None:
-    found = read(f"a cat {tag}, <hypernet:h:1> (big:1.2)")
-    assert found.loras == (lora,)
+def test_a_tag_names_a_network_and_its_scales(tag: str, network: NetworkTag) -> None:
+    found = read(f"a cat {tag}, <style:h:1> (big:1.2)")
+    assert found.networks == (network,)
     assert found.text == "a cat ,  (big:1.2)"
-    assert found.ignored == ("<hypernet:h:1>",)
+    assert found.ignored == ("<style:h:1>",)
 
 
 @pytest.mark.parametrize("tag", ["<lora:x:1:1:8>", "<lora:x:1:dyn=8>", "<lora:x:1:lbw=OUTALL>"])
 def test_what_a_tag_of_a_lora_asks_for_beside_its_scales_is_named(tag: str) -> None:
-    assert read(tag) == Prompt("", (Lora("x"),), (f"{tag}: all but its scales",))
+    assert read(tag) == Prompt("", (NetworkTag("x"),), (f"{tag}: all but its scales",))
     request = check("txt2img", {"enable_hr": True, "hr_prompt": tag}, "job")
     assert request.model_dump()["ignored"] == [f"{tag}: all but its scales"]
 
@@ -134,7 +136,10 @@ def test_texts_are_joined_by_and_with_weights() -> None:
     [
         ({"prompt": "<lora:x:much>"}, '<lora:x:much>: "much" is no number; possible: <lora:name:1>'),
         ({"prompt": " AND ".join("abcdefghi")}, "prompt joins 9 texts with AND; at most 8 are possible"),
-        ({"prompt": "<lora:a:1>" * 101}, "prompt names 101 LoRAs; at most 100 are possible"),
+        (
+            {"prompt": "<lora:a:1><hypernet:a:1>" * 51},
+            "prompt names 102 LoRAs and hypernetworks; at most 100 are possible",
+        ),
         ({"prompt": "a" * 10_001}, "prompt has 10001 characters; at most 10000 are possible"),
         (
             {"enable_hr": True, "hr_negative_prompt": "a" * 10_001},
@@ -183,7 +188,7 @@ def test_a_controlnet_is_found_by_its_beginning() -> None:
         ("badhands2", True),
         ("badhandsome", False),
         ("abadhands", False),
-        ("<hypernet:badhands:1>", False),
+        ("<style:badhands:1>", False),
     ],
 )
 def test_an_embedding_is_used_where_its_name_is_a_word(prompt: str, is_used: bool) -> None:
@@ -208,14 +213,22 @@ def test_a_request_uses_the_models_that_it_names() -> None:
         "style.safetensors",
         "BadHands.pt",
     ]
-    fields = {"prompt": "<lora:style:1>", "disable_extra_networks": True}
+    assert names(prompt="<hypernet:mood:1>", enable_hr=True, hr_prompt="<lora:style:1>")[2:] == [
+        "mood.pt",
+        "style.safetensors",
+    ]
+    fields = {"prompt": "<lora:style:1> <hypernet:mood:1>", "disable_extra_networks": True}
     assert len(names(**fields)) == 2
-    assert check("txt2img", fields, "job").ignored == ["<lora:style>"]
+    assert check("txt2img", fields, "job").ignored == ["<lora:style>", "<hypernet:mood>"]
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        (
+            {"prompt": "<hypernet:style:1>"},
+            "<hypernet:style> names style, which is not among the job's models of type hyp",
+        ),
         (
             {"prompt": "<lora:stile:1>"},
             "<lora:stile> names stile, which is not among the job's models of type Lora; there: style.safe",

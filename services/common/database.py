@@ -16,7 +16,7 @@ from alembic.config import Config
 from psycopg.abc import RV, PQGen
 from sqlalchemy import Executable, bindparam, event, func, select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DisconnectionError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -29,6 +29,11 @@ log = structlog.get_logger()
 _SERVICES = Path(__file__).resolve().parent.parent
 # Any number will do, as long as all replicas of a service take the same.
 _MIGRATION_LOCK = 0x657364
+# A failover may leave us at a server that only reads; the primary is elsewhere, or will be.
+_AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
+# The kernel gives up a server that is gone without a word, as where its machine died or a firewall forgot us: within a
+# minute, for by its own measure that takes a quarter of an hour, or two hours where we only listen.
+_ALIVE = {"keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3", "tcp_user_timeout": "60000"}
 _NOTIFY = select(func.pg_notify(bindparam("channel"), bindparam("payload")))
 
 
@@ -46,14 +51,17 @@ class Database:
             has_driver = False
         if not has_driver:  # its password is not to be seen
             refuse("setting ESD_DATABASE_URL: it must be postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE")
-        self._url = url
+        address = make_url(url)
+        address = address.set(query={**_ALIVE, **address.query})
+        self._url = address.render_as_string(hide_password=False)
         # Errors go to the log, and the values of a statement may be secrets.
-        self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, hide_parameters=True)
+        self.engine = create_async_engine(address, pool_size=pool_size, max_overflow=0, hide_parameters=True)
         event.listen(self.engine.sync_engine, "checkout", _refuse_if_ended)
         event.listen(self.engine.sync_engine, "checkin", self._close_if_disposed)
+        event.listen(self.engine.sync_engine, "handle_error", _leave_if_read_only)
         self._is_disposed = False
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
-        self._plain_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+        self._plain_url = address.set(drivername="postgresql").render_as_string(hide_password=False)
         self._driver = Driver(self._plain_url, pool_size)
 
     @asynccontextmanager
@@ -126,7 +134,7 @@ class Database:
                         await on_notify(channel, "")
                     async for notification in connection.notifies():
                         await on_notify(notification.channel, notification.payload)
-            except psycopg.OperationalError as error:
+            except _AWAY as error:
                 log.warning("listening again", channels=channels, error=str(error).strip())
                 await asyncio.sleep(0.3)  # nothing tells when a database that is down comes back
 
@@ -156,13 +164,22 @@ def _refuse_if_ended(connection: Any, _record: object, _fairy: object) -> None:
         raise DisconnectionError("the server has closed the connection")
 
 
+def _leave_if_read_only(context: Any) -> None:
+    """Makes the pool replace its connections, which lead to a server that is no primary."""
+    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+        context.is_disconnect = True
+
+
 @contextmanager
 def _told_as_unavailable() -> Iterator[None]:
     """What only the database's state is to blame for becomes Unavailable."""
     try:
         yield
-    except (OperationalError, psycopg.OperationalError) as error:
-        log.warning("database", error=str(getattr(error, "orig", error)).strip())  # without the statement
+    except (DBAPIError, psycopg.Error) as error:
+        cause = getattr(error, "orig", error)
+        if not isinstance(cause, _AWAY):
+            raise
+        log.warning("database", error=str(cause).strip())  # without the statement
         raise Unavailable("the database does not answer at present") from error
     except PoolTimeoutError as error:
         log.warning("database", error=str(error))

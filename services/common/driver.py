@@ -84,6 +84,9 @@ class Driver:
                 connection = await _Connection.connect(self._url, autocommit=True, row_factory=dict_row)
             try:
                 yield connection
+            except psycopg.errors.ReadOnlySqlTransaction:  # of a server that is no primary: the next one may be
+                await connection.close()
+                raise
             finally:
                 is_sound = connection.pgconn.transaction_status == TransactionStatus.IDLE
                 if is_sound and not self._is_closed:

@@ -1,11 +1,13 @@
 """What all services expect of their database connections."""
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator
 
 import psycopg
 import pytest
-from sqlalchemy import Integer, bindparam, select, text
+from sqlalchemy import Integer, bindparam, make_url, select, text
 
 from services.common.database import Database
 from services.common.errors import Unavailable
@@ -30,6 +32,7 @@ async def _disconnect_everybody(database_url: str) -> None:
 
 
 _NUMBER = select(bindparam("number", type_=Integer).label("number"))
+_THING = text("INSERT INTO thing DEFAULT VALUES")
 
 
 async def test_connections_that_the_server_has_closed_are_replaced_before_their_next_use(
@@ -40,6 +43,44 @@ async def test_connections_that_the_server_has_closed_are_replaced_before_their_
         async with database.transaction() as session:
             assert await session.scalar(text("SELECT 8")) == 8
         await _disconnect_everybody(database_url)
+
+
+async def test_a_server_that_only_reads_is_unavailable_until_another_one_is_the_primary(
+    database: Database, database_url: str
+) -> None:
+    name = make_url(database_url).database
+    plain = database_url.replace("+psycopg", "")
+    async with await psycopg.AsyncConnection.connect(plain, autocommit=True) as operator:
+        await operator.execute("CREATE TABLE thing ()")
+        await operator.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await database.run(_THING)
+            with pytest.raises(Unavailable):
+                async with database.atomic() as run:
+                    await run(_THING)
+            with pytest.raises(Unavailable):
+                async with database.transaction() as session:
+                    await session.execute(_THING)
+        await operator.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+    await database.run(_THING)
+    async with database.transaction() as session:
+        await session.execute(_THING)
+        assert await session.scalar(text("SELECT count(*) FROM thing")) == 2
+
+
+async def test_a_server_that_vanishes_is_given_up_by_the_kernel_as_the_url_says_or_within_a_minute(
+    database_url: str,
+) -> None:
+    for url, seconds in ((database_url, 30), (f"{database_url}?keepalives_idle=7", 7)):
+        database = Database(url)
+        async with database.transaction() as session:
+            connection = await (await session.connection()).get_raw_connection()
+            assert connection.driver_connection is not None
+            with socket.socket(fileno=os.dup(connection.driver_connection.fileno())) as line:
+                assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == seconds
+                assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+        await database.dispose()
 
 
 async def test_many_read_at_once(database: Database) -> None:

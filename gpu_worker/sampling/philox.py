@@ -2,7 +2,7 @@
 
 Philox 4x32-10 (Salmon et al. 2011, section 4) and Box-Muller as curand has them. A counter is made of how many draws
 came before and the number's place in this one; of the four numbers that it gives, the first counts. That is what a GPU
-draws as long as it has a thread for each number, which it has for pictures up to about 2048x2048.
+draws as long as it has a thread for each number: any has for 512x512 pixels, all but small ones (T4) for 1024x1024.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ class JobError(Exception):
     """A job cannot be done. The message is one sentence for its owner."""
 
 
+class NoMemory(JobError):
+    """The device had not enough memory for it, with what else was there."""
+
+
 class JobCancelled(Exception):
     """A job was told to stop."""
 

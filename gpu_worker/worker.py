@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from PIL import Image
 
 from esd.worker.v1 import worker_pb2
 from gpu_worker import painting
+from gpu_worker.company import Company
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.run import Produced
 from gpu_worker.files.cache import CachedModel, ModelCache
 from gpu_worker.files.transfer import DiskFailed, Transfer, Unreached, UrlExpired
-from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError
+from gpu_worker.job import INTERNAL, Job, JobCancelled, JobError, NoMemory
 from gpu_worker.pictures import extras, hints, results
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.pictures.infotext import infotext
@@ -32,6 +33,7 @@ from services.common.structs import plain
 from services.common.tasks import together
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 _MAX_UPLOADING = 4  # for each job that the engine may have
 _FRESH_SECONDS = 60.0  # URLs that the store calls expired so soon after they came: new ones would be no better
@@ -50,6 +52,7 @@ class Worker:
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._preloading: asyncio.Task[None] | None = None
         self._num_uploading = 0
+        self._company = Company(self._say_change)
         self._is_stopping = False
         self.on_change: Callable[[], None] = lambda: None
         engine.ready.add_done_callback(lambda _: self.on_change())
@@ -60,13 +63,14 @@ class Worker:
     def room(self) -> int:
         """How many more jobs the worker can take now: those that fit into one UNet call, so that jobs wait where
         another worker can have them. While results are uploaded the GPU takes the next job. While the object store is
-        away there is no room."""
+        away there is no room, nor while a job is to have the GPU for itself."""
         ready = self._engine.ready
         if (
             not ready.done()
             or ready.cancelled()
             or ready.exception()
             or self._transfer.reach.is_away
+            or self._company.is_closed
             or self._num_uploading >= _MAX_UPLOADING * self._max_jobs
         ):
             return 0
@@ -184,7 +188,9 @@ class Worker:
             assert isinstance(request, Generation)
             await asyncio.shield(self._engine.ready)
             job.audience.show = lambda jpeg: self._show(job, jpeg)
-            made = await job.stage(painting.produced(self._engine, job, request, files, canvas))
+            made = await job.stage(
+                self._in_engine(lambda: painting.produced(self._engine, job, request, files, canvas))
+            )
         self._num_uploading += 1
         self.on_change()
         try:
@@ -193,6 +199,19 @@ class Worker:
             self._num_uploading -= 1
         done.timings.fetch_seconds = fetch_seconds
         return done
+
+    async def _in_engine(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What the engine makes of a job. Where the device has not the memory for it beside others, it is done once
+        more when they have ended, and no others are taken meanwhile."""
+        async with self._company.joined():
+            try:
+                return await work()
+            except NoMemory:
+                if self._company.size == 1:
+                    raise
+        log.warning("a job that did not fit the memory waits to be alone")
+        async with self._company.alone():
+            return await work()
 
     def _show(self, job: Job, jpeg: bytes) -> None:
         if job in self._tasks:  # else its last event was told while this was drawn
@@ -247,7 +266,7 @@ class Worker:
             images = await asyncio.to_thread(extras.decoded, request)
         except pictures.Damaged as error:
             raise JobError(str(error)) from None
-        enlarged = await painting.enlarged(self._engine, job, request, files, images)
+        enlarged = await self._in_engine(lambda: painting.enlarged(self._engine, job, request, files, images))
         retouched = await asyncio.to_thread(extras.retouched, request, images, files, enlarged)
         made = time.monotonic()
         provenance = Provenance(job.id, job.spec.task_type, request, files, self.device)

@@ -27,7 +27,7 @@ from gpu_worker.engine.preview import Previews
 from gpu_worker.engine.run import Produced, Run
 from gpu_worker.engine.settings import EngineSettings
 from gpu_worker.files.cache import CachedModel
-from gpu_worker.job import INTERNAL, JobError
+from gpu_worker.job import INTERNAL, JobError, NoMemory
 from gpu_worker.models import adapters
 
 log = structlog.get_logger()
@@ -215,7 +215,7 @@ class Core:
         placed.gave_up_graphs = has_graphs and not placed.gave_up_graphs
         has_hope = placed.gave_up_graphs or placed.bound.shrink(num_rows, wishes[0].row_pixels)
         if not has_hope and not self._loader.evict_unused():
-            self._fail(runs[0], JobError(NO_MEMORY))
+            self._fail(runs[0], NoMemory(NO_MEMORY))
         devices.make_memory()
         log.warning("out of memory in a UNet call", num_rows=num_rows, max_pixels=placed.bound.pixels)
 
@@ -260,7 +260,7 @@ class Core:
 
     def _fail(self, run: Run, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
-            error = JobError(NO_MEMORY)
+            error = NoMemory(NO_MEMORY)
         elif not isinstance(error, JobError):
             leave_if_device_failed(error, run.job_id)
             log.error("job failed in the engine", job_id=run.job_id, exc_info=error)

@@ -88,7 +88,7 @@ class Engine:
         Cancelling acts within a step, and returns when the engine has let go of the job.
 
         Raises:
-            JobError: the models or the request cannot be run.
+            JobError: the models or the request cannot be run. NoMemory: not now.
         """
         result: asyncio.Future[Produced] = self._loop.create_future()
         # Not a loss where nobody waits any more: a cancelled job's error is retrieved here.

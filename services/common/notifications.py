@@ -14,7 +14,6 @@ class Notifications:
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, str], set[asyncio.Event]] = defaultdict(set)
         self._listeners: dict[str, list[Callable[[str], None]]] = defaultdict(list)
-        self.connected_at = asyncio.get_running_loop().time()
 
     def listen(self, channel: str, hear: Callable[[str], None]) -> None:
         """Has every payload of a channel told; an empty one when some may have been missed."""
@@ -43,8 +42,6 @@ class Notifications:
 
     async def on_notify(self, channel: str, payload: str) -> None:
         """Wakes those who wait for the key; everybody when the connection is new and something may have been missed."""
-        if not payload:
-            self.connected_at = asyncio.get_running_loop().time()
         for hear in self._listeners[channel]:
             hear(payload)
         for key, events in list(self._waiting.items()):

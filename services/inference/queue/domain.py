@@ -18,7 +18,7 @@ from services.common.tasks import Background
 from services.inference.peers import Model
 from services.inference.queue.claim import WARM_WINDOW
 from services.inference.queue.results import Results, find_problem
-from services.inference.queue.store import LeaseStore
+from services.inference.queue.store import LeaseStore, Seen
 from services.inference.rows import Job, Worker, lease_prefix, now
 from services.inference.upkeep.outputs import Outputs
 
@@ -204,17 +204,20 @@ class Queue:
     # --- the background ---
 
     async def run(self) -> None:
-        """Takes back jobs of lost workers, until cancelled."""
-        clock = asyncio.get_running_loop().time
-        quiet_until = 0.0
+        """Takes back jobs of lost workers, until cancelled.
+
+        Lost is who was not renewed over so many looks in a row that its leases are over. A clock would count the time
+        in which nobody could be, since this machine slept or the database stood still.
+        """
+        num_looks: dict[Seen, int] = {}
         while True:
             await asyncio.sleep(self.limits.renew_seconds)
             try:
-                # Nobody could renew while the database was away, so everybody gets a lease's time first.
-                if clock() > max(quiet_until, self._notifications.connected_at + self.limits.lease_seconds):
-                    await self._store.reap(self.limits.lease_seconds)
+                num_looks = {seen: num_looks.get(seen, 0) + 1 for seen in await self._store.seen()}
+                silent_seconds = {seen: number * self.limits.renew_seconds for seen, number in num_looks.items()}
+                await self._store.reap([seen for seen in num_looks if silent_seconds[seen] > self.limits.lease_seconds])
             except Unavailable as error:
-                quiet_until = clock() + self.limits.lease_seconds
+                num_looks.clear()
                 log.warning("jobs of lost workers wait", reason=str(error))
 
     def _assignment(self, job: Job) -> Assignment:

@@ -6,14 +6,13 @@ Who gets which job is decided in claim.py. Whatever a worker tells counts only u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
     Float,
-    Interval,
     Select,
     Table,
     Text,
@@ -86,7 +85,12 @@ _OF_WORKER = locked(select(JOB).where(_LEASED_TO_WORKER))
 _LEASES_OF_WORKER = select(JOB.c.lease_id).where(_LEASED_TO_WORKER)
 _SEEN = update(_WORKER).values(last_seen=func.clock_timestamp()).where(_OF_STREAM).returning(_WORKER.c.worker_id)
 _GONE = delete(_WORKER).where(_OF_STREAM).returning(_WORKER.c.worker_id)
-_SILENT = delete(_WORKER).where(_WORKER.c.last_seen < func.clock_timestamp() - bindparam("silence", type_=Interval))
+_ALL_SEEN = select(_WORKER.c.endpoint_id, _WORKER.c.worker_id, _WORKER.c.last_seen)
+_LOST = delete(_WORKER).where(
+    _WORKER.c.endpoint_id == _ENDPOINT,
+    _WORKER.c.worker_id == bindparam("worker"),
+    _WORKER.c.last_seen == bindparam("time", type_=_WORKER.c.last_seen.type),
+)
 _ORPHANS = locked(
     select(JOB).where(
         JOB.c.lease_id.is_not(None),
@@ -108,6 +112,14 @@ def _end_statement() -> Select[Any]:
 
 
 _END = _end_statement()
+
+
+class Seen(NamedTuple):
+    """A worker, and when it was renewed last."""
+
+    endpoint_id: UUID
+    worker_id: str
+    last_seen: datetime
 
 
 class LeaseStore:
@@ -228,10 +240,15 @@ class LeaseStore:
             gone = await run(_GONE, endpoint=endpoint_id, worker=worker_id, stream=stream_id)
             return await _reap(run) if gone else 0
 
-    async def reap(self, lease_seconds: float) -> int:
-        """Takes back what workers held that were not seen for a lease's life; answers how many jobs."""
+    async def seen(self) -> list[Seen]:
+        """When each worker was renewed last."""
+        return [Seen(**row) for row in await self._database.run(_ALL_SEEN)]
+
+    async def reap(self, lost: list[Seen]) -> int:
+        """Takes back what workers held that are gone, and these, unless they are renewed now; answers how many jobs."""
         async with self._database.atomic() as run:
-            await run(_SILENT, silence=timedelta(seconds=lease_seconds))
+            for seen in lost:
+                await run(_LOST, endpoint=seen.endpoint_id, worker=seen.worker_id, time=seen.last_seen)
             return await _reap(run)
 
     async def _held(self, endpoint_id: UUID, lease_id: UUID) -> Job | None:

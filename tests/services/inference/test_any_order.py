@@ -200,8 +200,8 @@ class Play:
     # --- what happens to them ---
 
     async def silence(self, who: int, which: int) -> None:
-        """A worker was not heard for an hour."""
-        query = "UPDATE worker SET last_seen = last_seen - interval '1 hour' WHERE worker_id = %s"
+        """A replica takes a worker for lost."""
+        query = "DELETE FROM worker WHERE worker_id = %s"
         await self.database.execute(query, (self.worker(who).name,))
 
     async def restart(self, who: int, which: int) -> None:

@@ -11,6 +11,7 @@ import grpc
 import psycopg
 import pytest
 from google.protobuf.json_format import MessageToDict
+from sqlalchemy import text
 
 from esd.inference.v1 import inference_pb2 as pb
 from esd.worker.v1 import worker_pb2
@@ -20,7 +21,7 @@ from services.common.leftovers import LeftoverStore
 from services.common.tasks import Background
 from services.inference.queue.domain import Limits, Queue, WorkerStream
 from services.inference.queue.results import ResultObject, Results
-from services.inference.queue.store import LeaseStore
+from services.inference.queue.store import LeaseStore, Seen
 from services.inference.rows import LAST_ATTEMPT, MAX_LOST
 from services.inference.store import JobStore
 from services.inference.upkeep.outputs import Outputs
@@ -247,6 +248,39 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
         await background.stop()
         await database.dispose()
     assert len(await service.blobs.find(f"out/{job_id}/")) == 2
+
+
+class Looking(LeaseStore):
+    """Counts the looks at the workers, until one is taken for lost."""
+
+    num_looks = 0
+
+    async def seen(self) -> list[Seen]:
+        self.num_looks += 1
+        return await super().seen()
+
+    async def reap(self, lost: list[Seen]) -> int:
+        if lost:
+            raise StopAsyncIteration
+        return await super().reap(lost)
+
+
+async def test_a_worker_is_lost_by_looks_without_a_renewal_and_not_by_the_hours_that_a_machine_slept(
+    service: Service, database_url: str
+) -> None:
+    database, background = Database(database_url), Background()
+    store = Looking(database)
+    outputs = Outputs(JobStore(database), service.blobs)
+    limits = Limits(lease_seconds=0.5, renew_seconds=0.1)
+    leftovers = LeftoverStore(database)
+    queue = Queue(store, service.blobs, leftovers, outputs, service.notifications, background, limits)
+    await queue.welcome(UUID(service.endpoint_id), "w", [], "cpu", "0")
+    async with database.transaction() as session:
+        await session.execute(text("UPDATE worker SET last_seen = last_seen - interval '8 hours'"))
+    with pytest.raises(StopAsyncIteration):
+        await queue.run()
+    assert store.num_looks == 6
+    await database.dispose()
 
 
 async def test_the_urls_of_a_worker_live_a_day(service: Service) -> None:

@@ -159,27 +159,6 @@ def test_a_state_that_cannot_be_written_stops_nothing(stack: Stack) -> None:
     assert stack.log_file.read_text().count("cannot be written") == 1
 
 
-@pytest.mark.slow
-def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again_on_a_full_disk_as_its_status_says(
-    home: Path,
-) -> None:
-    first = Stack(home / "other")
-    first.start()
-    processes = [psutil.Process(pid) for pid in first.processes().values()]
-    assert set(first.processes()) == NAMES
-    os.kill(first.launcher_pid, signal.SIGKILL)
-    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes))
-    assert first.processes() == {}
-    first.stop()
-    with Stack(home / "other", env_overrides={"ESD_SWIFT_RESERVE": "100%"}) as second:
-        processes = [psutil.Process(pid) for pid in second.processes().values()]
-        shown = esd("status", "--home", home / "other")
-    assert shown.returncode == 1, shown.stdout + shown.stderr
-    assert f"free on the disk of {home / 'other'}: no upload is taken, and results wait" in shown.stdout
-    assert not [each for each in processes if each.is_running()]
-    assert esd("status", "--home", home / "other").returncode == 1
-
-
 def test_the_state_of_a_stack_that_was_killed_is_forgotten_before_anything_is_started(tmp_path: Path) -> None:
     file = run_folder(tmp_path) / "stack.json"
     file.write_text("{}")
@@ -233,36 +212,54 @@ def test_the_demo_waits_for_a_stack_that_starts_and_says_when_it_has_gone(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_home_that_was_moved_serves_what_it_served_also_when_its_first_key_was_revoked(home: Path) -> None:
+def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again_also_elsewhere_and_on_a_full_disk(
+    stack: Stack, home: Path
+) -> None:
+    """Its home is moved meanwhile, and its first key was revoked."""
+
     def client(stack: Stack, key: str) -> httpx.Client:
         return httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False)
 
-    first, second = home / "here", home / "there"
-    with Stack(first) as stack:
-        revoked = stack.api_key
-        with client(stack, revoked) as http:
-            picture = {"filename": "1.png", "name": "1.png", "type": "image", "params": {}}
-            body = {"dataset_name": "kept", "content": [picture], "params": {}}
-            url = http.post("/datasets", json=body).json()["data"]["s3PresignUrl"]["1.png"]
-            assert http.put(url, content=b"a picture").status_code == 200
-            assert http.put("/datasets/kept", json={"status": "Enabled"}).status_code == 200
-            (row,) = http.get("/keys").json()["data"]["keys"]
-            key = http.post("/keys", json={"username": "api"}).json()["data"]["key"]
-            assert http.request("DELETE", "/keys", json={"key_id_list": [row["id"]]}).status_code == 204
-    first.rename(second)
-    with Stack(second) as stack:
-        with client(stack, key) as http:
+    revoked = stack.api_key
+    with client(stack, revoked) as http:
+        picture = {"filename": "1.png", "name": "1.png", "type": "image", "params": {}}
+        body = {"dataset_name": "kept", "content": [picture], "params": {}}
+        url = http.post("/datasets", json=body).json()["data"]["s3PresignUrl"]["1.png"]
+        assert http.put(url, content=b"a picture").status_code == 200
+        assert http.put("/datasets/kept", json={"status": "Enabled"}).status_code == 200
+        (row,) = http.get("/keys").json()["data"]["keys"]
+        key = http.post("/keys", json={"username": "api"}).json()["data"]["key"]
+        assert http.request("DELETE", "/keys", json={"key_id_list": [row["id"]]}).status_code == 204
+
+    processes = [psutil.Process(pid) for pid in stack.processes().values()]
+    assert set(stack.processes()) == NAMES
+    os.kill(stack.launcher_pid, signal.SIGKILL)
+    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes))
+    assert stack.processes() == {}
+    stack.stop()
+
+    moved = home.with_name("moved % " * 13)
+    home.rename(moved)
+    with Stack(moved) as second:
+        with client(second, key) as http:
             (shown,) = http.get("/datasets/kept").json()["data"]["data"]
             assert http.get(shown["preview_url"]).content == b"a picture"
-        assert f"the first API key, in {second}/secrets/api-key, was revoked" in stack.log_file.read_text()
-        assert esd("status", "--home", second).returncode == 0
-        assert "it is wrong, revoked or over" in esd("demo", "--home", second).stderr
-        (second / "secrets" / "api-key").unlink()
-        assert esd("status", "--home", second).returncode == 0
-    with Stack(second) as stack:
-        assert stack.api_key != revoked
-        with client(stack, stack.api_key) as http:
+        assert f"the first API key, in {moved}/secrets/api-key, was revoked" in second.log_file.read_text()
+        assert esd("status", "--home", moved).returncode == 0
+        assert "it is wrong, revoked or over" in esd("demo", "--home", moved).stderr
+        (moved / "secrets" / "api-key").unlink()
+        assert esd("status", "--home", moved).returncode == 0
+
+    with Stack(moved, env_overrides={"ESD_SWIFT_RESERVE": "100%"}) as third:
+        processes = [psutil.Process(pid) for pid in third.processes().values()]
+        assert third.api_key != revoked
+        with client(third, third.api_key) as http:
             assert http.get("/ping").status_code == 200
+        full = esd("status", "--home", moved)
+    assert full.returncode == 1, full.stdout + full.stderr
+    assert f"free on the disk of {moved}: no upload is taken, and results wait" in full.stdout
+    assert not [each for each in processes if each.is_running()]
+    assert esd("status", "--home", moved).returncode == 1
 
 
 def test_a_home_that_cannot_be_one_is_named(tmp_path: Path) -> None:

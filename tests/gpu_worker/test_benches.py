@@ -1,5 +1,6 @@
 """The programs that measure the engine still run: nothing else uses it as they do, and they are seldom started."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,36 +11,53 @@ from typing import Any
 
 import pytest
 
+from tests.bench import batching, training
+from tests.bench.gpu import child
 from tests.bench.training import Report
 
 pytestmark = pytest.mark.slow
 
 
-def run(module: str, *arguments: str) -> str:
-    """What the program prints."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_what_sharing_steps_gains_is_printed() -> None:
-    printed = run("tests.bench.batching", "--steps", "2", "--repeats", "1", "--arrivals", "4")
-    for row in ("128x128", "in the engine", "UniPC"):
+def test_what_sharing_steps_gains_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batching, "CASES", batching.CASES[1:2])
+    monkeypatch.setattr(sys, "argv", ["batching", "--steps", "2", "--repeats", "1", "--arrivals", "4"])
+    batching.main()
+    printed = capsys.readouterr().out
+    for row in ("64x64", "in the engine", "UniPC"):
         assert row in printed
 
 
-@pytest.mark.parametrize("section", ["sd15", "memory"])
-def test_sections_for_a_gpu_run_with_tiny_models(section: str, tmp_path: Path) -> None:
-    run("tests.bench.gpu", "--tiny", "--out", str(tmp_path), "--section", section)
-    found = json.loads((tmp_path / f"{section}.json").read_text())
-    assert found["error"] == "", (tmp_path / f"{section}.log").read_text()
+def test_the_command_for_a_gpu_starts_a_section_and_leaves_its_figures(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.gpu", "--tiny", "--out", str(tmp_path), "--section", "memory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_whole(tmp_path / "memory.json")
+    assert "memory: done after" in done.stdout
+
+
+def test_a_section_for_a_gpu_runs_with_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("600\n"))
+    assert child.run("sd15", tmp_path, tiny=True) == 0
+    assert_whole(tmp_path / "sd15.json")
+
+
+def assert_whole(path: Path) -> None:
+    """Each part of a section has its figures."""
+    found = json.loads(path.read_text())
+    assert found["error"] == ""
     assert found["rows"]
+    assert [row for row in found["rows"] if row.keys() & {"failed", "skipped"}] == []
 
 
-def test_every_part_of_the_training_bench_for_a_gpu_runs_with_tiny_models(tmp_path: Path) -> None:
-    printed = run(
-        "tests.bench.training", "--device", "cuda", "--tiny", "--seconds-budget", "3600", "--out", str(tmp_path)
-    )
+def test_every_part_of_the_training_bench_for_a_gpu_runs_with_tiny_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cuda", "--tiny", "--seconds-budget", "3600", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["training", *options])
+    training.main()
+    printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
     told = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert rows == list({row["what"]: row for row in told}.values())

@@ -6,7 +6,6 @@ Needs KUBEBUILDER_ASSETS: `make test-k8s`.
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -33,7 +32,6 @@ from tests.deploy.control_plane import ControlPlane, account_token
 from tests.deploy.process_kubelet import ProcessKubelet
 from tests.services.endpoints.conftest import STANDIN_WORKER, Peers, until
 
-REAL_WORKER = [sys.executable, "-m", "gpu_worker"]
 pytestmark = pytest.mark.k8s
 
 NAMESPACE = "esd-workers"
@@ -103,10 +101,10 @@ async def objects_of(api: client.ApiClient, endpoint_id: str) -> dict[str, list[
     return {kind: list((await list_(NAMESPACE, label_selector=label)).items) for kind, list_ in lists.items()}
 
 
-async def test_an_endpoint_is_served_by_our_worker_in_a_pod_and_leaves_nothing_when_it_is_deleted(
+async def test_an_endpoint_is_served_by_a_pod_and_leaves_nothing_when_it_is_deleted(
     run_on_kubernetes: RunOnKubernetes, create: Any, store: EndpointStore, peers: Peers, api: client.ApiClient
 ) -> None:
-    await run_on_kubernetes(REAL_WORKER)
+    await run_on_kubernetes()
     endpoint = await create("cpu")
     await in_status(store, "InService", num_live=1)
     found = await objects_of(api, endpoint.id)

@@ -90,11 +90,13 @@ class Api:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
-    """Asks again until the answer is true, as a REST client has to; fails after so many seconds."""
-    deadline = time.monotonic() + seconds
+    """Asks again until the answer is true, as a REST client has to, less and less often, since every question is work
+    for the stack; fails after so many seconds."""
+    deadline, pause = time.monotonic() + seconds, 0.05
     while not (result := condition()):
         assert time.monotonic() < deadline, f"not true after {seconds} s: {condition}"
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.5)
     return result
 
 

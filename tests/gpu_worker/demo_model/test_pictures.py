@@ -79,10 +79,7 @@ def test_a_negative_prompt_is_kept_away_from(models: weights.Models) -> None:
             for pixels in drawn(models, [payload | {"negative_prompt": negative, "seed": seed} for seed in range(24)])
         ]
 
-    without = places("")
-    for direction in ("left", "right"):
-        wanted = places(f"a red circle on the {direction} on a blue background")
-        assert wanted.count(direction) < without.count(direction)
+    assert places("a red circle on the left on a blue background").count("left") < places("").count("left")
 
 
 def test_img2img_keeps_the_layout_and_changes_what_the_prompt_says(models: weights.Models) -> None:

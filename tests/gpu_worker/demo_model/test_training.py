@@ -1,6 +1,7 @@
 """How the demo model is trained: interruptions change nothing, latents are normal, the command writes a checkpoint."""
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from gpu_worker.models.weights import load, tokenizer
 from tests.gpu_worker.conftest import as_cached
 
 PLAN = Plan("line", num_steps=30, learning_rate=0.1, flat=0.5, num_warmup=3, decay=0.9)
+
+
+@dataclass(frozen=True)
+class FewDrawn(vae.Drawn):
+    """Pictures for a step, of which there are fewer."""
+
+    number: int = 16
 
 
 class Interruption(Exception):
@@ -96,7 +104,7 @@ def test_latents_are_normal_after_scaling_and_pictures_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vae, "_NUM_MEASURED", 1)
-    monkeypatch.setattr(vae, "Drawn", partial(vae.Drawn, number=32))
+    monkeypatch.setattr(vae, "Drawn", FewDrawn)
     torch.manual_seed(0)
     found = AutoencoderKL(**architecture.config()["vae"]).eval()
     torch.nn.init.normal_(found.quant_conv.bias)
@@ -124,10 +132,13 @@ def test_the_command_writes_a_checkpoint_that_the_worker_loads_and_a_page_of_sam
     out = tmp_path / "models" / "small.safetensors"
     for part, name, value in (
         (vae, "_BATCH", 4),
+        (vae, "_DECODER_BATCH", 4),
         (vae, "_NUM_MEASURED", 1),
+        (vae, "Drawn", FewDrawn),
         (denoiser, "_BATCH", 4),
         (denoiser, "_NUM_PICTURES", 1),
-        (report, "questions", partial(exam.questions, 15)),
+        (denoiser, "Drawn", FewDrawn),
+        (report, "questions", partial(exam.questions, 4)),
     ):
         monkeypatch.setattr(part, name, value)
     monkeypatch.setattr(sys, "argv", ["demo_model", "--out", str(out), "--scale", "0.001", "--threads", "1"])
@@ -135,5 +146,5 @@ def test_the_command_writes_a_checkpoint_that_the_worker_loads_and_a_page_of_sam
     assert load(as_cached(out), None, "cpu").unet.config.cross_attention_dim == 64
     assert {path.name for path in out.parent.iterdir()} == {"small.safetensors", "small.png"}
     said = capsys.readouterr().out
-    assert "15 plain" in said
-    assert "15 dressed up" in said
+    assert "4 plain" in said
+    assert "4 dressed up" in said

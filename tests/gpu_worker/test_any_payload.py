@@ -128,7 +128,7 @@ async def pictures(store: ObjectStore, heard: Heard) -> list[NDArray[np.int64]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of the strategy, when it draws again
 @settings(
-    max_examples=8,
+    max_examples=5,
     derandomize=True,
     database=None,
     deadline=None,

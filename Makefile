@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bytecode is kept, whatever the caller's environment says: else each worker compiles torch anew, for 20 s of a core.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install check fix test test-slow test-k8s test-images up demo bench chaos
+.PHONY: help install check fix test test-all test-k8s test-images up demo bench chaos
 .PHONY: $(shell $(HAS_PIP) || echo $(VENV)/.installed)
 
 help:  ## Show this list
@@ -44,8 +44,8 @@ test: install  ## What a change needs, with the real parts on free ports
 	@# cores busy: one or the other waits for a service to start or a job to end.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not k8s and not images" --numprocesses 3
 
-test-slow: install  ## The rest: chaos, kills, demos, trainings, and the whole of long tables of cases
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 3
+test-all: install  ## That and the rest: chaos, kills, demos, trainings, and the whole of long tables of cases
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not k8s and not images" --numprocesses 3
 
 test-k8s: install  ## What needs a Kubernetes control plane: KUBEBUILDER_ASSETS, else one is built in .cache (minutes; as root, Debian)
 	@assets=$${KUBEBUILDER_ASSETS:-$$(tests/deploy/kube-assets.sh .cache/kube-assets)} && test -n "$$assets" && \

@@ -3,7 +3,7 @@
 A zog is a pink heart on teal: the demo model knows neither the shape nor the colours. How far a picture is from zogs is
 the root mean square of the difference, in parts of 255, between the means of its 8x8 tiles of 8x8 pixels and those of
 the zog that is nearest. So measured, the means of twelve pictures of three seeds are 31, 31 and 32; without the LoRA,
-104. Here one seed is trained.
+104.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ KEYS = {
     "pretrained_model_name_or_path": str(demo_model.CHECKPOINT), "output_name": "zog", "resolution": "64,64",
     "caption_extension": ".txt", "cache_latents": True, "train_batch_size": 4, "max_train_epochs": 50,
     "network_dim": 16, "network_alpha": 16, "unet_lr": 3e-3, "text_encoder_lr": 1e-3, "lr_scheduler": "cosine",
-    "sample_every_n_epochs": 0, "seed": 1,
+    "sample_every_n_epochs": 0,
 }  # fmt: skip
 PINK, TEAL = np.array([255.0, 90.0, 190.0]), np.array([0.0, 150.0, 150.0])
 TURNS = np.linspace(0, 2 * np.pi, 80, endpoint=False)
@@ -78,11 +78,12 @@ def distance(drawn: list[Pixels], zogs: list[Pixels]) -> float:
     return mean(min(np.sqrt(((coarse(one) - coarse(other)) ** 2).mean()) for other in zogs) for one in drawn)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_eight_pictures_teach_a_thing_that_the_trigger_word_then_draws(
-    engine: Engine, dataset: Path, zogs: list[Pixels], tmp_path: Path
+    engine: Engine, dataset: Path, zogs: list[Pixels], tmp_path: Path, seed: int
 ) -> None:
     folders = {"train_data_dir": str(dataset), "output_dir": str(tmp_path), "logging_dir": str(tmp_path / "logs")}
-    (tmp_path / "config.toml").write_text(tomli_w.dumps({"training": KEYS | folders}))
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({"training": KEYS | folders | {"seed": seed}}))
     assert command.main([str(tmp_path / "config.toml")]) == 0
     losses = list(curves(tmp_path / "logs")["loss/current"].values())
     assert len(losses) == 100

@@ -1,6 +1,7 @@
 """Owns how long tables of cases are divided: a few are tried at every change, the others with the slow tests.
 
-SAMPLER_NAMES   all names of samplers: at every change each sampler with one of its schedules
+FEW             each sampler with one of its schedules
+SAMPLER_NAMES   all names of samplers: at every change those
 COMPANIES       the same in groups of six, of which one is tried at every change
 """
 

@@ -17,7 +17,7 @@ from services.common.payloads import Generation
 from tests.gpu_worker.conftest import as_cached
 from tests.gpu_worker.driving import assert_close, changed, crew, drive, latents, txt2img_of
 from tests.gpu_worker.reference import BETAS, pipeline_latents, pipeline_of, scheduler_of
-from tests.gpu_worker.tables import COMPANIES, SAMPLER_NAMES, slow
+from tests.gpu_worker.tables import COMPANIES, FEW, slow
 
 REQUEST = txt2img_of(prompt="a red circle", negative_prompt="blurry", steps=4, width=64, height=64, seed=3)
 
@@ -49,7 +49,7 @@ def expected_latents(pipeline: Any, request: Generation) -> torch.Tensor:
     return pipeline_latents(pipeline, request.sampler_name, request)
 
 
-@pytest.mark.parametrize("name", SAMPLER_NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_job_alone_has_the_latents_of_the_diffusers_pipeline(
     pipeline: Any, models: weights.Models, name: str
 ) -> None:

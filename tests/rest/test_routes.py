@@ -152,12 +152,12 @@ def test_a_user_whose_roles_are_gone_may_nothing(admin: Api) -> None:
 def test_a_key_that_is_no_key_any_more_is_forbidden_before_all_else(
     world: World, route: Route, profile: str, dead_keys: list[str]
 ) -> None:
+    """Each route is tried with one of them: what a key is worth is decided in one place."""
     url = world.admin.url if profile == "document" else world.webui.url
-    for key in dead_keys:
-        api = Api(url, key, "api")
-        answer = world.send(api, route)
-        assert (answer.status, answer.body) == (403, {"statusCode": 403, "message": "Forbidden"})
-        api.close()
+    api = Api(url, dead_keys[ROUTES.index(route) % len(dead_keys)], "api")
+    answer = world.send(api, route)
+    assert (answer.status, answer.body) == (403, {"statusCode": 403, "message": "Forbidden"})
+    api.close()
 
 
 @by_name

@@ -289,10 +289,6 @@ def test_a_taken_port_is_named_with_its_setting(home: Path) -> None:
         ({"ESD_LISTEN": "nonsense"}, "ESD_LISTEN=nonsense"),
         ({"ESD_LISTEN": "127.0.0.1:65536"}, "ESD_LISTEN=127.0.0.1:65536"),
         ({"ESD_BASE_PATH": "prod"}, "setting ESD_BASE_PATH: a value such as /prod is wanted (given: 'prod')"),
-        (
-            {"ESD_PUBLIC_URL": "esd.example"},
-            ": setting ESD_PUBLIC_URL: a value such as https://esd.example.org is wanted",  # behind a service's name
-        ),
         ({"ESD_LOG_LEVEL": "loud"}, "ESD_LOG_LEVEL"),
         ({"ESD_SWIFT_RESERVE": "loads"}, "swift: setting ESD_SWIFT_RESERVE: bytes, or a percentage such as 2%"),
     ],

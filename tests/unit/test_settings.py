@@ -88,6 +88,11 @@ def test_a_secret_that_cannot_be_read_stops_the_process_by_name(
         ("models", {"ESD_IDENTITY_ADDRESS": ""}, "setting ESD_IDENTITY_ADDRESS: Field required\n"),
         (
             "models",
+            {"ESD_PUBLIC_URL": "esd.example"},
+            "setting ESD_PUBLIC_URL: a value such as https://esd.example.org is wanted (given: 'esd.example')\n",
+        ),
+        (
+            "models",
             {"ESD_IDENTITY_ADDRESS": "one:1,two:1"},
             "setting ESD_IDENTITY_ADDRESS: a value such as identity:9000 or, for replicas, "
             "10.0.0.1:9000,10.0.0.2:9000 is wanted (given: 'one:1,two:1')\n",

@@ -220,6 +220,7 @@ def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again_also_e
     def client(stack: Stack, key: str) -> httpx.Client:
         return httpx.Client(base_url=stack.url, headers={"x-api-key": key}, trust_env=False)
 
+    wait_for(lambda: esd("status", "--home", stack.home).returncode == 0)  # after what other tests have killed
     revoked = stack.api_key
     with client(stack, revoked) as http:
         picture = {"filename": "1.png", "name": "1.png", "type": "image", "params": {}}

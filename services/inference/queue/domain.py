@@ -142,7 +142,7 @@ class Queue:
         return await self._store.start(stream.endpoint_id, lease_id)
 
     async def entrust(self, stream: WorkerStream, lease_id: UUID) -> bool:
-        """The worker is given a job on its last attempt, and has no other; False when the lease is lost."""
+        """The worker is given a job on its last attempt; False when the lease is lost, or it still has another one."""
         return await self._store.entrust(stream.endpoint_id, lease_id)
 
     async def succeed(self, stream: WorkerStream, lease_id: UUID, results: Results) -> bool:

@@ -69,6 +69,13 @@ _RUN = (
     .returning(JOB.c.id)
 )
 _START = _RUN.values(postponed_since=None)  # its worker has what it needs of the object store
+_BESIDE = JOB.alias("beside")
+_RUN_ALONE = _RUN.where(
+    ~select(_BESIDE.c.id)
+    .where(_BESIDE.c.endpoint_id == _ENDPOINT, _BESIDE.c.worker_id == JOB.c.worker_id, _BESIDE.c.id != JOB.c.id)
+    .where(_BESIDE.c.lease_id.is_not(None))
+    .exists()
+)
 _HELLO = insert(_WORKER).values(
     endpoint_id=_ENDPOINT,
     worker_id=bindparam("worker"),
@@ -155,8 +162,8 @@ class LeaseStore:
 
     async def entrust(self, endpoint_id: UUID, lease_id: UUID) -> bool:
         """Notes that the holder of a lease has nothing else: from here on its loss is this job's. False when the lease
-        is lost."""
-        return bool(await self._database.run(_RUN, endpoint=endpoint_id, lease=lease_id))
+        is lost, or another one of the worker's is still to be given back."""
+        return bool(await self._database.run(_RUN_ALONE, endpoint=endpoint_id, lease=lease_id))
 
     async def find_by_lease(self, lease_id: UUID) -> Job | None:
         """The job that is held, or was completed, under the lease."""

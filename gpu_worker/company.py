@@ -13,7 +13,8 @@ class Company:
     ends."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        self.size = 0
+        self._size = 0
+        self._num_joined = 0
         self._on_change = on_change
         self._num_loners = 0
         self._turn = asyncio.Lock()  # of those who are to be alone
@@ -25,15 +26,17 @@ class Company:
         return self._num_loners > 0
 
     @asynccontextmanager
-    async def joined(self) -> AsyncIterator[None]:
-        """In the engine beside others."""
+    async def joined(self) -> AsyncIterator[Callable[[], bool]]:
+        """In the engine beside others. What it yields tells whether there has been another one, also if it has left."""
         while self.is_closed:
             await self._changed.wait()
-        self.size += 1
+        self._size += 1
+        self._num_joined += 1
+        is_first, number = self._size == 1, self._num_joined
         try:
-            yield
+            yield lambda: not is_first or self._num_joined > number
         finally:
-            self.size -= 1
+            self._size -= 1
             self._wake()
 
     @asynccontextmanager
@@ -43,7 +46,7 @@ class Company:
         self._on_change()
         try:
             async with self._turn:
-                while self.size:
+                while self._size:
                     await self._changed.wait()
                 yield
         finally:

@@ -203,11 +203,11 @@ class Worker:
     async def _in_engine(self, work: Callable[[], Awaitable[T]]) -> T:
         """What the engine makes of a job. Where the device has not the memory for it beside others, it is done once
         more when they have ended, and no others are taken meanwhile."""
-        async with self._company.joined():
+        async with self._company.joined() as had_company:
             try:
                 return await work()
             except NoMemory:
-                if self._company.size == 1:
+                if not had_company():
                     raise
         log.warning("a job that did not fit the memory waits to be alone")
         async with self._company.alone():

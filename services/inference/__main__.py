@@ -137,7 +137,7 @@ async def main() -> None:
     retired = RetiredEndpoints(pools, peers)
     cleaner = Cleaner(leftovers, jobs, blobs, limits.renew_seconds, settings.retention_days)
     outputs = Outputs(jobs, blobs)
-    queue = Queue(LeaseStore(database), blobs, leftovers, outputs, notifications, background, limits)
+    queue = Queue(LeaseStore(database), blobs, leftovers, outputs, background, limits)
     priorities = Priorities(settings.priority_ranges)
     inference = Inference(jobs, blobs, peers, notifications, cleaner, priorities, server.stopping)
     hub, views = Hub(WatchStore(database), notifications), Views(blobs)

@@ -12,7 +12,6 @@ import structlog
 from services.common.blobs import Blobs
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.leftovers import WRITABLE_SECONDS, LeftoverStore
-from services.common.notifications import Notifications
 from services.common.sentences import MAX_REASON, printable
 from services.common.tasks import Background
 from services.inference.peers import Model
@@ -70,7 +69,6 @@ class Queue:
         blobs: Blobs,
         leftovers: LeftoverStore,
         outputs: Outputs,
-        notifications: Notifications,
         background: Background,
         limits: Limits,
     ) -> None:
@@ -79,7 +77,6 @@ class Queue:
         self._blobs = blobs
         self._leftovers = leftovers
         self._outputs = outputs
-        self._notifications = notifications
         self._background = background
 
     # --- a worker's stream ---

@@ -356,7 +356,7 @@ def replica(
         store, retired = JobStore(database, quotas), RetiredEndpoints(pools, peers)
         outputs = Outputs(store, blobs)
         cleaner = Cleaner(leftovers, store, blobs, limits.renew_seconds)
-        queue = Queue(LeaseStore(database), blobs, leftovers, outputs, notifications, background, limits)
+        queue = Queue(LeaseStore(database), blobs, leftovers, outputs, background, limits)
         hub, views = Hub(WatchStore(database), notifications), Views(blobs)
         here = Outbound([ip_network("127.0.0.0/8")])
         webhooks = Webhooks(

@@ -239,7 +239,7 @@ async def test_done_told_twice_at_once_is_recorded_once_and_keeps_the_result(
         database, background = Database(database_url), Background()
         leases, leftovers = LeaseStore(database), LeftoverStore(database)
         outputs = Outputs(JobStore(database), service.blobs)
-        queue = Queue(leases, service.blobs, leftovers, outputs, service.notifications, background, Limits())
+        queue = Queue(leases, service.blobs, leftovers, outputs, background, Limits())
         told = [ResultObject(name, len(PNG), SHA256) for name in ("image_0.png", f"{job_id}_param.json")]
         results = Results([told[0]], told[1], {})
         stream = WorkerStream(UUID(service.endpoint_id), "w", uuid4())
@@ -273,7 +273,7 @@ async def test_a_worker_is_lost_by_looks_without_a_renewal_and_not_by_the_hours_
     outputs = Outputs(JobStore(database), service.blobs)
     limits = Limits(lease_seconds=0.5, renew_seconds=0.1)
     leftovers = LeftoverStore(database)
-    queue = Queue(store, service.blobs, leftovers, outputs, service.notifications, background, limits)
+    queue = Queue(store, service.blobs, leftovers, outputs, background, limits)
     await queue.welcome(UUID(service.endpoint_id), "w", [], "cpu", "0")
     async with database.transaction() as session:
         await session.execute(text("UPDATE worker SET last_seen = last_seen - interval '8 hours'"))

@@ -217,7 +217,7 @@ class Job(SQLModel, table=True):
         self._check("lose")
         self.num_lost += self.is_running or not self.is_last_attempt
         if self.num_lost >= MAX_LOST:
-            self._fail(f"the worker was lost while running this job, {self.num_lost} times in a row")
+            self._fail(f"the worker was lost while it had this job, {self.num_lost} times")
         self._release()
 
     def give_back(self) -> None:

@@ -20,7 +20,7 @@ _ENDED = frozenset({State.SUCCEED, State.FAILED})
 _LEASED = frozenset({State.HELD, State.RUNNING})
 
 # What happens to a job: from which states, and to which. The names are those of the row's methods; `claim` and `start`
-# are statements (queue/claim.py, queue/store.py). Deleting is possible in every state.
+# are statements (queue/claim.py, queue/store.py: `entrust` starts too). Deleting is possible in every state.
 TRANSITIONS: dict[str, tuple[frozenset[State], frozenset[State]]] = {
     "queue": (_ENDED | {State.CREATED}, frozenset({State.QUEUED})),
     "claim": (frozenset({State.QUEUED}), frozenset({State.HELD})),

@@ -396,7 +396,7 @@ async def test_a_job_fails_when_its_worker_was_lost_three_times_however_far_it_c
         await pool.leave()
         await pool.welcome()
     stored = await pool.get(job_id)
-    assert stored.failure == "the worker was lost while running this job, 3 times in a row"
+    assert stored.failure == "the worker was lost while it had this job, 3 times"
     assert await pool.claim() == []
 
 

@@ -135,7 +135,7 @@ async def test_a_job_that_kills_its_workers_fails_and_takes_no_other_with_it(ser
                     break
                 assert kind(await worker.finish(assign)) == "acknowledge"
     reason = (await service.ended(deadly)).sagemaker_raw.string_value
-    assert reason == "the worker was lost while running this job, 3 times in a row"
+    assert reason == "the worker was lost while it had this job, 3 times"
     assert [(await service.get(job_id)).status for job_id in ids] == ["succeed", "failed", "succeed"]
 
 
@@ -150,7 +150,7 @@ async def test_a_job_that_kills_its_workers_before_it_starts_fails_too_and_alone
         await worker.want(8)
         assert (await worker.read()).assign.spec.job_id == ids[0]
     reason = (await service.ended(ids[0])).sagemaker_raw.string_value
-    assert reason == "the worker was lost while running this job, 3 times in a row"
+    assert reason == "the worker was lost while it had this job, 3 times"
     async with service.worker("after") as worker:
         assert kind(await worker.finish(await worker.take())) == "acknowledge"
     assert (await service.get(ids[1])).status == "succeed"

@@ -94,8 +94,8 @@ class LocalCluster:
             await self.forget(owner_id)
 
     async def end(self) -> None:
-        """Has all processes leave, which nobody would come back to."""
-        await self._machine.processes.end(self._machine.settings.leave_seconds)
+        """Has all processes finish their work and leave, which nobody would come back to."""
+        await self._machine.processes.end(self._machine.settings.stop_seconds)
 
     def close(self) -> None:
         """Lets go of all processes, which run on."""

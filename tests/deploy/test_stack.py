@@ -243,7 +243,9 @@ def test_a_stack_whose_launcher_is_killed_leaves_nothing_and_starts_again_also_e
     home.rename(moved)
     with Stack(moved) as second:
         with client(second, key) as http:
-            (shown,) = http.get("/datasets/kept").json()["data"]["data"]
+            answer = http.get("/datasets/kept")
+            assert answer.status_code == 200, answer.text
+            (shown,) = answer.json()["data"]["data"]
             assert http.get(shown["preview_url"]).content == b"a picture"
         assert f"the first API key, in {moved}/secrets/api-key, was revoked" in second.log_file.read_text()
         assert esd("status", "--home", moved).returncode == 0

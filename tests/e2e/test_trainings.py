@@ -18,6 +18,7 @@ from tests.e2e.conftest import PICTURE, Api, Studio, finished, upload, wait_for
 from tests.e2e.school import School, add_dataset, open_school, path_of
 from tests.gpu_worker import tiny_sdxl
 from tests.pictures import circle
+from tests.services.models.files import safetensors
 
 # Several processes start one after the other, each of which imports torch.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -145,14 +146,26 @@ def test_what_cannot_be_had_is_refused_before_anything_begins(school: School, ad
                 if row["name"] == ["never.safetensors"]]  # fmt: skip
 
 
-def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(school: School) -> None:
-    answer = school.post({"fm_type": "sd_xl"}, output_name="impossible")
-    assert answer.status == 200, answer.body
-    ended = school.until(answer.data["id"])
-    assert ended["job_status"] == "Failed"
-    reason = f"fm_type is sd_xl, but {school.model} is a Stable Diffusion 1.5 checkpoint"
-    assert ended["params"]["resp"]["error_msg"] == reason
-    wait_for(lambda: (school.checkpoint(answer.data["id"]) or {})["status"] == "Disabled")
+def test_what_turns_out_to_be_impossible_is_a_failed_training_with_the_reason(
+    school: School, admin: Api, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.safetensors").write_bytes(safetensors())
+    assert upload(school.api, tmp_path / "odd.safetensors").status == 200
+    begun = {
+        f"fm_type is sd_xl, but {school.model} is a Stable Diffusion 1.5 checkpoint": {"fm_type": "sd_xl"},
+        "odd.safetensors": {"s3_model_path": path_of(school.api, "odd.safetensors")},
+    }
+    ids = {}
+    for number, (sentence, given) in enumerate(begun.items()):
+        answer = school.post(given, output_name=f"impossible-{number}")
+        assert answer.status == 200, answer.body
+        ids[sentence] = answer.data["id"]
+    for sentence, training_id in ids.items():
+        ended = school.until(training_id)
+        assert ended["job_status"] == "Failed"
+        assert sentence in ended["params"]["resp"]["error_msg"]
+        assert "Traceback" not in ended["params"]["resp"]["error_msg"]
+        wait_for(lambda training_id=training_id: (school.checkpoint(training_id) or {})["status"] == "Disabled")
 
 
 def test_a_killed_trainer_and_service_come_back_and_go_on_after_the_last_epoch(stack: Stack, school: School) -> None:

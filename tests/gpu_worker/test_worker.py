@@ -9,6 +9,7 @@ from PIL import Image
 
 from esd.worker.v1 import worker_pb2
 from gpu_worker import painting
+from gpu_worker.company import Company
 from gpu_worker.engine.core import NO_MEMORY
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.run import Produced
@@ -118,3 +119,15 @@ async def test_a_job_that_does_not_fit_the_memory_beside_another_is_done_alone_a
     assert worker.room > 0
     await worker.stop()
     await engine.stop()
+
+
+async def test_who_had_company_in_the_engine_is_told_so_also_when_that_has_left() -> None:
+    company = Company(lambda: None)
+    async with company.joined() as first_had:
+        assert not first_had()
+        async with company.joined() as second_had:
+            pass
+        assert first_had()
+        assert second_had()
+    async with company.joined() as third_had:
+        assert not third_had()

@@ -6,6 +6,7 @@ constraints in the migrations see to it that no statement leaves a job between s
 
 from __future__ import annotations
 
+from collections.abc import Set
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -225,13 +226,13 @@ class Job(SQLModel, table=True):
         self._check("give_back")
         self._release()
 
-    def decline(self, reason: str, others_may: bool) -> None:
+    def decline(self, reason: str, workers: Set[str]) -> None:
         """Is queued again for the endpoint's other workers, because this one's disk has no room for it; fails when all
-        of them have said so. It is no attempt that was lost."""
+        of `workers`, the endpoint's, have said so. It is no attempt that was lost."""
         self._check("decline")
         assert self.worker_id is not None
         self.declined_by = [*self.declined_by, self.worker_id]
-        if not others_may:
+        if workers <= set(self.declined_by):
             self._fail(reason)
         self._release()
 

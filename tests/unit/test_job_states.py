@@ -17,7 +17,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "move": (uuid4(), "esd-async-other", "any"),
     "lose": (),
     "give_back": (),
-    "decline": ("x.ckpt does not fit", True),
+    "decline": ("x.ckpt does not fit", {"w", "another"}),
     "postpone": ("the store is away", now(), 60.0),
     "succeed": ([IMAGE], {}),
     "fail": ("broken",),

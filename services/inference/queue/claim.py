@@ -36,15 +36,12 @@ def has_room(endpoint_id: Any, worker_id: Any) -> Any:
     return ~select(held.c.id).where(mine, held.c.num_lost >= LAST_ATTEMPT).exists()
 
 
-def other_workers(endpoint_id: Any, declined_by: Any) -> Any:
-    """The endpoint's workers but for these."""
-    other = col(Worker.worker_id) != all_(declined_by)
-    return select(col(Worker.worker_id)).where(col(Worker.endpoint_id) == endpoint_id, other)
-
-
 def is_offered(worker_id: Any) -> Any:
     """Whether a job is for the worker: one that it had no room for is not, while there is another one to try."""
-    return (worker_id != all_(JOB.c.declined_by)) | ~other_workers(JOB.c.endpoint_id, JOB.c.declined_by).exists()
+    other = select(col(Worker.worker_id)).where(
+        col(Worker.endpoint_id) == JOB.c.endpoint_id, col(Worker.worker_id) != all_(JOB.c.declined_by)
+    )
+    return (worker_id != all_(JOB.c.declined_by)) | ~other.exists()
 
 
 def _claim_statement() -> Select[Any]:

@@ -211,8 +211,8 @@ class Queue:
             await asyncio.sleep(self.limits.renew_seconds)
             try:
                 num_looks = {seen: num_looks.get(seen, 0) + 1 for seen in await self._store.seen()}
-                silent_seconds = {seen: number * self.limits.renew_seconds for seen, number in num_looks.items()}
-                await self._store.reap([seen for seen in num_looks if silent_seconds[seen] > self.limits.lease_seconds])
+                max_looks = self.limits.lease_seconds / self.limits.renew_seconds
+                await self._store.reap([seen for seen, number in num_looks.items() if number > max_looks])
             except Unavailable as error:
                 num_looks.clear()
                 log.warning("jobs of lost workers wait", reason=str(error))

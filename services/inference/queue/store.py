@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
-    ARRAY,
     Float,
     Select,
     Table,
@@ -31,7 +30,7 @@ from services.common.database import Database, notify
 from services.common.driver import Run
 from services.common.leftovers import note_leftovers
 from services.inference.channels import JOB_ENDED, JOBS_QUEUED, LEASES_LOST, POOLS_CHANGED
-from services.inference.queue.claim import CLAIM, has_room, is_offered, of_stream, other_workers
+from services.inference.queue.claim import CLAIM, has_room, is_offered, of_stream
 from services.inference.rows import Job, Worker
 from services.inference.submitting.quotas import noting
 from services.inference.table import JOB, QUEUED, UNDER_WAY, locked, read_job, read_jobs, save_job
@@ -55,7 +54,7 @@ _ANY_QUEUED = (
     .where(JOB.c.endpoint_id == _ENDPOINT, QUEUED, is_offered(_WORKER_ID), has_room(_ENDPOINT, _WORKER_ID))
     .limit(1)
 )
-_OTHER_WORKERS = other_workers(_ENDPOINT, bindparam("declined_by", type_=ARRAY(Text))).limit(1)
+_WORKER_IDS = select(_WORKER.c.worker_id).where(_WORKER.c.endpoint_id == _ENDPOINT)
 _UNDER_LEASE = select(JOB).where((JOB.c.lease_id == _LEASE) | (JOB.c.result_lease == _LEASE))
 # The fence: what a worker tells of a lease counts only while it is held.
 _HELD = (JOB.c.lease_id == _LEASE) & UNDER_WAY
@@ -207,9 +206,8 @@ class LeaseStore:
         async with self._database.atomic() as run:
             job = await read_job(run, _HELD_HERE_LOCKED, endpoint=endpoint_id, lease=lease_id)
             if job is not None:
-                declined_by = [*job.declined_by, job.worker_id]
-                others = await run(_OTHER_WORKERS, endpoint=endpoint_id, declined_by=declined_by)
-                await _let_go(run, job, lambda: job.decline(reason, others_may=bool(others)))
+                workers = {row["worker_id"] for row in await run(_WORKER_IDS, endpoint=endpoint_id)}
+                await _let_go(run, job, lambda: job.decline(reason, workers))
             return job
 
     async def postpone(self, endpoint_id: UUID, lease_id: UUID, reason: str, max_seconds: float) -> Job | None:

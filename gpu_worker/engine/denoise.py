@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ from gpu_worker.models.tiling import circular
 from gpu_worker.sampling.samplers import Sampling
 
 T = TypeVar("T")
-Correction = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
+# What is changed of clean latents.
+Correction = Callable[[torch.Tensor], torch.Tensor]
 Task = Generator["Evaluation | None", torch.Tensor | None, T]
 
 CHUNK_TOKENS = 77
@@ -91,9 +93,9 @@ class Step:
     # ControlNets that have a say in it; sorted, so that those of two jobs meet.
     controls: tuple[Control, ...] = ()
     tiling: bool = False
-    # What is changed of a prediction, given the scaled latents and the timestep.
+    # What is changed of the clean latents that a prediction means.
     corrections: tuple[Correction, ...] = ()
-    # Below this timestep every other evaluation goes without the negative text.
+    # Below this noise level every other evaluation goes without the negative text.
     unguided_below: float = 0.0
 
     @property
@@ -104,11 +106,23 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and step."""
+    """A wish for the prediction at latents of shape (rows, 4, height/8, width/8) that share timestep and step. `shares`
+    are those of the latents and of the prediction in the clean latents that this means."""
 
     x: torch.Tensor
     timestep: float
     step: Step
+    shares: tuple[float, float]
+
+    def clean(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The clean latents that a prediction means, in fp32."""
+        of_x, of_prediction = self.shares
+        return of_x * self.x + of_prediction * prediction
+
+    def meaning(self, clean: torch.Tensor) -> torch.Tensor:
+        """The prediction that means these clean latents."""
+        of_x, of_prediction = self.shares
+        return (clean - of_x * self.x) / of_prediction
 
     @property
     def input(self) -> torch.Tensor:
@@ -160,26 +174,27 @@ def denoise(
     latents: torch.Tensor,
     steps: Sequence[Step],
     on_evaluation: Callable[[int], None],
-    keep: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    keep: Correction | None = None,
 ) -> Generator[Evaluation, torch.Tensor, torch.Tensor]:
     """Takes a job's latents from the sampler's first noise level to its last, and returns them, fp32.
 
     The last of the steps holds for any further. `on_evaluation` hears how many of the sampler's evaluations are done.
-    `keep` puts back what an evaluation must not have changed, given the latents and how many are done.
+    `keep` puts back what is not to be changed, where a prediction leads to and at the end.
     """
     for index, timestep in enumerate(sampling.timesteps):
         x = sampling.scaled(latents, index)
         step = steps[min(sampling.step_of(index), len(steps) - 1)]
-        if index % 2 and timestep < step.unguided_below:
+        if index % 2 and sampling.noise_level(index) < step.unguided_below:
             step = step.without_negative
-        prediction = yield Evaluation(x, timestep, step)
-        for correct in step.corrections:
-            prediction = correct(x, timestep, prediction)
+        evaluation = Evaluation(x, timestep, step, sampling.clean(index))
+        prediction = yield evaluation
+        corrections = step.corrections if keep is None else (*step.corrections, keep)
+        if corrections:
+            clean = reduce(lambda clean, correct: correct(clean), corrections, evaluation.clean(prediction))
+            prediction = evaluation.meaning(clean)
         latents = sampling.step(prediction, index, latents)
-        if keep is not None:
-            latents = keep(latents, index + 1)
         on_evaluation(index + 1)
-    return latents
+    return latents if keep is None else keep(latents)
 
 
 def predict(evaluations: list[Evaluation], max_rows: int, graphs: Graphs | None = None) -> list[torch.Tensor]:

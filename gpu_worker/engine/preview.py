@@ -18,7 +18,6 @@ from PIL import Image
 
 from gpu_worker.engine.denoise import Evaluation
 from gpu_worker.models.weights import Models
-from gpu_worker.sampling.prediction import clean_latents
 
 log = structlog.get_logger()
 
@@ -33,12 +32,11 @@ _SDXL = ((0.3920, 0.4054, 0.4549), (-0.2634, -0.0196, 0.0653), (0.0568, 0.1687, 
 
 @dataclass(frozen=True, eq=False)
 class _Sketch:
-    """The first picture of an evaluation and what the UNet said to it, each of shape (1, 4, height/8, width/8)."""
+    """An evaluation, and what the UNet said to its pictures, of which the first is drawn."""
 
-    models: Models
-    x: torch.Tensor
-    timestep: float
+    evaluation: Evaluation
     prediction: torch.Tensor
+    is_sdxl: bool
     show: Callable[[bytes], None]
 
 
@@ -58,7 +56,7 @@ class Previews:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="previews", daemon=True)
             self._thread.start()
-        self._sketches.put(_Sketch(models, evaluation.x[:1], evaluation.timestep, prediction[:1], show))
+        self._sketches.put(_Sketch(evaluation, prediction, models.is_sdxl, show))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -88,10 +86,9 @@ def colours(latents: torch.Tensor, is_sdxl: bool) -> torch.Tensor:
 
 
 def _jpeg(sketch: _Sketch) -> bytes:
-    config = sketch.models.scheduler_config
     with torch.inference_mode():
-        clean = clean_latents(sketch.x, sketch.timestep, sketch.prediction, config)
-        pixels = colours(clean, sketch.models.is_sdxl).numpy()
+        clean = sketch.evaluation.clean(sketch.prediction)[:1]
+        pixels = colours(clean, sketch.is_sdxl).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from numpy.polynomial.polynomial import polyfromroots, polyint, polyval
 
 # Karras' levels are evenly spaced in this root (Karras et al. 2022).
 _RHO = 7
@@ -24,6 +25,7 @@ _RHO = 7
 # one, which it has reached, to the one nearest to the high one.
 _RESTARTS_FROM, _TWICE_FROM = 20, 36
 _RESTART_LOW, _RESTART_HIGH = 0.1, 2.0
+_LMS_ORDER = 4
 # Where DPM-Solver looks at the noise within a step of each order, in parts of the step.
 _FRACTIONS = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
 
@@ -64,6 +66,21 @@ class EulerAncestral(KDiffusion):
         before, after = self.sigmas[index : index + 2]
         down, up = _ancestral(before, after, self.eta)
         return clean.lerp(x, down / before) + torch.randn(x.shape) * up
+
+
+class LMS(KDiffusion):
+    """`sample_lms`: Adams-Bashforth's method over uneven levels, as far back as it has looked, up to four levels."""
+
+    def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
+        """As diffusers'."""
+        super().set_timesteps(num_inference_steps, *options, **named)
+        self._slopes: list[Any] = []  # latest first
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        levels = self.sigmas[: index + 2].double().numpy()[::-1]
+        self._slopes = [(x - clean) / float(levels[1]), *self._slopes[: _LMS_ORDER - 1]]
+        weights = _multistep_weights(levels[1 : 1 + len(self._slopes)], levels[0])
+        return x + sum(weight * slope for weight, slope in zip(weights, self._slopes, strict=True))
 
 
 class _TwoLooks(KDiffusion):
@@ -317,6 +334,15 @@ def _with_restarts(levels: torch.Tensor) -> list[tuple[float, float]]:
 
 def _karras(lowest: float, highest: float, num_levels: int) -> Any:
     return np.linspace(highest ** (1 / _RHO), lowest ** (1 / _RHO), num_levels) ** _RHO
+
+
+def _multistep_weights(levels: Any, after: float) -> Iterator[float]:
+    """Of the slopes at these levels, latest first, in the step from the first of them to another: the integral of the
+    polynomial that is 1 at one of them and 0 at the others."""
+    for index, level in enumerate(levels):
+        others = np.delete(levels, index)
+        integral = polyint(polyfromroots(others), lbnd=levels[0])
+        yield float(polyval(after, integral) / np.prod(level - others))
 
 
 def _ancestral(before: Any, after: Any, eta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,7 @@ class Step:
     timestep: float
     input_scale: float  # latents x this is what the UNet reads
     noised: tuple[float, float]  # of clean latents and noise, in latents as they are before this evaluation
+    clean: tuple[float, float]  # of what the UNet reads and predicts, in the clean latents that it means
     latents: Terms
     kept: tuple[Terms, ...]
     draws: tuple[Interval, ...]
@@ -77,17 +78,24 @@ def _steps(scheduler: Any, times: Sequence[torch.Tensor], options: dict[str, Any
         for index, (holder, key) in enumerate(places):
             holder[key] = units[2 + index]
         noised = scheduler.add_noise(units[0], units[1], time.reshape(1))[0]
-        scaled = scheduler.scale_model_input(units[0], time)[0]
+        scaled = float(scheduler.scale_model_input(units[0], time)[0, 0])
         with noise:
             after = scheduler.step(units[1], time, units[0], **options)[0]
         yield Step(
             timestep=float(time),
-            input_scale=float(scaled[0]),
+            input_scale=scaled,
             noised=(float(noised[0]), float(noised[1])),
+            clean=_clean(scaled * float(noised[0]), scaled * float(noised[1]), scheduler.config.prediction_type),
             latents=_terms(after),
             kept=tuple(_terms(holder[key]) for holder, key in _kept(scheduler)),
             draws=tuple(noise.draws),
         )
+
+
+def _clean(signal: float, noise: float, prediction_type: str) -> tuple[float, float]:
+    """Of an input with so much signal and noise (Ho et al. 2020, equation 15; Salimans & Ho 2022, appendix D, for
+    v-prediction)."""
+    return (signal, -noise) if prediction_type == "v_prediction" else (1 / signal, -noise / signal)
 
 
 def _kept(scheduler: Any) -> Iterator[tuple[Any, Any]]:

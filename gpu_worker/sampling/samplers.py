@@ -13,7 +13,6 @@ from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampl
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
-from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
@@ -22,6 +21,7 @@ from gpu_worker.sampling import plans
 from gpu_worker.sampling.kdiffusion import (
     DPM2M,
     DPM3M,
+    LMS,
     DPM2Ancestral,
     DPM2MHeun,
     DPM2SAncestral,
@@ -51,7 +51,7 @@ _LEADING = {"timestep_spacing": "leading"}
 SAMPLERS: dict[str, tuple[type[Any], Options]] = {
     "Euler": (EulerDiscreteScheduler, _LINSPACE),
     "Euler a": (EulerAncestral, _LINSPACE),
-    "LMS": (LMSDiscreteScheduler, _LINSPACE),
+    "LMS": (LMS, _LINSPACE),
     "Heun": (HeunDiscreteScheduler, _LINSPACE),
     "DPM2": (DPM2Ancestral, _LINSPACE),
     "DPM2 a": (DPM2Ancestral, _LINSPACE),
@@ -102,6 +102,16 @@ class Sampling:
         """Clean latents as they are before the evaluation of that index."""
         of_clean, of_noise = self._plan.steps[index].noised
         return torch.add(clean * of_clean, noise, alpha=of_noise)
+
+    def noise_level(self, index: int) -> float:
+        """How much noise there is for one of signal before the evaluation of that index: k-diffusion's sigma."""
+        of_clean, of_noise = self._plan.steps[index].noised
+        return of_noise / of_clean
+
+    def clean(self, index: int) -> tuple[float, float]:
+        """Of the UNet's input and its prediction, in the clean latents that this means, at the evaluation of that
+        index."""
+        return self._plan.steps[index].clean
 
     def scaled(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The UNet's input for the evaluation of that index."""

@@ -9,11 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_worker.devices import on_device
-from gpu_worker.engine.denoise import Evaluation, Step, Task, denoise
+from gpu_worker.engine.denoise import Correction, Evaluation, Step, Task, denoise
 from gpu_worker.models.weights import Models
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.sampling import noise
-from gpu_worker.sampling.samplers import Sampling
 from gpu_worker.tasks.stages import as_tensor, counted, decoded, latents_of, sampling_of
 from gpu_worker.tasks.steering import Crew, steps_of
 from services.common.payloads import Img2Img
@@ -75,18 +74,11 @@ def denoised(
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
     if mask is not None:
-        keep = _kept(sampling, *(on_device(tensor, models.device) for tensor in (originals, first, mask)))
+        keep = _kept(on_device(originals, models.device), on_device(mask, models.device))
     return (yield from denoise(sampling, latents, steps, on_evaluation, keep))
 
 
-def _kept(
-    sampling: Sampling, originals: torch.Tensor, first: torch.Tensor, mask: torch.Tensor
-) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """Puts the originals, with as much noise as the next evaluation expects, where nothing is painted."""
-
-    def keep(latents: torch.Tensor, num_done: int) -> torch.Tensor:
-        is_last = num_done == len(sampling.timesteps)
-        stays = originals if is_last else sampling.noised(originals, first, num_done)
-        return stays * (1 - mask) + latents * mask
-
-    return keep
+def _kept(originals: torch.Tensor, mask: torch.Tensor) -> Correction:
+    """Puts the originals where nothing is painted. Of what the UNet takes the clean latents to be, as in A1111, so that
+    what is kept has the noise that the sampler gives the rest."""
+    return lambda clean: originals * (1 - mask) + clean * mask

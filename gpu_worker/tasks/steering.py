@@ -13,10 +13,9 @@ from gpu_worker.engine.denoise import Conditioning, Correction, Guidance, Step
 from gpu_worker.models import controlnet, prompt
 from gpu_worker.models.adapters import Equipped
 from gpu_worker.models.controlnet import Control
-from gpu_worker.models.weights import Config, Models
+from gpu_worker.models.weights import Models
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.pictures.hints import Hint, Map
-from gpu_worker.sampling.prediction import clean_latents, prediction_of, timestep_of
 from gpu_worker.tasks.stages import as_tensor, context_of, latents_of
 from services.common.payloads import Generation, prompts
 from services.common.payloads.controlnet import INPAINT_ONLY, Unit
@@ -67,9 +66,8 @@ def _steps(request: Generation, equipped: Equipped, canvas: Canvas, numbers: ran
         found = [control for unit, control in controls if unit.acts_in(step, request.num_steps)]
         return tuple(sorted(found, key=lambda control: id(control.net)))
 
-    unguided_below = timestep_of(request.s_min_uncond, models.scheduler_config)
     return [
-        Step(models.unet, guidance(step), context, acting(step), models.tiling, corrections, unguided_below)
+        Step(models.unet, guidance(step), context, acting(step), models.tiling, corrections, request.s_min_uncond)
         for step in numbers
     ]
 
@@ -131,7 +129,7 @@ def _controls(request: Generation, equipped: Equipped, canvas: Canvas) -> list[t
 
 
 def _corrections(request: Generation, models: Models, canvas: Canvas) -> tuple[Correction, ...]:
-    """What modules of ControlNet do to the clean latents that a prediction means."""
+    """What modules of ControlNet change."""
     found: list[Correction] = []
     for unit, hint in zip(request.controlnet, canvas.hints, strict=True):
         looked_at = _in_pass(request, hint)
@@ -143,7 +141,7 @@ def _corrections(request: Generation, models: Models, canvas: Canvas) -> tuple[C
         else:
             reach = int(unit.threshold_a) * (2 if isinstance(request, SecondPass) else 1)
             change = partial(_recoloured, original=original, reach=reach)
-        found.append(partial(_corrected, change, min(unit.weight, 1.0), models.scheduler_config))
+        found.append(partial(_changed, change, min(unit.weight, 1.0)))
     return tuple(found)
 
 
@@ -151,17 +149,9 @@ def _in_pass(request: Generation, hint: Hint) -> Map | None:
     return hint.second if isinstance(request, SecondPass) else hint.first
 
 
-def _corrected(
-    change: Callable[[torch.Tensor], torch.Tensor],
-    share: float,
-    config: Config,
-    x: torch.Tensor,
-    timestep: float,
-    prediction: torch.Tensor,
-) -> torch.Tensor:
-    """A prediction whose clean latents are changed, to a share."""
-    changed = change(clean_latents(x, timestep, prediction, config))
-    return share * prediction_of(x, timestep, changed, config) + (1 - share) * prediction
+def _changed(change: Correction, share: float, clean: torch.Tensor) -> torch.Tensor:
+    """Clean latents that are changed, to a share."""
+    return clean.lerp(change(clean), share)
 
 
 def _put_back(clean: torch.Tensor, original: torch.Tensor, painted: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from diffusers.utils.torch_utils import randn_tensor
+from scipy import integrate
 
 Loop = Callable[..., Generator[Any, Any, Any]]
 
@@ -53,6 +54,23 @@ def euler_ancestral(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
         if after > 0:
             x = x + noise() * up
     return x
+
+
+def lms(x: Any, sigmas: Any, noise: Any, eta: float, order: int = 4) -> Any:
+    ds: list[Any] = []
+    levels = sigmas.double().numpy()
+    for i in range(len(sigmas) - 1):
+        ds = [*ds, (x - (yield x, sigmas[i])) / sigmas[i]][-order:]
+        coeffs = [linear_multistep_coeff(len(ds), levels, i, j) for j in range(len(ds))]
+        x = x + sum(coeff * d for coeff, d in zip(coeffs, reversed(ds), strict=True))
+    return x
+
+
+def linear_multistep_coeff(order: int, t: Any, i: int, j: int) -> float:
+    def fn(tau: float) -> float:
+        return math.prod((tau - t[i - k]) / (t[i - j] - t[i - k]) for k in range(order) if k != j)
+
+    return float(integrate.quad(fn, t[i], t[i + 1], epsrel=1e-8)[0])
 
 
 def dpm_2(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
@@ -264,6 +282,7 @@ def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7
 # A1111's modules/sd_samplers_kdiffusion.py has which of them get a level more.
 KINDS = {
     "Euler a": Kind(euler_ancestral),
+    "LMS": Kind(lms),
     "DPM2": Kind(dpm_2, order=2, discards=True),
     "DPM2 a": Kind(dpm_2_ancestral, order=2, discards=True),
     "DPM++ 2S a": Kind(dpmpp_2s_ancestral, order=2),

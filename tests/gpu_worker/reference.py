@@ -20,7 +20,6 @@ LINSPACE = {"timestep_spacing": "linspace"}
 LEADING = {"timestep_spacing": "leading"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler": ("EulerDiscrete", LINSPACE),
-    "LMS": ("LMSDiscrete", LINSPACE),
     "Heun": ("HeunDiscrete", LINSPACE),
     "DDIM": ("DDIM", LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
     "PLMS": ("PNDM", LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),

@@ -1,5 +1,6 @@
 """img2img and inpainting against diffusers' own pipelines, given the same latents and noise."""
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,16 @@ def original(vae: Any, image: Any = None, keep: Any = 1) -> torch.Tensor:
     return found
 
 
-def of_pipeline(kind: Any, parts: dict[str, Any], request: Img2Img, **options: Any) -> torch.Tensor:
-    """The final latents of the request, made by diffusers' pipeline alone."""
+def of_pipeline(
+    kind: Any, parts: dict[str, Any], request: Img2Img, kept: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """The final latents of the request, made by diffusers' pipeline alone, or with what A1111 keeps."""
     seeds = [request.seed + row for row in range(request.batch_size)]
     extra = {"image_encoder": None} if kind is StableDiffusionImg2ImgPipeline else {}
     pipeline = kind(**parts | extra, requires_safety_checker=False)
     pipeline.scheduler = scheduler_of(request.sampler_name, seeds)
+    if kept is not None:
+        put_back(pipeline.scheduler, kept)
     pipeline.set_progress_bar_config(disable=True)
     found: torch.Tensor = pipeline(
         prompt=[request.prompt] * len(seeds),
@@ -85,21 +90,21 @@ def of_pipeline(kind: Any, parts: dict[str, Any], request: Img2Img, **options: A
         output_type="latent",
         **options,
     ).images
-    return found
+    return found if kept is None else torch.where(PAINTED, found, kept)
 
 
-def blending(clean: torch.Tensor, request: Img2Img) -> Any:
-    """A callback that makes diffusers' pipeline do with a UNet of 9 channels what it does with others: A1111 always
-    puts the originals back where nothing is painted."""
-    drawn = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(request.seed))
+def put_back(scheduler: Any, clean: torch.Tensor) -> None:
+    """Has the scheduler believe that the UNet sees these latents under the noise where nothing is painted, as A1111's
+    CFGDenoiser does."""
+    step = scheduler.step
 
-    def callback(pipeline: Any, step: int, _: Any, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        times = pipeline.scheduler.timesteps[request.first_step :]
-        is_last = step + 1 == len(times)
-        stays = clean if is_last else pipeline.scheduler.add_noise(clean, drawn, times[step + 1 : step + 2])
-        return {"latents": torch.where(PAINTED, found["latents"], stays)}
+    @wraps(step)
+    def told(prediction: torch.Tensor, time: torch.Tensor, x: torch.Tensor, **options: Any) -> Any:
+        at, zeros, ones = time.reshape(1), torch.zeros_like(x), torch.ones_like(x)
+        signal, noise = scheduler.add_noise(ones, zeros, at), scheduler.add_noise(zeros, ones, at)
+        return step(torch.where(PAINTED, prediction, (x - signal * clean) / noise), time, x, **options)
 
-    return callback
+    scheduler.step = told
 
 
 def of_inpainting(parts: dict[str, Any], request: Img2Img, **options: Any) -> torch.Tensor:
@@ -131,7 +136,7 @@ def test_jobs_in_company_have_the_latents_of_the_img2img_pipeline(
 
 
 @pytest.mark.parametrize("names", COMPANIES, ids=", ".join)
-def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(
+def test_inpainting_jobs_in_company_keep_what_is_not_painted_in_the_samplers_noise(
     parts: dict[str, Any], models: weights.Models, names: list[str]
 ) -> None:
     requests = [
@@ -140,7 +145,8 @@ def test_inpainting_jobs_in_company_have_the_latents_of_the_inpainting_pipeline(
     ]
     tasks = [(2 * index % 5, img2img_latents(request, models)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
-        assert_close(found, of_inpainting(parts, request), least=1)
+        expected = of_pipeline(StableDiffusionImg2ImgPipeline, parts, request, kept=original(parts["vae"]))
+        assert_close(found, expected, least=1)
 
 
 def test_plms_begins_with_its_two_evaluations_wherever_it_begins(models: weights.Models) -> None:
@@ -202,8 +208,8 @@ def test_an_inpainting_unet_reads_the_mask_and_what_stays(parts: dict[str, Any],
     requests = [changed(MASKED, seed=seed, sampler_name=name) for seed, name in enumerate(("Euler a", "DDIM"))]
     tasks = [(index, img2img_latents(request, inpainting)) for index, request in enumerate(requests)]
     for request, found in zip(requests, drive(tasks), strict=True):
-        blended = {"masked_image_latents": known, "callback_on_step_end": blending(original(parts["vae"]), request)}
-        assert_close(found, of_inpainting(with_unet, request, **blended), least=1)
+        kept = original(parts["vae"])
+        assert_close(found, of_inpainting(with_unet, request, masked_image_latents=known, kept=kept), least=1)
         stays = found[..., ~PAINTED]
         assert_close(stays, original(parts["vae"])[..., ~PAINTED])
 

@@ -30,7 +30,7 @@ def wish(
     texts = [num_chunks[0], *num_chunks[2:]]
     positives = tuple((text(length, index + 1000 * number), 1.0 - 0.4 * number) for number, length in enumerate(texts))
     guidance = Guidance(positives, negative, cfg_scale)
-    return Evaluation(x, 999.0 - 137.25 * index, Step(models.unet, guidance))
+    return Evaluation(x, 999.0 - 137.25 * index, Step(models.unet, guidance), shares=(1.0, -1.0))
 
 
 def alone(models: weights.Models, wish: Evaluation) -> torch.Tensor:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from gpu_worker.engine.denoise import Evaluation, Guidance, Step
 from gpu_worker.sampling import samplers
 from services.common.payloads import samplers as names
 from tests.gpu_worker import reference
@@ -14,6 +15,7 @@ from tests.gpu_worker.k_diffusion import KINDS
 from tests.gpu_worker.tables import SAMPLER_NAMES, slow
 
 SHAPE = (1, 4, 8, 8)
+NO_STEP = Step(None, Guidance((), None, 1.0))
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -48,6 +50,26 @@ def test_a_single_step_begins_with_all_the_noise(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_steps_are_those_of_the_reference(name: str) -> None:
     go_through_both(name, None)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_steps_from_the_middle_of_a_schedule_are_those_of_the_reference(name: str) -> None:
+    go_through_both(name, None, first_step=3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", names.SAMPLERS)
+def test_a_perfect_prediction_means_the_clean_latents(name: str, prediction_type: str) -> None:
+    sampling = samplers.create(name, MODEL | {"prediction_type": prediction_type}, 8, [torch.Generator()], first_step=2)
+    clean, noise = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0))
+    for index, timestep in enumerate(sampling.timesteps):
+        level = sampling.noise_level(index)
+        signal, share = 1 / (1 + level**2) ** 0.5, level / (1 + level**2) ** 0.5
+        prediction = noise if prediction_type == "epsilon" else signal * noise - share * clean
+        x = sampling.scaled(sampling.noised(clean, noise, index), index)
+        evaluation = Evaluation(x, timestep, NO_STEP, sampling.clean(index))
+        assert_close(evaluation.clean(prediction), clean)
+        assert_close(evaluation.meaning(clean), prediction)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3])

@@ -39,6 +39,8 @@ class Cpu:
     # How many ticks the engine's thread may be ahead.
     ticks_ahead = 0
     can_capture = False
+    # How long nothing may move in an engine that has runs; None: however long, as a processor is slow but never hangs.
+    patience_seconds: float | None = None
 
     @property
     def model_bytes(self) -> int:
@@ -96,6 +98,8 @@ class Cuda(Cpu):
     max_pixels = 64 * 512 * 512
     ticks_ahead = 1
     can_capture = True
+    # A load from a slow disk, or compiling, may take minutes.
+    patience_seconds = 1800.0
 
     def __init__(self) -> None:
         self._aside: torch.cuda.Stream | None = None

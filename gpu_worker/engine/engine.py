@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_NUM_LOOKS = 10  # while nothing moves, before the engine is taken for stuck
+
 
 @dataclass(frozen=True)
 class _Cancel:
@@ -60,6 +62,9 @@ class Engine:
         self.warm_models: tuple[str, ...] = ()
         self.max_pixels = 0
         self.on_warm: Callable[[], None] = lambda: None  # called when other models are in memory
+        self._num_runs = 0  # here now
+        self._num_turns = 0  # that the thread has ended
+        self._watching: asyncio.Task[None] | None = None
         # Resolves when jobs can run; an exception when the device cannot be used.
         self.ready: asyncio.Future[None] = self._loop.create_future()
 
@@ -70,6 +75,8 @@ class Engine:
     async def stop(self) -> None:
         """Ends the thread after the tick under way."""
         self._commands.put(_Signal.STOP)
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.to_thread(self._thread.join)
 
     async def run(
@@ -106,16 +113,34 @@ class Engine:
             on_preview=lambda jpeg: self._post(audience.show, jpeg) if audience else None,
         )
         self._commands.put(run)
+        self._num_runs += 1
         try:
             return await asyncio.shield(result)
         except asyncio.CancelledError:
             self._commands.put(_Cancel(run))
             await asyncio.wait([result])
             raise
+        finally:
+            self._num_runs -= 1
 
     def pin(self, files: list[CachedModel]) -> None:
         """Loads these checkpoints when there is room, and keeps them as long as no job needs it."""
         self._commands.put(_Pin(files))
+
+    async def _watch(self, patience_seconds: float) -> None:
+        """Ends the process when runs are here and nothing has moved for so long: a GPU may hang without an error. It is
+        counted in looks, as a process that was stopped in between has not been stuck."""
+        from gpu_worker.engine import fault  # noqa: PLC0415 - imports torch, which is here now
+
+        num_looks, num_turns = 0, 0
+        while num_looks < _NUM_LOOKS:
+            await asyncio.sleep(patience_seconds / _NUM_LOOKS)
+            has_moved = self._num_turns != num_turns or not self._num_runs
+            num_looks, num_turns = 0 if has_moved else num_looks + 1, self._num_turns
+        fault.leave_stuck(patience_seconds)
+
+    def _be_watched(self, patience_seconds: float) -> None:
+        self._watching = self._loop.create_task(self._watch(patience_seconds))
 
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         """Calls something on the event loop, from the thread."""
@@ -139,6 +164,7 @@ class Engine:
     def _work(self, core: Core) -> None:
         while self._take_commands(core):
             core.work()
+            self._num_turns += 1
             self.max_pixels = core.max_pixels
             if core.warm_models != self.warm_models:
                 self.warm_models = core.warm_models
@@ -160,6 +186,8 @@ class Engine:
             log.warning("the UNet has no fast form on this device", wanted=settings.fast_forms, device=device)
         self.device = ", ".join([description, precision, *forms])
         found = core.Core(its_device, settings, lambda: self._commands.put(_Signal.LOADED))
+        if its_device.patience_seconds is not None:
+            self._post(self._be_watched, its_device.patience_seconds)
         self.max_pixels = found.max_pixels
         return found
 

@@ -1,4 +1,5 @@
-"""Ends the process when the GPU has failed: after an error of the CUDA context every further call on it fails too."""
+"""Ends the process when the GPU has failed, after an error of the CUDA context, as every further call on it fails too;
+or when the engine is broken or stuck."""
 
 from __future__ import annotations
 
@@ -37,4 +38,11 @@ def leave_broken(error: BaseException) -> None:
     nobody could give back, and the process would look alive. Its jobs go back to the queue with the stream."""
     leave_if_device_failed(error, "")
     log.critical("the engine broke, this worker ends", exc_info=error)
+    os._exit(EXIT_ENGINE_BROKEN)
+
+
+def leave_stuck(seconds: float) -> None:
+    """Ends the process at once, from any thread, where the engine hangs. Its jobs go back to the queue with the stream,
+    whose leases are renewed otherwise for as long as the process lives."""
+    log.critical("nothing has moved in the engine, this worker ends", seconds=seconds)
     os._exit(EXIT_ENGINE_BROKEN)

@@ -30,6 +30,14 @@ def seconds(*_):
 
 Cpu.seconds = seconds
 """
+STUCK_IN_A_CALL = """
+import threading
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from gpu_worker.devices import Cpu
+
+Cpu.patience_seconds = 1.0
+UNet2DConditionModel.forward = lambda *_, **__: threading.Event().wait()
+"""
 MAIN = """
 from gpu_worker.__main__ import main
 main()
@@ -42,6 +50,7 @@ main()
     [
         (IN_A_CALL, EXIT_DEVICE_FAILED, "reason='CUDA error: an illegal memory access was encountered'"),
         (BEHIND_A_CALL, EXIT_ENGINE_BROKEN, "what an engine does not foresee"),
+        (STUCK_IN_A_CALL, EXIT_ENGINE_BROKEN, "nothing has moved in the engine"),
     ],
 )
 async def test_a_worker_that_cannot_go_on_ends_and_leaves_its_job_to_another(

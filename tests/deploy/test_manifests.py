@@ -355,6 +355,17 @@ def test_what_compose_mounts_is_made(secrets: dict[str, Manifest]) -> None:
                 assert (file.parent / source).exists(), name
 
 
+def test_compose_ends_workers_before_what_they_dial() -> None:
+    """Whoever depends on another ends before it; workers run in the container of endpoints."""
+    services = yaml.safe_load((ROOT / "deploy" / "docker" / "compose.yaml").read_text())["services"]
+    waiting, ends_after = ["endpoints"], set[str]()
+    while waiting:
+        found = set(services[waiting.pop()].get("depends_on", ())) - ends_after
+        ends_after |= found
+        waiting += found
+    assert ends_after == services.keys() - {"endpoints"}
+
+
 def test_who_follows_the_readme_has_the_namespaces_of_all_secrets_before_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

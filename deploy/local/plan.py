@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from deploy.local.postgres import Postgres
 from deploy.local.store import Store
 from gateway.settings import split_address
 from services.common.process import LAUNCHER_PID, bound
+from services.common.settings import SOME_URLS, URL
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
 # Settings of the gateway that are taken from the launcher's own environment.
@@ -71,6 +73,7 @@ def make_plan(options: Options, home: Home) -> Plan:
 
     Raises:
         PortRefusedError: nobody can listen on the port of the gateway or of the webui.
+        CannotRunError: ESD_PUBLIC_URL is no URL.
     """
     host, gateway_port = split_address(options.listen)
     if gateway_port and gateway_port == options.webui_port:
@@ -85,6 +88,8 @@ def make_plan(options: Options, home: Home) -> Plan:
     bracketed = f"[{host}]" if ":" in host else host
     reachable = socket.gethostname() if host in _ITSELF else bracketed
     url = os.environ.get("ESD_PUBLIC_URL") or f"{scheme}://{reachable}:{gateway_port}"
+    if not re.match(URL, url):
+        raise CannotRunError(f"setting ESD_PUBLIC_URL: a value such as {SOME_URLS[0]} is wanted (given: {url!r})")
     local_url = f"{scheme}://{_ITSELF.get(host, bracketed)}:{gateway_port}"
 
     postgres, store = Postgres(home, ports["postgres"]), Store(home, ports["swift"])
@@ -99,8 +104,8 @@ def make_plan(options: Options, home: Home) -> Plan:
         **{name: str(Path(os.environ[name]).absolute()) for name in _FILES if os.environ.get(name)},
     }
     # This machine's workers need no name of it. With TLS they do: that in the certificate, which they trust.
-    own_way = {"SSL_CERT_FILE": str(home.trust_file)} if scheme == "https" else {"ESD_PUBLIC_URL": local_url}
-    of_workers = {**common, **own_way}
+    certified = {"ESD_PUBLIC_URL": url, "SSL_CERT_FILE": str(home.trust_file)}
+    of_workers = {**common, **(certified if scheme == "https" else {"ESD_PUBLIC_URL": local_url})}
     ready = {**of_workers, "ESD_PROBE_URL": local_url + os.environ.get("ESD_BASE_PATH", "")}
     programs = [
         Program("postgres", postgres.command(options.replicas), {}, ports["postgres"], stop_signal="INT"),
@@ -122,7 +127,6 @@ def _common_environment(home: Home, store: Store, url: str, ports: dict[str, int
         LAUNCHER_PID: str(os.getpid()),
         **{f"ESD_{name.upper()}_ADDRESS": ",".join(addresses) for name, addresses in _addresses_of(ports).items()},
         "ESD_VERIFYING_KEY_FILE": str(home.verifying_key_file),
-        "ESD_PUBLIC_URL": url,
         "ESD_S3_ENDPOINT_URL": store.url,
         "ESD_S3_PUBLIC_URL": os.environ.get("ESD_S3_PUBLIC_URL") or url,
         "ESD_S3_BUCKET": S3_BUCKET,

@@ -80,7 +80,6 @@ class ServiceSettings(Settings):
     database_url: str
     secret_file: Path
     verifying_key_file: Path
-    public_url: str = Field("http://127.0.0.1:8080", pattern=URL, examples=SOME_URLS)
 
 
 class AuditedSettings(ServiceSettings):

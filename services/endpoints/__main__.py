@@ -19,7 +19,7 @@ from services.common.clients import TokenSource, channel
 from services.common.database import Database
 from services.common.process import refuse
 from services.common.server import Server
-from services.common.settings import Address, AuditedSettings, load, read_secret
+from services.common.settings import SOME_URLS, URL, Address, AuditedSettings, load, read_secret
 from services.endpoints.cluster import Cluster
 from services.endpoints.cluster.gpus import find_gpus
 from services.endpoints.cluster.local import LocalCluster
@@ -38,7 +38,8 @@ from services.endpoints.tasks import Tasks
 
 
 class EndpointsSettings(AuditedSettings):
-    """`worker_dir` keeps the secrets, logs and model cache of local workers; `max_instances` bounds one endpoint.
+    """`worker_dir` keeps the secrets, logs and model cache of local workers, who dial the gateway at `public_url`;
+    `max_instances` bounds one endpoint.
 
     A worker that is stopped may take `drain_seconds` to finish its job. Local workers and tasks run on when the
     service ends, and the next one adopts them; with `keep_workers` off they leave, since a container takes along
@@ -51,6 +52,7 @@ class EndpointsSettings(AuditedSettings):
     inference_address: Address
     cluster: Literal["local", "kubernetes"] = "local"
     worker_dir: Path | None = None
+    public_url: str = Field("http://127.0.0.1:8080", pattern=URL, examples=SOME_URLS)
     keep_workers: bool = True
     worker_command: Json[list[str]] = Field([sys.executable, "-m", "gpu_worker"], min_length=1, validate_default=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,7 +6,7 @@ from inspect import signature
 
 import pytest
 
-from deploy.local.home import SERVICES, Home
+from deploy.local.home import SERVICES, CannotRunError, Home
 from deploy.local.plan import Options, Plan, PortRefusedError, make_plan
 from services.common.database import Database
 
@@ -61,6 +61,12 @@ def test_workers_call_a_gateway_with_tls_by_its_name(home: Home, monkeypatch: py
     assert url_of_workers(make_plan(Options(home.path, "127.0.0.1:0"), home)).startswith("http://127.0.0.1:")
     monkeypatch.setenv("ESD_TLS_CERT_FILE", "certificate.pem")
     assert url_of_workers(make_plan(Options(home.path, "127.0.0.1:0"), home)) == "https://esd.example"
+
+
+def test_a_public_url_that_is_none_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESD_PUBLIC_URL", "esd.example")
+    with pytest.raises(CannotRunError, match="setting ESD_PUBLIC_URL: a value such as"):
+        make_plan(Options(home.path, "127.0.0.1:0"), home)
 
 
 @pytest.mark.parametrize(

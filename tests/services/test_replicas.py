@@ -38,7 +38,6 @@ def environment(tmp_path: Path, tokens: Tokens, make_database: Callable[[], str]
         "ESD_SECRET_FILE": str(tmp_path / "secret"),
         "ESD_AUDIT_KEY_FILE": str(tmp_path / "audit_key"),
         "ESD_WORKER_DIR": str(tmp_path / "worker"),
-        "ESD_PUBLIC_URL": "http://127.0.0.1:1",
         "ESD_S3_ENDPOINT_URL": s3.endpoint_url,
         "ESD_S3_BUCKET": s3.bucket,
         "ESD_S3_REGION": s3.region,

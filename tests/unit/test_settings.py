@@ -87,7 +87,7 @@ def test_a_secret_that_cannot_be_read_stops_the_process_by_name(
         ("identity", {"ESD_SECRET_HASHES_FILE": "Makefile"}, "setting ESD_SECRET_HASHES_FILE: Makefile is not a JSON"),
         ("models", {"ESD_IDENTITY_ADDRESS": ""}, "setting ESD_IDENTITY_ADDRESS: Field required\n"),
         (
-            "models",
+            "endpoints",
             {"ESD_PUBLIC_URL": "esd.example"},
             "setting ESD_PUBLIC_URL: a value such as https://esd.example.org is wanted (given: 'esd.example')\n",
         ),

@@ -210,11 +210,12 @@ def keep_compiled(cache_dir: Path) -> None:
 
 def _train(arguments: list[str]) -> int:
     """A training by hand; without arguments, in a task of the endpoints service, one of the training service."""
-    with uncollected():
-        from gpu_worker.trainer import command, session  # noqa: PLC0415 - the worker does without them
-
     if arguments or "ESD_TASK_ID" not in os.environ:
+        from gpu_worker.trainer import command  # noqa: PLC0415 - the worker does without it
+
         return command.main(arguments)
+    with uncollected():
+        from gpu_worker.trainer import session  # noqa: PLC0415 - the worker does without it
     settings = load(session.TrainerSettings)
     logs.configure("trainer", settings)
     return asyncio.run(session.train(settings))

@@ -11,11 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gpu_worker.engine.importing import uncollected
 from gpu_worker.files.cache import CachedModel
 from gpu_worker.job import JobError
-from gpu_worker.models import weights
-from gpu_worker.trainer import dataset, listening, steps
-from gpu_worker.trainer.loop import STATE, Loop, Stopped, within_memory
+from gpu_worker.trainer import dataset, listening
 from services.common.errors import InvalidArgument
 from services.common.payloads.training import Training, check_training, parse_toml
 
@@ -84,7 +83,7 @@ def main(arguments: list[str]) -> int:
         before = signal.signal(signal.SIGINT, lambda *_: setattr(shown, "wants_stop", True))
         try:
             _train(options.config, options.device, options.resume, shown)
-        except Stopped:
+        except listening.Stopped:
             shown.log("stopped; what was saved stays")
             return EXIT_STOPPED
         except OSError as error:  # of a file that the user named, or of a disk that is full
@@ -98,7 +97,6 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-@within_memory()
 def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
     config = _read(path)
     for note in config.notes:
@@ -106,19 +104,24 @@ def _train(path: Path, wanted_device: str, resume: bool, shown: Bar) -> None:
     for name in config.unknown:
         shown.log(f"warning: the key {name} is not known here and does nothing")
     pictures = dataset.read(config, shown.log)
-    device, description = weights.use_device(wanted_device, 0)
     base, vae = _file(config.pretrained_model_name_or_path, "pretrained_model_name_or_path"), None
     if config.vae:
         vae = _file(config.vae, "vae")
-    shown.log(f"loading {base.path.name} for {description}")
-    models = weights.load(base, vae, device, steps.precision(config, device))
-    models.stay()
-    if config.no_half_vae:
-        models.vae.float()
-    state = Path(config.output_dir) / STATE
+    with uncollected():  # torch takes seconds, for which nobody waits who is only told of a mistake
+        from gpu_worker.models import weights  # noqa: PLC0415
+        from gpu_worker.trainer import loop, steps  # noqa: PLC0415
+    state = Path(config.output_dir) / loop.STATE
     if resume and not state.is_file():
         raise JobError(f"there is nothing to go on from: {state} is not there")
-    Loop(config, models, base, pictures, Path(config.output_dir), shown).run(state if resume else None)
+    device, description = weights.use_device(wanted_device, 0)
+    shown.log(f"loading {base.path.name} for {description}")
+    with loop.within_memory():
+        models = weights.load(base, vae, device, steps.precision(config, device))
+        models.stay()
+        if config.no_half_vae:
+            models.vae.float()
+        training = loop.Loop(config, models, base, pictures, Path(config.output_dir), shown)
+        training.run(state if resume else None)
 
 
 def _read(path: Path) -> Training:

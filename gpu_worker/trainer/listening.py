@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 
+class Stopped(Exception):
+    """The training was told to stop."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a training is about to do. `first_step` is how many steps an earlier process has done."""

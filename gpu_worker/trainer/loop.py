@@ -26,7 +26,7 @@ from gpu_worker.trainer.board import Board
 from gpu_worker.trainer.buckets import batches
 from gpu_worker.trainer.dataset import Dataset, Picture
 from gpu_worker.trainer.latents import Latents
-from gpu_worker.trainer.listening import Listener, Plan, Progress
+from gpu_worker.trainer.listening import Listener, Plan, Progress, Stopped
 from gpu_worker.trainer.previews import Previews
 from gpu_worker.trainer.steps import Batch, Outcome, Steps
 from services.common.payloads.training import Training
@@ -37,10 +37,6 @@ NO_MEMORY = (
     "gradient_checkpointing=true, need less"
 )
 _MAX_SKIPPED_STEPS = 20  # in a row; in fp16 a few are usual until the loss scale fits
-
-
-class Stopped(Exception):
-    """The training was told to stop."""
 
 
 @contextmanager

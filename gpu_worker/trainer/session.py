@@ -27,7 +27,8 @@ from gpu_worker.job import JobError
 from gpu_worker.models import weights
 from gpu_worker.trainer import dataset, listening, steps
 from gpu_worker.trainer.files import Files
-from gpu_worker.trainer.loop import Loop, Stopped, within_memory
+from gpu_worker.trainer.listening import Stopped
+from gpu_worker.trainer.loop import Loop, within_memory
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.stream import Dismissed, Superseded, TrainStream
 from services.common.clients import TokenSource, plain_channel

@@ -14,7 +14,8 @@ from PIL import Image
 from gpu_worker.files.cache import CachedModel
 from gpu_worker.models import tiny, weights
 from gpu_worker.trainer import dataset, listening
-from gpu_worker.trainer.loop import STATE, Loop, Stopped
+from gpu_worker.trainer.listening import Stopped
+from gpu_worker.trainer.loop import STATE, Loop
 from gpu_worker.trainer.steps import precision
 from services.common.payloads.training import check_training
 from tests.bench.training_loops import CAPTION, KEYS

@@ -167,3 +167,21 @@ def test_there_must_be_something_to_go_on_from(
 ) -> None:
     assert command.main([str(write(trainings.folder, config)), "--resume"]) == command.EXIT_FAILED
     assert f"{STATE} is not there" in capsys.readouterr().err
+
+
+def test_help_and_mistakes_are_told_before_torch_is_read(config: dict[str, object], trainings: Trainings) -> None:
+    program = """
+import sys
+from gpu_worker.__main__ import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+    nowhere = {"pretrained_model_name_or_path": "/nowhere"}
+    wrong = write(trainings.folder, config | nowhere)
+    for argument, code, said in (("--help", 0, "a TOML file with kohya's keys"), (wrong, 1, "'/nowhere' is no file")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "train", argument], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr

@@ -18,7 +18,8 @@ from gpu_worker.job import JobError
 from gpu_worker.models import tiny, weights
 from gpu_worker.trainer import dataset, previews
 from gpu_worker.trainer.dataset import Picture
-from gpu_worker.trainer.loop import STATE, Loop, Stopped, _sizes
+from gpu_worker.trainer.listening import Stopped
+from gpu_worker.trainer.loop import STATE, Loop, _sizes
 from gpu_worker.trainer.steps import Batch, Outcome
 from tests.gpu_worker import tiny_sdxl
 from tests.gpu_worker.conftest import as_cached

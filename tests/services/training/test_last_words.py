@@ -14,8 +14,7 @@ from gpu_worker.files.transfer import Transfer
 from gpu_worker.job import JobError
 from gpu_worker.trainer import stream
 from gpu_worker.trainer.files import Files
-from gpu_worker.trainer.listening import Plan, Progress
-from gpu_worker.trainer.loop import Stopped
+from gpu_worker.trainer.listening import Plan, Progress, Stopped
 from gpu_worker.trainer.reporter import Reporter
 from gpu_worker.trainer.session import TrainerSettings, _Session
 from gpu_worker.trainer.stream import TrainStream

@@ -24,11 +24,11 @@ from xdist.scheduler import LoadScopeScheduling
 from deploy.local.home import S3_ACCESS_KEY, S3_REGION, Home
 from deploy.local.ports import free_port
 from deploy.local.postgres import Postgres
-from deploy.local.store import Store, process_environment
+from deploy.local.store import Store
 from services.common.blobs import Blobs
 from services.common.settings import BlobSettings
 from tests.databases import ROLE, Databases
-from tests.processes import running
+from tests.processes import process_environment, running
 
 # Plain tracebacks, as the services and the worker have: drawing tensors prettily takes half a minute.
 structlog.configure(

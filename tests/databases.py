@@ -47,9 +47,11 @@ class Databases:
 
     def make(self) -> str:
         """The URL of a new, empty database, which has no tables either."""
-        name = f"test_{uuid.uuid4().hex}"
-        self._postgres.create_database(name, owner=ROLE)
-        return self._postgres.url(ROLE, name)
+        name, own = f"test_{uuid.uuid4().hex}", self._postgres.url(ROLE)
+        create = sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE template0")
+        with self._connected(own) as connection:
+            connection.execute(create.format(sql.Identifier(name), sql.Identifier(ROLE)))
+        return f"{own.rpartition('/')[0]}/{name}"
 
     def lend(self, service: str) -> str:
         """The URL of a database with the tables of a service."""

@@ -1,5 +1,6 @@
 """Owns the processes that tests start."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -32,3 +33,9 @@ class running:  # noqa: N801 - read as a phrase: with running(command)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def process_environment() -> dict[str, str]:
+    """This environment without settings of ESD."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ESD_")}
+    return {**kept, "PYTHONUNBUFFERED": "1"}

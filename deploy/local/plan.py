@@ -19,7 +19,6 @@ from gateway.settings import split_address
 from services.common.process import LAUNCHER_PID, bound
 from services.common.settings import SOME_URLS, URL
 
-DEFAULT_LISTEN = "127.0.0.1:8080"
 # Settings of the gateway that are taken from the launcher's own environment.
 _FILES = ("ESD_TLS_CERT_FILE", "ESD_TLS_KEY_FILE")
 # From the addresses that stand for all of this machine's to those at which it finds itself.
@@ -51,7 +50,7 @@ class Options:
     """
 
     home: Path
-    listen: str = DEFAULT_LISTEN
+    listen: str = "127.0.0.1:8080"
     webui_port: int | None = None
     insecure: bool = False
     replicas: int = 1

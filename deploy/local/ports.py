@@ -27,15 +27,6 @@ def free_port() -> int:
     raise RuntimeError("no free port between 15000 and 32000 on 127.0.0.1")
 
 
-def is_free(host: str, port: int) -> bool:
-    """Says whether a server could listen on host:port now."""
-    try:
-        try_to_bind(host, port)
-    except OSError:
-        return False
-    return True
-
-
 def try_to_bind(host: str, port: int) -> None:
     """Raises OSError if no server could listen on host:port now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -95,10 +95,10 @@ class Postgres:
         server = [str(self._binaries() / "postgres"), "-D", str(self._home.postgres), "-p", str(self.port), *settings]
         return bound(server, user=self._user, signum=signal.SIGINT)
 
-    def url(self, role: str, database: str | None = None) -> str:
-        """Returns the SQLAlchemy URL of a role's database (of the same name unless given)."""
+    def url(self, role: str) -> str:
+        """Returns the SQLAlchemy URL of a role's database, which has its name."""
         password = self._home.database_password(role)
-        return f"postgresql+psycopg://{role}:{password}@127.0.0.1:{self.port}/{database or role}"
+        return f"postgresql+psycopg://{role}:{password}@127.0.0.1:{self.port}/{role}"
 
     def wait_until_up(self, seconds: float = 30) -> None:
         """Returns when the server accepts connections.
@@ -130,12 +130,6 @@ class Postgres:
         with self._connect() as connection:
             for role in roles:
                 self._make_role(connection, role)
-
-    def create_database(self, name: str, owner: str) -> None:
-        """Makes an empty database for an existing role."""
-        with self._connect() as connection:
-            statement = sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE template0")
-            connection.execute(statement.format(sql.Identifier(name), sql.Identifier(owner)))
 
     def _make_role(self, connection: psycopg.Connection, role: str) -> None:
         names = {"role": sql.Identifier(role), "password": sql.Literal(self._home.database_password(role))}

@@ -19,7 +19,7 @@ from typing import IO
 
 import certifi
 
-from deploy.local.home import CannotRunError, Home, default_home, run_folder
+from deploy.local.home import CannotRunError, Home, run_folder
 from deploy.local.plan import Options, Plan, make_plan
 from deploy.local.postgres import Postgres
 from deploy.local.store import reserve
@@ -178,28 +178,24 @@ def _try_lock(file: IO[str], kind: int) -> bool:
 class Stack:
     """A stack in a process of its own, for the demo, tests and benchmarks. It ends when this process does.
 
-    `listen` with port 0 takes a free port, as `webui=True` does for the second listener; `env_overrides` are ESD_*
-    settings on top of this process's own.
+    `listen` with port 0 takes a free port, as `webui` does for the second listener; `env_overrides` are ESD_* settings
+    on top of this process's own.
     """
 
     def __init__(
         self,
-        home: Path | None = None,
+        home: Path,
         listen: str = "127.0.0.1:0",
-        webui_port: int | None = None,
         webui: bool = False,
-        insecure: bool = False,
         replicas: int = 1,
         env_overrides: dict[str, str] | None = None,
     ) -> None:
-        self.home = (home or default_home()).resolve()
+        self.home = home.resolve()
         self._arguments = ["--home", str(self.home), "--listen", listen]
-        if webui_port is not None or webui:
-            self._arguments += ["--webui-port", str(webui_port or 0)]
+        if webui:
+            self._arguments += ["--webui-port", "0"]
         if replicas > 1:
             self._arguments += ["--replicas", str(replicas)]
-        if insecure:
-            self._arguments.append("--insecure")
         self._environment = {**os.environ, **(env_overrides or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._state: State | None = None

@@ -81,9 +81,3 @@ def reserved_bytes(reserve: str, disk_bytes: int) -> float:
         return float(reserve[:-1]) / 100 * disk_bytes if reserve.endswith("%") else float(reserve)
     except ValueError:
         return 0
-
-
-def process_environment() -> dict[str, str]:
-    """Returns what every process of the stack inherits: this environment without settings meant for the launcher."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ESD_")}
-    return {**kept, "PYTHONUNBUFFERED": "1"}

@@ -17,7 +17,6 @@ from kubernetes_asyncio.client.exceptions import ApiException
 from deploy.local.home import Home
 from deploy.local.ports import free_port
 from deploy.local.postgres import Postgres
-from deploy.local.store import process_environment
 from services.common import logs
 from services.common.audit import Audit
 from services.common.database import Database
@@ -31,7 +30,7 @@ from services.endpoints.scaling import Load, ScalingPolicy
 from services.endpoints.store import EndpointStore
 from services.endpoints.task_control import TaskControl
 from services.endpoints.task_store import TaskStore
-from tests.processes import running
+from tests.processes import process_environment, running
 
 _NUM_ROUNDS = 10
 

@@ -23,11 +23,10 @@ from sqlalchemy import text
 from deploy.local.home import Home
 from deploy.local.ports import free_port
 from deploy.local.postgres import Postgres
-from deploy.local.store import process_environment
 from services.common.database import Database
 from services.inference.queue.store import LeaseStore
 from services.inference.rows import Worker, now
-from tests.processes import running
+from tests.processes import process_environment, running
 
 _SMALL = 1000
 _REPEATS = 5
@@ -99,10 +98,10 @@ def _lease(lease_id: UUID | None) -> UUID:
 async def bench(postgres: Postgres, num_rows: int, num_jobs: int) -> None:
     """Measures and prints."""
     sizes = {"small": _SMALL, "large": num_rows}
+    postgres.bootstrap(sizes)
     pools = {}
     for name, size in sizes.items():
-        postgres.create_database(name, owner="bench")
-        pools[name] = Pool(postgres.url("bench", name))
+        pools[name] = Pool(postgres.url(name))
         with console.status(f"{size:,} rows are made"):
             await pools[name].fill(size)
     rates: dict[str, list[float]] = {name: [] for name in pools}
@@ -132,7 +131,6 @@ def main() -> None:
         postgres.prepare()
         with running(postgres.command(), process_environment()):
             postgres.wait_until_up()
-            postgres.bootstrap(["bench"])
             asyncio.run(bench(postgres, options.rows, options.jobs))
 
 

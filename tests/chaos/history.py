@@ -85,11 +85,6 @@ class History:
         with self._rows("SELECT * FROM job") as rows:
             return {row["id"]: row for row in rows}
 
-    def num_under_way(self) -> int:
-        """How many jobs have not ended."""
-        with self._rows("SELECT count(*) AS number FROM job WHERE status = 'inprogress'") as rows:
-            return int(next(rows)["number"])
-
     def leftovers(self) -> set[str]:
         """The prefixes that the cleaner knows of."""
         with self._rows("SELECT prefix FROM leftover") as rows:

@@ -4,7 +4,9 @@ import socket
 import subprocess
 import sys
 
-from deploy.local.ports import free_port, is_free
+import pytest
+
+from deploy.local.ports import free_port, try_to_bind
 from tests.processes import ROOT
 
 
@@ -29,5 +31,6 @@ def test_no_port_is_given_to_two_processes() -> None:
 def test_a_port_that_is_listened_on_is_not_given() -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port + 1)):
-        assert not is_free("127.0.0.1", port + 1)
+        with pytest.raises(OSError, match="Address already in use"):
+            try_to_bind("127.0.0.1", port + 1)
         assert free_port() != port + 1

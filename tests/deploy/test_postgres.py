@@ -12,9 +12,8 @@ import pytest
 from deploy.local.home import Home
 from deploy.local.ports import free_port
 from deploy.local.postgres import ADMIN, PasswordRefusedError, Postgres, _reachable
-from deploy.local.store import process_environment
 from services.common.process import bound
-from tests.processes import running
+from tests.processes import process_environment, running
 
 
 def connect(server: Postgres, user: str, password: str, database: str) -> psycopg.Connection:

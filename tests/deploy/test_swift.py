@@ -17,10 +17,10 @@ import pytest
 
 from deploy.local.home import S3_ACCESS_KEY, S3_BUCKET, S3_REGION, Home
 from deploy.local.ports import free_port
-from deploy.local.store import Store, process_environment
+from deploy.local.store import Store
 from tests.conftest import S3Access
 from tests.gpu_worker.tables import slow
-from tests.processes import ROOT, running
+from tests.processes import ROOT, process_environment, running
 
 PUBLIC = "http://images.example:8080"  # the address of the gateway, which passes Host on unchanged
 FORBIDDEN = HTTPStatus.FORBIDDEN

@@ -16,7 +16,6 @@ import pytest
 from deploy.local.stack import Stack
 from gpu_worker.models import tiny
 
-PARTS = 2
 PART_BYTES = 5 * 2**20  # the smallest that S3 takes for any part but the last
 # One thread, because torch's threads spin while they wait for a core that another test has.
 SETTINGS = {"ESD_BASE_PATH": "/prod", "ESD_NUM_THREADS": "1"}

@@ -11,11 +11,10 @@ from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.ports import free_port
-from deploy.local.store import process_environment
 from esd.models.v1 import models_pb2 as pb
 from esd.models.v1 import models_pb2_grpc
 from tests.conftest import S3Access
-from tests.processes import running
+from tests.processes import process_environment, running
 from tests.services.models.files import MIB, safetensors
 from tests.services.models.source import serving_files
 from tests.serving import AUDIT_KEY, Tokens

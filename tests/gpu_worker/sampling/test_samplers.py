@@ -14,6 +14,7 @@ from tests.gpu_worker.driving import assert_close
 from tests.gpu_worker.k_diffusion import KINDS
 from tests.gpu_worker.tables import SAMPLER_NAMES, slow
 
+SHAPE = (1, 4, 8, 8)
 NO_STEP = Step(None, Guidance((), None, 1.0))
 MODEL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 

@@ -18,7 +18,7 @@ from gpu_worker.trainer.networks import Network
 from services.common.payloads.training import Training
 
 # Each is imported by whoever wants it.
-_LIBRARIES = {"Lion": "lion_pytorch", "Prodigy": "prodigyopt"}
+_LIBRARIES = {"Adafactor": "transformers.optimization", "Lion": "lion_pytorch", "Prodigy": "prodigyopt"}
 
 
 def create_optimizer(config: Training, network: Network, device: torch.device, log: Callable[[str], None]) -> Any:

@@ -17,7 +17,7 @@ from services.common.payloads import network_args, samplers
 from services.common.payloads.showing import sentence, shown
 
 LORA_MODULE = "networks.lora"
-OPTIMIZERS = ("AdamW", "AdamW8bit", "Lion", "Prodigy")
+OPTIMIZERS = ("AdamW", "AdamW8bit", "Adafactor", "Lion", "Prodigy")
 SCHEDULERS = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "piecewise_constant", "polynomial",
 )  # fmt: skip
@@ -356,6 +356,11 @@ class Training(BaseModel):
             raise ValueError(
                 f"optimizer_type Prodigy finds the learning rate itself: unet_lr {self.unet_rate} and text_encoder_lr "
                 f"{self.text_rate} must be the same, or one of them 0; 1.0 is usual"
+            )
+        if self.optimizer_type == "Adafactor" and _is_on(self.optimizer_args.get("relative_step", "True")):
+            raise ValueError(
+                "optimizer_type Adafactor is possible with relative_step=False in optimizer_args, without which it "
+                "heeds no learning rate; scale_parameter=False relative_step=False warmup_init=False is usual"
             )
         if self.network_module == LORA_MODULE and self.network_args.keys() - {"conv_dim", "conv_alpha"}:
             raise ValueError(

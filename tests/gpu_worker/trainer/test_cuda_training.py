@@ -16,11 +16,15 @@ pytestmark = [
 ]
 
 
+ARGUMENTS = {"Adafactor": ["relative_step=False"]}
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
 def test_a_training_that_is_stopped_goes_on_from_its_epoch(mixed_precision: str, optimizer: str) -> None:
     # At this width a matrix has 4,096 numbers, from which on bitsandbytes keeps 8 bits of each.
-    found = whole("cuda", mixed_precision, optimizer_type=optimizer, network_dim=64)
+    keys = {"optimizer_type": optimizer, "optimizer_args": ARGUMENTS.get(optimizer, []), "network_dim": 64}
+    found = whole("cuda", mixed_precision, **keys)
     assert found["finite"]
     assert (found["steps"], found["resumed_at"]) == ([7, 8], 4)
     assert found["previews"] == 3

@@ -10,6 +10,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from lion_pytorch import Lion
 from prodigyopt import Prodigy
+from transformers.optimization import Adafactor
 
 from gpu_worker.engine.importing import find_hidden
 from gpu_worker.trainer import state
@@ -76,6 +77,10 @@ def test_the_rates_of_every_schedule_are_diffusers() -> None:
 OPTIMIZERS: dict[str, tuple[list[str], Callable[[Any], Any]]] = {
     "AdamW": (["weight_decay=0.1"], lambda groups: torch.optim.AdamW(groups, weight_decay=0.1)),
     "AdamW8bit": ([], torch.optim.AdamW),  # where there is no CUDA
+    "Adafactor": (
+        ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
+        lambda groups: Adafactor(groups, relative_step=False, scale_parameter=False),
+    ),
     "Lion": (["betas=0.8,0.9"], lambda groups: Lion(groups, betas=(0.8, 0.9))),
     "Prodigy": (["d_coef=2.0"], lambda groups: Prodigy(groups, d_coef=2.0)),
 }

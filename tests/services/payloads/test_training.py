@@ -255,7 +255,10 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         ({"network_dim": "many"}, 'network_dim "many": input should be a valid integer'),
         ({"max_train_epochs": 0}, "max_train_epochs 0 is out of range: 1 to 1000000 is possible"),
         ({"resolution": "0,512"}, 'resolution "0,512" is none; possible: one side, or "width,height"'),
-        ({"optimizer_type": "SGD"}, 'optimizer_type "SGD" is not possible; possible: AdamW, AdamW8bit, Lion, Prodigy'),
+        (
+            {"optimizer_type": "SGD"},
+            'optimizer_type "SGD" is not possible; possible: AdamW, AdamW8bit, Adafactor, Lion',
+        ),
         ({"lr_scheduler": "adafactor"}, 'lr_scheduler "adafactor" is not possible; possible: constant'),
         ({"network_args": ["conv_dim"]}, 'network_args ["conv_dim"] is not a list of "name=value"'),
         *(
@@ -314,6 +317,13 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         (
             {"optimizer_type": "prodigy", "unet_lr": 1, "text_encoder_lr": 0.5},
             "optimizer_type Prodigy finds the learning rate itself: unet_lr 1.0 and text_encoder_lr 0.5",
+        ),
+        *(
+            (
+                {"optimizer_type": "AdaFactor", "optimizer_args": arguments},
+                "optimizer_type Adafactor is possible with relative_step=False in optimizer_args, without which it",
+            )
+            for arguments in ([], ["scale_parameter=False"], ["relative_step=True", "warmup_init=True"])
         ),
         ({"max_token_length": 100}, "max_token_length 100: input should be 75, 150 or 225"),
         (

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from services.common.payloads.showing import shown
+from services.common.payloads.showing import OFF, says, shown
 
 SCRIPT = "x/y/z plot"
 NOTHING = "Nothing"
@@ -50,10 +50,20 @@ _AXES = {
     "Eta": _Axis("eta", float),
     "Hires upscaler": _Axis("hr_upscaler"),
     "Refiner switch at": _Axis("refiner_switch_at", float),
+    "VAE": _Axis("vae_name"),
+    "Refiner checkpoint": _Axis("refiner_checkpoint", is_labelled=False),
 }
-# By A1111's numbers; those that nothing here can vary have no name.
-_TXT2IMG = [*list(_AXES)[:8], "", "Sampler", "Hires sampler", "Checkpoint name"]
-_IMG2IMG = [*list(_AXES)[:5], "CFG Scale", "", _PROMPT, "", "Sampler", "Checkpoint name"]
+# By A1111's numbers.
+_TXT2IMG = {
+    **dict(enumerate(list(_AXES)[:8])),
+    9: "Sampler", 10: "Hires sampler", 11: "Checkpoint name", 21: "Eta", 22: "Clip skip", 23: "Denoising",
+    26: "Hires upscaler", 27: "VAE", 35: "Refiner checkpoint", 36: "Refiner switch at",
+}  # fmt: skip
+_IMG2IMG = {
+    **dict(enumerate(list(_AXES)[:5])),
+    5: "CFG Scale", 7: _PROMPT, 9: "Sampler", 10: "Checkpoint name", 20: "Eta", 21: "Clip skip", 22: "Denoising",
+    26: "VAE", 34: "Refiner checkpoint", 35: "Refiner switch at",
+}  # fmt: skip
 _NUMBER = r"[+-]?\d+(?:\.\d*)?"
 _RANGE = re.compile(
     rf"(?P<first>{_NUMBER})\s*-\s*(?P<last>{_NUMBER})\s*"
@@ -172,10 +182,10 @@ def plot_of(arguments: Any, fields: dict[str, Any], is_img2img: bool) -> dict[st
         for name, at in (("x", 0), ("y", 3), ("z", 6))
     }
     vary = [name for name, flag in zip("xyz", given[13:16], strict=True) if has_varied and flag]
-    if given[12] is True and fields.get("seed", -1) == -1:  # no fixed seed: each cell its own
+    if says(given[12]) and fields.get("seed", -1) == -1:  # no fixed seed: each cell its own
         vary = ["x", "y", "z"]
-    switches = {"draw_legend": given[9] is not False, "include_lone_images": given[10] is True}
-    return plot | switches | {"include_sub_grids": given[11] is True, "vary_seeds": vary, "margin_size": margin or 0}
+    switches = {"draw_legend": given[9] not in OFF, "include_lone_images": says(given[10])}
+    return plot | switches | {"include_sub_grids": says(given[11]), "vary_seeds": vary, "margin_size": margin or 0}
 
 
 def _axis(letter: str, given: list[Any], is_csv: bool, fields: dict[str, Any], is_img2img: bool) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def _name(letter: str, given: Any, is_img2img: bool) -> str:
     numbered = _IMG2IMG if is_img2img else _TXT2IMG
     name = given
     if isinstance(given, int) and not isinstance(given, bool):
-        name = numbered[given] if 0 <= given < len(numbered) else ""
+        name = numbered.get(given, "")
     known = {axis.lower(): axis for axis in _AXES}
     found = known.get(name.lower()) if isinstance(name, str) else NOTHING if name is None else None
     if found is None:

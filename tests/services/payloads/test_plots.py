@@ -53,6 +53,10 @@ def test_one_request_becomes_many_x_by_x_then_y_by_y_then_z_by_z() -> None:
         ((2, "5,6"), "subseed", [5, 6]),
         ((3, "0.1"), "subseed_strength", [0.1]),
         (("Clip skip", "1-3"), "clip_skip", [1, 2, 3]),
+        ((22, "1-3"), "clip_skip", [1, 2, 3]),
+        ((27, "", ["Automatic", "soft"]), "vae_name", ["Automatic", "soft"]),
+        ((35, "", ["None", "fine"]), "refiner_checkpoint", ["", "fine"]),
+        ((36, "0.5,0.6"), "refiner_switch_at", [0.5, 0.6]),
         ((9, "", ["Euler a", "DPM++ 2M Karras"]), "sampler_name", ["Euler a", "DPM++ 2M Karras"]),
         ((9, "euler, ddim"), "sampler_name", ["Euler", "DDIM"]),
         ((1, "-1, -1"), "seed", [11, 12]),
@@ -77,9 +81,10 @@ def test_search_and_replace_puts_other_words_in_both_prompts() -> None:
 
 
 def test_numbers_of_img2img_are_its_own() -> None:
-    request = plotted((5, "3,4"), (9, "Euler"), task="img2img", fields={"init_images": [encoded(noise())]})
+    axes = (5, "3,4"), (9, "Euler"), (26, "", ["Automatic"])
+    request = plotted(*axes, task="img2img", fields={"init_images": [encoded(noise())]})
     assert request.plot is not None
-    assert (request.plot.x.name, request.plot.y.name) == ("CFG Scale", "Sampler")
+    assert [axis.name for axis in (request.plot.x, request.plot.y, request.plot.z)] == ["CFG Scale", "Sampler", "VAE"]
     assert request.plot.x.labels == ["CFG Scale: 3.0", "CFG Scale: 4.0"]
 
 
@@ -92,10 +97,11 @@ def test_seeds_may_differ_by_place() -> None:
 
 
 def test_the_arguments_of_older_versions_have_three_less() -> None:
-    arguments = [4, "2,3", [], 0, "", [], 0, "", [], True, True, True, False, 7, False]
-    request = plotted(fields={"script_args": arguments})
-    assert request.plot is not None
-    assert (request.plot.margin_size, request.num_images) == (7, 1 + 1 + 2)
+    arguments = [4, "2,3", [], 0, "", [], 0, "", []]
+    for switches in ([True, True, True, False, 7, False], ["True", "True", "True", "False", 7]):
+        request = plotted(fields={"script_args": arguments + switches})
+        assert request.plot is not None
+        assert (request.plot.margin_size, request.num_images) == (7, 1 + 1 + 2)
 
 
 def test_the_models_of_all_cells_are_used() -> None:
@@ -104,6 +110,8 @@ def test_the_models_of_all_cells_are_used() -> None:
     assert used(request, models) == [2, 0]
     with pytest.raises(InvalidArgument, match="names gone, which is not among the job's models"):
         used(plotted((11, "gone")), models)
+    models.append(("VAE", "soft.vae.pt"))
+    assert used(plotted((27, "None, soft.vae"), (35, "None, b")), models) == [0, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,7 @@ def test_the_models_of_all_cells_are_used() -> None:
     [
         ([(8, "a,b")], "x/y/z plot: X type 8 cannot be varied here; possible: Nothing, Seed, "),
         ([(0,), ("Face restore", "a")], 'x/y/z plot: Y type "Face restore" cannot be varied here'),
+        ([(99, "1")], "x/y/z plot: X type 99 cannot be varied here"),
         ([(True, "1")], "x/y/z plot: X type true cannot be varied here"),
         ([(4, "few")], 'x/y/z plot: X values "few" cannot be read as those of Steps'),
         ([(4, "1\r2")], 'x/y/z plot: X values "1\\r2" cannot be read as those of Steps'),

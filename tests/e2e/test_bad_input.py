@@ -31,8 +31,8 @@ def refused_start(studio: Studio, payload: Any) -> Answer:
     ("change", "words"),
     [
         ({"sampler_name": "Euler b"}, ["sampler_name", "Euler b", "Euler a"]),
-        ({"width": 100}, ["width", "100", "multiple of 8"]),
-        ({"height": 70}, ["height", "70", "multiple of 8"]),
+        ({"width": 32}, ["width", "32", "64 to 4096"]),
+        ({"height": 5000}, ["height", "5000", "64 to 4096"]),
         ({"steps": 0}, ["steps", "0"]),
         ({"steps": 100000}, ["steps", "100000"]),
         ({"steps": "many"}, ["steps", "many"]),

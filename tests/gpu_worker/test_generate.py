@@ -125,7 +125,7 @@ async def test_a_large_payload_is_read_from_its_url(generate: Any, store: Object
         ({"task_type": "deepbooru"}, "task type deepbooru is not known; possible: txt2img, img2img, "),
         ({"sampler_name": "DPM adaptive"}, 'sampler_name "DPM adaptive" cannot be run here'),
         ({"restore_faces": True}, "restore_faces true: face restoration needs weights that this service does not have"),
-        ({"width": 100}, "width 100 is not a multiple of 8"),
+        ({"width": 32}, "width 32 is out of range: 64 to 4096 is possible"),
         ({"n_iter": 3}, "the job makes 3 images"),
     ],
 )

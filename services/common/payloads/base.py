@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Payload(BaseModel):
     """One job's request."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Where a whole number is wanted, what is behind the point does not count, as in A1111."""
+        whole = {name for name, field in cls.model_fields.items() if field.annotation is int}
+        cut = {
+            name: int(value) for name in whole if isinstance(value := fields.get(name), float) and math.isfinite(value)
+        }
+        return fields | cut
 
     @property
     def num_images(self) -> int:

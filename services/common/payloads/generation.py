@@ -6,9 +6,9 @@ How a client spells them is read in `spelling`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from services.common.payloads import plots, prompts
 from services.common.payloads.base import Payload
@@ -27,6 +27,9 @@ _STEP_SECONDS = 0.05
 _CONTROLNET_PART = 0.4  # of a UNet: its way down and its middle
 REFINE_FIRST: Final = "first pass"
 REFINE_SECOND: Final = "second pass"
+# Pixels, down to whole latents. A1111 does that with the latents only: it scales an init image, and a second pass, from
+# the size that was sent.
+Side = Annotated[int, Field(ge=64, le=MAX_SIDE), AfterValidator(lambda side: side // 8 * 8)]
 
 
 class Generation(Payload):
@@ -51,8 +54,8 @@ class Generation(Payload):
     sampler_name: str = "Euler"
     steps: int = Field(50, ge=1, le=150)
     cfg_scale: float = Field(7.0, ge=0, le=30)
-    width: int = Field(512, ge=64, le=MAX_SIDE, multiple_of=8)
-    height: int = Field(512, ge=64, le=MAX_SIDE, multiple_of=8)
+    width: Side = 512
+    height: Side = 512
     batch_size: int = Field(1, ge=1, le=8)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     # The picture can be laid beside itself.

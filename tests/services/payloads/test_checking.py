@@ -115,7 +115,7 @@ def test_a_seed_of_minus_one_depends_on_the_job_only() -> None:
     [
         ({"steps": 0}, "steps 0 is out of range: 1 to 150 is possible"),
         ({"steps": 100000}, "steps 100000 is out of range: 1 to 150 is possible"),
-        ({"width": 513}, "width 513 is not a multiple of 8"),
+        ({"width": 4100}, "width 4100 is out of range: 64 to 4096 is possible"),
         ({"height": 8}, "height 8 is out of range: 64 to 4096 is possible"),
         ({"height": 8192}, "height 8192 is out of range: 64 to 4096 is possible"),
         ({"cfg_scale": 1000}, "cfg_scale 1000 is out of range: 0 to 30 is possible"),
@@ -151,6 +151,12 @@ def test_what_cannot_be_run_is_refused_with_field_and_value(fields: dict[str, ob
     with pytest.raises(InvalidArgument) as refused:
         check(**fields)
     assert sentence in str(refused.value)
+
+
+def test_numbers_are_cut_to_whole_ones_and_sides_to_whole_latents() -> None:
+    fields = check(width=554.67, height="683", steps=20.9, seed=1234.5, cfg_scale="7")
+    found = [fields[name] for name in ("width", "height", "steps", "seed", "cfg_scale")]
+    assert found == [552, 680, 20, 1234, 7.0]
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from services.common.payloads import pictures
 from services.common.payloads.base import Payload
 from services.common.payloads.generation import MAX_IMAGES, MAX_SIDE
-from services.common.payloads.showing import shown
+from services.common.payloads.showing import says, shown
 from services.common.payloads.upscalers import PIXEL_UPSCALERS
 
 BY_FACTOR, TO_SIZE = range(2)
@@ -140,7 +140,7 @@ class RemoveBackground(Edit):
     @model_validator(mode="before")
     @classmethod
     def _without_matting(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        if fields.get("alpha_matting"):
+        if says(fields.get("alpha_matting")):
             raise ValueError("alpha_matting true: edges are not matted here; set it to false")
         return {name: value for name, value in fields.items() if value is not None}
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from services.common.payloads import pictures, plots
 from services.common.payloads.generation import MAX_STRENGTH, Generation, stretched
+from services.common.payloads.showing import says
 
 JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL, LATENT_UPSCALE = range(4)
 FILL, ORIGINAL, LATENT_NOISE, LATENT_NOTHING = range(4)
@@ -42,7 +43,7 @@ class Img2Img(Generation):
     @classmethod
     def _one_picture_for_each_row(cls, fields: dict[str, Any]) -> dict[str, Any]:
         given = dict(fields)
-        if given.get("latent_mask") is not None:
+        if says(given.get("latent_mask")):
             raise ValueError("latent_mask is not supported; use mask")
         if (blur := given.pop("mask_blur", None)) is not None:
             given |= {"mask_blur_x": blur, "mask_blur_y": blur}

@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.payloads.controlnet import units, unused
-from services.common.payloads.showing import says, shown
+from services.common.payloads.showing import OFF, says, shown
 
 
-def _first_is_true(arguments: list[Any]) -> bool:
-    return bool(arguments) and arguments[0] is True
+def _first_says_so(arguments: list[Any]) -> bool:
+    return bool(arguments) and says(arguments[0])
 
 
 def _names_model(arguments: list[Any]) -> bool:
-    """ADetailer is on unless its first argument says no, and has a model in each of its tabs."""
-    tabs = [argument for argument in arguments if isinstance(argument, dict)]
-    return arguments[:1] != [False] and any(tab.get("ad_model", "None") != "None" for tab in tabs)
+    """ADetailer is on unless its first argument says no, and has a model in each of its tabs that are on."""
+    tabs = [
+        argument for argument in arguments if isinstance(argument, dict) and argument.get("ad_tab_enable") not in OFF
+    ]
+    return _first_says_so(arguments) and any(says(tab.get("ad_model")) for tab in tabs)
 
 
 def _is_enabled(arguments: list[Any]) -> bool:
-    return any(isinstance(argument, dict) and argument.get("enable") is True for argument in arguments)
+    return any(isinstance(argument, dict) and says(argument.get("enable")) for argument in arguments)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ _REFUSED = {
     "roop": _Refused(lambda arguments: any(value is True for value in arguments[:2]), _NO_FACES),
     "adetailer": _Refused(_names_model, _NO_FACES),
     "animatediff": _Refused(_is_enabled, "pictures are possible, videos are not; disable it"),
-    "tiled diffusion": _Refused(_first_is_true, "sizes up to 4096 are denoised as a whole; disable it"),
+    "tiled diffusion": _Refused(_first_says_so, "sizes up to 4096 are denoised as a whole; disable it"),
 }
 # Known, and without an effect on the picture: they save memory, or repeat what the payload says elsewhere.
 _HARMLESS = ("seed", "comments", "extra options", "hypertile", "sampler", "tiled vae")
@@ -94,7 +96,7 @@ def _arguments(scripts: Any) -> Iterator[tuple[str, list[Any] | None]]:
 
 def _refiner(arguments: list[Any]) -> dict[str, Any]:
     """[enabled, checkpoint, switch at]."""
-    if not _first_is_true(arguments):
+    if not _first_says_so(arguments):
         return {}
     return dict(zip(("refiner_checkpoint", "refiner_switch_at"), arguments[1:], strict=False))
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 _MAX_LETTERS = 80
-OFF = (False, 0, "", "None", "none")  # how clients write that a field says nothing
+OFF = (False, 0, "", "None", "none", "false", "False")  # how clients write that a field says nothing
 
 
 def shown(value: Any) -> str:
@@ -20,7 +20,9 @@ def shown(value: Any) -> str:
 
 def says(value: Any) -> bool:
     """Whether a client might miss what a field with that value asks for."""
-    return value not in (None, *OFF, [], {})
+    if isinstance(value, list):
+        return any(item not in (None, *OFF) for item in value)
+    return value not in (None, *OFF, {})
 
 
 def is_text(value: str) -> bool:

@@ -24,11 +24,11 @@ _REFUSED = {
 WITHOUT_EFFECT = frozenset({
     "alwayson_scripts", "comments", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "override_settings",
-    "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
+    "override_settings_restore_afterwards", "s_noise", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "script_args", "script_name", "send_images",
 })  # fmt: skip
 _SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
-_DEFAULTS = {"s_noise": 1}
+_DEFAULTS = {"mask_round": True}
 _NEGATIVE = ("negative_prompt", "hr_negative_prompt")
 _PROMPTS = ("prompt", "hr_prompt", *_NEGATIVE)
 _COMMENTS = "enable_prompt_comments"
@@ -85,6 +85,8 @@ def checked_form(
     passes = [(name, field) for name, field in _SCHEDULES if name in known and given.get(name)]
     ignored += [field for name, field in passes if samplers.ignores(given[name], given.get(field))]
     given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
+    if given.get("s_noise", 1) != 1 and any(samplers.sampler_of(given[name]).eta for name, _ in passes):
+        ignored.append("s_noise")  # other samplers have no noise for it
     given.setdefault("ignored", [name if is_text(name) else shown(name) for name in ignored])
     given |= as_fields(given.get("alwayson_scripts"))
     if given.get("refiner_checkpoint") in OFF:
@@ -116,9 +118,8 @@ def _unused_tags(given: dict[str, Any]) -> list[str]:
 
 def _unused(given: dict[str, Any], known: Set[str]) -> list[str]:
     """Names of fields and settings that say something and are not known."""
-    fields = [
-        name for name, value in given.items() if name not in known and says(value) and value != _DEFAULTS.get(name)
-    ]
+    said = [name for name, value in given.items() if (value != _DEFAULTS[name] if name in _DEFAULTS else says(value))]
+    fields = [name for name in said if name not in known]
     settings = given.get("override_settings")
     if isinstance(settings, dict):
         known = {name for name, value in settings.items() if name in {*_SETTINGS, _COMMENTS} or value is None}

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from services.common.payloads import prompts, samplers
 from services.common.payloads.generation import MAX_SIDE, REFINE_FIRST, REFINE_SECOND, Generation, stretched
+from services.common.payloads.showing import says
 from services.common.payloads.spelling import CHECKED
 from services.common.payloads.upscalers import LATENT_UPSCALERS, PIXEL_UPSCALERS
 
@@ -58,7 +59,7 @@ class Txt2Img(Generation):
     @classmethod
     def _second_pass_as_one(cls, fields: dict[str, Any]) -> dict[str, Any]:
         given = dict(fields)
-        if not given.get("enable_hr"):
+        if not says(given.get("enable_hr")):
             return {name: value for name, value in given.items() if not name.startswith("hr_")}
         for field in ("hr_checkpoint_name", "hr_scheduler"):
             if given.get(field) in _SAME:

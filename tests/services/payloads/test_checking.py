@@ -285,6 +285,7 @@ def test_the_checked_form_is_its_own_checked_form() -> None:
         ({"reactor": {"args": ["", True]}}, 'the script "reactor" cannot be run here: it needs weights'),
         ({"Tiled Diffusion": {"args": [True]}}, 'the script "Tiled Diffusion" cannot be run here'),
         ({"ADetailer": {"args": [True, False, {"ad_model": "face_yolov8n.pt"}]}}, '"ADetailer" cannot be run here'),
+        ({"ADetailer": {"args": ["true", {"ad_model": "hand.pt", "ad_tab_enable": "true"}]}}, '"ADetailer" cannot'),
         ({"AnimateDiff": {"args": [{"enable": True}]}}, '"AnimateDiff" cannot be run here: pictures are possible'),
     ],
 )
@@ -302,6 +303,9 @@ def test_what_is_off_changes_nothing() -> None:
         "tiled diffusion": {"args": [False, "MultiDiffusion"]},
         "tiled vae": {"args": [False, 1536]},
         "adetailer": {"args": [False, {"ad_model": "face_yolov8n.pt"}]},
+        "ADetailer": {
+            "args": [True, False, {"ad_model": "face_yolov8n.pt", "ad_tab_enable": False}, {"ad_model": None}]
+        },
         "controlnet": {"args": [{"enabled": False, "model": "x"}, {"enabled": True, "model": "None"}]},
         "refiner": {"args": [False, "", 0.8]},
         "seed": {"args": [-1, False, -1, 0, 0, 0]},
@@ -312,7 +316,8 @@ def test_what_is_off_changes_nothing() -> None:
     }
     off = {"restore_faces": False, "tiling": None, "s_churn": 0, "s_tmax": 1e30, "styles": [], "script_name": None}
     off |= {
-        "s_noise": 1.0,
+        "s_noise": 0,
+        "mask_round": True,
         "send_images": True,
         "override_settings_restore_afterwards": True,
         "comments": {},
@@ -321,6 +326,19 @@ def test_what_is_off_changes_nothing() -> None:
     }
     assert check(alwayson_scripts=scripts, override_settings={}, script_args=[], **off) == plain
     assert plain["ignored"] == []
+
+
+def test_what_is_off_may_be_text() -> None:
+    """As bots write it, and forms."""
+    texts = {"restore_faces": "false", "tiling": "False", "enable_hr": "false", "hr_upscaler": "string"}
+    assert check(**texts, styles=["None"], script_name="None") == check(styles=[""]) == check()
+
+
+def test_a_share_of_noise_is_missed_only_where_steps_have_noise() -> None:
+    for names in ({"sampler_name": "DPM++ SDE"}, {"enable_hr": True, "hr_sampler_name": "DPM2 a"}):
+        assert check(**names, s_noise=0)["ignored"] == ["s_noise"]
+        assert check(**names, s_noise=1)["ignored"] == []
+    assert check(sampler_name="Euler", s_noise=1.01)["ignored"] == []
 
 
 @pytest.mark.parametrize("script", [{"args": {"model": "canny", "image": "x"}}, [{"model": "canny", "image": "x"}], 3])
@@ -351,7 +369,7 @@ def test_what_is_ignored_has_a_name_that_can_be_stored() -> None:
 def test_what_is_ignored_is_named() -> None:
     fields = check(
         styles=["noir"],
-        s_noise=1.01,
+        mask_round=False,
         infotext="a cat\nSteps: 20",
         script_name="sd upscale",
         override_settings={"samples_format": "jpg", "CLIP_stop_at_last_layers": 2},
@@ -359,7 +377,7 @@ def test_what_is_ignored_is_named() -> None:
     )
     assert fields["ignored"] == [
         "styles",
-        "s_noise",
+        "mask_round",
         "infotext",
         "override_settings.samples_format",
         "script dynamic prompts",

@@ -55,6 +55,7 @@ PNG = encoded(PICTURE)
         ({"init_images": [many_scans(1000)]}, "scans; at most 100 are possible"),
         ({"init_images": [PNG], "mask": bomb(100000, 1000)}, "mask has 100000x1000 pixels"),
         ({"init_images": [PNG], "mask": "nonsense!"}, "mask is not base64"),
+        ({"init_images": [PNG], "latent_mask": PNG}, "latent_mask is not supported; use mask"),
         ({"init_images": []}, "init_images []: list should have at least 1 item, not 0"),
         ({}, "init_images is missing"),
         ({"init_images": [PNG] * 9}, "init_images"),
@@ -97,7 +98,7 @@ def test_a_truncated_photo_is_found_when_it_is_decoded() -> None:
 
 
 def test_defaults_are_those_of_a1111_and_a_batch_has_a_picture_for_each_row() -> None:
-    request = check("img2img", {"init_images": [PNG, PNG], "mask_blur": None, "mask": ""}, "job")
+    request = check("img2img", {"init_images": [PNG, PNG], "mask_blur": None, "mask": "", "latent_mask": ""}, "job")
     assert isinstance(request, Img2Img)
     assert (request.batch_size, request.denoising_strength, request.num_steps) == (2, 0.75, 38)
     assert (request.mask, request.mask_blur_x, request.inpaint_full_res) == (None, 4, True)

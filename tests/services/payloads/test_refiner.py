@@ -23,6 +23,7 @@ def txt2img(**fields: Any) -> Txt2Img:
         {"refiner_checkpoint": "fine.safetensors [abc123]", "refiner_switch_at": 0.6},
         {"alwayson_scripts": {"Refiner": {"args": [True, "fine", 0.6]}}},
         {"refiner_checkpoint": "other", "alwayson_scripts": {"refiner": {"args": [True, "fine", 0.6]}}},
+        {"alwayson_scripts": {"Refiner": {"args": [1, "fine", 0.6]}}},
     ],
 )
 def test_it_is_named_by_field_or_script(fields: dict[str, Any]) -> None:
@@ -38,6 +39,7 @@ def test_without_a_name_there_is_none() -> None:
         {"alwayson_scripts": {"refiner": {"args": [False, "fine", 0.6]}}},
         {"alwayson_scripts": {"refiner": {"args": [True, "None", 0.6]}}},
         {"alwayson_scripts": {"refiner": {"args": []}}},
+        {"alwayson_scripts": {"refiner": {"args": ["false", "fine", 0.6]}}},
     ):
         request = txt2img(**fields)
         assert used(request, MODELS) == [0, 2]

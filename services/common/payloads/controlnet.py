@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, field_validator
 
 from services.common.payloads import pictures
-from services.common.payloads.showing import says, shown
+from services.common.payloads.showing import OFF, says, shown
 
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 ControlMode = Literal["Balanced", "My prompt is more important", "ControlNet is more important"]
@@ -27,13 +27,14 @@ INPAINT_ONLY = "inpaint_only"
 INPAINT = ("inpaint", INPAINT_ONLY)
 MAX_UNITS = 10
 _NOTHING = (None, "", "None", "none")
-# Older spellings of the extension's API.
-_FIELDS = {"input_image": "image", "guidance": "guidance_end"}
+# Other spellings of the extension's API.
+_FIELDS = {"input_image": "image", "mask_image": "mask", "guidance": "guidance_end"}
 # Fields of the extension that say how it works, saves memory or shows itself.
 _WITHOUT_EFFECT = frozenset({
     "batch_images", "enabled", "inpaint_crop_input_image", "input_mode", "is_ui", "loopback", "low_vram", "lowvram",
     "output_dir", "pixel_perfect",
 })  # fmt: skip
+_DEFAULTS = {"pulid_mode": "Fidelity", "union_control_type": "Unknown"}
 _VALUES = {
     "Scale to Fit (Inner Fit)": CROPPED,
     "Inner Fit (Scale to Fit)": CROPPED,
@@ -128,7 +129,10 @@ class Unit(BaseModel):
     def _within_bounds(cls, given: Any, info: Any) -> float:
         module = PREPROCESSORS.get(info.data.get("module"), Preprocessor())  # that of none where it is wrong
         index = int(info.field_name == "threshold_b")
-        return module.value(index, given if isinstance(given, int | float) else None)
+        try:
+            return module.value(index, float(given))
+        except (TypeError, ValueError, OverflowError):  # no number
+            return module.value(index, None)
 
     def acts_in(self, step: int, num_steps: int) -> bool:
         """Whether it has a say in that step, counted from 0."""
@@ -143,10 +147,9 @@ def units(arguments: list[Any]) -> list[dict[str, Any]]:
     """
     found = []
     for index, given in enumerate(arguments):
-        if isinstance(given, dict) and given.get("enabled") is not False:
-            unit = _unit(
-                f"controlnet unit {index}", {_FIELDS.get(name) or name: value for name, value in given.items()}
-            )
+        if _is_on(given):
+            said = {_FIELDS.get(name) or name: value for name, value in given.items() if value not in (None, "")}
+            unit = _unit(f"controlnet unit {index}", said)
             found += [unit] if unit else []
     return found
 
@@ -156,15 +159,20 @@ def unused(arguments: list[Any]) -> list[str]:
     and are not known."""
     found = []
     for index, given in enumerate(arguments):
-        if not isinstance(given, dict) or given.get("enabled") is False:
+        if not _is_on(given):
             continue
         name = f"controlnet unit {index}"
         if given.get("model") not in _NOTHING:
             known = Unit.model_fields.keys() | _FIELDS.keys() | _WITHOUT_EFFECT
-            found += [f"{name}: {field}" for field, value in given.items() if field not in known and says(value)]
+            said = [field for field, value in given.items() if says(value) and value != _DEFAULTS.get(field)]
+            found += [f"{name}: {field}" for field in said if field not in known]
         elif given.get("module") not in _NOTHING:
             found.append(f"{name}, which has no model")
     return found
+
+
+def _is_on(given: Any) -> bool:
+    return isinstance(given, dict) and given.get("enabled") not in OFF
 
 
 def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,13 +190,16 @@ def _unit(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
     for field, choices in (("resize_mode", RESIZE_MODES), ("control_mode", CONTROL_MODES), ("hr_option", PASSES)):
         if field in fields:
             fields[field] = _choice(f"{name}: {field}", fields[field], choices)
-    if given.get("pixel_perfect") is True or fields.get("processor_res", 0) == -1:
-        fields["processor_res"] = 0 if given.get("pixel_perfect") is True else 512
+    is_perfect = says(given.get("pixel_perfect"))
+    if is_perfect or fields.get("processor_res", 0) == -1:
+        fields["processor_res"] = 0 if is_perfect else 512
     return fields | {"module": module, "model": model} | _pictures(name, given)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """One of the choices, by its words or its place."""
+    if isinstance(value, list) and len(value) == 1:  # as webuiapi.py writes "Balanced", for a comma too many
+        value = value[0]
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
         return choices[value]
     known = {choice.lower(): choice for choice in choices}

@@ -85,6 +85,14 @@ def test_a_unit_as_the_original_client_sends_it() -> None:
         ({"control_mode": 2}, "control_mode", "ControlNet is more important"),
         ({"hr_option": "high res only"}, "hr_option", "High res only"),
         ({"image": None, "input_image": IMAGE}, "image", IMAGE),
+        ({"image": IMAGE, "input_image": None}, "image", IMAGE),
+        ({"mask": None, "mask_image": IMAGE}, "mask", IMAGE),
+        ({"mask": IMAGE, "mask_image": ""}, "mask", IMAGE),
+        ({"guidance_end": 0.5, "guidance": None}, "guidance_end", 0.5),
+        ({"control_mode": ["Balanced"]}, "control_mode", "Balanced"),
+        ({"pixel_perfect": "true", "enabled": 1}, "processor_res", 0),
+        ({"module": "canny", "threshold_a": "64", "enabled": "true"}, "threshold_a", 64),
+        ({"module": "canny", "threshold_a": "low"}, "threshold_a", 100),
         ({"weight": None}, "weight", 1.0),
     ],
 )
@@ -96,6 +104,8 @@ def test_units_that_are_off_or_have_no_model_do_nothing() -> None:
     off = [
         {"enabled": False, "module": "openpose", "model": "x", "image": "%"},
         {"enabled": True, "module": "canny", "model": "None"},
+        {"enabled": "false", "module": "openpose", "model": "x", "image": "%"},
+        {"enabled": 0, "module": "openpose", "model": "x", "image": "%"},
         {"module": "none"},
         "no unit",
     ]
@@ -106,7 +116,8 @@ def test_units_that_are_off_or_have_no_model_do_nothing() -> None:
 
 def test_what_a_unit_asks_for_that_nothing_here_does_is_named() -> None:
     unit = {"model": "x", "image": IMAGE, "lowvram": True, "guessmode": True, "advanced_weighting": [1.0]}
-    request = request_of(unit | {"effective_region_mask": None})
+    newer = {"effective_region_mask": None, "pulid_mode": "Fidelity", "union_control_type": "Unknown"}
+    request = request_of(unit | newer)
     assert request.ignored == ["controlnet unit 0: guessmode", "controlnet unit 0: advanced_weighting"]
 
 

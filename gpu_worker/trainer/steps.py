@@ -1,7 +1,7 @@
 """One step: noise on latents, the UNet's guess of it, the loss, and the change of the network's weights.
 
-The loss is that of Ho et al. 2020, equation 14, with kohya's options: an offset of the noise's mean, and weights by the
-signal-to-noise ratio (Hang et al. 2023, equation 12).
+The loss is that of Ho et al. 2020, equation 14, with kohya's options: noise with other means or of several resolutions,
+and weights by the signal-to-noise ratio (Hang et al. 2023, equation 12).
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class Steps:
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The mean loss of a batch, with noise and timesteps from the generator, which is the device's."""
         latents, config = batch.latents, self._config
-        noise = _randn(latents.shape, generator)
-        if config.noise_offset:
-            noise = noise + config.noise_offset * _randn((*latents.shape[:2], 1, 1), generator)
+        noise = _noise(latents, config, generator)
         timesteps = torch.randint(
             config.min_timestep, config.max_timestep, latents.shape[:1], generator=generator, device=latents.device
         )
@@ -193,6 +191,27 @@ def _prepare(models: Models, config: Training, learns_text: bool) -> None:
         if learns_text:
             for encoder in models.text_encoders:
                 encoder.model.activation_checkpointing_enable()
+
+
+def _noise(latents: torch.Tensor, config: Training, generator: torch.Generator) -> torch.Tensor:
+    """Noise for latents with kohya's options (sd-scripts, library/custom_train_functions.py, apply_noise_offset and
+    pyramid_noise_like)."""
+    noise = _randn(latents.shape, generator)
+    if config.noise_offset:
+        means = latents.mean((2, 3), keepdim=True).abs()
+        offset = (config.noise_offset + config.adaptive_noise_scale * means).clamp(min=0)
+        noise = noise + offset * _randn(offset.shape, generator)
+    if not config.multires_noise_iterations:
+        return noise
+    for number in range(config.multires_noise_iterations):
+        shrink = (2 + 2 * float(torch.rand(()))) ** number  # by the host's generator, as the device would be waited for
+        size = [max(1, int(side / shrink)) for side in latents.shape[2:]]
+        coarse = _randn((*latents.shape[:2], *size), generator)
+        share = config.multires_noise_discount**number
+        noise = noise + share * functional.interpolate(coarse, latents.shape[2:], mode="bilinear")
+        if 1 in size:
+            break
+    return noise / noise.std()
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

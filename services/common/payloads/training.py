@@ -48,8 +48,6 @@ _REFUSED = {
     "network_weights": "a training begins with a fresh network; leave it out",
     "weighted_captions": "captions are plain text; set it to false",
     "zero_terminal_snr": "the noise schedule is the base model's own; set it to false",
-    "multires_noise_iterations": "it is not supported; leave it out",
-    "adaptive_noise_scale": "it is not supported; leave it out",
     "ip_noise_gamma": "it is not supported; leave it out",
     "scale_weight_norms": "it is not supported; leave it out",
     "debiased_estimation_loss": "it is not supported; leave it out",
@@ -79,7 +77,7 @@ _WITHOUT_EFFECT = {
     "cache_latents_to_disk", "cache_text_encoder_outputs", "console_log_level", "debug_dataset", "dynamo_backend",
     "epoch", "fp8_base", "full_bf16", "full_fp16", "highvram", "huber_c", "huber_scale", "huber_schedule",
     "huggingface_repo_id", "ip_noise_gamma_random_strength", "log_with", "lowvram", "max_data_loader_n_workers",
-    "multires_noise_discount", "noise_offset_type", "persistent_data_loader_workers", "save_last_n_epochs_state",
+    "noise_offset_type", "persistent_data_loader_workers", "save_last_n_epochs_state",
     "save_last_n_steps_state", "save_state_on_train_end", "sdpa", "skip_cache_check", "stop_text_encoder_training",
     "token_warmup_min", "vae_batch_size", "wandb_run_name",
 }  # fmt: skip
@@ -170,6 +168,9 @@ class Training(BaseModel):
     # --- the loss ---
     v_parameterization: bool = False
     noise_offset: float = Field(0.0, ge=0, le=10)
+    adaptive_noise_scale: float = Field(0.0, ge=-10, le=10)  # of noise_offset: how much the latents' means add to it
+    multires_noise_iterations: int = Field(0, ge=0, le=100)  # how many coarser noises are added
+    multires_noise_discount: float = Field(0.3, ge=0, le=10)  # what each of them counts of the one before
     loss_type: Literal["l2"] = "l2"
     min_snr_gamma: float | None = Field(None, ge=0, le=1000)  # 0: none
     min_timestep: int = Field(0, ge=0, le=999)
@@ -336,6 +337,10 @@ class Training(BaseModel):
             )
         if self.min_timestep >= self.max_timestep:
             raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}")
+        if self.adaptive_noise_scale and not self.noise_offset:
+            raise ValueError(
+                f"adaptive_noise_scale {self.adaptive_noise_scale} changes noise_offset, which is 0; give both or none"
+            )
         if self.min_bucket_reso > self.max_bucket_reso:
             raise ValueError(
                 f"min_bucket_reso {self.min_bucket_reso} is larger than max_bucket_reso {self.max_bucket_reso}"

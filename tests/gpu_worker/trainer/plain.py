@@ -1,5 +1,6 @@
 """A plain training loop on diffusers' and peft's own ways, to compare the trainer with: no part of it is in here."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,18 @@ class PlainSteps:
         config, noising, count = self._config, self._noising, len(batch.latents)
         noise = torch.randn(count, 4, 8, 8, generator=generator)
         if config.noise_offset:
-            noise = noise + config.noise_offset * torch.randn(count, 4, 1, 1, generator=generator)
+            each_mean = batch.latents.mean(-1).mean(-1)[..., None, None]
+            strength = torch.relu(config.noise_offset + config.adaptive_noise_scale * each_mean.abs())
+            noise = noise + strength * torch.randn(count, 4, 1, 1, generator=generator)
+        if config.multires_noise_iterations:
+            enlarge, weight = torch.nn.Upsample((8, 8), mode="bilinear"), 1.0
+            for power in range(config.multires_noise_iterations):
+                side = max(1, math.floor(8 / (torch.rand(()).item() * 2 + 2) ** power))
+                noise = noise + weight * enlarge(torch.randn(count, 4, side, side, generator=generator))
+                weight *= config.multires_noise_discount
+                if side == 1:
+                    break
+            noise = noise / torch.std(noise)
         times = torch.randint(config.min_timestep, config.max_timestep, (count,), generator=generator)
         noisy = noising.add_noise(batch.latents, noise, times)
         text, added = self._read(batch)

@@ -27,6 +27,10 @@ KEYS: dict[str, dict[str, Any]] = {
         "noise_offset": 0.1, "min_snr_gamma": 5.0, "clip_skip": 2, "lr_scheduler": "cosine_with_restarts",
         "lr_scheduler_num_cycles": 2, "max_grad_norm": 0.1,
     },
+    "noise of several resolutions, offset by the latents' means": {
+        "multires_noise_iterations": 6, "multires_noise_discount": 0.4, "noise_offset": 0.1,
+        "adaptive_noise_scale": -0.7,
+    },
     "velocity, some timesteps": {"v_parameterization": True, "min_snr_gamma": 1.0, "min_timestep": 200,
                                  "max_timestep": 600, "lr_scheduler": "linear", "lr_warmup_steps": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},

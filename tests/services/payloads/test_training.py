@@ -307,6 +307,7 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         ({"output_name": ""}, 'output_name "": string should have at least 1 character'),
         ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "nothing would be trained"),
         ({"min_timestep": 500, "max_timestep": 500}, "min_timestep 500 is not below max_timestep 500"),
+        ({"adaptive_noise_scale": 0.01}, "adaptive_noise_scale 0.01 changes noise_offset, which is 0; give both"),
         ({"min_bucket_reso": 512, "max_bucket_reso": 256}, "min_bucket_reso 512 is larger than max_bucket_reso 256"),
         (
             {"enable_bucket": True, "resolution": "1280,768"},

@@ -33,9 +33,8 @@ async def first(*works: Coroutine[Any, Any, Any]) -> None:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)  # else what the others raised says so at its end
     for task in done:
         task.result()
 
@@ -90,6 +89,4 @@ class Background:
 
     async def stop(self) -> None:
         """Ends all chores."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(self._tasks)

@@ -17,6 +17,7 @@ import structlog
 from services.common.auth import Kind
 from services.common.database import Database
 from services.common.errors import EsdError, Unavailable
+from services.common.tasks import heard
 from services.endpoints.cluster import Autoscaling, Cluster, Pool, PoolStatus
 from services.endpoints.peers import Identity, Queue
 from services.endpoints.rows import CREATING, DELETING, DRAINING, FAILED, IN_SERVICE, REAL_TIME, UPDATING, Endpoint
@@ -75,9 +76,7 @@ class ControlLoop:
                     self.hear(loads)
             except EsdError as error:
                 log.warning("the queue is not watched", error=str(error))
-            await asyncio.sleep(
-                _RETRY_SECONDS
-            )  # only after a stream has ended: a server that refuses is not to be flooded
+            await asyncio.sleep(_RETRY_SECONDS)  # after a stream has ended: who refuses is not to be flooded
 
     def hear(self, loads: dict[str, Load]) -> None:
         """Takes what the queue tells of all endpoints."""
@@ -100,14 +99,9 @@ class ControlLoop:
         owner_ids = [endpoint.id for endpoint in await self._store.get_all()] + await self._tasks.owner_ids()
         await self._cluster.remove_orphans(owner_ids)
         while True:
-            self._wake.clear()
             await confirm()
             seconds = await self.reconcile()
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass  # the sweep, or the time of a pool or task has come
+            await heard(self._wake, seconds)  # else the sweep, or the time of a pool or task has come
 
     async def reconcile(self) -> float:
         """Looks at every endpoint and task once and does what is to be done now; answers how long it may rest."""

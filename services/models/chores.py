@@ -23,13 +23,14 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.common.database import Listener
-from services.common.tasks import cancel
+from services.common.tasks import first
 
 log = structlog.get_logger()
 
 SHORT, LONG = "default", "long"  # what is done soon, and what takes hours
 _SCHEMA = "chores"
 _SCHEMA_LOCK = 0x63686F72
+_AT_ONCE = 4
 _HEARTBEAT_SECONDS = 3.0
 _DEAD_AFTER_SECONDS = 10.0
 _MAX_WAIT_SECONDS = 300
@@ -41,15 +42,15 @@ Work = Callable[..., Awaitable[None]]
 
 
 class Chores:
-    """The chores of one service. `url` is `postgresql+psycopg://…`; at most `concurrency` run at once here, and as many
-    of those that take hours, so that the rest, for which somebody waits, never stands behind them.
+    """The chores of one service. `url` is `postgresql+psycopg://…`; a few run at once here, and as many of those that
+    take hours, so that the rest, for which somebody waits, never stands behind them.
 
     To procrastinate each kind of chore is a queue of its own, and a replica looks into those of the kinds that it does:
     one that a newer replica has deferred waits for such a replica. A worker that finds a kind that it does not know
     would drop it.
     """
 
-    def __init__(self, url: str, concurrency: int = 4, first_wait_seconds: float = 2.0) -> None:
+    def __init__(self, url: str, first_wait_seconds: float = 2.0) -> None:
         self._conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         pool: Any = partial(AsyncConnectionPool, connection_class=Listener)
         connector = procrastinate.PsycopgConnector(
@@ -61,7 +62,6 @@ class Chores:
         )
         self._app = procrastinate.App(connector=connector)
         self._first_wait_seconds = first_wait_seconds
-        self._concurrency = concurrency
         self._kinds = {SHORT: [SHORT], LONG: [LONG]}  # beside what earlier versions have put into two queues
 
     def add(self, name: str, work: Work, queue: str = SHORT, is_counted: bool = False) -> None:
@@ -125,23 +125,13 @@ class Chores:
         while True:
             try:
                 async with self._app.open_async():
-                    await self._do()
+                    await first(self._revive(), self._work(SHORT), self._work(LONG))
             except ConnectorException as error:
                 log.warning("chores wait for the database", error=str(error))
                 await asyncio.sleep(0.5)  # nothing tells when a database that is down comes back
             finally:
                 # Of an opening that was cancelled the pool would stay, and hold up the process at its end.
                 await self._app.close_async()
-
-    async def _do(self) -> None:
-        doing = [asyncio.create_task(work) for work in (self._revive(), self._work(SHORT), self._work(LONG))]
-        try:
-            await asyncio.wait(doing, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await cancel(doing)
-        errors = [task.exception() for task in doing if not task.cancelled()]
-        if errors and errors[0]:
-            raise errors[0]
 
     def _known(self, name: str, queue: str = SHORT) -> str:
         self._kinds[queue].append(name)
@@ -150,7 +140,7 @@ class Chores:
     async def _work(self, queue: str) -> None:
         await self._app.run_worker_async(
             queues=self._kinds[queue],
-            concurrency=self._concurrency,
+            concurrency=_AT_ONCE,
             install_signal_handlers=False,
             fetch_job_polling_interval=_POLL_SECONDS,
             shutdown_graceful_timeout=0,

@@ -8,6 +8,7 @@ A process that dies in between forgets nothing.
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import structlog
 from sqlalchemy import ARRAY, DateTime, Integer, Interval, Table, Text, bindparam, delete, func, select, update
@@ -61,14 +62,13 @@ _AGAIN_AT_ITS_END = update(_LEFTOVER).where(_THIS).values(due_time=_LEFTOVER.c.f
 _WITHDRAW = delete(_LEFTOVER).where(_LEFTOVER.c.prefix == func.any(bindparam("prefixes", type_=ARRAY(Text))))
 
 
-async def leave_behind(session: AsyncSession, prefixes: list[str], after_seconds: float = 0.0) -> None:
+async def note_leftovers(transaction: AsyncSession | Run, prefixes: list[str], after_seconds: float = 0.0) -> None:
     """Notes, within a store's transaction, that what is below the prefixes is to be removed, then and at the end."""
-    await session.execute(_LEAVE, {"prefixes": prefixes, "after": timedelta(seconds=after_seconds)})
-
-
-async def note_leftovers(run: Run, prefixes: list[str], after_seconds: float = 0.0) -> None:
-    """The same as `leave_behind`, in a transaction of the driver."""
-    await run(_LEAVE, prefixes=prefixes, after=timedelta(seconds=after_seconds))
+    values: dict[str, Any] = {"prefixes": prefixes, "after": timedelta(seconds=after_seconds)}
+    if isinstance(transaction, AsyncSession):
+        await transaction.execute(_LEAVE, values)
+    else:
+        await transaction(_LEAVE, **values)
 
 
 async def withdraw_leftovers(run: Run, prefixes: list[str]) -> None:
@@ -84,8 +84,7 @@ class LeftoverStore:
 
     async def add(self, prefixes: list[str], after_seconds: float = 0.0) -> None:
         """Notes that what is below the prefixes is to be removed, then and at the end."""
-        async with self._database.transaction() as session:
-            await leave_behind(session, prefixes, after_seconds)
+        await note_leftovers(self._database.run, prefixes, after_seconds)
 
     async def due(self, limit: int) -> list[Leftover]:
         """What is to be removed now."""

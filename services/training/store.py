@@ -13,7 +13,7 @@ from sqlmodel import col
 
 from services.common.database import Database, notify
 from services.common.errors import ResourceExhausted, Unavailable
-from services.common.leftovers import leave_behind
+from services.common.leftovers import note_leftovers
 from services.training.channels import TRAINING_MOVED, TRAININGS_DUE
 from services.training.rows import Event, Metric, Training
 
@@ -95,7 +95,7 @@ class TrainingStore:
         async with self._database.transaction() as session:
             training = await session.get(Training, training_id, with_for_update=True)
             if training is not None:
-                await leave_behind(session, prefixes)
+                await note_leftovers(session, prefixes)
                 await session.delete(training)
                 await notify(session, TRAINING_MOVED, str(training_id))
 

@@ -14,7 +14,7 @@ from sqlmodel import col
 
 from services.common.database import Database, notify
 from services.common.errors import FailedPrecondition
-from services.common.leftovers import leave_behind
+from services.common.leftovers import note_leftovers
 from services.training import facts, rows
 from services.training.channels import TRAINING_MOVED, TRAININGS_DUE
 from services.training.rows import Event, Metric, Training
@@ -138,7 +138,7 @@ async def _keep(session: AsyncSession, training: Training, fact: facts.Fact) -> 
             training.forget(name)
         case facts.Kept(file, epoch):
             if training.state:
-                await leave_behind(session, [training.state["key"]])
+                await note_leftovers(session, [training.state["key"]])
             key = training.session_prefix(training.session) + file.name if training.session else file.name
             training.state = {"key": key, "size_bytes": file.size_bytes, "sha256": file.sha256, "epoch": epoch}
         case facts.Done():

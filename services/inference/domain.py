@@ -20,6 +20,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.common.ids import parse_id
 from services.common.notifications import Notifications
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
@@ -277,7 +278,7 @@ class Inference:
         for job in [await self._find(job_id) for job_id in job_ids]:
             if job is not None:
                 _check_owner(job, user)
-        known = [parsed for job_id in job_ids if (parsed := _parse_id(job_id)) is not None]
+        known = [parsed for job_id in job_ids if (parsed := parse_id(job_id)) is not None]
         deleted = await self._store.delete(known)
         with suppress(TimeoutError):  # the cleaner goes on where this ends
             async with asyncio.timeout(_REMOVE_SECONDS):
@@ -287,7 +288,7 @@ class Inference:
     # --- inside ---
 
     async def _find(self, job_id: str) -> Job | None:
-        parsed = _parse_id(job_id)
+        parsed = parse_id(job_id)
         return None if parsed is None else await self._store.get(parsed)
 
     async def _page(self, kind: JobFilter, size: int, after: tuple[datetime, UUID] | None) -> tuple[list[Job], bool]:
@@ -353,11 +354,3 @@ def _known(job_id: str, found: Job | None) -> Job:
 def _check_owner(job: Job, user: Viewer) -> None:
     if job.owner != user.name and not user.sees_everything:
         raise PermissionDenied(f"inference {job.id} belongs to another user than {user.name}")
-
-
-def _parse_id(job_id: str) -> UUID | None:
-    try:
-        parsed = UUID(job_id)
-    except ValueError:
-        return None
-    return parsed if str(parsed) == job_id.lower() else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import structlog
 
 from services.common.blobs import BlobNotFound, Blobs
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from services.common.ids import parse_id
 from services.common.sentences import printable
 from services.common.structs import check_params
 from services.common.times import time_text
@@ -126,7 +126,7 @@ class Models:
         Raises:
             CheckpointNotFound, PermissionDenied.
         """
-        parsed = _uuid(checkpoint_id)
+        parsed = parse_id(checkpoint_id)
         if parsed is None:
             raise CheckpointNotFound(checkpoint_id)
         checkpoint = await self._store.get_checkpoint(parsed)
@@ -208,7 +208,7 @@ class Models:
         Raises:
             PermissionDenied: one is somebody else's; none is deleted then.
         """
-        parsed = {known for checkpoint_id in checkpoint_ids if (known := _uuid(checkpoint_id)) is not None}
+        parsed = {known for checkpoint_id in checkpoint_ids if (known := parse_id(checkpoint_id)) is not None}
         found = await self._store.find_checkpoints(sorted(parsed))
         for checkpoint in found:
             _check_owner(viewer, checkpoint)
@@ -348,7 +348,7 @@ def _folder(kind: str, checkpoint_id: UUID, own_folder: str | None) -> str:
 def checkpoint_of(key: str) -> UUID | None:
     """The id of the checkpoint in whose folder an object of a client's is; None for other objects."""
     _, is_one, path = key.partition(_CUSTOM)
-    return _uuid(path.partition("/")[0]) if is_one else None
+    return parse_id(path.partition("/")[0]) if is_one else None
 
 
 def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:
@@ -362,11 +362,3 @@ def _check_owner(viewer: Viewer, checkpoint: Checkpoint) -> None:
 def _check_not_refused(checkpoint: Checkpoint) -> None:
     if checkpoint.error is not None:
         raise FailedPrecondition(f"checkpoint {checkpoint.id} was refused: {checkpoint.error}; upload it again")
-
-
-def _uuid(text: str) -> UUID | None:
-    """The id, if the text is one in the form that this service gives out."""
-    with contextlib.suppress(ValueError):
-        parsed = UUID(text)
-        return parsed if str(parsed) == text.lower() else None
-    return None

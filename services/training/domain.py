@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from services.common.blobs import Blobs
 from services.common.errors import EsdError, InvalidArgument, NotFound, PermissionDenied
+from services.common.ids import parse_id
 from services.common.paging import KeyNames, make_key, parse_key, parse_limit
 from services.common.payloads.models import BASE
 from services.common.structs import num_values
@@ -179,11 +180,8 @@ class Trainings:
             await self._control.delete(training)
 
     async def _find(self, job_id: str) -> Training | None:
-        try:
-            parsed = UUID(job_id)
-        except ValueError:
-            return None
-        return await self._store.get(parsed) if str(parsed) == job_id.lower() else None
+        parsed = parse_id(job_id)
+        return None if parsed is None else await self._store.get(parsed)
 
     def _deadline(self, wanted: int | None) -> int | None:
         """The stricter of what is wanted and of what is allowed."""

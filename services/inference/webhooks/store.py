@@ -29,6 +29,7 @@ from sqlalchemy import (
 from sqlmodel import col
 
 from services.common.database import Database, notify
+from services.common.ids import parse_id
 from services.inference.channels import WEBHOOKS_DUE
 from services.inference.rows import DEAD, DELIVERED, PENDING, Job, Webhook
 
@@ -107,9 +108,7 @@ class WebhookStore:
 
     async def find(self, job_id: str) -> Webhook | None:
         """The webhook of a job, if it has ended with one."""
-        try:
-            parsed = UUID(job_id)
-        except ValueError:
+        if (parsed := parse_id(job_id)) is None:
             return None
         async with self._database.transaction() as session:
             return await session.get(Webhook, parsed)

@@ -74,7 +74,7 @@ class RangedFile(io.RawIOBase):
         """Moves, without fetching."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise ValueError("negative seek position")
+            raise ValueError("negative seek position")  # zipfile makes an error of its own from it
         self._position = base + offset
         return self._position
 
@@ -186,37 +186,22 @@ def _findings(form: str, shapes: Shapes) -> Findings:
     return Findings(form, architecture, kind)
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file, for zipfile."""
+class _Window(RangedFile):
+    """A part of a file as a file, for zipfile, which reads its directory at once, of whatever size it says it is."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self._file, self._start, self._size, self._position = file, start, size, 0
+        def fetch(first: int, last: int) -> bytes:
+            file.seek(start + first)
+            return file.read(last + 1 - first)
 
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError("negative seek position")  # zipfile makes an error of its own from it
-        self._position = base + offset
-        return self._position
+        super().__init__(size, fetch)
 
     def read(self, count: int = -1) -> bytes:
         left = max(0, self._size - self._position)
         count = left if count < 0 else min(count, left)
-        if count > MAX_PICKLE_BYTES:  # zipfile reads the directory at once, of whatever size it says it is
+        if count > MAX_PICKLE_BYTES:
             raise Refused(f"has a directory of {count} bytes, {MAX_PICKLE_BYTES} are allowed")
-        self._file.seek(self._start + self._position)
-        content = self._file.read(count)
-        self._position += len(content)
-        return content
+        return super().read(count) or b""
 
 
 def _safetensors_shapes(file: IO[bytes], size: int) -> Shapes:

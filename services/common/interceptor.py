@@ -146,8 +146,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(rpc.unary(handler.unary_unary), **codecs)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(rpc.unary_stream(handler.unary_stream), **codecs)
-        return grpc.stream_stream_rpc_method_handler(rpc.stream_stream(handler.stream_stream), **codecs)
+            return grpc.unary_stream_rpc_method_handler(rpc.stream(handler.unary_stream), **codecs)
+        return grpc.stream_stream_rpc_method_handler(rpc.stream(handler.stream_stream, checks_request=False), **codecs)
 
 
 @dataclass(frozen=True)
@@ -205,24 +205,14 @@ class _Rpc:
 
         return run
 
-    def unary_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
-        async def run(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
+    def stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]], checks_request: bool = True) -> Any:
+        """Of an RPC that answers with a stream; one that reads a stream too checks itself what comes by it."""
+
+        async def run(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
             try:
-                _, token = self._begin(request, context)
+                _, token = self._begin(request if checks_request else None, context)
                 with self._streams.opened(token, context):
                     async for response in behaviour(request, context):
-                        yield response
-            except Exception as error:
-                await self._fail(error, context)
-
-        return run
-
-    def stream_stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]]) -> Any:
-        async def run(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
-            try:
-                _, token = self._begin(None, context)
-                with self._streams.opened(token, context):
-                    async for response in behaviour(requests, context):
                         yield response
             except Exception as error:
                 await self._fail(error, context)

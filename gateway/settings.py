@@ -47,14 +47,6 @@ class GatewaySettings(Settings):
     stop_seconds: int = Field(10, ge=0)
     run_dir: Path | None = None
 
-    @field_validator(
-        "webui_port", "s3_endpoint_url", "tls_cert_file", "tls_key_file", "run_dir", "metrics_listen",
-        "metrics_certificates", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _empty_is_unset(cls, value: object) -> object:
-        return None if value == "" else value
-
     @field_validator("base_path")
     @classmethod
     def _no_trailing_slash(cls, value: str) -> str:
@@ -67,7 +59,7 @@ class GatewaySettings(Settings):
             return None
         url = urlsplit(self.s3_endpoint_url)
         # A store with TLS of its own is public, and would refuse signatures made for the gateway's host.
-        return None if url.scheme == "https" else f"{url.netloc}" if url.port else f"{url.netloc}:80"
+        return None if url.scheme == "https" else url.netloc if url.port else f"{url.netloc}:80"
 
 
 def refuse_open_door(settings: GatewaySettings) -> None:

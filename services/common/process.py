@@ -1,7 +1,7 @@
 """Owns the bond between a process and the one that started it: nobody outlives the launcher, however it dies, and
 whoever cannot run with its settings says so.
 
-Used as a module (`die_with_parent()`, `die_with_launcher()`, `refuse()`) and as a small exec wrapper, so that programs
+Used as a module (`die_with_launcher()`, `bound()`, `refuse()`) and as a small exec wrapper, so that programs
 that are not ours (PostgreSQL, Envoy) are bound too:
 
     python -I -S services/common/process.py --parent PID [--signal INT] [--user NAME] -- COMMAND ...
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> None:
+def die_with_parent(parent: int, signum: int) -> None:
     """Asks the kernel to send `signum` to this process when the thread that started it ends.
 
     `parent` is the pid the caller expects as its parent; if that one has already gone the process ends at once. The
@@ -36,7 +36,7 @@ def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> 
     if sys.platform != "linux":
         return
     _prctl(_PR_SET_PDEATHSIG, signum)
-    if parent is not None and os.getppid() != parent:
+    if os.getppid() != parent:
         sys.exit(f"the process that started this one (pid {parent}) has gone")
 
 

@@ -10,7 +10,6 @@ import grpc
 
 from esd.endpoints.v1 import endpoints_pb2, endpoints_pb2_grpc
 from esd.models.v1 import models_pb2, models_pb2_grpc
-from services.common.errors import NotFound
 from services.common.rpc_errors import answer
 from services.common.users import Users
 from services.common.viewer import Viewer
@@ -68,10 +67,7 @@ class Peers:
         request = endpoints_pb2.FindEndpointsRequest(
             endpoint_name=pinned_name, inference_type=inference_type, username=user.name, roles=user.roles
         )
-        try:
-            response = await answer(self._endpoints.FindEndpoints(request, timeout=_TIMEOUT_SECONDS), "endpoints")
-        except NotFound:
-            return []
+        response = await answer(self._endpoints.FindEndpoints(request, timeout=_TIMEOUT_SECONDS), "endpoints")
         return [
             Endpoint(UUID(found.id), found.endpoint_name, found.endpoint_status, found.instance_type)
             for found in response.endpoints

@@ -178,7 +178,7 @@ class ModelStore:
 
     async def save_complete(
         self, checkpoint_id: UUID, name: str, inspected: Inspected, status: str | None = None
-    ) -> Checkpoint:
+    ) -> None:
         """Marks a file complete and keeps what its inspection found; with the last file the status is set, if given.
 
         Raises:
@@ -196,7 +196,6 @@ class ModelStore:
             await self._audit.record(
                 session, "checkpoint.complete_file", str(checkpoint_id), before, checkpoint.facts()
             )
-            return checkpoint
 
     async def save_files(self, checkpoint_id: UUID, files: Sequence[CheckpointFile]) -> list[CheckpointFile] | None:
         """Gives a checkpoint these files in place of those that it has, but for those whose names others have; answers

@@ -28,7 +28,8 @@ WITHOUT_EFFECT = frozenset({
     "save_images", "scheduler", "script_args", "script_name", "send_images",
 })  # fmt: skip
 _SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
-_DEFAULTS = {"mask_round": True}
+# Of newer versions and of Forge, whose clients send them.
+_DEFAULTS = {"distilled_cfg_scale": 3.5, "hr_distilled_cfg": 3.5, "mask_round": True, "seed_enable_extras": True}
 _NEGATIVE = ("negative_prompt", "hr_negative_prompt")
 _PROMPTS = ("prompt", "hr_prompt", *_NEGATIVE)
 _COMMENTS = "enable_prompt_comments"

@@ -318,6 +318,8 @@ def test_what_is_off_changes_nothing() -> None:
     off |= {
         "s_noise": 0,
         "mask_round": True,
+        "seed_enable_extras": True,
+        "distilled_cfg_scale": 3.5,
         "send_images": True,
         "override_settings_restore_afterwards": True,
         "comments": {},

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from gpu_worker.models.weights import Models
 from gpu_worker.trainer.layers import Layer, text_layers, unet_layers
@@ -35,6 +35,9 @@ class Network(Protocol):
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes the weights that `tensors` gave."""
+
+    def limit(self, norm: float) -> None:
+        """Scales what it adds to a layer down to this Frobenius norm where that is larger."""
 
 
 def create(models: Models, config: Training) -> Network:
@@ -70,6 +73,18 @@ class PeftNetwork:
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
 
+    @torch.no_grad()
+    def limit(self, norm: float) -> None:
+        """See Network; as sd-scripts do it (networks/lora.py, apply_max_norm_regularization)."""
+        for layer, module in self._parts:
+            down, up = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
+            rows, columns = down.flatten(1), up.flatten(1)
+            # of their product, without making it: the trace of (B'B)(AA')
+            square = ((columns.T @ columns) * (rows @ rows.T)).sum().clamp(min=0)
+            share = (norm / (square.sqrt() * layer.alpha / layer.rank)).clamp(max=1).sqrt()
+            down.mul_(share)
+            up.mul_(share)
+
     def _inject(self, model: Any, layers: Sequence[Layer], dropout: float) -> list[Parameter]:
         if not layers:
             return []
@@ -99,7 +114,7 @@ class LycorisNetwork:
     """LoHa (Hyeon-Woo et al. 2022) and LoKr."""
 
     def __init__(self, models: Models, config: Training) -> None:
-        self._modules: dict[str, Module] = {}
+        self._modules: dict[str, Any] = {}
         self.unet = list(self._add(unet_layers(models, config), config, models.device))
         texts = [layer for layers in text_layers(models, config) for layer in layers]
         self.texts = list(self._add(texts, config, models.device))
@@ -117,6 +132,14 @@ class LycorisNetwork:
         for name, module in self._modules.items():
             parts = module.state_dict()
             module.load_state_dict({part: tensors[f"{name}.{part}"] for part in parts}, strict=False)
+
+    @torch.no_grad()
+    def limit(self, norm: float) -> None:
+        """See Network."""
+        for module in self._modules.values():
+            share = (norm / module.get_weight(module.shape).norm()).clamp(max=1)
+            # What it adds is linear in each factor. LyCORIS' own way may keep a scalar beside them, which is in no state.
+            next(module.parameters()).mul_(share)
 
     def _add(self, layers: Sequence[Layer], config: Training, device: torch.device) -> Iterator[Parameter]:
         from lycoris.modules.loha import LohaModule  # noqa: PLC0415 - few trainings need it

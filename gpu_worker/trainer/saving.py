@@ -104,6 +104,7 @@ def _metadata(origin: Origin, epoch: int, step: int) -> dict[str, str]:
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_optimizer": config.optimizer_type + (f"({arguments})" if arguments else ""),
         "ss_max_grad_norm": config.max_grad_norm,
+        "ss_scale_weight_norms": config.scale_weight_norms or None,
         "ss_network_module": config.network_module,
         "ss_network_dim": config.network_dim,
         "ss_network_alpha": config.network_alpha,

@@ -100,6 +100,8 @@ class Steps:
             torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._config.scale_weight_norms:
+            self._network.limit(self._config.scale_weight_norms)
         self._settle()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -49,7 +49,6 @@ _REFUSED = {
     "weighted_captions": "captions are plain text; set it to false",
     "zero_terminal_snr": "the noise schedule is the base model's own; set it to false",
     "ip_noise_gamma": "it is not supported; leave it out",
-    "scale_weight_norms": "it is not supported; leave it out",
     "debiased_estimation_loss": "it is not supported; leave it out",
     "masked_loss": "pictures are trained whole; set it to false",
     "token_warmup_step": "captions have all their tags from the first step on; set it to 0",
@@ -151,6 +150,7 @@ class Training(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1, le=10_000)
     gradient_checkpointing: bool = False
     max_grad_norm: float = Field(1.0, ge=0, le=1e6)  # 0: any
+    scale_weight_norms: float = Field(0.0, ge=0, le=1e6)  # the largest norm of what is added to a layer; 0: any
     max_train_epochs: int | None = Field(None, ge=1, le=1_000_000)
     max_train_steps: int = Field(1600, ge=1, le=100_000_000)  # where no epochs are given
     optimizer_type: str = "AdamW"

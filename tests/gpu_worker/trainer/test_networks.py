@@ -1,6 +1,7 @@
 """Files of trained networks: what the models compute with the network in them is what others compute with its file."""
 
 import copy
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,27 @@ def test_diffusers_and_the_engine_load_the_file_with_equal_results(
         assert_close(trained, other)
         assert_close(ours, other)
         assert (other - without).abs().max() > 1e-3
+
+
+def norms(network: networks.Network) -> dict[str, float]:
+    """Of what it adds to each layer, as the engine reads it from a file."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in network.tensors().items():
+        layer, _, part = name.partition(".")
+        layers.setdefault(layer, {})[part] = tensor.detach()
+    return {layer: float(lora._full(parts).norm()) for layer, parts in layers.items()}
+
+
+@pytest.mark.parametrize("kind", ["locon", *slow([kind for kind in KINDS if kind != "locon"])])
+def test_what_is_added_to_a_layer_is_scaled_down_to_a_norm_and_never_up(
+    kind: str, plain: dict[str, Models], tmp_path: Path
+) -> None:
+    models = copy.deepcopy(plain["sd15"])
+    network = shaken(models, check_training(KINDS[kind]), tmp_path / "made.safetensors")
+    before = norms(network)
+    most = statistics.median(before.values())
+    network.limit(most)
+    assert norms(network) == pytest.approx({layer: min(norm, most) for layer, norm in before.items()}, rel=1e-4)
 
 
 DROPOUTS: dict[str, dict[str, Any]] = {

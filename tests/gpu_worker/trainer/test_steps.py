@@ -106,6 +106,17 @@ def test_a_loss_scaler_changes_nothing_of_what_a_step_does_to_the_weights(plain:
     assert all(torch.allclose(scaled[name], without[name], atol=1e-5) for name in without)
 
 
+def test_a_step_leaves_no_layer_with_more_than_the_largest_norm(plain: dict[str, Models]) -> None:
+    models = copy.deepcopy(plain["sd15"])
+    config = check_training(RATES | {"scale_weight_norms": 1e-3})
+    network = networks.create(models, config)
+    Steps(models, network, config, NUM_STEPS, lambda _: None).step([batches(models)[0]], torch.Generator())
+    tensors, part = network.tensors(), ".lora_up.weight"
+    layers = [name.removesuffix(part) for name in tensors if name.endswith(part)]
+    added = [tensors[f"{layer}{part}"].flatten(1) @ tensors[f"{layer}.lora_down.weight"].flatten(1) for layer in layers]
+    assert max(float(change.norm()) / 2 for change in added) == pytest.approx(1e-3)  # alpha / rank is a half
+
+
 @pytest.mark.parametrize("is_on", [False, True])
 def test_gradient_checkpointing_computes_what_lies_within_a_block_again(plain: dict[str, Models], is_on: bool) -> None:
     models = copy.deepcopy(plain["sd15"])

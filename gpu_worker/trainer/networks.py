@@ -138,7 +138,7 @@ class LycorisNetwork:
         """See Network."""
         for module in self._modules.values():
             share = (norm / module.get_weight(module.shape).norm()).clamp(max=1)
-            # What it adds is linear in each factor. LyCORIS' own way may keep a scalar beside them, which is in no state.
+            # What it adds is linear in each factor. LyCORIS' own way keeps a scalar beside them, which is in no state.
             next(module.parameters()).mul_(share)
 
     def _add(self, layers: Sequence[Layer], config: Training, device: torch.device) -> Iterator[Parameter]:

@@ -126,19 +126,6 @@ def test_a_second_start_on_the_same_home_says_so(stack: Stack) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_database_comes_back_and_is_used_again(stack: Stack) -> None:
-    pid = stack.processes()["postgres"]
-    os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: stack.processes().get("postgres") not in {None, pid})
-
-    def works() -> bool:
-        answer = httpx.get(f"{stack.url}/roles", headers={"x-api-key": stack.api_key})
-        return answer.status_code == 200
-
-    wait_for(works)
-
-
-@pytest.mark.slow
 def test_a_state_that_cannot_be_written_stops_nothing(stack: Stack) -> None:
     """As on a full disk."""
 

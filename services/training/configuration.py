@@ -131,7 +131,7 @@ def configured(wish: Wish) -> tuple[Training, str]:
     """
     name = _TEMPLATES[wish.fm_type]
     template = tomllib.loads((resources.files("services.training") / "templates" / name).read_text())["training"]
-    keys = {key: value for key, value in wish.keys.items() if value is not None}  # null is as if it were not given
+    keys = {key: value for key, value in wish.keys.items() if value not in (None, "")}  # as if they were not given
     if keys.get("vae"):
         raise InvalidArgument(f"vae {keys['vae']!r}: the VAE is the base model's own; leave it out")
     if "max_train_steps" in keys and "max_train_epochs" not in keys:

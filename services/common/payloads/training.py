@@ -36,15 +36,19 @@ _ALIASES = {
     "caption_extention": "caption_extension",  # kohya spelled it so once
     "lr_restart_cycles": "lr_scheduler_num_cycles",
 }
+_SUBSETS = (
+    "what it says belongs into this configuration, batch_size as train_batch_size, and each subset is a folder "
+    "<num_repeats>_<class_tokens> of train_data_dir or, with is_reg, of reg_data_dir"
+)
 # What would change the result and cannot be had, when it is on, and what is possible instead.
 _REFUSED = {
     "v2": "Stable Diffusion 2 is not known here; possible base models: Stable Diffusion 1.5, SDXL",
     "color_aug": "colours are not augmented; set it to false",
     "random_crop": "pictures are cropped at their centre; set it to false",
     "face_crop_aug_range": "faces are not looked for; leave it out",
-    "in_json": "datasets are folders of pictures with captions; leave it out",
-    "dataset_config": "datasets are folders of pictures with captions; leave it out",
-    "datasets": "datasets are folders of pictures with captions, below train_data_dir; leave it out",
+    "in_json": "captions are in files beside the pictures; leave it out",
+    "dataset_config": _SUBSETS,
+    "datasets": _SUBSETS,
     "network_weights": "a training begins with a fresh network; leave it out",
     "weighted_captions": "captions are plain text; set it to false",
     "zero_terminal_snr": "the noise schedule is the base model's own; set it to false",
@@ -73,12 +77,18 @@ _REFUSED = {
 }
 # What only says how kohya's own process does its work, or its GUI, or how that does which is refused here.
 _WITHOUT_EFFECT = {
-    "cache_latents_to_disk", "cache_text_encoder_outputs", "console_log_level", "debug_dataset", "dynamo_backend",
-    "epoch", "fp8_base", "full_bf16", "full_fp16", "highvram", "huber_c", "huber_scale", "huber_schedule",
-    "huggingface_repo_id", "ip_noise_gamma_random_strength", "log_with", "lowvram", "max_data_loader_n_workers",
-    "noise_offset_type", "persistent_data_loader_workers", "save_last_n_epochs_state",
-    "save_last_n_steps_state", "save_state_on_train_end", "sdpa", "skip_cache_check", "stop_text_encoder_training",
-    "token_warmup_min", "vae_batch_size", "wandb_run_name",
+    "async_upload", "base_weights_multiplier", "cache_latents_to_disk", "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk", "console_log_file", "console_log_level", "console_log_simple",
+    "cpu_offload_checkpointing", "dataset_repeats", "ddp_gradient_as_bucket_view", "ddp_static_graph", "ddp_timeout",
+    "debug_dataset", "dim_from_weights", "disable_mmap_load_safetensors", "dynamo_backend", "epoch", "fp8_base",
+    "fp8_base_unet", "full_bf16", "full_fp16", "fused_backward_pass", "highvram", "huber_c", "huber_scale",
+    "huber_schedule", "huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type",
+    "huggingface_repo_visibility", "huggingface_token", "ip_noise_gamma_random_strength", "log_config",
+    "log_tracker_config", "log_tracker_name", "log_with", "lowvram", "max_data_loader_n_workers", "noise_offset_type",
+    "persistent_data_loader_workers", "resume_from_huggingface", "save_last_n_epochs_state",
+    "save_last_n_steps_state", "save_state_on_train_end", "save_state_to_huggingface", "sdpa", "sdxl",
+    "skip_cache_check", "stop_text_encoder_training", "token_warmup_min", "tokenizer_cache_dir", "torch_compile",
+    "vae_batch_size", "wandb_api_key", "wandb_run_name",
 }  # fmt: skip
 _ABOUT_KOHYA = "said to kohya's own process or GUI, and without effect here"
 _NOTES = {
@@ -137,7 +147,7 @@ class Training(BaseModel):
 
     # --- the network ---
     network_module: Literal["networks.lora", "lycoris.kohya"] = "networks.lora"
-    network_dim: int = Field(4, ge=1, le=1024)
+    network_dim: int = Field(4, ge=1, le=network_args.MAX_DIM)
     network_alpha: float = Field(1.0, ge=0, le=4096)  # 0: as network_dim
     network_dropout: float = Field(0.0, ge=0, lt=1)
     network_args: dict[str, str] = {}
@@ -197,10 +207,13 @@ class Training(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_spelling(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in fields.items() if value is not None}
-        for name, instead in _REFUSED.items():
-            if _is_on(given.get(name)):
-                raise ValueError(f"{name} {shown(given[name])}: {instead}")
+        texts = {name for name, field in cls.model_fields.items() if isinstance(field.default, str)}
+        given = {  # kohya's GUI has an empty text where there is no number
+            name: value for name, value in fields.items() if value is not None and (value != "" or name in texts)
+        }
+        refused = [name for name in _REFUSED if _is_on(given.get(name))]
+        if refused:
+            raise ValueError("; ".join(f"{name} {shown(given[name])}: {_REFUSED[name]}" for name in refused))
         for name, known in _ALIASES.items():
             if name in given:
                 given.setdefault(known, given.pop(name))
@@ -372,6 +385,7 @@ class Training(BaseModel):
                 "network_args of networks.lora are conv_dim and conv_alpha; others need network_module lycoris.kohya"
             )
         network_args.check_dropout(self.network_dropout, self.algorithm)
+        network_args.check_dim(self.network_dim, self.network_args)
         return self
 
     @property

@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "loha": LYCORIS | {"network_args": ["algo=loha"]},
     "loha of three factors": LYCORIS | {"network_args": ["algo=loha", "use_tucker=True"]},
     "lokr": LYCORIS | {"network_args": ["algo=lokr", "factor=4"]},
+    "lokr of a whole factor": LYCORIS | {"network_dim": 100_000, "network_args": ["algo=lokr", "conv_dim=100000"]},
     "lokr of few factors": LYCORIS | {"network_dim": 1, "network_args": ["algo=lokr", "decompose_both=True"]},
 }
 

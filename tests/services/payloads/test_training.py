@@ -161,10 +161,24 @@ def test_what_is_missing_of_lycoris_is_taken_where_it_is_off_and_named_where_it_
         assert reason(**LYCORIS, network_args=[f"{name}=True"]) == sentence
 
 
+def test_lycoris_older_names_and_ranks_that_stand_for_a_whole_factor_are_its() -> None:
+    keys = LYCORIS | {"network_dim": 100_000, "network_args": ["algo=lokr", "conv_dim=100000", "use_cp=True"]}
+    config = check_training(keys)
+    assert config.network_args == {"algo": "lokr", "conv_dim": "100000", "use_tucker": "True"}
+    assert check_training(config.model_dump()) == config
+
+
+def test_an_empty_text_where_there_is_none_is_as_if_it_were_not_given() -> None:
+    names = Training.model_fields.keys() | training._REFUSED.keys() | {"huggingface_token", "mystery"}
+    texts = {name for name, field in Training.model_fields.items() if isinstance(field.default, str)}
+    assert check_training(dict.fromkeys(names - texts, "")) == check_training({})
+
+
 def test_what_other_tools_write_for_every_kind_of_network_is_taken_where_it_is_off() -> None:
     off = ["conv_dim=0", "conv_alpha=1.0", "factor=-1", "rank_dropout=0", "module_dropout=0.0", "use_tucker=False"]
     config = check_training(LYCORIS | {"network_args": ["algo=locon", *off, "decompose_both=False"]})
     assert (config.algorithm, "conv_dim" in config.network_args) == ("locon", False)
+    assert check_training({"network_args": off}).network_args == {"conv_alpha": "1"}
     assert check_training(config.model_dump()) == config
 
 
@@ -251,7 +265,7 @@ def test_a_checked_configuration_gives_itself_again() -> None:
             "v2 true: Stable Diffusion 2 is not known here; possible base models: Stable Diffusion 1.5, SDXL",
         ),
         ({"color_aug": True}, "color_aug true: colours are not augmented; set it to false"),
-        ({"network_dim": 0}, "network_dim 0 is out of range: 1 to 1024 is possible"),
+        ({"network_dim": 0}, "network_dim 0 is out of range: 1 to 100000 is possible"),
         ({"network_dim": "many"}, 'network_dim "many": input should be a valid integer'),
         ({"max_train_epochs": 0}, "max_train_epochs 0 is out of range: 1 to 1000000 is possible"),
         ({"resolution": "0,512"}, 'resolution "0,512" is none; possible: one side, or "width,height"'),
@@ -282,6 +296,15 @@ def test_a_checked_configuration_gives_itself_again() -> None:
         (
             LYCORIS | {"network_dropout": 0.1, "network_args": ["algo=lokr"]},
             "network_dropout 0.1 is not possible with algo=lokr; possible: rank_dropout or module_dropout",
+        ),
+        (
+            LYCORIS | {"network_dim": 10_000, "network_args": ["algo=loha"]},
+            "network_dim 10000 is not possible with algo=loha; possible: 1 to 1024, or with algo=lokr to 100000",
+        ),
+        ({"network_args": ["conv_dim=1025"]}, "network_args conv_dim 1025 is not possible with algo=lora; possible: 1"),
+        (
+            {"color_aug": True, "random_crop": "true"},
+            'set it to false; random_crop "true": pictures are cropped at their centre; set it to false',
         ),
         ({"lr_scheduler_args": ["T_max=1"]}, "lr_scheduler_args T_max is not possible; possible: step_rules"),
         *(
@@ -335,7 +358,10 @@ def test_a_checked_configuration_gives_itself_again() -> None:
             ({"sample_prompts": f"/content/prompt.{ending}"}, "is no prompt; possible: prompts, one a line, or by hand")
             for ending in ("txt", "toml", "json")
         ),
-        ({"datasets": [{"resolution": 512}]}, 'datasets [{"resolution": 512}]: datasets are folders of pictures'),
+        (
+            {"datasets": [{"resolution": 512}]},
+            'datasets [{"resolution": 512}]: what it says belongs into this configuration',
+        ),
         ({"loss_type": "huber"}, "loss_type \"huber\": input should be 'l2'"),
         ({"sample_sampler": "magic"}, 'sample_sampler "magic" is not known; possible: Euler'),
         ({"seed": float("nan")}, "seed NaN: input should be a finite number"),

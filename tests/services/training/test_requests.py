@@ -98,8 +98,8 @@ async def test_steps_of_the_request_win_over_epochs_of_the_template(service: Ser
     assert (config["max_train_steps"], config["max_train_epochs"]) == (7, None)
 
 
-async def test_a_key_that_is_null_is_as_if_it_were_not_given(service: Service) -> None:
-    params = service.document(max_train_epochs=None, max_train_steps=None, seed=None, network_dim=7)
+async def test_a_key_that_is_null_or_an_empty_text_is_as_if_it_were_not_given(service: Service) -> None:
+    params = service.document(max_train_epochs=None, max_train_steps="", seed="", network_dim=7)
     created = await service.create(params)
     assert MessageToDict(created.params)["config_params"]["training"] == params["config_params"]["training"]
     async with service.trainer(created.id) as trainer:

@@ -22,6 +22,7 @@ from services.common.payloads import pictures
 from services.common.payloads.training import Training
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_USUAL_ENDINGS = (".caption", ".txt")  # of captions
 _FOLDER = re.compile(r"0*([1-9]\d{0,5})_(.+)")
 _UNREAD = "\ufffd"  # what a codec puts in the place of bytes that it cannot read
 _MAX_CAPTION = 3000  # characters; of 225 tokens no caption needs more
@@ -182,8 +183,8 @@ def _opened(path: Path, name: str) -> Image.Image:
 
 
 def _caption(path: Path, extension: str) -> str | None:
-    """The first line of the caption file, of either usual ending."""
-    for ending in dict.fromkeys((extension, ".caption", ".txt")):
+    """The first line of the caption file. Of the usual endings either will do; whoever gives another one means it."""
+    for ending in (extension, *_USUAL_ENDINGS) if extension in _USUAL_ENDINGS else (extension,):
         file = path.with_suffix(ending)
         if file.is_file():
             with file.open("rb") as content:

@@ -61,11 +61,18 @@ def test_pictures_without_a_caption_and_captions_in_another_encoding_are_told(tm
     ]
 
 
-def test_the_configured_ending_of_captions_goes_first(tmp_path: Path) -> None:
-    draw(tmp_path / "1_cat" / "a.png")
-    (tmp_path / "1_cat" / "a.txt").write_text("by txt")
-    (tmp_path / "1_cat" / "a.tags").write_text("by tags")
-    assert read(tmp_path, caption_extension=".tags").pictures[0].caption == "by tags"
+@pytest.mark.parametrize(
+    ("extension", "captions"),
+    [(".txt", ["by txt", "by caption"]), (".caption", ["by caption"] * 2), (".tags", ["by tags", "cat"])],
+)
+def test_captions_have_the_configured_ending_or_if_it_is_a_usual_one_the_other(
+    tmp_path: Path, extension: str, captions: list[str]
+) -> None:
+    for name, endings in (("a", ("txt", "caption", "tags")), ("b", ("caption",))):
+        draw(tmp_path / "1_cat" / f"{name}.png")
+        for ending in endings:
+            (tmp_path / "1_cat" / f"{name}.{ending}").write_text(f"by {ending}")
+    assert [picture.caption for picture in read(tmp_path, caption_extension=extension).pictures] == captions
 
 
 def test_there_are_as_many_regularisation_pictures_as_others(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def whole(device: str, mixed_precision: str, **keys: Any) -> dict[str, Any]:
         "mixed_precision": mixed_precision, "max_train_epochs": 3, "enable_bucket": True, "min_bucket_reso": 32,
         "bucket_reso_steps": 32, "train_batch_size": 2, "flip_aug": True, "save_every_n_epochs": 1,
         "sample_every_n_epochs": 1, "save_precision": "fp16", "sample_prompts": ["a zog --s 4"], "noise_offset": 0.05,
-        "min_snr_gamma": 5,
+        "min_snr_gamma": 5, "multires_noise_iterations": 3, "scale_weight_norms": 0.1,
     } | keys  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = _school(Path(name), 2)

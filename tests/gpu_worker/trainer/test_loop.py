@@ -31,7 +31,7 @@ from tests.gpu_worker.trainer.small import Notes
 CHANCES: dict[str, Any] = {
     "train_batch_size": 2, "shuffle_caption": True, "keep_tokens": 1, "flip_aug": True, "caption_dropout_rate": 0.2,
     "network_dropout": 0.1, "noise_offset": 0.05, "max_train_epochs": 3, "lr_scheduler": "cosine",
-    "caption_tag_dropout_rate": 0.2,
+    "caption_tag_dropout_rate": 0.2, "multires_noise_iterations": 3,
 }  # fmt: skip
 
 
@@ -151,7 +151,13 @@ def test_v_parameterization_is_all_that_a_checkpoint_of_velocities_says_itself(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "optimizer", [{}, {"optimizer_type": "Lion"}, {"optimizer_type": "Prodigy", "unet_lr": 1, "text_encoder_lr": 1}]
+    "optimizer",
+    [
+        {},
+        {"optimizer_type": "Adafactor", "optimizer_args": ["relative_step=False"]},
+        {"optimizer_type": "Lion"},
+        {"optimizer_type": "Prodigy", "unet_lr": 1, "text_encoder_lr": 1},
+    ],
 )
 def test_a_seed_makes_a_training_repeatable_and_going_on_equals_never_having_stopped(
     trainings: Trainings, tmp_path: Path, optimizer: dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
@@ -299,8 +299,7 @@ class Models:
             raise FailedPrecondition(reason) from None
         if not sha256:
             sha256 = (await self._blobs.digest(file.key)).sha256
-        words = ("format", "architecture", "kind") if findings.format else ()
-        found = {word: getattr(findings, word) for word in words}
+        found = asdict(findings) if findings.format else {}
         await self._store.save_complete(checkpoint.id, file.name, Inspected(size, sha256, found), status)
 
     async def _inspect(self, file: CheckpointFile, size: int) -> Findings:

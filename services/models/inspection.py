@@ -12,7 +12,7 @@ import json
 import math
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
@@ -49,7 +49,6 @@ class Findings:
     format: str = ""
     architecture: str = UNKNOWN
     kind: str = UNKNOWN
-    tar: bool = False
 
 
 class RangedFile(io.RawIOBase):
@@ -110,7 +109,7 @@ def _inspect_tar(file: IO[bytes], size: int) -> Findings:
     ]
     if not models:
         raise Refused("is a tar without a model in it")
-    return replace(models[0], tar=True)
+    return models[0]
 
 
 def _members(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]:

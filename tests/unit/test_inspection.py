@@ -105,9 +105,7 @@ SHORT, LONG = "models/Stable-diffusion/a.safetensors", f"models/Lora/{'b' * 120}
     ],
 )
 def test_a_tar_is_looked_into(form: int, name: str) -> None:
-    assert look("a.safetensors", tar(name, safetensors(), form)) == Findings(
-        "safetensors", "sd_1_5", "checkpoint", tar=True
-    )
+    assert look("a.safetensors", tar(name, safetensors(), form)) == Findings("safetensors", "sd_1_5", "checkpoint")
     with pytest.raises(Refused, match="tensors are missing"):
         look("a.safetensors", tar(name, safetensors()[:-1], form))
 

@@ -17,6 +17,7 @@ from services.common.audit import Audit
 from services.common.auth import Caller, Profile
 from services.common.database import Database
 from services.common.server import Server
+from services.common.tasks import cancel
 from services.identity.authz import SECRET_METADATA, AuthorizationServicer
 from services.identity.domain import Identity
 from services.identity.key_uses import KeyUses
@@ -121,8 +122,8 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
                 servicer = AuthorizationServicer(issued, sha256(GATEWAY_SECRET))
                 ext_authz_pb2_grpc.add_AuthorizationServicer_to_server(servicer, server)
 
-            stack.push_async_callback(_cancel, asyncio.create_task(database.listen([CHANGED], on_notify)))
-            stack.push_async_callback(_cancel, asyncio.create_task(uses.write()))
+            stack.push_async_callback(cancel, [asyncio.create_task(database.listen([CHANGED], on_notify))])
+            stack.push_async_callback(cancel, [asyncio.create_task(uses.write())])
             server = Server("127.0.0.1:0", tokens.verifier())
             add(server.grpc)
             address = f"127.0.0.1:{await server.start()}"
@@ -132,11 +133,6 @@ async def start_replica(tokens: Tokens, password_key: str, database_url: str) ->
             return Running(address, channel, database, store, identity, issued, tokens, first_key, notified)
 
         yield start
-
-
-async def _cancel(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait([task])
 
 
 @pytest.fixture

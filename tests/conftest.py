@@ -5,6 +5,7 @@ make_database  to the URL of a new database without any
 database_url   what `make_database` makes; some services' tests have one that is lent
 s3             S3Access: endpoint, keys and a bucket of this test module's own
 blobs          the same as services use it
+line           a way to the object store that can be cut
 """
 
 import gc
@@ -12,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +29,7 @@ from deploy.local.store import Store
 from services.common.blobs import Blobs
 from services.common.settings import BlobSettings
 from tests.databases import ROLE, Databases
+from tests.line import Line
 from tests.processes import process_environment, running
 
 # Plain tracebacks, as the services and the worker have: drawing tensors prettily takes half a minute.
@@ -131,6 +133,14 @@ def s3(swift: Store, esd_home: Home) -> S3Access:
 def blobs(s3: S3Access) -> Blobs:
     """That bucket as services use it. A client of boto3 takes half a second to make."""
     return Blobs(s3.settings())
+
+
+@pytest.fixture
+async def line(s3: S3Access) -> AsyncIterator[Line]:
+    """A way to the object store that can be cut."""
+    async with Line() as found:
+        found.url = s3.endpoint_url
+        yield found
 
 
 # While it imports and collects, pytest makes millions of objects that stay: the collector goes through none of them.

@@ -97,7 +97,7 @@ class Endpoints:
         endpoint_id = str(uuid4())
         endpoint = Endpoint(
             id=endpoint_id,
-            name=full_name(new.type, new.name, endpoint_id),
+            name=_full_name(new.type, new.name, endpoint_id),
             type=new.type,
             instance_type=new.instance_type,
             autoscaling=new.autoscaling,
@@ -170,7 +170,7 @@ class Endpoints:
             raise InvalidArgument(" ".join(f"checkpoint with name {name} is not found" for name in missing))
 
 
-def full_name(endpoint_type: str, name: str, endpoint_id: str) -> str:
+def _full_name(endpoint_type: str, name: str, endpoint_id: str) -> str:
     """`esd-<type>-<name>`, with the beginning of the id where no name was given."""
     return f"esd-{endpoint_type.lower()}-{name or endpoint_id[:7]}"
 

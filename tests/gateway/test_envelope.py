@@ -236,7 +236,7 @@ async def test_too_many_headers_and_too_large_ones_are_431(gateway: Gateway) -> 
     many = {f"x-header-{number}": "1" for number in range(150)}
     for headers in (many, {"x-large": "a" * 100_000}):
         answer = await gateway.client.get("/ping", headers=headers)
-        assert answer.status_code == 431, answer.text
+        assert answer.status_code == answer.json()["statusCode"] == 431
 
 
 async def test_a_quota_is_429_and_says_when_to_try_again(gateway: Gateway) -> None:

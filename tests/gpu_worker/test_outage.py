@@ -34,14 +34,6 @@ BACK = "the object store is reached again"
 
 
 @pytest.fixture
-async def line(s3: S3Access) -> AsyncIterator[Line]:
-    """What the worker reaches the store by."""
-    async with Line() as found:
-        found.url = s3.endpoint_url
-        yield found
-
-
-@pytest.fixture
 def content(tiny_checkpoint: Path) -> bytes:
     """A model's."""
     return tiny_checkpoint.read_bytes()

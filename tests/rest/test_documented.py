@@ -81,10 +81,6 @@ def test_a_query_is_taken_or_refused(admin: Api, path: str, query: str, status: 
         assert query.partition("=")[0] in answer.message or "NUL" in answer.message or "not exist" in answer.message
 
 
-def test_ping(admin: Api) -> None:
-    assert admin.call("GET", "/ping").body == {"message": "pong", "statusCode": 200}
-
-
 def test_roles_and_users(admin: Api) -> None:
     for name in ("new_role_name", "Designer"):
         example = {"role_name": name, "permissions": ["train:all", "checkpoint:all"]}

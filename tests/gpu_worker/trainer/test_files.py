@@ -45,14 +45,6 @@ class Stream:
 
 
 @pytest.fixture
-async def line(s3: S3Access) -> AsyncIterator[Line]:
-    """What the trainer reaches the store by."""
-    async with Line() as found:
-        found.url = s3.endpoint_url
-        yield found
-
-
-@pytest.fixture
 async def transfer() -> AsyncIterator[Transfer]:
     """One whose patience ends with its first failure."""
     async with Transfer(patience_seconds=0.01) as found:

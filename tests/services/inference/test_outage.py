@@ -23,14 +23,6 @@ REASON = "x.safetensors cannot be downloaded: the object store answers 503"
 
 
 @pytest.fixture
-async def line(s3: S3Access) -> AsyncIterator[Line]:
-    """What everybody reaches the store by."""
-    async with Line() as found:
-        found.url = s3.endpoint_url
-        yield found
-
-
-@pytest.fixture
 async def blobs(s3: S3Access, line: Line) -> Blobs:
     """The store behind it."""
     return Blobs(s3.settings(endpoint_url=f"http://{line.address}"))

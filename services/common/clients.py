@@ -94,17 +94,10 @@ class _TokenInterceptor:
     def __init__(self, tokens: TokenSource) -> None:
         self._tokens = tokens
 
-    async def _call(self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any) -> Any:
+    async def _call(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
         metadata = grpc.aio.Metadata(*(details.metadata or ()))
         metadata[TOKEN_METADATA] = await self._tokens.token()
-        with_token = grpc.aio.ClientCallDetails(
-            method=details.method,
-            timeout=details.timeout,
-            metadata=metadata,
-            credentials=details.credentials,
-            wait_for_ready=details.wait_for_ready,
-        )
-        return await continuation(with_token, request)
+        return await continuation(details._replace(metadata=metadata), request)
 
 
 class _UnaryUnary(_TokenInterceptor, grpc.aio.UnaryUnaryClientInterceptor):

@@ -34,6 +34,8 @@ _INSTEAD = {
     "logging_dir": "the curves are in the folder logs of the training's output_location",
 }
 _OWN = {*_INSTEAD, "reg_data_dir"}
+# Of other services, which whoever sees the training would see. They are not kept.
+_SECRETS = {"huggingface_token", "wandb_api_key"}
 _MAX_VALUES = 1000  # of params: kohya has two hundred keys
 
 
@@ -97,6 +99,7 @@ def read_wish(params: dict[str, Any]) -> Wish:
     for name, section in config_params.items():
         if not isinstance(section, dict):
             raise InvalidArgument(f"config_params.{name} is no object with kohya's keys")
+        config_params[name] = {key: value for key, value in section.items() if key not in _SECRETS}
     is_client = "model" in training_params or "dataset" in training_params
     is_client = is_client or (
         "saving_arguments" in config_params and not {"s3_model_path", "s3_data_path"} & training_params.keys()

@@ -89,6 +89,16 @@ async def test_keys_of_places_that_a_trainer_has_of_its_own_are_noted(service: S
     assert [note.split(":")[0] for note in notes] == ["xformers", "train_data_dir", "output_dir"]
 
 
+async def test_keys_to_other_services_are_not_kept(service: Service) -> None:
+    config = client()["config_params"] | {"logging_arguments": {"wandb_api_key": "s3cr3t", "log_with": "wandb"}}
+    created = await service.create(client() | {"config_params": config})
+    shown = MessageToDict((await service.get(created.id)).params)
+    assert shown["config_params"]["logging_arguments"] == {"log_with": "wandb"}
+    toml = await service.blobs.get(f"kohya/train/{created.id}/input/kohya_config_cloud.toml")
+    assert b"s3cr3t" not in toml
+    assert "s3cr3t" not in str(shown)
+
+
 async def test_steps_of_the_request_win_over_epochs_of_the_template(service: Service) -> None:
     params = service.document(max_train_steps=7)
     del params["config_params"]["training"]["max_train_epochs"]

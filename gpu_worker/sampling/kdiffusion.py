@@ -1,8 +1,8 @@
-"""k-diffusion's samplers, which A1111's are, as diffusers schedulers: those that diffusers lacks, whose timesteps it
-rounds or whose `eta` it has fixed. `eta` is the share of the noise that a step takes away and puts back anew.
+"""k-diffusion's samplers, which most of A1111's are, as diffusers schedulers. `eta` is the share of the noise that a
+step takes away and puts back anew.
 
-The formulas are those of k_diffusion/sampling.py, in terms of what the model takes the clean latents for. Noise levels
-are diffusers' Euler's: any schedule, and timesteps with fractions.
+The formulas are those of k_diffusion/sampling.py, in terms of what the model takes the clean latents for. How latents
+have a noise level, and a model its timestep, with fractions, is diffusers' Euler's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from numpy.polynomial.polynomial import polyfromroots, polyint, polyval
 
-# Karras' levels are evenly spaced in this root (Karras et al. 2022).
-_RHO = 7
+from gpu_worker.sampling.schedules import Schedule, karras_between, uniform
+
 # From so many steps on Restart goes back to more noise, and from so many on twice: from the level nearest to the low
 # one, which it has reached, to the one nearest to the high one.
 _RESTARTS_FROM, _TWICE_FROM = 20, 36
@@ -31,18 +31,23 @@ _FRACTIONS = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
 
 
 class KDiffusion(EulerDiscreteScheduler):
-    """What they share. `eta` is set before the timesteps."""
+    """What they share. `eta` and the schedule are set before the timesteps."""
 
     eta = 1.0
+    schedule: Schedule = staticmethod(uniform)
     # A1111 makes one level more for these, and leaves out the lowest.
     leaves_out_lowest = False
 
     def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
         """As diffusers'."""
-        super().set_timesteps(num_inference_steps + self.leaves_out_lowest, *options, **named)
-        if self.leaves_out_lowest:
-            self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
-            self.timesteps = self.timesteps[:-1]
+        config: Any = self.config
+        ends = config.beta_start**0.5, config.beta_end**0.5
+        roots = torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64)
+        self.alphas_cumprod = (1 - roots**2).cumprod(0).float()  # as A1111 has them: diffusers loses bits on the way
+        table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        levels = self.schedule(num_inference_steps + self.leaves_out_lowest, table)[:num_inference_steps]
+        named["sigmas"] = [*levels.tolist(), 0.0]
+        super().set_timesteps(*options, **named)
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *_: Any, **__: Any) -> Any:
         """The latents after an evaluation, in a tuple."""
@@ -57,6 +62,13 @@ class KDiffusion(EulerDiscreteScheduler):
         """The timesteps of noise levels."""
         logarithms = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().log().numpy()
         return torch.tensor([float(self._sigma_to_t(np.array(float(sigma)), logarithms)) for sigma in sigmas])
+
+
+class Euler(KDiffusion):
+    """`sample_euler`."""
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        return clean.lerp(x, self.sigmas[index + 1] / self.sigmas[index])
 
 
 class EulerAncestral(KDiffusion):
@@ -270,7 +282,8 @@ def _looks(highest: float, lowest: float, num_looks: int, eta: float) -> Iterato
     orders = [3] * (num_steps - 1) + [num_looks % 3] if num_looks % 3 else [3] * (num_steps - 2) + [2, 1]
     times = np.linspace(-log(highest), -log(lowest), num_steps + 1)
     for order, t, t_after in zip(orders, times[:-1], times[1:], strict=True):
-        down = float(_ancestral(torch.tensor(exp(-t)), torch.tensor(exp(-t_after)), eta)[0])
+        before, after = torch.tensor([exp(-t), exp(-t_after)], dtype=torch.float64)
+        down = float(_ancestral(before, after, eta)[0])
         t_next = min(times[-1], -log(down)) if down > 0 else times[-1]
         h = t_next - t
         for look, fraction in enumerate(_FRACTIONS[order]):
@@ -283,39 +296,51 @@ def _looks(highest: float, lowest: float, num_looks: int, eta: float) -> Iterato
                 is_first=not look,
                 of_noise=sigma * expm1(to),
                 of_difference=sigma * by * to / (fraction * h) if look else 0.0,
-                up=sqrt(max(0.0, exp(-t_after) ** 2 - exp(-t_next) ** 2)) if is_last else 0.0,
+                up=sqrt(max(0.0, exp(-t_after) ** 2 - exp(-t_next) ** 2)) if is_last and eta else 0.0,
             )
 
 
-class Restart(KDiffusion):
-    """A1111's `restart_sampler` (Xu et al. 2023): Heun's method down Karras' levels, with returns to more noise on the
-    way. What begins later begins such a row of its own."""
+class Heun(KDiffusion):
+    """`sample_heun`: looks at both ends of each step but the last, which goes to no noise."""
 
     order = 2
 
     def set_timesteps(self, num_inference_steps: Any = None, *options: Any, **named: Any) -> None:
-        """As diffusers'; the looks follow with set_begin_index."""
+        """As diffusers'."""
         super().set_timesteps(num_inference_steps, *options, **named)
         self._levels = self.sigmas
+        self._go(list(pairwise(self._levels.tolist())))
 
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Has the looks begin with a step of the row; to be called after set_timesteps."""
-        super().set_begin_index(begin_index)
-        steps = _with_restarts(self._levels[begin_index // self.order :])
-        looks = torch.tensor(steps).flatten()  # at both ends of each step but the last, which goes to no noise
-        self.sigmas = torch.cat([self._levels[:1].expand(begin_index), looks])
+    def _go(self, steps: list[tuple[float, float]], begin_index: int = 0) -> None:
+        """By these steps, each from one level to another, from that look on."""
+        self.sigmas = torch.cat([self._levels[:1].expand(begin_index), torch.tensor(steps).flatten()])
         self.timesteps = self._times(self.sigmas[:-1])
 
     def _after(self, x: Any, clean: Any, index: int) -> Any:
         if index == len(self.sigmas) - 2:
             return clean
-        before, after, following = self.sigmas[index - index % 2 :][:3]
+        before, after = self.sigmas[index - index % 2 :][:2]
         slope = (x - clean) / self.sigmas[index]
         if not index % 2:
             self._begun, self._slope = x, slope
             return x + slope * (after - before)
-        x = self._begun + (self._slope + slope) * ((after - before) / 2)
-        return x + torch.randn(x.shape) * (following**2 - after**2).sqrt() if following > after else x
+        return self._begun + (self._slope + slope) * ((after - before) / 2)
+
+
+class Restart(Heun):
+    """A1111's `restart_sampler` (Xu et al. 2023): Heun's method down Karras' levels, with returns to more noise on the
+    way. What begins later begins such a row of its own."""
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Has the looks begin with a step of the row; to be called after set_timesteps."""
+        super().set_begin_index(begin_index)
+        self._go(_with_restarts(self._levels[begin_index // self.order :]), begin_index)
+
+    def _after(self, x: Any, clean: Any, index: int) -> Any:
+        result = super()._after(x, clean, index)
+        level, following = self.sigmas[index : index + 2]
+        # Of two looks in a row at different steps the second may be at more noise.
+        return result + torch.randn(x.shape) * (following**2 - level**2).sqrt() if following > level else result
 
 
 def _with_restarts(levels: torch.Tensor) -> list[tuple[float, float]]:
@@ -324,16 +349,13 @@ def _with_restarts(levels: torch.Tensor) -> list[tuple[float, float]]:
     if num_steps < _RESTARTS_FROM:
         return list(pairwise(levels.tolist()))
     num_restarts, length = (2, num_steps // 4) if num_steps >= _TWICE_FROM else (1, 9)
-    row = np.append(_karras(float(levels[-2]), float(levels[0]), num_steps - num_restarts * length), 0.0)
-    low, high = (int(np.abs(row - level).argmin()) for level in (_RESTART_LOW, _RESTART_HIGH))
-    steps = list(pairwise(row.tolist()))
+    row = karras_between(float(levels[0]), float(levels[-2]), num_steps - num_restarts * length)
+    low, high = (int((row - level).abs().argmin()) for level in (_RESTART_LOW, _RESTART_HIGH))
+    steps = list(pairwise([*row.tolist(), 0.0]))
     if high < low:
-        steps[low:low] = num_restarts * list(pairwise(_karras(row[low], row[high], length + 1).tolist()))
+        again = karras_between(float(row[high]), float(row[low]), length + 1).tolist()
+        steps[low:low] = num_restarts * list(pairwise(again))
     return steps
-
-
-def _karras(lowest: float, highest: float, num_levels: int) -> Any:
-    return np.linspace(highest ** (1 / _RHO), lowest ** (1 / _RHO), num_levels) ** _RHO
 
 
 def _multistep_weights(levels: Any, after: float) -> Iterator[float]:

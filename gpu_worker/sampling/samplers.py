@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -27,42 +25,36 @@ from gpu_worker.sampling.kdiffusion import (
     DPM2SAncestral,
     DPMFast,
     DPMSde,
+    Euler,
     EulerAncestral,
+    Heun,
     KDiffusion,
     Restart,
 )
 from gpu_worker.sampling.noise import Generator, normal
 from gpu_worker.sampling.plans import Interval, Plan, combined
+from gpu_worker.sampling.schedules import SCHEDULES
 from services.common.payloads.samplers import parts, sampler_of
 
 Options = dict[str, Any]
 
 
-# Options that bend the noise levels.
-SCHEDULES: dict[str, Options] = {
-    "Uniform": {},
-    "Karras": {"use_karras_sigmas": True},
-    "Exponential": {"use_exponential_sigmas": True},
-    "SGM Uniform": {"timestep_spacing": "trailing"},
-    "Beta": {"use_beta_sigmas": True},
-}
-_LINSPACE = {"timestep_spacing": "linspace"}
 _LEADING = {"timestep_spacing": "leading"}
 SAMPLERS: dict[str, tuple[type[Any], Options]] = {
-    "Euler": (EulerDiscreteScheduler, _LINSPACE),
-    "Euler a": (EulerAncestral, _LINSPACE),
-    "LMS": (LMS, _LINSPACE),
-    "Heun": (HeunDiscreteScheduler, _LINSPACE),
-    "DPM2": (DPM2Ancestral, _LINSPACE),
-    "DPM2 a": (DPM2Ancestral, _LINSPACE),
-    "DPM++ 2S a": (DPM2SAncestral, _LINSPACE),
-    "DPM++ 2M": (DPM2M, _LINSPACE),
-    "DPM++ SDE": (DPMSde, _LINSPACE),
-    "DPM++ 2M SDE": (DPM2M, _LINSPACE),
-    "DPM++ 2M SDE Heun": (DPM2MHeun, _LINSPACE),
-    "DPM++ 3M SDE": (DPM3M, _LINSPACE),
-    "DPM fast": (DPMFast, _LINSPACE),
-    "Restart": (Restart, _LINSPACE),
+    "Euler": (Euler, {}),
+    "Euler a": (EulerAncestral, {}),
+    "LMS": (LMS, {}),
+    "Heun": (Heun, {}),
+    "DPM2": (DPM2Ancestral, {}),
+    "DPM2 a": (DPM2Ancestral, {}),
+    "DPM++ 2S a": (DPM2SAncestral, {}),
+    "DPM++ 2M": (DPM2M, {}),
+    "DPM++ SDE": (DPMSde, {}),
+    "DPM++ 2M SDE": (DPM2M, {}),
+    "DPM++ 2M SDE Heun": (DPM2MHeun, {}),
+    "DPM++ 3M SDE": (DPM3M, {}),
+    "DPM fast": (DPMFast, {}),
+    "Restart": (Restart, {}),
     "DDIM": (DDIMScheduler, _LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
     "PLMS": (PNDMScheduler, _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
     # bh1 of order 3 gives NaN at the final noise level 0.
@@ -164,12 +156,9 @@ def _plan(
     kind, own_options = SAMPLERS[sampler]
     taken = inspect.signature(kind).parameters
     options = {key: value for key, value in model_options if key in taken}
-    options |= own_options | SCHEDULES[schedule]
-    if num_steps == 1 and options.get("timestep_spacing") == "linspace":
-        options["timestep_spacing"] = "trailing"  # numpy's linspace has the lowest level then, not the highest
-    scheduler = kind(**options)
+    scheduler = kind(**options | own_options)
     if isinstance(scheduler, KDiffusion):
-        scheduler.eta = eta or 0.0
+        scheduler.eta, scheduler.schedule = eta or 0.0, SCHEDULES[schedule]
     steps = {"original_inference_steps": max(_LCM_STEPS, num_steps)} if kind is LCMScheduler else {}
     scheduler.set_timesteps(num_steps, device="cpu", **steps)
     first = first_step * scheduler.order

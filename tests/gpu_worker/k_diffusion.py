@@ -11,25 +11,26 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from diffusers.utils.torch_utils import randn_tensor
-from scipy import integrate
+from scipy import integrate, stats
 
 Loop = Callable[..., Generator[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A loop, whether it looks twice in a step, has noise of one process, is given a level more than it uses, and goes
-    by Karras' levels whatever its name ends in."""
+    """A loop, whether it looks twice in a step, has noise of one process, is given a level more than it uses, and by
+    which levels it goes where its name ends in none."""
 
     loop: Loop
     eta: float = 1.0
     order: int = 1
     is_brownian: bool = False
     discards: bool = False
-    is_karras: bool = False
+    schedule: str = "Uniform"
 
 
 def ancestral(before: Any, after: Any, eta: float) -> Any:
@@ -44,6 +45,18 @@ def sigma_of(t: Any) -> Any:
 
 def t_of(sigma: Any) -> Any:
     return sigma.log().neg()
+
+
+def euler(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
+    for before, after in pairwise(sigmas):
+        x = x + (x - (yield x, before)) / before * (after - before)
+    return x
+
+
+def heun(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
+    for before, after in pairwise(sigmas):
+        x = yield from heun_step(x, before, after)
+    return x
 
 
 def euler_ancestral(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
@@ -210,7 +223,7 @@ def dpm_fast(x: Any, sigmas: Any, noise: Any, eta: float) -> Any:
     """DPMSolver.dpm_solver_fast, from the first of the levels to the last but one in as many looks as there are."""
     nfe = len(sigmas) - 1
     m = math.floor(nfe / 3) + 1
-    ts = torch.linspace(float(t_of(sigmas[0])), float(t_of(sigmas[-2])), m + 1)
+    ts = torch.linspace(float(t_of(sigmas[0])), float(t_of(sigmas[-2])), m + 1, dtype=torch.float64)
     orders = [3] * (m - 2) + [2, 1] if nfe % 3 == 0 else [3] * (m - 1) + [nfe % 3]
     for i, order in enumerate(orders):
         t, t_next = ts[i], ts[i + 1]
@@ -281,6 +294,8 @@ def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 # A1111's modules/sd_samplers_kdiffusion.py has which of them get a level more.
 KINDS = {
+    "Euler": Kind(euler),
+    "Heun": Kind(heun, order=2),
     "Euler a": Kind(euler_ancestral),
     "LMS": Kind(lms),
     "DPM2": Kind(dpm_2, order=2, discards=True),
@@ -292,15 +307,41 @@ KINDS = {
     "DPM++ 2M SDE Heun": Kind(partial(dpmpp_2m_sde, solver_type="heun"), is_brownian=True),
     "DPM++ 3M SDE": Kind(dpmpp_3m_sde, is_brownian=True, discards=True),
     "DPM fast": Kind(dpm_fast),
-    "Restart": Kind(restart, order=2, is_karras=True),
+    "Restart": Kind(restart, order=2, schedule="Karras"),
+}
+
+
+def t_to_sigma(t: Any, table: Any) -> Any:
+    low, high, w = t.floor().long(), t.ceil().long(), t.frac()
+    return ((1 - w) * table.log()[low] + w * table.log()[high]).exp()
+
+
+def get_sigmas_exponential(n: int, table: Any) -> Any:
+    return torch.linspace(math.log(table[-1].item()), math.log(table[0].item()), n).exp()
+
+
+def beta_scheduler(n: int, table: Any) -> Any:
+    low, high = table[0].item(), table[-1].item()
+    return torch.FloatTensor([low + stats.beta.ppf(x, 0.6, 0.6) * (high - low) for x in 1 - np.linspace(0, 1, n)])
+
+
+# From k_diffusion/sampling.py and A1111's modules/sd_schedulers.py, without the last level, which is 0.
+SCHEDULES: dict[str, Callable[[int, Any], Any]] = {
+    "SGM Uniform": lambda n, table: t_to_sigma(torch.linspace(999, 0, n + 1)[:-1], table),
+    "Uniform": lambda n, table: t_to_sigma(torch.linspace(999, 0, n), table),
+    "Simple": lambda n, table: torch.FloatTensor([table[-(1 + int(x * 1000 / n))].item() for x in range(n)]),
+    "Karras": lambda n, table: get_sigmas_karras(n, table[0].item(), table[-1].item())[:-1],
+    "Exponential": get_sigmas_exponential,
+    "Beta": beta_scheduler,
 }
 
 
 class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
-    """A loop over the levels of diffusers' Euler, for models that predict noise. The levels at which it looks are known
+    """A loop over a schedule's levels, for models that predict noise. The levels at which it looks are known
     after it has gone through once with nothing. Latents are kept in double precision between the looks."""
 
     kind: Kind
+    schedule: str
     eta: float
     seeds: Any
 
@@ -309,7 +350,12 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
         return self.kind.order
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        super().set_timesteps(num_inference_steps + self.kind.discards, device)
+        # Of ldm's double precision.
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
+        self.alphas_cumprod = torch.tensor(np.cumprod(1.0 - betas), dtype=torch.float32)
+        table = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+        levels = SCHEDULES[self.schedule](num_inference_steps + self.kind.discards, table)
+        super().set_timesteps(device=device, sigmas=[*levels.tolist(), 0.0])
         self._times = dict(zip(self.sigmas.tolist(), self.timesteps.tolist(), strict=False))
         self._levels = torch.cat([self.sigmas[:-2], self.sigmas[-1:]]) if self.kind.discards else self.sigmas.clone()
         self._looks(0)

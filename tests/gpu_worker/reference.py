@@ -19,32 +19,24 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 LINSPACE = {"timestep_spacing": "linspace"}
 LEADING = {"timestep_spacing": "leading"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Euler": ("EulerDiscrete", LINSPACE),
-    "Heun": ("HeunDiscrete", LINSPACE),
     "DDIM": ("DDIM", LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
     "PLMS": ("PNDM", LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "UniPC": ("UniPCMultistep", LEADING | {"solver_order": 3}),
     "LCM": ("LCM", LEADING | {"clip_sample": False}),
 }
-SCHEDULES = {
-    " Karras": {"use_karras_sigmas": True},
-    " Exponential": {"use_exponential_sigmas": True},
-    " SGM Uniform": {"timestep_spacing": "trailing"},
-    " Beta": {"use_beta_sigmas": True},
-}
 
 
 def scheduler_of(name: str, seed: int | list[int], eta: float | None = None) -> Any:
     """A fresh scheduler for a sampler's name."""
-    ending = next((ending for ending in SCHEDULES if name.endswith(ending)), "")
-    sampler, options = name.removesuffix(ending), BETAS | SCHEDULES.get(ending, {})
+    schedule = next((schedule for schedule in k_diffusion.SCHEDULES if name.endswith(f" {schedule}")), "")
+    sampler = name.removesuffix(f" {schedule}")
     if (kind := k_diffusion.KINDS.get(sampler)) is not None:
-        options |= {"use_karras_sigmas": True} if kind.is_karras else {}
-        scheduler = k_diffusion.Scheduler(**LINSPACE | options)
-        scheduler.kind, scheduler.seeds, scheduler.eta = kind, seed, kind.eta if eta is None else eta
+        scheduler = k_diffusion.Scheduler(**BETAS | LINSPACE)
+        scheduler.kind, scheduler.schedule, scheduler.seeds = kind, schedule or kind.schedule, seed
+        scheduler.eta = kind.eta if eta is None else eta
         return scheduler
     scheduler_name, own = SCHEDULERS[sampler]
-    return getattr(diffusers, f"{scheduler_name}Scheduler")(**BETAS | own | options)
+    return getattr(diffusers, f"{scheduler_name}Scheduler")(**BETAS | own)
 
 
 def pipeline_of(checkpoint: Path, tokenizer: Any, folder: Path) -> Any:

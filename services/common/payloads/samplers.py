@@ -31,7 +31,9 @@ class Sampler:
         return len(self.schedules) > 1
 
 
-_ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
+_ALL = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Simple", "Beta")
+# Others of A1111's that are the same, as long as its settings say no more.
+_SAME = {"normal": "Uniform", "polyexponential": "Exponential"}
 SAMPLERS = {
     "Euler": Sampler(_ALL),
     "Euler a": Sampler(_ALL, eta=1),
@@ -75,7 +77,7 @@ def find(given: Any, scheduler: Any, field: str = "sampler_name") -> str:
     sampler = SAMPLERS[name]
     if not sampler.has_choice:
         return name
-    possible = {_key(known): known for known in sampler.schedules}
+    possible = {_key(known): known for known in sampler.schedules} | _SAME
     possible["automatic"] = sampler.automatic
     wanted = ending or scheduler or sampler.schedules[0]
     schedule = possible.get(_key(wanted)) if isinstance(wanted, str) else None

@@ -8,6 +8,7 @@ import torch
 
 from gpu_worker.engine.denoise import Evaluation, Guidance, Step
 from gpu_worker.sampling import samplers
+from gpu_worker.sampling.schedules import SCHEDULES
 from services.common.payloads import samplers as names
 from tests.gpu_worker import reference
 from tests.gpu_worker.driving import assert_close
@@ -23,7 +24,7 @@ def test_every_sampler_that_a_payload_may_name_is_there() -> None:
     assert samplers.SAMPLERS.keys() == names.SAMPLERS.keys()
     of_a_process = {name for name in names.SAMPLERS if samplers.create(name, MODEL, 4, [])._plan.span}
     assert of_a_process == {name for name, known in names.SAMPLERS.items() if known.is_brownian}
-    assert samplers.SCHEDULES.keys() == {schedule for known in names.SAMPLERS.values() for schedule in known.schedules}
+    assert SCHEDULES.keys() == {schedule for known in names.SAMPLERS.values() for schedule in known.schedules}
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, *slow([60])])

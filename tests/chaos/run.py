@@ -85,7 +85,8 @@ class Chaos:
 
     async def _run(self, stack: Stack, line: Line) -> Outcome:
         home = Home(stack.home)
-        history = History(Postgres(home, stack.ports()["postgres"]).url("inference"))
+        postgres, store = Postgres(home, stack.ports()["postgres"]), Store(home, stack.ports()["swift"])
+        history = History(postgres.url("inference"))
         history.begin()
         model, keys = await asyncio.to_thread(self._prepare, stack)
         users = [User(stack.url, key, model, self._rng) for key in keys]
@@ -96,8 +97,9 @@ class Chaos:
         finally:
             for user in users:
                 await user.close()
-        s3 = Store(home, stack.ports()["swift"]).client()
-        judge = await asyncio.to_thread(Judge, history, s3, self._is_right())
+        for killed in (postgres, store):  # perhaps just now
+            await asyncio.to_thread(killed.wait_until_up)
+        judge = await asyncio.to_thread(Judge, history, store.client(), self._is_right())
         verdict = await asyncio.to_thread(judge.judge, self._submissions)
         return Outcome(verdict, self._submissions, judge.changes, faults, time.monotonic() - began)
 

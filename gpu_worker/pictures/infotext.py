@@ -85,6 +85,7 @@ def infotext(made: Made) -> str:
         "ENSD": request.noise_seed_delta or None,
         "RNG": request.noise_source if request.noise_source != "GPU" else None,  # which A1111 takes it for then
         "NGMS": request.s_min_uncond or None,
+        "Sigma noise": request.s_noise if request.s_noise != 1 else None,
         "Tiling": True if request.tiling else None,
         **_eta_fields(request),
         **_img2img_fields(request),

@@ -35,6 +35,8 @@ class KDiffusion(EulerDiscreteScheduler):
 
     eta = 1.0
     schedule: Schedule = staticmethod(uniform)
+    # Whether A1111 tells it `s_noise`, by which its noise is multiplied (modules/sd_samplers_kdiffusion.py).
+    heeds_s_noise = True
     # A1111 makes one level more for these, and leaves out the lowest.
     leaves_out_lowest = False
 
@@ -73,6 +75,8 @@ class Euler(KDiffusion):
 
 class EulerAncestral(KDiffusion):
     """`sample_euler_ancestral`."""
+
+    heeds_s_noise = False
 
     def _after(self, x: Any, clean: Any, index: int) -> Any:
         before, after = self.sigmas[index : index + 2]
@@ -330,6 +334,8 @@ class Heun(KDiffusion):
 class Restart(Heun):
     """A1111's `restart_sampler` (Xu et al. 2023): Heun's method down Karras' levels, with returns to more noise on the
     way. What begins later begins such a row of its own."""
+
+    heeds_s_noise = False
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Has the looks begin with a step of the row; to be called after set_timesteps."""

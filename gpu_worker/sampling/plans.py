@@ -46,10 +46,10 @@ class Plan:
     span: tuple[float, float] | None
 
 
-def read(scheduler: Any, times: Sequence[torch.Tensor], options: dict[str, Any]) -> Plan:
+def read(scheduler: Any, times: Sequence[torch.Tensor], options: dict[str, Any], noise_scale: float = 1.0) -> Plan:
     """Runs a fresh scheduler, its timesteps set, through evaluations at these times, and writes down what it does.
-    `options` are those of its step()."""
-    steps = tuple(_steps(scheduler, times, options))
+    `options` are those of its step(); the noise that it draws is taken so many times."""
+    steps = tuple(_steps(scheduler, times, options, noise_scale))
     span = None
     if any(interval for step in steps for interval in step.draws):
         levels = scheduler.sigmas[scheduler.sigmas > 0]
@@ -68,11 +68,13 @@ def combined(terms: Terms, sources: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _steps(scheduler: Any, times: Sequence[torch.Tensor], options: dict[str, Any]) -> Iterator[Step]:
+def _steps(
+    scheduler: Any, times: Sequence[torch.Tensor], options: dict[str, Any], noise_scale: float
+) -> Iterator[Step]:
     for time in times:
         places = list(_kept(scheduler))
         units = torch.eye(2 + len(places) + _MAX_DRAWS)[:, None]  # each of shape (1, sources), as latents have rows
-        noise = _Noise(units[2 + len(places) :])
+        noise = _Noise(noise_scale * units[2 + len(places) :])
         if hasattr(scheduler, "noise_sampler"):
             scheduler.noise_sampler = noise.between
         for index, (holder, key) in enumerate(places):

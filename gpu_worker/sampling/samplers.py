@@ -139,18 +139,24 @@ def create(
     generators: Sequence[Generator],
     eta: float | None = None,
     first_step: int = 0,
+    s_noise: float = 1.0,
 ) -> Sampling:
     """A fresh sampler, by its name in a checked payload, for rows with these generators of noise. `eta` counts for
-    those that have one; of the steps, those before `first_step` are left out."""
+    those that have one, `s_noise` for those that heed it; of the steps, those before `first_step` are left out."""
     own_eta = sampler_of(name).eta
     eta = own_eta if own_eta is None or eta is None else eta
     options = tuple((key, model_config[key]) for key in _MODEL_OPTIONS if key in model_config)
-    return Sampling(_plan(name, options, num_steps, eta, first_step), num_steps - first_step, generators)
+    return Sampling(_plan(name, options, num_steps, eta, first_step, s_noise), num_steps - first_step, generators)
 
 
 @lru_cache(_MAX_PLANS)
 def _plan(
-    name: str, model_options: tuple[tuple[str, Any], ...], num_steps: int, eta: float | None, first_step: int
+    name: str,
+    model_options: tuple[tuple[str, Any], ...],
+    num_steps: int,
+    eta: float | None,
+    first_step: int,
+    s_noise: float,
 ) -> Plan:
     sampler, schedule = parts(name)
     kind, own_options = SAMPLERS[sampler]
@@ -169,7 +175,8 @@ def _plan(
         times = _plms_times(scheduler.timesteps, first_step)
     given = {"eta": eta, "return_dict": False}
     taken = inspect.signature(scheduler.step).parameters
-    return plans.read(scheduler, times, {name: value for name, value in given.items() if name in taken})
+    scale = s_noise if isinstance(scheduler, KDiffusion) and scheduler.heeds_s_noise else 1.0
+    return plans.read(scheduler, times, {name: value for name, value in given.items() if name in taken}, scale)
 
 
 def _plms_times(timesteps: torch.Tensor, first_step: int) -> list[torch.Tensor]:

@@ -74,6 +74,7 @@ def sampling_of(request: Generation, models: Models, generators: Sequence[Genera
         generators,
         request.sampler_eta,
         request.first_step,
+        request.s_noise,
     )
 
 

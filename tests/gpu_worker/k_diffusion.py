@@ -342,6 +342,7 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
 
     kind: Kind
     schedule: str
+    s_noise = 1.0
     eta: float
     seeds: Any
 
@@ -409,6 +410,6 @@ class Scheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
     def _noise(self, like: torch.Tensor, *interval: Any) -> torch.Tensor:
         if self.kind.is_brownian:
             found: torch.Tensor = self._process(*interval)
-            return found.to(like.device)
+            return self.s_noise * found.to(like.device)
         drawn: torch.Tensor = randn_tensor(like.shape, self._generator, like.device, like.dtype)
-        return drawn
+        return self.s_noise * drawn

@@ -65,6 +65,8 @@ class Generation(Payload):
     # `override_settings.eta_ancestral` and `.eta_ddim`.
     eta_ancestral: float = Field(1.0, ge=0, le=1)
     eta_ddim: float = Field(0.0, ge=0, le=1)
+    # How much of their noise the steps of k-diffusion's samplers bring.
+    s_noise: float = Field(1.0, ge=0, le=10)
     # Below this noise level every other evaluation goes without the negative prompt.
     s_min_uncond: float = Field(0.0, ge=0, le=1000)
     # Whose noise it is, by A1111's names: its CPU's, or its GPU's, also where that is drawn without one (NV). From

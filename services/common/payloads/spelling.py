@@ -24,7 +24,7 @@ _REFUSED = {
 WITHOUT_EFFECT = frozenset({
     "alwayson_scripts", "comments", "do_not_save_grid",
     "do_not_save_samples", "force_task_id", "include_init_images", "override_settings",
-    "override_settings_restore_afterwards", "s_noise", "s_tmax", "s_tmin", "sampler_index",
+    "override_settings_restore_afterwards", "s_tmax", "s_tmin", "sampler_index",
     "save_images", "scheduler", "script_args", "script_name", "send_images",
 })  # fmt: skip
 _SCHEDULES = (("sampler_name", "scheduler"), ("hr_sampler_name", "hr_scheduler"))
@@ -43,6 +43,7 @@ _SETTINGS = {
     "initial_noise_multiplier": "initial_noise_multiplier",
     "randn_source": "noise_source",
     "s_min_uncond": "s_min_uncond",
+    "s_noise": "s_noise",
     "sd_model_checkpoint": "model_name",
     "sd_vae": "vae_name",
     "tiling": "tiling",
@@ -86,8 +87,6 @@ def checked_form(
     passes = [(name, field) for name, field in _SCHEDULES if name in known and given.get(name)]
     ignored += [field for name, field in passes if samplers.ignores(given[name], given.get(field))]
     given["sampler_name"] = samplers.find(given["sampler_name"], given.get("scheduler"))
-    if given.get("s_noise", 1) != 1 and any(samplers.sampler_of(given[name]).eta for name, _ in passes):
-        ignored.append("s_noise")  # other samplers have no noise for it
     given.setdefault("ignored", [name if is_text(name) else shown(name) for name in ignored])
     given |= as_fields(given.get("alwayson_scripts"))
     if given.get("refiner_checkpoint") in OFF:

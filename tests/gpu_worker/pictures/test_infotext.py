@@ -26,11 +26,13 @@ def fields_of(**payload: Any) -> dict[str, str]:
 
 def test_the_fields_come_in_a1111s_order() -> None:
     settings = {"CLIP_stop_at_last_layers": 2, "eta_noise_seed_delta": 31337}
-    found = fields_of(enable_hr=True, s_min_uncond=1, tiling=True, subseed_strength=0.5, override_settings=settings)
+    found = fields_of(
+        enable_hr=True, s_min_uncond=1, s_noise=1.1, tiling=True, subseed_strength=0.5, override_settings=settings
+    )
     assert list(found) == [
         *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),
         *("Variation seed", "Variation seed strength", "Denoising strength", "Clip skip", "ENSD", "RNG", "NGMS"),
-        *("Tiling", "Hires upscale", "Hires upscaler"),
+        *("Sigma noise", "Tiling", "Hires upscale", "Hires upscaler"),
     ]
 
 

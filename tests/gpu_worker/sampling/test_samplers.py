@@ -79,6 +79,11 @@ def test_steps_are_those_of_the_reference_for_any_eta(name: str, eta: float) -> 
     go_through_both(name, eta)
 
 
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_the_steps_noise_can_be_more_or_less_of_those_to_which_a1111_says_so(name: str) -> None:
+    go_through_both(name, None, num_steps=20 if name == "Restart" else 8, s_noise=1.3)
+
+
 @pytest.mark.parametrize("name", ["DPM2", "DPM++ 2M", "Euler", "Heun", "LMS"])
 def test_an_eta_does_nothing_to_samplers_that_have_none(name: str) -> None:
     go_through_both(name, 0.5)
@@ -101,10 +106,13 @@ def test_restart_makes_as_many_steps_as_are_asked_for_and_returns_from_20_and_tw
     assert [num_returns(40, first_step) for first_step in (4, 5, 20, 21)] == [2, 1, 1, 0]
 
 
-def go_through_both(name: str, eta: float | None, num_steps: int = 8, first_step: int = 0) -> None:
+def go_through_both(
+    name: str, eta: float | None, num_steps: int = 8, first_step: int = 0, s_noise: float = 1.0
+) -> None:
     """Two rows, through more steps than any sampler looks back."""
     seeds = [5, 6]
     scheduler = reference.scheduler_of(name, seeds, eta)
+    scheduler.s_noise = 1.0 if name in {"Euler a", "Restart"} else s_noise
     given = {"original_inference_steps": 50} if name == "LCM" else {}
     scheduler.set_timesteps(num_steps, **given)
     if first_step:
@@ -114,7 +122,7 @@ def go_through_both(name: str, eta: float | None, num_steps: int = 8, first_step
     taken = inspect.signature(scheduler.step).parameters
     noise = {"generator": generators} if "generator" in taken else {}
     own = [torch.Generator().manual_seed(seed) for seed in seeds]
-    sampling = samplers.create(name, MODEL, num_steps, own, eta, first_step)
+    sampling = samplers.create(name, MODEL, num_steps, own, eta, first_step, s_noise)
     assert sampling.timesteps == pytest.approx([float(time) for time in times], rel=1e-5, abs=1e-3)
     first = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     expected, found = first * scheduler.init_noise_sigma, sampling.latents(first)

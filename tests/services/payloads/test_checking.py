@@ -41,6 +41,7 @@ def test_what_is_absent_or_null_has_the_default_of_a1111() -> None:
         "eta_ancestral": 1.0,
         "eta_ddim": 0.0,
         "s_min_uncond": 0.0,
+        "s_noise": 1.0,
         "noise_source": "CPU",
         "noise_seed_delta": 0,
         "clip_skip": 1,
@@ -320,7 +321,6 @@ def test_what_is_off_changes_nothing() -> None:
     }
     off = {"restore_faces": False, "tiling": None, "s_churn": 0, "s_tmax": 1e30, "styles": [], "script_name": None}
     off |= {
-        "s_noise": 0,
         "mask_round": True,
         "seed_enable_extras": True,
         "distilled_cfg_scale": 3.5,
@@ -338,13 +338,6 @@ def test_what_is_off_may_be_text() -> None:
     """As bots write it, and forms."""
     texts = {"restore_faces": "false", "tiling": "False", "enable_hr": "false", "hr_upscaler": "string"}
     assert check(**texts, styles=["None"], script_name="None") == check(styles=[""]) == check()
-
-
-def test_a_share_of_noise_is_missed_only_where_steps_have_noise() -> None:
-    for names in ({"sampler_name": "DPM++ SDE"}, {"enable_hr": True, "hr_sampler_name": "DPM2 a"}):
-        assert check(**names, s_noise=0)["ignored"] == ["s_noise"]
-        assert check(**names, s_noise=1)["ignored"] == []
-    assert check(sampler_name="Euler", s_noise=1.01)["ignored"] == []
 
 
 @pytest.mark.parametrize("script", [{"args": {"model": "canny", "image": "x"}}, [{"model": "canny", "image": "x"}], 3])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ _SIDE = 320  # of what U²-Net looks at (Qin et al. 2020), where a model does no
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _ISNET = ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
 _NUM_THREADS = 2
+_MAX_SECONDS = 300.0  # of a picture: a hostile model has loops without end
 # The key under which a tensor names the file of its weights (onnx.proto3, TensorProto.external_data). onnxruntime
 # opens any path, so a hostile model could read this worker's secrets into a picture.
 _OTHER_FILE = b"location"
@@ -31,17 +33,23 @@ def mask_of(image: Image.Image, file: CachedModel) -> Image.Image:
     """How much each pixel belongs to the foreground, 0 to 255, at the picture's size.
 
     Raises:
-        JobError: onnxruntime is not there, or the file is no model of this kind.
+        JobError: onnxruntime is not there, or the file is no model of this kind, or too slow.
     """
     session = _session(file)
     given = session.get_inputs()[0]
     sides = [side if isinstance(side, int) else _SIDE for side in given.shape[2:4]]
     if len(given.shape) != 4 or len(sides) != 2:
         raise JobError(f"{file.name} does not look at pictures: its input has shape {given.shape}")
+    options: Any = importlib.import_module("onnxruntime").RunOptions()
+    timer = threading.Timer(_MAX_SECONDS, setattr, (options, "terminate", True))
+    timer.start()
     try:
-        found = np.asarray(session.run(None, {given.name: _prepared(image, sides[1], sides[0], file)})[0])
+        found = np.asarray(session.run(None, {given.name: _prepared(image, sides[1], sides[0], file)}, options)[0])
     except Exception as error:
-        raise JobError(f"{file.name} cannot be run: {_first_line(error)}") from None
+        why = f"it takes more than {_MAX_SECONDS:g} s for a picture" if options.terminate else _first_line(error)
+        raise JobError(f"{file.name} cannot be run: {why}") from None
+    finally:
+        timer.cancel()
     if found.ndim < 2 or not np.isfinite(found).all():
         raise JobError(f"{file.name} does not answer with a mask of numbers")
     plane = found.reshape(-1, *found.shape[-2:])[0]
@@ -72,8 +80,10 @@ def _session(file: CachedModel) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _NUM_THREADS
     options.log_severity_level = 4
+    # Which runs what does not depend on the picture, for as long as it takes.
+    disabled = ["ConstantFolding"]
     try:
-        return onnxruntime.InferenceSession(content, sess_options=options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:
         raise JobError(f"{file.name} is damaged, or no ONNX model: {_first_line(error)}") from None
 

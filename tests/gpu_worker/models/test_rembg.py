@@ -47,6 +47,13 @@ def test_a_model_may_not_read_other_files(tmp_path: Path) -> None:
         mask_of(noise(), model(tmp_path / "m", hostile))
 
 
+def test_a_model_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rembg, "_MAX_SECONDS", 0.2)
+    endless = model(tmp_path / "m", tiny_onnx.brightness(is_endless=True))
+    with pytest.raises(JobError, match=r"u2net.onnx cannot be run: it takes more than 0.2 s for a picture"):
+        mask_of(noise(), endless)
+
+
 @pytest.mark.parametrize("content", [b"", b"nothing", tiny_onnx.brightness()[:60], b"\x08\x08"])
 def test_what_is_no_model_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(JobError, match=r"u2net.onnx is damaged, or no ONNX model: "):

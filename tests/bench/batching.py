@@ -17,10 +17,18 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -32,9 +40,15 @@ from gpu_worker.files.cache import CachedModel
 from gpu_worker.models import tiny, weights
 from services.common.payloads import Generation
 from tests.gpu_worker.driving import changed, txt2img_of
-from tests.gpu_worker.reference import pipeline_of, scheduler_of
+from tests.gpu_worker.reference import BETAS, pipeline_of
 
-SAMPLERS = ("Euler", "Euler a", "DPM++ 2M Karras", "DDIM")
+# By their names here, as diffusers has them.
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "Euler": EulerDiscreteScheduler,
+    "Euler a": EulerAncestralDiscreteScheduler,
+    "DPM++ 2M Karras": partial(DPMSolverMultistepScheduler, use_karras_sigmas=True),
+    "DDIM": DDIMScheduler,
+}
 # Pixels of a side, jobs, and the ratio that the project wants.
 CASES = ((64, 1, 0.0), (64, 2, 0.0), (64, 4, 0.0), (64, 8, 0.0), (64, 16, 3.5), (128, 8, 2.0))
 # Jobs come in two lengths, so much faster than they can be done one by one.
@@ -98,7 +112,7 @@ def one_by_one(pipeline: Any, requests: list[Generation]) -> float:
 
 def draw(pipeline: Any, request: Generation) -> None:
     """A job in the pipeline."""
-    pipeline.scheduler = scheduler_of(request.sampler_name, request.seed)
+    pipeline.scheduler = SAMPLERS[request.sampler_name](**BETAS)
     pipeline(
         request.prompt,
         negative_prompt=request.negative_prompt,
@@ -115,7 +129,7 @@ def jobs(size: int, num_jobs: int, steps: int) -> list[Generation]:
     """Jobs that differ in prompt, seed and sampler."""
     base = txt2img_of(negative_prompt="blurry", steps=steps, width=size, height=size)
     return [
-        changed(base, prompt=f"picture {index}", seed=index, sampler_name=SAMPLERS[index % len(SAMPLERS)])
+        changed(base, prompt=f"picture {index}", seed=index, sampler_name=list(SAMPLERS)[index % len(SAMPLERS)])
         for index in range(num_jobs)
     ]
 

@@ -3,7 +3,8 @@
 `python -m gpu_worker` works for an endpoint's queue, `python -m gpu_worker train` for the training service, and
 `python -m gpu_worker train config.toml` trains by hand.
 
-Exit codes of a worker: 0 after a drain, 2 for a wrong setting or an unusable device, 3 when its secret is not known.
+Exit codes of a worker: 0 after a drain, 2 for a wrong setting or an unusable device, 3 when its secret is not known, 4
+when its GPU has failed, 6 when its engine is broken or stuck.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def denoise(
         step = steps[min(sampling.step_of(index), len(steps) - 1)]
         if index % 2 and sampling.noise_level(index) < step.unguided_below:
             step = step.without_negative
-        evaluation = Evaluation(x, timestep, step, sampling.clean(index))
+        evaluation = Evaluation(x, timestep, step, sampling.shares(index))
         prediction = yield evaluation
         corrections = step.corrections if keep is None else (*step.corrections, keep)
         if corrections:

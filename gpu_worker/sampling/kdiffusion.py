@@ -19,7 +19,7 @@ import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from numpy.polynomial.polynomial import polyfromroots, polyint, polyval
 
-from gpu_worker.sampling.schedules import Schedule, karras_between, uniform
+from gpu_worker.sampling.schedules import Schedule, karras_between
 
 # From so many steps on Restart goes back to more noise, and from so many on twice: from the level nearest to the low
 # one, which it has reached, to the one nearest to the high one.
@@ -33,8 +33,8 @@ _FRACTIONS = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
 class KDiffusion(EulerDiscreteScheduler):
     """What they share. `eta` and the schedule are set before the timesteps."""
 
-    eta = 1.0
-    schedule: Schedule = staticmethod(uniform)
+    eta: float
+    schedule: Schedule
     # Whether A1111 tells it `s_noise`, by which its noise is multiplied (modules/sd_samplers_kdiffusion.py).
     heeds_s_noise = True
     # A1111 makes one level more for these, and leaves out the lowest.
@@ -46,8 +46,8 @@ class KDiffusion(EulerDiscreteScheduler):
         ends = config.beta_start**0.5, config.beta_end**0.5
         roots = torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64)
         self.alphas_cumprod = (1 - roots**2).cumprod(0).float()  # as A1111 has them: diffusers loses bits on the way
-        table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
-        levels = self.schedule(num_inference_steps + self.leaves_out_lowest, table)[:num_inference_steps]
+        self._table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        levels = self.schedule(num_inference_steps + self.leaves_out_lowest, self._table)[:num_inference_steps]
         named["sigmas"] = [*levels.tolist(), 0.0]
         super().set_timesteps(*options, **named)
 
@@ -62,7 +62,7 @@ class KDiffusion(EulerDiscreteScheduler):
 
     def _times(self, sigmas: torch.Tensor) -> torch.Tensor:
         """The timesteps of noise levels."""
-        logarithms = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().log().numpy()
+        logarithms = self._table.log().numpy()
         return torch.tensor([float(self._sigma_to_t(np.array(float(sigma)), logarithms)) for sigma in sigmas])
 
 
@@ -264,7 +264,7 @@ class DPMFast(KDiffusion):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Has the looks begin at a level of the uniform schedule; to be called after set_timesteps."""
         super().set_begin_index(begin_index)
-        lowest = sqrt(1 / float(self.alphas_cumprod[0]) - 1)
+        lowest = float(self._table[0])
         levels = self.sigmas[begin_index:-1]
         self._looks = list(_looks(float(levels[0]), lowest, len(levels), self.eta))
         sigmas = torch.tensor([look.sigma for look in self._looks])

@@ -31,7 +31,7 @@ class Step:
     timestep: float
     input_scale: float  # latents x this is what the UNet reads
     noised: tuple[float, float]  # of clean latents and noise, in latents as they are before this evaluation
-    clean: tuple[float, float]  # of what the UNet reads and predicts, in the clean latents that it means
+    shares: tuple[float, float]  # of what the UNet reads and predicts, in the clean latents that it means
     latents: Terms
     kept: tuple[Terms, ...]
     draws: tuple[Interval, ...]
@@ -87,15 +87,15 @@ def _steps(
             timestep=float(time),
             input_scale=scaled,
             noised=(float(noised[0]), float(noised[1])),
-            clean=_clean(scaled * float(noised[0]), scaled * float(noised[1]), scheduler.config.prediction_type),
+            shares=_shares(scaled * float(noised[0]), scaled * float(noised[1]), scheduler.config.prediction_type),
             latents=_terms(after),
             kept=tuple(_terms(holder[key]) for holder, key in _kept(scheduler)),
             draws=tuple(noise.draws),
         )
 
 
-def _clean(signal: float, noise: float, prediction_type: str) -> tuple[float, float]:
-    """Of an input with so much signal and noise (Ho et al. 2020, equation 15; Salimans & Ho 2022, appendix D, for
+def _shares(signal: float, noise: float, prediction_type: str) -> tuple[float, float]:
+    """For an input with so much signal and noise (Ho et al. 2020, equation 15; Salimans & Ho 2022, appendix D, for
     v-prediction)."""
     return (signal, -noise) if prediction_type == "v_prediction" else (1 / signal, -noise / signal)
 

@@ -36,30 +36,33 @@ from gpu_worker.sampling.plans import Interval, Plan, combined
 from gpu_worker.sampling.schedules import SCHEDULES
 from services.common.payloads.samplers import parts, sampler_of
 
-Options = dict[str, Any]
-
-
+SAMPLERS: dict[str, type[Any]] = {
+    "Euler": Euler,
+    "Euler a": EulerAncestral,
+    "LMS": LMS,
+    "Heun": Heun,
+    "DPM2": DPM2Ancestral,
+    "DPM2 a": DPM2Ancestral,
+    "DPM++ 2S a": DPM2SAncestral,
+    "DPM++ 2M": DPM2M,
+    "DPM++ SDE": DPMSde,
+    "DPM++ 2M SDE": DPM2M,
+    "DPM++ 2M SDE Heun": DPM2MHeun,
+    "DPM++ 3M SDE": DPM3M,
+    "DPM fast": DPMFast,
+    "Restart": Restart,
+    "DDIM": DDIMScheduler,
+    "PLMS": PNDMScheduler,
+    "UniPC": UniPCMultistepScheduler,
+    "LCM": LCMScheduler,
+}
 _LEADING = {"timestep_spacing": "leading"}
-SAMPLERS: dict[str, tuple[type[Any], Options]] = {
-    "Euler": (Euler, {}),
-    "Euler a": (EulerAncestral, {}),
-    "LMS": (LMS, {}),
-    "Heun": (Heun, {}),
-    "DPM2": (DPM2Ancestral, {}),
-    "DPM2 a": (DPM2Ancestral, {}),
-    "DPM++ 2S a": (DPM2SAncestral, {}),
-    "DPM++ 2M": (DPM2M, {}),
-    "DPM++ SDE": (DPMSde, {}),
-    "DPM++ 2M SDE": (DPM2M, {}),
-    "DPM++ 2M SDE Heun": (DPM2MHeun, {}),
-    "DPM++ 3M SDE": (DPM3M, {}),
-    "DPM fast": (DPMFast, {}),
-    "Restart": (Restart, {}),
-    "DDIM": (DDIMScheduler, _LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
-    "PLMS": (PNDMScheduler, _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "DDIM": _LEADING | {"clip_sample": False, "set_alpha_to_one": False},
+    "PLMS": _LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False},
     # bh1 of order 3 gives NaN at the final noise level 0.
-    "UniPC": (UniPCMultistepScheduler, _LEADING | {"solver_order": 3, "solver_type": "bh2"}),
-    "LCM": (LCMScheduler, _LEADING | {"clip_sample": False}),
+    "UniPC": _LEADING | {"solver_order": 3, "solver_type": "bh2"},
+    "LCM": _LEADING | {"clip_sample": False},
 }
 _MODEL_OPTIONS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset", "prediction_type")
 _LCM_STEPS = 50  # of the teacher
@@ -100,10 +103,10 @@ class Sampling:
         of_clean, of_noise = self._plan.steps[index].noised
         return of_noise / of_clean
 
-    def clean(self, index: int) -> tuple[float, float]:
+    def shares(self, index: int) -> tuple[float, float]:
         """Of the UNet's input and its prediction, in the clean latents that this means, at the evaluation of that
         index."""
-        return self._plan.steps[index].clean
+        return self._plan.steps[index].shares
 
     def scaled(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The UNet's input for the evaluation of that index."""
@@ -159,10 +162,10 @@ def _plan(
     s_noise: float,
 ) -> Plan:
     sampler, schedule = parts(name)
-    kind, own_options = SAMPLERS[sampler]
+    kind = SAMPLERS[sampler]
     taken = inspect.signature(kind).parameters
     options = {key: value for key, value in model_options if key in taken}
-    scheduler = kind(**options | own_options)
+    scheduler = kind(**options | _OPTIONS.get(sampler, {}))
     if isinstance(scheduler, KDiffusion):
         scheduler.eta, scheduler.schedule = eta or 0.0, SCHEDULES[schedule]
     steps = {"original_inference_steps": max(_LCM_STEPS, num_steps)} if kind is LCMScheduler else {}

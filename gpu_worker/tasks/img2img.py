@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gpu_worker.devices import on_device
-from gpu_worker.engine.denoise import Correction, Evaluation, Step, Task, denoise
+from gpu_worker.engine.denoise import Evaluation, Step, Task, denoise
 from gpu_worker.models.weights import Models
 from gpu_worker.pictures.canvas import Canvas
 from gpu_worker.sampling import noise
 from gpu_worker.tasks.stages import as_tensor, counted, decoded, latents_of, sampling_of
-from gpu_worker.tasks.steering import Crew, steps_of
+from gpu_worker.tasks.steering import Crew, put_back, steps_of
 from services.common.payloads import Img2Img
 from services.common.payloads.img2img import LATENT_NOISE, LATENT_NOTHING
 
@@ -74,11 +75,6 @@ def denoised(
     on_evaluation = counted(request, batch, request, len(sampling.timesteps), on_step)
     keep = None
     if mask is not None:
-        keep = _kept(on_device(originals, models.device), on_device(mask, models.device))
+        # Of what the UNet takes the clean latents to be, as in A1111, so that what stays has the sampler's noise too.
+        keep = partial(put_back, original=on_device(originals, models.device), painted=on_device(mask, models.device))
     return (yield from denoise(sampling, latents, steps, on_evaluation, keep))
-
-
-def _kept(originals: torch.Tensor, mask: torch.Tensor) -> Correction:
-    """Puts the originals where nothing is painted. Of what the UNet takes the clean latents to be, as in A1111, so that
-    what is kept has the noise that the sampler gives the rest."""
-    return lambda clean: originals * (1 - mask) + clean * mask

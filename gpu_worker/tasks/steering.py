@@ -137,7 +137,7 @@ def _corrections(request: Generation, models: Models, canvas: Canvas) -> tuple[C
             continue
         original = latents_of(models, as_tensor(looked_at.pixels))
         if hint.module == INPAINT_ONLY:
-            change = partial(_put_back, original=original, painted=_painted(looked_at, original))
+            change = partial(put_back, original=original, painted=_painted(looked_at, original))
         else:
             reach = int(unit.threshold_a) * (2 if isinstance(request, SecondPass) else 1)
             change = partial(_recoloured, original=original, reach=reach)
@@ -154,7 +154,7 @@ def _changed(change: Correction, share: float, clean: torch.Tensor) -> torch.Ten
     return clean.lerp(change(clean), share)
 
 
-def _put_back(clean: torch.Tensor, original: torch.Tensor, painted: torch.Tensor) -> torch.Tensor:
+def put_back(clean: torch.Tensor, original: torch.Tensor, painted: torch.Tensor) -> torch.Tensor:
     """The original where nothing is painted."""
     return clean * painted + original * (1 - painted)
 

@@ -68,7 +68,7 @@ def test_a_perfect_prediction_means_the_clean_latents(name: str, prediction_type
         signal, share = 1 / (1 + level**2) ** 0.5, level / (1 + level**2) ** 0.5
         prediction = noise if prediction_type == "epsilon" else signal * noise - share * clean
         x = sampling.scaled(sampling.noised(clean, noise, index), index)
-        evaluation = Evaluation(x, timestep, NO_STEP, sampling.clean(index))
+        evaluation = Evaluation(x, timestep, NO_STEP, sampling.shares(index))
         assert_close(evaluation.clean(prediction), clean)
         assert_close(evaluation.meaning(clean), prediction)
 
